@@ -1,0 +1,103 @@
+//! Names of things: block hash, block key, slot and generation numbers.
+
+use std::fmt;
+
+/// A KV cache group of the model, by vLLM's numbering.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct GroupIndex(pub u16);
+
+/// A slot of the host pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SlotIndex(pub u32);
+
+/// How often a slot has been taken: tells a late writer from the present owner.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Generation(pub u32);
+
+/// vLLM's hash of a block and all blocks before it: 16 or 32 bytes, opaque.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct BlockHash {
+    bytes: [u8; 32],
+    len: u8,
+}
+
+impl BlockHash {
+    /// Takes a hash as vLLM hands it out.
+    ///
+    /// Returns `None` for a length that no supported hash algorithm makes.
+    #[inline]
+    pub fn new(hash: &[u8]) -> Option<Self> {
+        let mut bytes = [0; 32];
+        match hash.len() {
+            // Constant lengths, so that each copy is two or one vector moves.
+            32 => bytes.copy_from_slice(hash),
+            16 => bytes[..16].copy_from_slice(hash),
+            _ => return None,
+        }
+        Some(Self { bytes, len: hash.len() as u8 })
+    }
+
+    /// The hash's own bytes.
+    #[inline]
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.bytes[..self.len as usize]
+    }
+
+    /// The hash padded with zeros to 32 bytes.
+    #[inline]
+    pub fn padded(&self) -> &[u8; 32] {
+        &self.bytes
+    }
+
+    /// The low 64 bits, big-endian: vLLM's integer form of a hash in events.
+    pub fn low_u64(&self) -> u64 {
+        let tail = &self.as_bytes()[self.len as usize - 8..];
+        tail.iter().fold(0, |value, byte| value << 8 | u64::from(*byte))
+    }
+}
+
+impl fmt::Debug for BlockHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+impl fmt::Display for BlockHash {
+    /// The first 16 hex digits: enough to recognise a block in a log.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.bytes[..8].iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+/// The name of a block's bytes inside one namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct BlockKey {
+    /// vLLM's block hash.
+    pub hash: BlockHash,
+    /// The group whose layers the bytes belong to.
+    pub group: GroupIndex,
+}
+
+impl fmt::Display for BlockKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.hash, self.group.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_lengths_of_supported_algorithms_are_hashes() {
+        assert!(BlockHash::new(&[1; 32]).is_some() && BlockHash::new(&[1; 16]).is_some());
+        assert!(BlockHash::new(&[1; 8]).is_none() && BlockHash::new(&[]).is_none());
+    }
+
+    #[test]
+    fn integer_form_is_the_low_64_bits_big_endian() {
+        let mut bytes = [0_u8; 32];
+        bytes[24..].copy_from_slice(&0x1122_3344_5566_7788_u64.to_be_bytes());
+        assert_eq!(BlockHash::new(&bytes).map(|hash| hash.low_u64()), Some(0x1122_3344_5566_7788));
+    }
+}

@@ -1,0 +1,11 @@
+//! Vocabulary without I/O: what a block is called, how large it is, what describes it, and the orders that move it.
+
+pub mod descriptor;
+pub mod geometry;
+pub mod key;
+pub mod plan;
+mod prefetch;
+
+pub use geometry::{GroupKind, GroupSpec, Grouping, RankPart, SlotGeometry};
+pub use key::{BlockHash, BlockKey, Generation, GroupIndex, SlotIndex};
+pub use prefetch::prefetch;

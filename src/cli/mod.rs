@@ -1,0 +1,74 @@
+//! The `kvcellar` command. `src/bin/kvcellar.rs` and `python -m kvcellar` both call [`run`].
+
+pub mod bench_lookup;
+pub mod pool;
+pub mod report;
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+/// KV-cache offload engine for vLLM.
+#[derive(Debug, Parser)]
+#[command(name = "kvcellar", version, about)]
+struct Command {
+    #[command(subcommand)]
+    part: Part,
+}
+
+#[derive(Debug, Subcommand)]
+enum Part {
+    /// Shared host pools of this user: show them, remove leftovers.
+    #[command(subcommand)]
+    Pool(PoolCommand),
+    /// What this machine gives.
+    #[command(subcommand)]
+    Bench(BenchCommand),
+}
+
+#[derive(Debug, Subcommand)]
+enum PoolCommand {
+    /// Lists pools: name, size, who uses them.
+    Ls {
+        /// Shared-memory directory.
+        #[arg(long, default_value = "/dev/shm")]
+        pool_dir: PathBuf,
+        /// JSON on standard output.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Removes pools that no engine uses.
+    Rm {
+        /// Names as `ls` shows them.
+        names: Vec<String>,
+        /// All pools that no engine uses.
+        #[arg(long, conflicts_with = "names")]
+        all: bool,
+        /// Shared-memory directory.
+        #[arg(long, default_value = "/dev/shm")]
+        pool_dir: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum BenchCommand {
+    /// Lookup and allocation in the block table, beside a bare hash map.
+    Lookup(bench_lookup::Options),
+}
+
+/// Runs the command with these arguments, without the program's name. Returns the exit code: 0 done, 1 refused or failed, 2 wrong usage.
+pub fn run(args: Vec<String>) -> i32 {
+    let command = match Command::try_parse_from(std::iter::once("kvcellar".to_owned()).chain(args)) {
+        Ok(command) => command,
+        Err(error) => {
+            // Printing help to a closed pipe is nobody's loss.
+            let _printed = error.print();
+            return error.exit_code();
+        }
+    };
+    match command.part {
+        Part::Pool(PoolCommand::Ls { pool_dir, json }) => pool::list(&pool_dir, json),
+        Part::Pool(PoolCommand::Rm { names, all, pool_dir }) => pool::remove(&pool_dir, &names, all),
+        Part::Bench(BenchCommand::Lookup(options)) => bench_lookup::run(&options),
+    }
+}

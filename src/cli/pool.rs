@@ -1,0 +1,63 @@
+//! `kvcellar pool ls` and `rm`.
+
+use std::path::Path;
+
+use crate::config::size::show;
+use crate::pool::registry::{self, Entry};
+
+/// Prints the pools below `pool_dir`.
+pub fn list(pool_dir: &Path, json: bool) -> i32 {
+    let entries = match registry::list(pool_dir) {
+        Ok(entries) => entries,
+        Err(error) => return refused(&error),
+    };
+    if json {
+        match serde_json::to_string_pretty(&entries) {
+            Ok(text) => println!("{text}"),
+            Err(error) => return refused(&error),
+        }
+        return 0;
+    }
+    if entries.is_empty() {
+        println!("no pools below {}", pool_dir.display());
+        return 0;
+    }
+    println!("{:<36} {:>10} {:>9} {:>9} {:<8} model", "name", "size", "slots", "process", "state");
+    for entry in &entries {
+        let model = entry.facts.as_ref().and_then(|facts| facts["model"].as_str()).unwrap_or("?");
+        let number = |value: Option<u64>| value.map_or("?".to_owned(), |value| value.to_string());
+        let pid = number(entry.owner_pid.map(u64::from));
+        println!("{:<36} {:>10} {:>9} {pid:>9} {:<8} {model}", entry.name, show(entry.bytes), number(entry.slots), entry.state);
+    }
+    0
+}
+
+/// Removes pools by name, or all that no engine uses.
+pub fn remove(pool_dir: &Path, names: &[String], all: bool) -> i32 {
+    if names.is_empty() && !all {
+        eprintln!("kvcellar: name pools to remove (see `kvcellar pool ls`), or write --all");
+        return 2;
+    }
+    let entries = match registry::list(pool_dir) {
+        Ok(entries) => entries,
+        Err(error) => return refused(&error),
+    };
+    let mut code = 0;
+    for name in names.iter().filter(|name| !entries.iter().any(|entry| entry.name == **name)) {
+        eprintln!("kvcellar: there is no pool {name} below {}", pool_dir.display());
+        code = 1;
+    }
+    let wanted = |entry: &&Entry| if all { entry.state != "used" } else { names.contains(&entry.name) };
+    for entry in entries.iter().filter(wanted) {
+        match registry::remove(entry) {
+            Ok(()) => println!("removed {} ({})", entry.name, show(entry.bytes)),
+            Err(error) => code = refused(&error),
+        }
+    }
+    code
+}
+
+fn refused(error: &dyn std::fmt::Display) -> i32 {
+    eprintln!("kvcellar: {error}");
+    1
+}

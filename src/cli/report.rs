@@ -1,0 +1,67 @@
+//! The one shape of every `--json` report of `kvcellar bench`.
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+/// One measured value.
+#[derive(Debug, Clone, Serialize)]
+pub struct Measured {
+    /// What was measured.
+    pub name: String,
+    /// The median.
+    pub value: f64,
+    /// Its unit.
+    pub unit: &'static str,
+    /// Half the distance between the quartiles.
+    pub spread: f64,
+    /// Repetitions.
+    pub n: usize,
+}
+
+/// One goal that the README states.
+#[derive(Debug, Clone, Serialize)]
+pub struct Goal {
+    /// What should be reached.
+    pub name: String,
+    /// In words.
+    pub goal: String,
+    /// What was reached.
+    pub value: f64,
+    /// Whether it is enough.
+    pub met: bool,
+}
+
+/// Median and spread of repetitions.
+pub fn measured(name: &str, unit: &'static str, mut values: Vec<f64>) -> Measured {
+    values.sort_by(f64::total_cmp);
+    let at = |share: f64| values.get(((values.len() as f64 - 1.0) * share).round() as usize).copied().unwrap_or(f64::NAN);
+    Measured { name: name.to_owned(), value: at(0.5), unit, spread: (at(0.75) - at(0.25)) / 2.0, n: values.len() }
+}
+
+/// The whole report.
+pub fn report(results: &[Measured], goals: &[Goal]) -> Value {
+    json!({ "commit": commit(), "machine": machine(), "results": results, "goals": goals })
+}
+
+fn commit() -> Value {
+    let output = std::process::Command::new("git").args(["describe", "--always", "--dirty", "--abbrev=12"]).output();
+    match output {
+        Ok(output) if output.status.success() => Value::from(String::from_utf8_lossy(&output.stdout).trim()),
+        // Installed from a wheel: the version is what there is to say.
+        _ => Value::from(concat!("v", env!("CARGO_PKG_VERSION"))),
+    }
+}
+
+/// What the numbers depend on.
+pub fn machine() -> Value {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let cpuinfo = read("/proc/cpuinfo");
+    let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ").map(|(_, name)| name.to_owned()));
+    let memory_kib = read("/proc/meminfo").lines().next().and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+    json!({
+        "cpu": model,
+        "cores": std::thread::available_parallelism().map_or(0, usize::from),
+        "memory_bytes": memory_kib.map(|kib| kib * 1024),
+        "kernel": read("/proc/sys/kernel/osrelease").trim(),
+    })
+}

@@ -1,0 +1,53 @@
+//! Sizes with units, as people write them.
+
+use parse_size::Config as Units;
+use serde_json::Value;
+
+use super::wrong;
+use crate::error::Result;
+
+/// Parses a positive size in bytes: a whole number, or text such as `"4GiB"` (powers of 1024) or `"4GB"` (powers of 1000).
+///
+/// # Errors
+/// [`crate::error::Error::Config`] naming `key` for anything else.
+pub fn parse(key: &str, value: &Value) -> Result<u64> {
+    let bytes = match value {
+        Value::Number(number) => number.as_u64(),
+        Value::String(text) => Units::new().with_decimal().parse_size(text).ok(),
+        _ => None,
+    };
+    bytes.filter(|bytes| *bytes > 0).ok_or_else(|| wrong(key, value))
+}
+
+/// Bytes for people, in binary units.
+pub fn show(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut amount = bytes as f64;
+    let mut unit = 0;
+    while amount >= 1024.0 && unit + 1 < UNITS.len() {
+        amount /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{amount:.1} {}", UNITS[unit]) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_are_read() {
+        let read = |text: &str| parse("dram_size", &Value::from(text)).ok();
+        assert_eq!(read("4GiB"), Some(4 << 30));
+        assert_eq!(read("4GB"), Some(4_000_000_000));
+        assert_eq!(read("64 MiB"), Some(64 << 20));
+        assert_eq!(read("-4GiB"), None);
+        assert_eq!(read(""), None);
+    }
+
+    #[test]
+    fn sizes_are_shown() {
+        assert_eq!(show(512), "512 B");
+        assert_eq!(show(3 << 29), "1.5 GiB");
+    }
+}

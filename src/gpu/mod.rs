@@ -1,0 +1,76 @@
+//! Copies between vLLM's KV cache and the host pool, for one rank.
+//!
+//! Owns: the addresses of vLLM's KV tensors, the threads or streams that copy, and the order in which a step's copies may start. Promises: a copy
+//! is submitted, never waited for (except for a fence, which vLLM's next forward pass depends on); every order is answered exactly once, also a
+//! failed one. Decides nothing about blocks.
+
+pub mod hasher;
+pub mod host;
+pub mod views;
+pub mod worker;
+
+use std::sync::Arc;
+
+use crate::block::plan::BlockCopy;
+use crate::error::Result;
+
+/// Which way a block goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// KV cache to slot.
+    Offload,
+    /// Slot to KV cache.
+    Load,
+}
+
+/// One block on its way, with the number its submitter gave it.
+#[derive(Debug, Clone, Copy)]
+pub struct Order {
+    /// What to copy.
+    pub copy: BlockCopy,
+    /// Which way.
+    pub direction: Direction,
+    /// The submitter's ticket, handed back with the answer.
+    pub ticket: u64,
+}
+
+/// Why a block was not copied. Its destination may hold anything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum CopyError {
+    /// The slot belongs to somebody else by now.
+    #[error("the slot's generation is over")]
+    Stale,
+    /// The order names a block, group or slot that does not exist.
+    #[error("the order passes the end of the KV cache or of the pool")]
+    OutOfRange,
+    /// The bytes are not the ones that were stored.
+    #[error("the bytes do not match their checksum")]
+    Mismatch,
+    /// The device refused.
+    #[error("the device failed")]
+    Device,
+}
+
+/// Where answers go. Called from the copier's own threads.
+pub trait Answers: Send + Sync {
+    /// One order was carried out, or could not be. Called exactly once for every submitted order.
+    fn answer(&self, order: &Order, outcome: std::result::Result<(), CopyError>);
+}
+
+/// Moves blocks. Implementations: the host's threads ([`host::HostCopier`]) and, on a GPU, streams.
+///
+/// The memory of both sides stays alive and in place until every submitted order was answered: the copier keeps the pool mapped, and vLLM keeps
+/// its KV cache until the connector is shut down.
+pub trait Copier: Send + Sync {
+    /// Starts copies. Loads overtake offloads that have not started. Returns at once.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::DeviceDead`] when nothing can be started any more; no order was taken then.
+    fn submit(&self, orders: &[Order]) -> Result<()>;
+
+    /// Orders that were submitted and not answered yet.
+    fn in_flight(&self) -> usize;
+}
+
+/// Makes a copier that answers to `answers`.
+pub type MakeCopier = dyn Fn(Arc<crate::pool::Pool>, Arc<dyn Answers>) -> Result<Box<dyn Copier>> + Send + Sync;

@@ -1,0 +1,154 @@
+//! Counters, gauges and samples of the tier engine, with units in their names.
+
+use crate::limits::LATENCY_SAMPLES_MAX;
+
+/// Why a block was not kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DropReason {
+    /// Every slot is pinned or being filled.
+    NoSlot,
+    /// Only blocks of the same request could have been evicted for it.
+    OwnPrefix,
+    /// Too many offloads were in flight.
+    QueueFull,
+    /// The copy failed.
+    CopyFailed,
+    /// Its bytes did not match their checksum when they were loaded.
+    Corrupt,
+    /// `reset_cache` made it worthless.
+    Reset,
+}
+
+impl DropReason {
+    /// All reasons, in the order of [`Counters::dropped_blocks`].
+    pub const ALL: [Self; 6] =
+        [Self::NoSlot, Self::OwnPrefix, Self::QueueFull, Self::CopyFailed, Self::Corrupt, Self::Reset];
+
+    /// The label's value.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NoSlot => "no_slot",
+            Self::OwnPrefix => "own_prefix",
+            Self::QueueFull => "queue_full",
+            Self::CopyFailed => "copy_failed",
+            Self::Corrupt => "corrupt",
+            Self::Reset => "reset",
+        }
+    }
+}
+
+/// Everything that only grows.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Blocks that requests loaded from the dram tier.
+    pub hit_blocks: u64,
+    /// Tokens of them.
+    pub hit_tokens: u64,
+    /// Blocks of admitted requests that neither vLLM's own cache nor this tier held.
+    pub miss_blocks: u64,
+    /// Tokens of them.
+    pub miss_tokens: u64,
+    /// Blocks that became available.
+    pub stored_blocks: u64,
+    /// Blocks evicted for others.
+    pub evicted_blocks: u64,
+    /// Blocks dropped, by reason.
+    pub dropped_blocks: [u64; DropReason::ALL.len()],
+    /// Loads that failed.
+    pub load_failures: u64,
+    /// Blocks taken over from an earlier engine.
+    pub adopted_blocks: u64,
+    /// Lookups that were asked to wait for another request's load of the same prefix.
+    pub shared_load_waits: u64,
+    /// Slots whose descriptor did not fit: served as ever, never adopted.
+    pub undescribed_blocks: u64,
+}
+
+impl Counters {
+    /// Counts dropped blocks.
+    pub fn dropped(&mut self, reason: DropReason, blocks: u64) {
+        let index = DropReason::ALL.iter().position(|known| *known == reason).unwrap_or(0);
+        self.dropped_blocks[index] += blocks;
+    }
+
+    /// Name and value of each plain counter.
+    pub fn plain(&self) -> [(&'static str, u64); 10] {
+        [
+            ("hit_blocks", self.hit_blocks),
+            ("hit_tokens", self.hit_tokens),
+            ("miss_blocks", self.miss_blocks),
+            ("miss_tokens", self.miss_tokens),
+            ("stored_blocks", self.stored_blocks),
+            ("evicted_blocks", self.evicted_blocks),
+            ("load_failures", self.load_failures),
+            ("adopted_blocks", self.adopted_blocks),
+            ("shared_load_waits", self.shared_load_waits),
+            ("undescribed_blocks", self.undescribed_blocks),
+        ]
+    }
+}
+
+/// The engine's state at one moment.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Gauges {
+    /// All slots.
+    pub total_slots: u64,
+    /// Slots that hold nothing.
+    pub free_slots: u64,
+    /// Slots being filled.
+    pub filling_slots: u64,
+    /// Slots that hold a block.
+    pub filled_slots: u64,
+    /// Holds on blocks.
+    pub pins: u64,
+    /// Owners of holds: running loads.
+    pub leases: u64,
+    /// vLLM blocks that must not be overwritten before they were copied.
+    pub fences: u64,
+    /// Events that wait for a step.
+    pub pending_events: u64,
+    /// Bytes of the pool file.
+    pub pool_bytes: u64,
+}
+
+impl Gauges {
+    /// Name and value of each gauge.
+    pub fn all(&self) -> [(&'static str, u64); 9] {
+        [
+            ("total_slots", self.total_slots),
+            ("free_slots", self.free_slots),
+            ("filling_slots", self.filling_slots),
+            ("filled_slots", self.filled_slots),
+            ("pins", self.pins),
+            ("leases", self.leases),
+            ("fences", self.fences),
+            ("pending_events", self.pending_events),
+            ("pool_bytes", self.pool_bytes),
+        ]
+    }
+}
+
+/// Durations between two collections, in seconds, bounded in number.
+#[derive(Debug, Default)]
+pub struct Samples {
+    seconds: Vec<f64>,
+}
+
+impl Samples {
+    /// Adds a duration, unless the interval has enough.
+    pub fn add(&mut self, seconds: f64) {
+        if self.seconds.len() < LATENCY_SAMPLES_MAX {
+            self.seconds.push(seconds);
+        }
+    }
+
+    /// Takes what was collected.
+    pub fn take(&mut self) -> Vec<f64> {
+        std::mem::take(&mut self.seconds)
+    }
+
+    /// Nothing was collected.
+    pub fn is_empty(&self) -> bool {
+        self.seconds.is_empty()
+    }
+}

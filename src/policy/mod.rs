@@ -1,0 +1,36 @@
+//! Pure decisions. No I/O, no clock, no randomness: what a decision needs is an argument.
+
+pub mod lru;
+
+use crate::block::SlotIndex;
+
+pub use lru::Lru;
+
+/// Where a block enters the order of eviction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Heat {
+    /// Last to be evicted.
+    Hot,
+    /// First to be evicted.
+    Cold,
+}
+
+/// Chooses whom to evict. It only ever knows slots that may be evicted now: a pinned or filling slot is not in it.
+pub trait Eviction: Send {
+    /// A slot may be evicted from now on.
+    fn insert(&mut self, slot: SlotIndex, heat: Heat);
+    /// A slot must not be evicted any more: it was pinned, or is gone.
+    fn remove(&mut self, slot: SlotIndex);
+    /// A slot was used.
+    fn touch(&mut self, slot: SlotIndex);
+    /// The slot to evict next.
+    fn victim(&self) -> Option<SlotIndex>;
+    /// Slots that may be evicted.
+    fn len(&self) -> usize;
+    /// No slot may be evicted.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// Asks the processor to fetch what a decision on `slot` will read.
+    fn prefetch(&self, slot: SlotIndex);
+}

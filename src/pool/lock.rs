@@ -1,0 +1,114 @@
+//! Who may touch a pool file: two open-file-description locks on it.
+//!
+//! Byte 0 is the *owner* lock: exclusive, held by one `EngineCore` for as long as it uses the pool. Byte 1 is the *mappers* lock: shared, held by
+//! every process that maps the file, `EngineCore` included. Taking a pool over needs both exclusively: a dead owner does not prove that its
+//! workers have stopped writing. The kernel drops the locks with the last descriptor, also after SIGKILL.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+
+use crate::error::{Error, Result};
+
+const OWNER: i64 = 0;
+const MAPPERS: i64 = 1;
+
+/// Locks held on one pool file.
+#[derive(Debug)]
+pub struct PoolLocks {
+    file: File,
+}
+
+fn lock_byte(file: &File, byte: i64, kind: i32) -> std::result::Result<(), Errno> {
+    let range = libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: byte,
+        l_len: 1,
+        l_pid: 0,
+    };
+    fcntl(file, FcntlArg::F_OFD_SETLK(&range)).map(drop)
+}
+
+fn is_held(file: &File, byte: i64) -> bool {
+    let mut range = libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: byte,
+        l_len: 1,
+        l_pid: 0,
+    };
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut range)).is_ok() && range.l_type != libc::F_UNLCK as libc::c_short
+}
+
+/// Does `path` still name the file behind `file`?
+fn names(path: &Path, file: &File) -> bool {
+    let (Ok(there), Ok(here)) = (std::fs::symlink_metadata(path), file.metadata()) else { return false };
+    (there.dev(), there.ino()) == (here.dev(), here.ino())
+}
+
+impl PoolLocks {
+    /// Tries to become the owner. `None`: another engine is, or the file was replaced meanwhile.
+    pub fn own(file: File, path: &Path) -> Option<Self> {
+        lock_byte(&file, OWNER, libc::F_WRLCK).ok()?;
+        names(path, &file).then_some(Self { file })
+    }
+
+    /// Owner: waits until no process of an earlier engine maps the file. `false`: some still do after `patience`.
+    pub fn drain_mappers(&self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        loop {
+            if lock_byte(&self.file, MAPPERS, libc::F_WRLCK).is_ok() {
+                return true;
+            }
+            if Instant::now() >= deadline {
+                return false;
+            }
+            sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Owner: becomes a mapper beside others. An exclusive lock becomes shared without a gap.
+    ///
+    /// # Errors
+    /// [`Error::TryLater`] when another process holds the mappers lock exclusively.
+    pub fn share_mapping(&self, path: &Path) -> Result<()> {
+        lock_byte(&self.file, MAPPERS, libc::F_RDLCK).map_err(|_| Error::TryLater {
+            what: path.display().to_string(),
+            holder: "another engine is taking the pool over".to_owned(),
+        })
+    }
+
+    /// Worker: becomes a mapper of a file whose owner lives.
+    ///
+    /// # Errors
+    /// [`Error::TryLater`] when somebody is taking the pool over.
+    pub fn attach(file: File, path: &Path) -> Result<Self> {
+        let locks = Self { file };
+        locks.share_mapping(path)?;
+        Ok(locks)
+    }
+
+    /// Removes the file's name if it is still this file's.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the system refuses.
+    pub fn unlink(&self, path: &Path) -> Result<()> {
+        if !names(path, &self.file) {
+            return Ok(());
+        }
+        std::fs::remove_file(path).map_err(|error| Error::io("removing the pool", path, error, "Remove it by hand"))
+    }
+}
+
+/// Who holds a pool file, for people: (an engine owns it, processes map it).
+pub fn holders(file: &File) -> (bool, bool) {
+    debug_assert!(file.as_raw_fd() >= 0);
+    (is_held(file, OWNER), is_held(file, MAPPERS))
+}

@@ -1,0 +1,256 @@
+//! `kvcellar._native.TierEngine`: one call a request or a step.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyList};
+
+use super::PyConfig;
+use super::errors::guarded;
+use super::inputs::{self, OwnedOffer, PyOffer};
+use super::reports::{EngineStats, PoolReport, run_object};
+use crate::block::geometry::RankBytes;
+use crate::block::{Grouping, SlotGeometry};
+use crate::cli::bench_lookup::WarmTable;
+use crate::config::{Config, Controls};
+use crate::error::{Error, Result};
+use crate::pool::open::{self, Wish};
+use crate::tier::load::Hit;
+use crate::tier::offload::{Offer, Start};
+use crate::tier::{TierEngine, namespace};
+
+/// The tier engine of one `EngineCore`.
+#[pyclass(frozen, name = "TierEngine", module = "kvcellar._native")]
+pub(super) struct PyTierEngine {
+    config: Config,
+    engine: Arc<Mutex<TierEngine>>,
+}
+
+impl PyTierEngine {
+    fn lock(&self) -> MutexGuard<'_, TierEngine> {
+        // A panic in an earlier call was reported then; the engine's own invariants are re-established by each operation.
+        self.engine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs `work` on the engine without the GIL.
+    fn run<T: Send>(&self, py: Python<'_>, work: impl FnOnce(&mut TierEngine) -> Result<T> + Send) -> PyResult<T> {
+        py.detach(|| guarded(|| work(&mut self.lock())))
+    }
+}
+
+fn apply(engine: &mut TierEngine, offer: &OwnedOffer, start: Start) {
+    engine.add_hashes(&offer.request, &offer.hashes);
+    let OwnedOffer { request, tokens_from, tokens, groups, .. } = offer;
+    engine.offer(&Offer { request, tokens_from: *tokens_from, tokens: tokens.clone(), groups: groups.clone() }, start);
+}
+
+#[pymethods]
+impl PyTierEngine {
+    /// `grouping`: JSON of the model's KV cache groups and block sizes.
+    #[new]
+    fn new(config: &PyConfig, grouping: &str) -> PyResult<Self> {
+        guarded(|| {
+            let grouping: Grouping = serde_json::from_str(grouping)
+                .map_err(|error| Error::config("grouping", error.to_string(), "This is a bug in the connector"))?;
+            let engine = Arc::new(Mutex::new(TierEngine::new(&config.inner, grouping)?));
+            Ok(Self { config: config.inner.clone(), engine })
+        })
+    }
+
+    /// Creates or adopts the pool. `ranks`: JSON list of what each rank offers; `facts`: JSON object that makes up the namespace; `stable`: block hashes
+    /// mean the same after a restart. `progress(done, total)` is called in bytes.
+    fn open_pool(&self, py: Python<'_>, ranks: &str, facts: &str, stable: bool, progress: Py<PyAny>) -> PyResult<PoolReport> {
+        let config = self.config.clone();
+        py.detach(|| {
+            guarded(|| {
+                let ranks: Vec<RankBytes> = serde_json::from_str(ranks)
+                    .map_err(|error| Error::config("ranks", error.to_string(), "This is a bug in the connector"))?;
+                let grouping = self.lock().grouping().clone();
+                let geometry = SlotGeometry::lay_out(&grouping, &ranks)?;
+                let (facts, namespace) = namespace::fingerprint(facts, &grouping, &geometry, &config)?;
+                let wish = Wish {
+                    pool_dir: &config.pool_dir,
+                    namespace,
+                    facts: &facts,
+                    bytes: config.dram_bytes,
+                    explicit: config.dram_explicit,
+                    adopt: config.keep_pool && stable,
+                    geometry: &geometry,
+                };
+                let mut report = |done: u64, total: u64| {
+                    // A progress line that cannot be shown must not stop the start.
+                    Python::attach(|py| drop(progress.call1(py, (done, total))));
+                };
+                let opened = open::open(&wish, &mut report)?;
+                let pool_facts = (opened.pool.path().display().to_string(), opened.pool.slot_count(), opened.pool.bytes());
+                let adopted_blocks = self.lock().open_pool(opened.pool, opened.adopted);
+                Ok(PoolReport {
+                    path: pool_facts.0,
+                    slots: pool_facts.1,
+                    slot_bytes: geometry.slot_bytes,
+                    bytes: pool_facts.2,
+                    bound: opened.budget.map_or("the adopted pool".to_owned(), |budget| budget.bound.to_string()),
+                    adopted_blocks,
+                    taken: opened.taken,
+                })
+            })
+        })
+    }
+
+    /// What workers need to attach, as JSON; `None` without a pool.
+    fn ticket(&self, py: Python<'_>) -> PyResult<Option<String>> {
+        self.run(py, |engine| {
+            Ok(engine.pool().map(|pool| serde_json::to_string(&pool.ticket()).unwrap_or_default()))
+        })
+    }
+
+    /// A request arrived. `controls`: JSON object of the user's wishes, or `None`.
+    fn add_request(&self, py: Python<'_>, request: &str, controls: Option<&str>, lora_name: &str) -> PyResult<()> {
+        self.run(py, |engine| {
+            TierEngine::check_request_id(request)?;
+            let controls = controls.map(Controls::parse).transpose()?.unwrap_or_default();
+            engine.add_request(request, controls, lora_name);
+            Ok(())
+        })
+    }
+
+    /// Tokens beyond `local` that can be loaded; `None`: ask again next step. `hashes`: block hashes the engine does not have yet.
+    fn lookup(&self, py: Python<'_>, request: &str, tokens: u32, local: u32, hashes: &Bound<'_, PyList>) -> PyResult<Option<u32>> {
+        let started = Instant::now();
+        let hashes = inputs::hashes(hashes)?;
+        self.run(py, |engine| {
+            engine.add_hashes(request, &hashes);
+            let hit = engine.lookup(request, tokens, local);
+            engine.sample_lookup(started.elapsed().as_secs_f64());
+            Ok(match hit {
+                Hit::Tokens(tokens) => Some(tokens),
+                Hit::AskAgain => None,
+            })
+        })
+    }
+
+    /// vLLM admitted the request; `external` tokens come from us, into `blocks` (per group, from the first block not held by vLLM on).
+    fn admit(&self, py: Python<'_>, request: &str, external: u32, blocks: Vec<Vec<u32>>) -> PyResult<()> {
+        self.run(py, |engine| {
+            engine.admit(request, external, &blocks);
+            Ok(())
+        })
+    }
+
+    /// Plans a step: offered blocks, and vLLM blocks that it hands out. Returns the workers' orders.
+    fn step<'py>(&self, py: Python<'py>, offers: Vec<PyOffer<'py>>, reallocated: Vec<Vec<u32>>) -> PyResult<Bound<'py, PyBytes>> {
+        let offers = offers.into_iter().map(inputs::offer).collect::<PyResult<Vec<_>>>()?;
+        let plan = self.run(py, |engine| {
+            engine.poll();
+            // Before this step's own offloads: their sources belong to the requests that offer them.
+            engine.reallocate(reallocated.iter().flatten().copied());
+            for offer in &offers {
+                apply(engine, offer, Start::AfterStep);
+            }
+            Ok(engine.take_plan())
+        })?;
+        Ok(PyBytes::new(py, &plan))
+    }
+
+    /// vLLM finished a request; `offer`: its last complete blocks.
+    fn finish<'py>(&self, py: Python<'py>, request: &str, prompt: u32, total: u32, offer: Option<PyOffer<'py>>) -> PyResult<()> {
+        let offer = offer.map(inputs::offer).transpose()?;
+        self.run(py, |engine| {
+            engine.poll();
+            if let Some(offer) = &offer {
+                apply(engine, offer, Start::BeforeStep);
+            }
+            engine.finish(request, prompt, total);
+            Ok(())
+        })
+    }
+
+    /// Loads that every rank reported; `failed` is a subset of `finished`.
+    fn loads_ended(&self, py: Python<'_>, finished: Vec<String>, failed: Vec<String>) -> PyResult<()> {
+        self.run(py, |engine| {
+            engine.poll();
+            for id in &finished {
+                engine.load_ended(id, failed.contains(id));
+            }
+            Ok(())
+        })
+    }
+
+    /// Makes everything stored so far worthless.
+    fn reset(&self, py: Python<'_>) -> PyResult<()> {
+        self.run(py, |engine| {
+            engine.reset();
+            Ok(())
+        })
+    }
+
+    /// Events of this step: `StoredRun` and `RemovedRun` objects. `integers`: hashes as vLLM's 64-bit integers.
+    fn take_events(&self, py: Python<'_>, integers: bool) -> PyResult<Vec<Py<PyAny>>> {
+        let runs = self.run(py, |engine| Ok(engine.take_events()))?;
+        runs.into_iter().map(|run| run_object(py, run, integers)).collect()
+    }
+
+    /// What changed since the last call, or `None`.
+    fn take_stats(&self, py: Python<'_>) -> PyResult<Option<EngineStats>> {
+        self.run(py, |engine| Ok(engine.take_stats().map(EngineStats::from)))
+    }
+
+    /// Whether vLLM should keep stepping although no request runs.
+    fn pending_work(&self, py: Python<'_>) -> PyResult<bool> {
+        self.run(py, |engine| Ok(engine.pending_work()))
+    }
+
+    /// Gauges: (name, value).
+    fn gauges(&self, py: Python<'_>) -> PyResult<Vec<(String, u64)>> {
+        self.run(py, |engine| Ok(engine.gauges().all().iter().map(|(name, value)| ((*name).to_owned(), *value)).collect()))
+    }
+
+    /// Lets go of the pool. Without `keep_pool` its file is removed.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        let keep = self.config.keep_pool;
+        self.run(py, |engine| {
+            let removed = engine.pool().filter(|_| !keep).map_or(Ok(()), |pool| pool.unlink());
+            engine.close();
+            removed
+        })
+    }
+
+    /// Lets go of the pool when process `pid` ends: an orphan is sent no more work.
+    fn release_with(&self, pid: u32) -> PyResult<super::worker::PyWatch> {
+        let engine = Arc::downgrade(&self.engine);
+        super::worker::PyWatch::start(pid, move || {
+            if let Some(engine) = engine.upgrade() {
+                engine.lock().unwrap_or_else(PoisonError::into_inner).close();
+            }
+        })
+    }
+}
+
+/// A filled block table for `kvcellar bench lookup`: lookups from Python's `list[bytes]`.
+#[pyclass(frozen, name = "LookupBench", module = "kvcellar._native")]
+pub(super) struct PyLookupBench {
+    table: Mutex<WarmTable>,
+}
+
+#[pymethods]
+impl PyLookupBench {
+    /// A table that holds these blocks.
+    #[new]
+    fn new(hashes: &Bound<'_, PyList>) -> PyResult<Self> {
+        let hashes = inputs::hashes(hashes)?;
+        Ok(Self { table: Mutex::new(WarmTable::new(&hashes)) })
+    }
+
+    /// Length of the run of known blocks.
+    fn lookup(&self, py: Python<'_>, hashes: &Bound<'_, PyList>) -> PyResult<usize> {
+        let hashes = inputs::hashes(hashes)?;
+        Ok(py.detach(|| self.table.lock().unwrap_or_else(PoisonError::into_inner).lookup(&hashes)))
+    }
+
+    /// Takes slots for these new blocks, evicting others, and makes them visible. Returns how many were evicted.
+    fn allocate(&self, py: Python<'_>, hashes: &Bound<'_, PyList>) -> PyResult<usize> {
+        let hashes = inputs::hashes(hashes)?;
+        Ok(py.detach(|| self.table.lock().unwrap_or_else(PoisonError::into_inner).allocate(&hashes)))
+    }
+}

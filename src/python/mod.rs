@@ -1,0 +1,90 @@
+//! The extension module `kvcellar._native`: parse, delegate, map errors. Nothing is decided here.
+//!
+//! Every entry point copies what it needs out of Python objects, then releases the GIL for the work itself. A panic
+//! becomes an exception of the ordinary kind: vLLM must never die of one.
+
+mod engine;
+mod errors;
+mod inputs;
+mod reports;
+mod worker;
+
+use pyo3::prelude::*;
+
+use crate::config::{Config, Controls, UnsupportedGroups};
+use errors::guarded;
+
+/// Typed configuration of one engine.
+#[pyclass(frozen, name = "Config", module = "kvcellar._native")]
+struct PyConfig {
+    inner: Config,
+}
+
+#[pymethods]
+impl PyConfig {
+    /// Parses the JSON object a user wrote as `kv_connector_extra_config`.
+    #[staticmethod]
+    fn parse(json: &str) -> PyResult<Self> {
+        guarded(|| Ok(Self { inner: Config::parse(json)? }))
+    }
+
+    #[getter]
+    fn dram_bytes(&self) -> u64 {
+        self.inner.dram_bytes
+    }
+
+    #[getter]
+    fn bypass_unsupported_groups(&self) -> bool {
+        self.inner.unsupported_groups == UnsupportedGroups::Bypass
+    }
+
+    #[getter]
+    fn strict_load_failure(&self) -> bool {
+        self.inner.strict_load_failure
+    }
+
+    #[getter]
+    fn events(&self) -> bool {
+        self.inner.events
+    }
+
+    /// The same configuration with another answer to whether events are kept, and this part of the dram tier's size.
+    fn narrowed(&self, events: bool, shares: u64) -> Self {
+        let mut inner = self.inner.clone();
+        inner.events &= events;
+        inner.dram_bytes = (inner.dram_bytes / shares.max(1)).max(1);
+        Self { inner }
+    }
+}
+
+/// Checks per-request controls; raises `ConfigError` naming the key at fault.
+#[pyfunction]
+fn check_controls(json: &str) -> PyResult<()> {
+    guarded(|| Controls::parse(json).map(drop))
+}
+
+/// Runs the `kvcellar` command with these arguments (without the program's name) and returns its exit code.
+#[pyfunction]
+fn run_command(py: Python<'_>, args: Vec<String>) -> PyResult<i32> {
+    py.detach(|| guarded(|| Ok(crate::cli::run(args))))
+}
+
+/// The extension module.
+#[pymodule]
+fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    errors::add_to(module)?;
+    module.add_class::<PyConfig>()?;
+    module.add_class::<engine::PyTierEngine>()?;
+    module.add_class::<worker::PyCopyWorker>()?;
+    module.add_class::<reports::PoolReport>()?;
+    module.add_class::<reports::StoredRun>()?;
+    module.add_class::<reports::RemovedRun>()?;
+    module.add_class::<reports::EngineStats>()?;
+    module.add_class::<reports::CopyReport>()?;
+    module.add_class::<worker::PyWatch>()?;
+    module.add_class::<engine::PyLookupBench>()?;
+    module.add_function(wrap_pyfunction!(check_controls, module)?)?;
+    module.add_function(wrap_pyfunction!(run_command, module)?)?;
+    Ok(())
+}

@@ -1,0 +1,162 @@
+//! `kvcellar._native.CopyWorker`: executes plans for one rank.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use pyo3::prelude::*;
+
+use super::PyConfig;
+use super::errors::guarded;
+use super::reports::CopyReport;
+use crate::error::Error;
+use crate::gpu::Copier;
+use crate::gpu::host::{HostCopier, HostSide};
+use crate::gpu::views::{GroupRuns, LayerView};
+use crate::gpu::worker::{CopyStats, CopyWorker};
+use crate::pool::watch::Watch;
+
+/// The copy worker of one rank.
+#[pyclass(frozen, name = "CopyWorker", module = "kvcellar._native")]
+pub(super) struct PyCopyWorker {
+    worker: Arc<Mutex<CopyWorker>>,
+    groups: Arc<Vec<GroupRuns>>,
+}
+
+impl PyCopyWorker {
+    fn lock(&self) -> MutexGuard<'_, CopyWorker> {
+        // A panic in an earlier call was reported then.
+        self.worker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[pymethods]
+impl PyCopyWorker {
+    /// `views`: JSON, per group a list of layer views. The tensors they describe must stay allocated until `release`.
+    #[new]
+    fn new(config: &PyConfig, rank: usize, views: &str) -> PyResult<Self> {
+        guarded(|| {
+            let views: Vec<Vec<LayerView>> = serde_json::from_str(views)
+                .map_err(|error| Error::config("views", error.to_string(), "This is a bug in the connector"))?;
+            let groups = views.iter().enumerate().map(|(group, layers)| GroupRuns::resolve(group, layers));
+            let groups = Arc::new(groups.collect::<crate::error::Result<Vec<_>>>()?);
+            let verify_loads = config.inner.verify_loads;
+            let threads = config.inner.copy_threads.unwrap_or_else(default_threads);
+            let held = Arc::clone(&groups);
+            let worker = CopyWorker::new(
+                rank,
+                verify_loads,
+                Box::new(move |pool, answers, guard| {
+                    // SAFETY: the connector keeps vLLM's KV tensors alive (it holds references to them) until it has called `release`, which
+                    // ends the copier.
+                    let side = unsafe { HostSide::new(pool, Arc::clone(&held), rank, verify_loads, guard) };
+                    Ok(Box::new(HostCopier::start(side, answers, threads)?) as Box<dyn Copier>)
+                }),
+            );
+            Ok(Self { worker: Arc::new(Mutex::new(worker)), groups })
+        })
+    }
+
+    /// Per group: bytes of one block on this rank.
+    #[getter]
+    fn block_bytes(&self) -> Vec<u64> {
+        self.groups.iter().map(GroupRuns::block_bytes).collect()
+    }
+
+    /// Maps the pool a ticket names.
+    fn attach(&self, py: Python<'_>, ticket: &str) -> PyResult<()> {
+        py.detach(|| {
+            guarded(|| {
+                let ticket = serde_json::from_str(ticket).map_err(|error| Error::lost("pool ticket", error.to_string()))?;
+                self.lock().attach(&ticket)
+            })
+        })
+    }
+
+    /// Before the forward pass: see the plan's parts.
+    fn begin_step(&self, py: Python<'_>, plan: &[u8]) -> PyResult<()> {
+        let plan = plan.to_vec();
+        py.detach(|| guarded(|| self.lock().begin_step(&plan)))
+    }
+
+    /// Starts the plan's loads.
+    fn start_loads(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| {
+            guarded(|| {
+                self.lock().start_loads();
+                Ok(())
+            })
+        })
+    }
+
+    /// After the forward pass: starts the offloads of what it computed.
+    fn finish_step(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| {
+            guarded(|| {
+                self.lock().finish_step();
+                Ok(())
+            })
+        })
+    }
+
+    /// Loads that ended since the last call: (all, failed).
+    fn take_results(&self, py: Python<'_>) -> PyResult<(Vec<String>, Vec<String>)> {
+        py.detach(|| {
+            guarded(|| {
+                let results = self.lock().take_results();
+                Ok((results.finished, results.failed))
+            })
+        })
+    }
+
+    /// Work done since the last call, or `None`.
+    fn take_stats(&self, py: Python<'_>) -> PyResult<Option<CopyReport>> {
+        py.detach(|| {
+            guarded(|| {
+                let stats = self.lock().take_stats();
+                Ok((stats != CopyStats::default()).then(|| stats.into()))
+            })
+        })
+    }
+
+    /// Gives the idle hasher up to `seconds` to finish, carries out what is in flight, then unmaps the pool.
+    fn release(&self, py: Python<'_>, seconds: f64) -> PyResult<()> {
+        py.detach(|| {
+            guarded(|| {
+                let deadline = Instant::now() + Duration::try_from_secs_f64(seconds).unwrap_or_default();
+                while Instant::now() < deadline && self.lock().unhashed() > 0 {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                self.lock().release();
+                Ok(())
+            })
+        })
+    }
+
+    /// Lets go of the pool when process `pid` ends: an orphan is sent no more work.
+    fn release_with(&self, pid: u32) -> PyResult<PyWatch> {
+        let worker = Arc::downgrade(&self.worker);
+        PyWatch::start(pid, move || {
+            if let Some(worker) = worker.upgrade() {
+                worker.lock().unwrap_or_else(PoisonError::into_inner).release();
+            }
+        })
+    }
+}
+
+/// On CPU the cores belong to the model: one copying thread saturates most of a memory channel; more only where cores abound.
+fn default_threads() -> usize {
+    thread::available_parallelism().map_or(1, |cores| (cores.get() / 4).clamp(1, 4))
+}
+
+/// Watches a process for as long as this object lives.
+#[pyclass(frozen, name = "Watch", module = "kvcellar._native")]
+pub(super) struct PyWatch {
+    _watch: Watch,
+}
+
+impl PyWatch {
+    pub(super) fn start(pid: u32, gone: impl FnOnce() + Send + 'static) -> PyResult<Self> {
+        guarded(|| Ok(Self { _watch: Watch::start(pid, gone)? }))
+    }
+}

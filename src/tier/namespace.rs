@@ -1,0 +1,30 @@
+//! The namespace: a fingerprint of everything that makes KV bytes interchangeable.
+
+use serde_json::Value;
+use xxhash_rust::xxh3::xxh3_128;
+
+use crate::block::{Grouping, SlotGeometry};
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::pool::header::FORMAT_VERSION;
+
+/// The facts with what the engine itself adds, and their fingerprint.
+///
+/// `facts`: a JSON object of what the connector knows (model, weights, dtype, layout, ranks, ISA, hash algorithm, vLLM's minor version).
+///
+/// # Errors
+/// [`Error::Config`] when `facts` is no JSON object.
+pub fn fingerprint(facts: &str, grouping: &Grouping, geometry: &SlotGeometry, config: &Config) -> Result<(String, [u8; 16])> {
+    let mut facts: Value = serde_json::from_str(facts)
+        .ok()
+        .filter(Value::is_object)
+        .ok_or_else(|| Error::config("facts", "not a JSON object", "This is a bug in the connector"))?;
+    facts["format"] = FORMAT_VERSION.into();
+    facts["salt"] = config.namespace_salt.as_str().into();
+    facts["groups"] = serde_json::to_value(grouping).unwrap_or_default();
+    facts["slot"] = serde_json::to_value(geometry).unwrap_or_default();
+    // serde_json sorts the keys of an object, so equal facts give equal text.
+    let text = facts.to_string();
+    let fingerprint = xxh3_128(text.as_bytes()).to_be_bytes();
+    Ok((text, fingerprint))
+}

@@ -1,0 +1,71 @@
+//! What the engine knows of vLLM's requests.
+
+use std::time::Instant;
+
+use crate::block::{BlockHash, BlockKey, GroupIndex, Grouping, SlotIndex};
+use crate::config::Controls;
+
+/// One request, from its arrival until its last offload is done.
+#[derive(Debug)]
+pub struct Request {
+    /// Tells this request's touches from others'.
+    pub serial: u32,
+    /// What the user asked of the cache.
+    pub controls: Controls,
+    /// Block hashes so far, at the granularity of `request.block_hashes`.
+    pub hashes: Vec<BlockHash>,
+    /// Name of the LoRA adapter, empty for none.
+    pub lora: Box<str>,
+    /// Tokens vLLM held at the last lookup.
+    pub local: u32,
+    /// Tokens no hit may pass any more, because a load up to there failed.
+    pub barrier: Option<u32>,
+    /// Its blocks may stem from before a `reset_cache`: none is kept.
+    pub tainted: bool,
+    /// Hits and misses were counted since the last lookup.
+    pub counted: bool,
+    /// When it was first asked to wait for another request's load.
+    pub waiting_since: Option<Instant>,
+    /// Offload batches under way.
+    pub batches: u32,
+    /// vLLM finished it, at this number of prompt and of all tokens.
+    pub finished: Option<(u32, u32)>,
+}
+
+impl Request {
+    /// A request that just arrived.
+    pub fn new(serial: u32, controls: Controls, lora: Box<str>) -> Self {
+        Self {
+            serial,
+            controls,
+            hashes: Vec::new(),
+            lora,
+            local: 0,
+            barrier: None,
+            tainted: false,
+            counted: false,
+            waiting_since: None,
+            batches: 0,
+            finished: None,
+        }
+    }
+
+    /// Keys of this group's blocks `first..last`, as far as hashes are known.
+    pub fn keys<'a>(&'a self, grouping: &'a Grouping, group: usize, first: u32, last: u32) -> impl Iterator<Item = BlockKey> + 'a {
+        (first..last).map_while(move |block| {
+            let hash = *self.hashes.get(grouping.hash_index(group, block))?;
+            Some(BlockKey { hash, group: GroupIndex(group as u16) })
+        })
+    }
+}
+
+/// A running load and the blocks it holds.
+#[derive(Debug)]
+pub struct Lease {
+    /// Tokens vLLM held when it began.
+    pub local: u32,
+    /// Every held slot, with the first token of its block.
+    pub held: Vec<(SlotIndex, u32)>,
+    /// A block was gone when it was planned.
+    pub doomed: bool,
+}
