@@ -69,6 +69,18 @@ fn run_command(py: Python<'_>, args: Vec<String>) -> PyResult<i32> {
     py.detach(|| guarded(|| Ok(crate::cli::run(args))))
 }
 
+/// The core part of `kvcellar bench lookup`, as JSON: `{"results": [...], "goals": [...], "machine": {...}, "commit": ...}`.
+#[pyfunction]
+fn bench_lookup(py: Python<'_>, blocks: u32, request: u32, repetitions: usize) -> PyResult<String> {
+    py.detach(|| {
+        guarded(|| {
+            let options = crate::cli::bench_lookup::Options { blocks, request, repetitions, json: true };
+            let (results, goals) = crate::cli::bench_lookup::measure(&options);
+            Ok(crate::cli::report::report(&results, &goals).to_string())
+        })
+    })
+}
+
 /// The extension module.
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -86,5 +98,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<engine::PyLookupBench>()?;
     module.add_function(wrap_pyfunction!(check_controls, module)?)?;
     module.add_function(wrap_pyfunction!(run_command, module)?)?;
+    module.add_function(wrap_pyfunction!(bench_lookup, module)?)?;
     Ok(())
 }

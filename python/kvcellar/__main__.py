@@ -1,0 +1,20 @@
+"""The ``kvcellar`` command, as installed by pip."""
+
+import sys
+
+from kvcellar import _native
+
+
+def main() -> None:
+    """Run the command with the process's arguments and exit with its code."""
+    args = sys.argv[1:]
+    if args[:2] == ["bench", "lookup"]:
+        # This one also measures the way through Python, and vLLM's own manager.
+        from kvcellar import bench_lookup
+
+        sys.exit(bench_lookup.main(args[2:]))
+    sys.exit(_native.run_command(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""``KVCellarConnector``: the class vLLM talks to. Every method hands over to the scheduler's or the worker's side.
+
+Use: ``vllm serve MODEL --kv-transfer-config '{"kv_connector": "KVCellarConnector", "kv_role": "kv_both"}'``.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.kv_events import KVCacheEvent
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+    PromMetric,
+    PromMetricT,
+)
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import KVConnectorOutput
+
+from kvcellar import UnsupportedError, groups, window
+from kvcellar._native import Config
+from kvcellar.metadata import StepMetadata
+from kvcellar.scheduler import SchedulerSide
+from kvcellar.stats import KVCellarPromMetrics, KVCellarStats
+from kvcellar.worker import WorkerSide
+
+if TYPE_CHECKING:
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+try:  # vLLM 0.31 does not tell sources apart.
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+except ImportError:
+    CacheHitSource = None
+
+logger = init_logger(__name__)
+
+
+class KVCellarConnector(KVConnectorBase_V1, SupportsHMA):
+    """vLLM's KV connector of KV Cellar.
+
+    With an unsupported KV cache group and ``"unsupported_groups": "bypass"`` it has neither side and answers "nothing" to everything.
+
+    Raises (construction):
+        kvcellar.ConfigError: a setting that cannot work, named, with what to write instead.
+        kvcellar.UnsupportedError: a vLLM version, KV cache group or deployment outside what this version serves.
+    """
+
+    scheduler_class = SchedulerSide
+    worker_class = WorkerSide
+    if CacheHitSource is not None:
+        _cache_hit_source = CacheHitSource.HOST
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        window.check(window.vllm_version())
+        transfer = self._kv_transfer_config
+        config = Config.parse(json.dumps(transfer.kv_connector_extra_config))
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        try:
+            described = groups.describe(vllm_config, kv_cache_config)
+        except UnsupportedError as error:
+            if not config.bypass_unsupported_groups:
+                raise
+            logger.warning("KV Cellar keeps nothing of this model (unsupported_groups: bypass): %s", error)
+            return
+        if role == KVConnectorRole.WORKER:
+            self._worker = self.worker_class(vllm_config, kv_cache_config, config)
+            return
+        if transfer.kv_load_failure_policy != "recompute" and not config.strict_load_failure:
+            logger.info(
+                "KV Cellar: kv_load_failure_policy set from %r to 'recompute', so that a failed load costs time and not the "
+                'request. Write "strict_load_failure": true to keep it.',
+                transfer.kv_load_failure_policy,
+            )
+            transfer.kv_load_failure_policy = "recompute"
+        self._scheduler = self.scheduler_class(vllm_config, kv_cache_config, config, described)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache: a block that is not kept is computed again, nothing is owed to anyone."""
+        return False
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """Block-major where the platform offers it: one contiguous run for each block over all layers."""
+        return "BLHNC" if current_platform.is_cuda() else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        """Make a report from its plain data."""
+        return KVCellarStats(data=data if data is not None else {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[PromMetric], type[PromMetricT]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics | None:
+        """Our metrics on vLLM's ``/metrics``."""
+        return KVCellarPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def shutdown(self) -> None:
+        """Let go of everything."""
+        if self._worker is not None:
+            self._worker.shutdown()
+        if self._scheduler is not None:
+            self._scheduler.shutdown()
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """What changed since the last step."""
+        if self._worker is not None:
+            return self._worker.take_stats()
+        return self._scheduler.take_stats() if self._scheduler is not None else None
+
+    # -- worker --------------------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """vLLM allocated its KV cache."""
+        if self._worker is not None:
+            self._worker.register(kv_caches)
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        """This rank's part of a block."""
+        return self._worker.offer() if self._worker is not None else None
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """First hook of every step, before anything is written."""
+        if self._worker is not None and isinstance(kv_connector_metadata, StepMetadata):
+            self._worker.begin_step(kv_connector_metadata)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """Blocks are prepared. Loads start here and not in `start_load_kv`, which would wait for the forward pass."""
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None:
+            self._worker.start_loads()
+
+    def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
+        """Nothing is left to do: see `bind_connector_metadata`."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for: loads are asynchronous, no running request depends on one."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: "AttentionMetadata", **kwargs: Any
+    ) -> None:
+        """Nothing to do for each layer: blocks are offloaded whole after the step."""
+
+    def wait_for_save(self) -> None:
+        """The forward pass is over: offloads start, and are not waited for."""
+        if self._worker is not None:
+            self._worker.finish_step()
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """Loads that ended."""
+        return self._worker.results() if self._worker is not None else KVConnectorTransferResults()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """Why this worker cannot take part, if so."""
+        return self._worker.take_trouble() if self._worker is not None else None
+
+    # -- scheduler -----------------------------------------------------------------------------------------------------
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        """All ranks told their part of a block."""
+        if self._scheduler is not None:
+            self._scheduler.open(metadata)
+
+    def bind_kv_cache_manager(self, kv_cache_manager: "KVCacheManager") -> None:
+        """vLLM's block tables."""
+        super().bind_kv_cache_manager(kv_cache_manager)
+        if self._scheduler is not None:
+            self._scheduler.bind(kv_cache_manager)
+
+    def on_new_request(self, request: "Request") -> None:
+        """A request arrived."""
+        if self._scheduler is not None:
+            self._scheduler.add(request)
+
+    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
+        """How many tokens beyond vLLM's own can be loaded, asynchronously."""
+        if self._scheduler is None:
+            return 0, False
+        return self._scheduler.lookup(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
+        """A request was admitted."""
+        if self._scheduler is not None:
+            self._scheduler.allocated(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
+        """The step's orders."""
+        if self._scheduler is None:
+            return StepMetadata(b"")
+        return self._scheduler.step(scheduler_output)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """What the workers reported."""
+        if self._scheduler is not None:
+            self._scheduler.output(connector_output)
+
+    def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """A request of a model with one group ended. Its blocks are freed at once; fences protect what is still copied."""
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: "Request", block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """A request ended. Its blocks are freed at once; fences protect what is still copied."""
+        if self._scheduler is not None:
+            self._scheduler.finish(request)
+        return False, None
+
+    def has_pending_push_work(self) -> bool:
+        """Whether an idle engine should step: copies to notice, events to publish."""
+        return self._scheduler is not None and self._scheduler.has_pending_work()
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """Events of the dram tier."""
+        return self._scheduler.take_events() if self._scheduler is not None else ()
+
+    def reset_cache(self) -> bool | None:
+        """Everything stored so far is worthless."""
+        if self._scheduler is not None:
+            self._scheduler.reset()
+        return True

@@ -1,0 +1,165 @@
+"""What the native parts counted, on its way to vLLM's ``/metrics``."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+    PromMetric,
+    PromMetricT,
+)
+
+from kvcellar._native import CopyReport, EngineStats
+
+# name -> (description, fixed labels). Names get `vllm:kvcellar_` in front and `_total` behind.
+COUNTERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "hit_blocks": ("Blocks loaded for requests.", {"tier": "dram"}),
+    "hit_tokens": ("Tokens loaded for requests.", {"tier": "dram"}),
+    "miss_blocks": ("Blocks of admitted requests found neither in vLLM's own cache nor here.", {}),
+    "miss_tokens": ("Tokens of admitted requests found neither in vLLM's own cache nor here.", {}),
+    "stored_blocks": ("Blocks that became available.", {"tier": "dram"}),
+    "evicted_blocks": ("Blocks evicted for others.", {"tier": "dram"}),
+    "adopted_blocks": ("Blocks taken over from an earlier engine.", {"tier": "dram"}),
+    "load_failures": ("Loads that failed and were computed instead.", {}),
+    "shared_load_waits": ("Lookups asked to wait for another request's load of the same prefix.", {}),
+    "undescribed_blocks": ("Blocks whose descriptor did not fit: served, but never adopted.", {}),
+    "offload_bytes": ("Bytes copied from the KV cache to the pool, over all ranks.", {}),
+    "load_bytes": ("Bytes copied from the pool to the KV cache, over all ranks.", {}),
+    "offload_seconds": ("Seconds with an offload under way, over all ranks.", {}),
+    "load_seconds": ("Seconds with a load under way, over all ranks.", {}),
+    "verified_loads": ("Loaded blocks whose bytes were compared (verify_loads), over all ranks.", {}),
+    "mismatched_loads": ("Loaded blocks whose bytes did not match their checksum, over all ranks.", {}),
+}
+DROPPED = ("dropped_blocks", "Blocks that were not kept, by reason.")
+DROP_REASONS = ("no_slot", "own_prefix", "queue_full", "copy_failed", "corrupt", "reset")
+SLOT_STATES = ("total", "free", "filling", "filled")
+GAUGES: Mapping[str, str] = {
+    "pins": "Holds on blocks.",
+    "leases": "Running loads.",
+    "fences": "vLLM blocks that wait to be copied before they may be overwritten.",
+    "pending_events": "KVEvents that wait for a step.",
+    "pool_bytes": "Bytes of the host pool.",
+}
+LOOKUP_BUCKETS = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 1e-1)
+
+
+class KVCellarStats(KVConnectorStats):
+    """Growth of counters since the last report, and the present value of gauges.
+
+    ``data``: ``counters`` (name -> amount), ``dropped`` (reason -> blocks), ``gauges`` (name -> value), ``lookup_seconds`` (list of
+    seconds). All of it crosses process borders, so it is plain data.
+    """
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.data = {}
+
+    def is_empty(self) -> bool:
+        """Nothing was counted and no gauge moved."""
+        return not any(self.data.values())
+
+    def aggregate(self, other: KVConnectorStats) -> Self:
+        """Add another report, of another rank or of a later interval."""
+        for part in ("counters", "dropped"):
+            mine = self.data.setdefault(part, {})
+            for name, amount in other.data.get(part, {}).items():
+                mine[name] = mine.get(name, 0) + amount
+        self.data.setdefault("gauges", {}).update(other.data.get("gauges", {}))
+        self.data.setdefault("lookup_seconds", []).extend(other.data.get("lookup_seconds", []))
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """The interval in one line of vLLM's log."""
+        counters = self.data.get("counters", {})
+        gauges = self.data.get("gauges", {})
+        line: dict[str, int | float] = {f"kvcellar {name}": round(value, 4) for name, value in counters.items()}
+        for name in ("filled_slots", "total_slots"):
+            if name in gauges:
+                line[f"kvcellar {name}"] = gauges[name]
+        return line
+
+
+def of_engine(stats: EngineStats) -> KVCellarStats:
+    """The tier engine's report."""
+    return KVCellarStats(
+        data={
+            "counters": dict(stats.counters),
+            "dropped": dict(stats.dropped),
+            "gauges": dict(stats.gauges),
+            "lookup_seconds": list(stats.lookup_seconds),
+        }
+    )
+
+
+def of_worker(report: CopyReport) -> KVCellarStats:
+    """A copy worker's report."""
+    counters = {
+        "offload_bytes": report.offload_bytes,
+        "load_bytes": report.load_bytes,
+        "offload_seconds": report.offload_seconds,
+        "load_seconds": report.load_seconds,
+        "verified_loads": report.verified_blocks,
+        "mismatched_loads": report.mismatched_blocks,
+    }
+    return KVCellarStats(data={"counters": {name: value for name, value in counters.items() if value}})
+
+
+class KVCellarPromMetrics(KVConnectorPromMetrics):
+    """Our metrics in vLLM's Prometheus registry, with vLLM's labels in front of ours."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[PromMetric], type[PromMetricT]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        engines = per_engine_labelvalues.items()
+        self._counters: dict[tuple[int, str], Any] = {}
+        for name, (text, labels) in COUNTERS.items():
+            counter = self._counter_cls(
+                name=f"vllm:kvcellar_{name}", documentation=text, labelnames=[*labelnames, *labels]
+            )
+            for engine, values in engines:
+                self._counters[engine, name] = counter.labels(*values, *labels.values())
+        dropped = self._counter_cls(
+            name=f"vllm:kvcellar_{DROPPED[0]}", documentation=DROPPED[1], labelnames=[*labelnames, "reason"]
+        )
+        self._dropped = {
+            (engine, reason): dropped.labels(*values, reason) for engine, values in engines for reason in DROP_REASONS
+        }
+        slots = self._gauge_cls(
+            name="vllm:kvcellar_pool_slots",
+            documentation="Slots of the host pool by state.",
+            multiprocess_mode="mostrecent",
+            labelnames=[*labelnames, "state"],
+        )
+        self._gauges: dict[tuple[int, str], Any] = {
+            (engine, f"{state}_slots"): slots.labels(*values, state) for engine, values in engines for state in SLOT_STATES
+        }
+        for name, text in GAUGES.items():
+            gauge = self._gauge_cls(
+                name=f"vllm:kvcellar_{name}", documentation=text, multiprocess_mode="mostrecent", labelnames=labelnames
+            )
+            self._gauges.update({(engine, name): gauge.labels(*values) for engine, values in engines})
+        lookups = self._histogram_cls(
+            name="vllm:kvcellar_lookup_seconds",
+            documentation="Duration of one lookup in the tier engine.",
+            buckets=LOOKUP_BUCKETS,
+            labelnames=labelnames,
+        )
+        self._lookups: dict[int, Any] = {engine: lookups.labels(*values) for engine, values in engines}
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Record one report."""
+        for name, amount in transfer_stats_data.get("counters", {}).items():
+            self._counters[engine_idx, name].inc(amount)
+        for reason, blocks in transfer_stats_data.get("dropped", {}).items():
+            self._dropped[engine_idx, reason].inc(blocks)
+        for name, value in transfer_stats_data.get("gauges", {}).items():
+            self._gauges[engine_idx, name].set(value)
+        for seconds in transfer_stats_data.get("lookup_seconds", []):
+            self._lookups[engine_idx].observe(seconds)

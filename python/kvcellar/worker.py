@@ -1,0 +1,125 @@
+"""The connector's part in each worker: hands vLLM's KV tensors and every step's plan to the native copy worker."""
+
+import multiprocessing
+import platform
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from kvcellar import KvcellarError, UnsupportedError, facts, views
+from kvcellar._native import Config, CopyWorker, Watch
+from kvcellar.metadata import RankOffer, StepMetadata, WorkerTrouble
+from kvcellar.stats import KVCellarStats, of_worker
+
+logger = init_logger(__name__)
+
+# How long a stopping worker may go on giving checksums to what it offloaded last; vLLM allows 5 s for everything.
+HASHING_AT_SHUTDOWN_S = 1.0
+
+
+class WorkerSide:
+    """Worker role of the connector."""
+
+    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: Config) -> None:
+        self._vllm_config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._config = config
+        self._native: CopyWorker | None = None
+        self._kv_caches: dict[str, torch.Tensor] = {}
+        self._trouble: str | None = None
+        self._watch: Watch | None = None
+
+    def _group_views(self, kv_caches: dict[str, torch.Tensor]) -> list[list[views.LayerView]]:
+        """This rank's layers of every group."""
+        return views.group_views(self._kv_cache_config, kv_caches)
+
+    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """vLLM allocated its KV cache.
+
+        Args:
+            kv_caches: per layer, a view of shape ``[kernel blocks, ...]``. Kept referenced until :meth:`shutdown`: the native side
+                holds their addresses.
+
+        Raises:
+            UnsupportedError: a layout that cannot be copied, or a device without a copier.
+        """
+        devices = {tensor.device.type for tensor in kv_caches.values()}
+        if devices != {"cpu"}:
+            raise UnsupportedError(
+                f"This version of KV Cellar copies KV caches in CPU memory only, not on {', '.join(sorted(devices))}. Serve "
+                "without KV Cellar on this platform"
+            )
+        tensor_rank = get_tp_group().rank_in_group
+        rank = get_pp_group().rank_in_group * self._vllm_config.parallel_config.tensor_parallel_size + tensor_rank
+        self._kv_caches = dict(kv_caches)
+        self._native = CopyWorker(self._config, rank, views.native(self._group_views(kv_caches)))
+        parent = multiprocessing.parent_process()
+        if parent is not None and parent.pid is not None:
+            try:
+                self._watch = self._native.release_with(parent.pid)
+            except KvcellarError as error:
+                logger.warning("KV Cellar: %s", error)
+
+    def offer(self) -> RankOffer | None:
+        """What the scheduler's side must know before it can make a pool."""
+        if self._native is None:
+            return None
+        layout = self._kv_cache_config.kv_cache_layout or "unknown"
+        return RankOffer(facts.machine(), layout, _isa(), tuple(self._native.block_bytes))
+
+    def begin_step(self, metadata: StepMetadata) -> None:
+        """Before anything of this step is written: attach when told to, start early offloads, wait for fences."""
+        if self._native is None:
+            return
+        if metadata.ticket is not None:
+            try:
+                self._native.attach(metadata.ticket)
+            except KvcellarError as error:
+                # Loads are reported failed from here on; the scheduler's side takes the tier out of service.
+                self._trouble = str(error)
+                logger.error("KV Cellar: cannot attach to the host pool: %s", error)
+        if metadata.plan:
+            self._native.begin_step(metadata.plan)
+
+    def start_loads(self) -> None:
+        """Blocks are prepared: loads may start, beside the forward pass."""
+        if self._native is not None:
+            self._native.start_loads()
+
+    def finish_step(self) -> None:
+        """The forward pass is over: offload what it completed."""
+        if self._native is not None:
+            self._native.finish_step()
+
+    def results(self) -> KVConnectorTransferResults:
+        """Loads that ended since the last step; failed ones are among the finished ones too."""
+        if self._native is None:
+            return KVConnectorTransferResults()
+        finished, failed = self._native.take_results()
+        return KVConnectorTransferResults(finished_recving=set(finished), failed_recving=set(failed))
+
+    def take_trouble(self) -> WorkerTrouble | None:
+        """Why this worker cannot take part, told once."""
+        trouble, self._trouble = self._trouble, None
+        return None if trouble is None else WorkerTrouble(trouble)
+
+    def take_stats(self) -> KVCellarStats | None:
+        """What was copied since the last step."""
+        report = self._native.take_stats() if self._native is not None else None
+        return None if report is None else of_worker(report)
+
+    def shutdown(self) -> None:
+        """Finish what is in flight and let go of the pool, then of vLLM's tensors."""
+        self._watch = None
+        if self._native is not None:
+            self._native.release(HASHING_AT_SHUTDOWN_S)
+        self._kv_caches = {}
+
+
+def _isa() -> str:
+    """How this machine's attention kernels pack K and V: opaque, but part of what makes bytes interchangeable."""
+    return f"{platform.machine()}/{torch.backends.cpu.get_cpu_capability()}"
