@@ -36,11 +36,10 @@ impl TierEngine {
         if let Some(most) = request.controls.max_load_tokens {
             limit = limit.min(local.saturating_add(most));
         }
-        let end = if request.controls.load {
-            hit::resume_at(residency, &self.grouping, &request.hashes, local, limit)
-        } else {
-            local
-        };
+        if !request.controls.load {
+            return Hit::Tokens(0);
+        }
+        let end = hit::resume_at(residency, &self.grouping, &request.hashes, local, limit);
         let shared = end > local && self.is_being_loaded(id, end);
         let answer = self.answer(id, end - local.min(end), shared);
         self.record(|engine| {

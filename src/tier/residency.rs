@@ -278,8 +278,11 @@ impl Residency {
     /// Blocks were used: they become the last to be evicted, the first of them last of all. Pinned ones stay as they are.
     pub fn touch(&mut self, slots: &[SlotIndex], toucher: u32) {
         for slot in slots.iter().rev() {
-            self.table.record_mut(*slot).toucher = toucher;
-            self.policy.touch(*slot);
+            let record = self.table.record_mut(*slot);
+            if record.pins == 0 {
+                record.toucher = toucher;
+                self.policy.touch(*slot);
+            }
         }
     }
 

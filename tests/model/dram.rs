@@ -1,0 +1,198 @@
+//! The dram tier as its documentation describes it: sets and one list, nothing clever.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use kvcellar::block::{BlockKey, GroupKind, Grouping};
+
+/// One life of a block in a slot.
+pub type Life = u64;
+
+/// A block's content, as the simulation's memories hold it.
+pub type Name = String;
+
+#[derive(Debug, Default)]
+pub struct Dram {
+    slots: usize,
+    next: Life,
+    /// Visible or being filled, by name.
+    known: BTreeMap<Name, Life>,
+    names: BTreeMap<Life, Name>,
+    /// Blocks that may be evicted, the first one next.
+    order: Vec<Life>,
+    pinned: BTreeMap<Life, usize>,
+    filling: BTreeSet<Life>,
+    /// Dropped while held: nobody finds them, but they take a slot.
+    doomed: BTreeMap<Life, usize>,
+    toucher: BTreeMap<Life, u32>,
+}
+
+pub fn name(key: &BlockKey) -> Name {
+    format!("{:?}/{}", &key.hash.as_bytes()[..4], key.group.0)
+}
+
+impl Dram {
+    pub fn new(slots: u32) -> Self {
+        Self { slots: slots as usize, ..Self::default() }
+    }
+
+    pub fn visible(&self, key: &BlockKey) -> Option<Life> {
+        self.known.get(&name(key)).copied().filter(|life| !self.filling.contains(life))
+    }
+
+    pub fn knows(&self, key: &BlockKey) -> bool {
+        self.known.contains_key(&name(key))
+    }
+
+    pub fn is_pinned(&self, life: Life) -> bool {
+        self.pinned.contains_key(&life)
+    }
+
+    pub fn pins(&self) -> usize {
+        self.pinned.values().sum::<usize>() + self.doomed.values().sum::<usize>()
+    }
+
+    pub fn filling(&self) -> usize {
+        self.filling.len()
+    }
+
+    pub fn free(&self) -> usize {
+        self.slots - self.order.len() - self.pinned.len() - self.filling.len() - self.doomed.len()
+    }
+
+    /// The definition of a hit, tried from the largest end down.
+    pub fn resume_at(
+        &self,
+        grouping: &Grouping,
+        keys: &dyn Fn(usize, u32) -> Option<BlockKey>,
+        local: u32,
+        limit: u32,
+    ) -> u32 {
+        let mut end = limit - limit % grouping.hit_tokens;
+        while end > local {
+            let fits = grouping.groups.iter().enumerate().all(|(index, group)| {
+                let last = end / group.block_tokens;
+                let first = match group.kind {
+                    GroupKind::Full | GroupKind::Mla => 0,
+                    GroupKind::SlidingWindow { window, extra } => {
+                        last.saturating_sub((window - 1 + extra).div_ceil(group.block_tokens))
+                    }
+                };
+                let first = first.max(local / group.block_tokens);
+                let wanted = first..last + u32::from(group.eagle);
+                wanted.into_iter().all(|block| keys(index, block).is_some_and(|key| self.visible(&key).is_some()))
+            });
+            if fits {
+                return end;
+            }
+            end -= grouping.hit_tokens;
+        }
+        local
+    }
+
+    /// Moves evictable blocks to the end of the order, the first of them last.
+    pub fn touch(&mut self, lives: &[Life], toucher: u32) {
+        for life in lives.iter().rev() {
+            if let Some(at) = self.order.iter().position(|other| other == life) {
+                self.toucher.insert(*life, toucher);
+                self.order.remove(at);
+                self.order.push(*life);
+            }
+        }
+    }
+
+    fn forget(&mut self, life: Life) {
+        if let Some(name) = self.names.get(&life)
+            && self.known.get(name) == Some(&life)
+        {
+            self.known.remove(&name.clone());
+        }
+    }
+
+    /// A slot for one block; `None`: none can be had, and no later one of the same offer either.
+    pub fn reserve(&mut self, key: &BlockKey, toucher: u32) -> Option<Life> {
+        if self.free() == 0 {
+            let victim = *self.order.first()?;
+            if self.toucher.get(&victim) == Some(&toucher) {
+                return None;
+            }
+            self.order.remove(0);
+            self.forget(victim);
+        }
+        self.next += 1;
+        self.known.insert(name(key), self.next);
+        self.names.insert(self.next, name(key));
+        self.filling.insert(self.next);
+        self.toucher.insert(self.next, toucher);
+        Some(self.next)
+    }
+
+    pub fn filled(&mut self, lives: &[Life]) {
+        for life in lives {
+            assert!(self.filling.remove(life), "filled twice");
+        }
+        self.order.extend(lives.iter().rev());
+    }
+
+    pub fn lost(&mut self, life: Life) {
+        assert!(self.filling.remove(&life), "lost twice");
+        self.forget(life);
+    }
+
+    pub fn pin(&mut self, life: Life, toucher: u32) {
+        self.order.retain(|other| *other != life);
+        *self.pinned.entry(life).or_default() += 1;
+        self.toucher.insert(life, toucher);
+    }
+
+    pub fn unpin(&mut self, lives: &[Life]) {
+        for life in lives.iter().rev() {
+            if let Some(holds) = self.pinned.get_mut(life) {
+                *holds -= 1;
+                if *holds == 0 {
+                    self.pinned.remove(life);
+                    self.order.push(*life);
+                }
+            } else {
+                let holds = self.doomed.get_mut(life).expect("a held block is pinned or doomed");
+                *holds -= 1;
+                if *holds == 0 {
+                    self.doomed.remove(life);
+                }
+            }
+        }
+    }
+
+    /// Drops a visible block, if it still is one.
+    pub fn discard(&mut self, life: Life) {
+        if self.doomed.contains_key(&life) {
+            return;
+        }
+        self.order.retain(|other| *other != life);
+        self.forget(life);
+        if let Some(holds) = self.pinned.remove(&life) {
+            self.doomed.insert(life, holds);
+        }
+    }
+
+    /// Moves evictable blocks to the start of the order, the first of them first.
+    pub fn cool(&mut self, lives: &[Life]) {
+        for life in lives.iter().rev() {
+            if let Some(at) = self.order.iter().position(|other| other == life) {
+                self.order.remove(at);
+                self.order.insert(0, *life);
+            }
+        }
+    }
+
+    pub fn reset(&mut self) {
+        let visible: Vec<Life> = self.order.iter().copied().chain(self.pinned.keys().copied()).collect();
+        for life in visible {
+            self.discard(life);
+        }
+    }
+
+    pub fn visible_names(&self) -> BTreeSet<Name> {
+        let lives = self.order.iter().chain(self.pinned.keys());
+        lives.filter_map(|life| self.names.get(life).cloned()).collect()
+    }
+}

@@ -1,0 +1,72 @@
+"""Fixtures shared by the tests that run a real vLLM."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.vllm.server import Server
+
+ROOT = Path(__file__).resolve().parents[2]
+SEED = int(os.environ.get("KVCELLAR_TEST_SEED", "20817"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Prepares this process and the engines that it starts, and names the marker for long campaigns."""
+    config.addinivalue_line("markers", "soak: a long campaign, run by scripts/soak and with -m soak")
+    # Children of an in-process engine, and servers, import tests.vllm.mutants and tests.vllm.timed by name.
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # A run that is told to end still ends its engines and removes its pools.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def pytest_report_header() -> str:
+    """Tells the seed that reproduces this run."""
+    return f"kvcellar: KVCELLAR_TEST_SEED={SEED}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves long campaigns out unless the caller selects by marker."""
+    if config.option.markexpr:
+        return
+    for item in items:
+        if item.get_closest_marker("soak"):
+            item.add_marker(pytest.mark.skip(reason="a long campaign: run scripts/soak or select -m soak"))
+
+
+@pytest.fixture(scope="session")
+def seed() -> int:
+    """The seed of every random choice; KVCELLAR_TEST_SEED sets it."""
+    print(f"seed {SEED}")
+    return SEED
+
+
+@pytest.fixture(scope="session")
+def vllm_installed() -> None:
+    """Skips a test where there is no vLLM to run."""
+    if find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed: run scripts/setup without --no-vllm")
+
+
+@pytest.fixture(scope="session")
+def shared_server(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Server"]:
+    """One real `vllm serve` for the tests that need its HTTP interface: 64 blocks of KV cache and a small pool."""
+    from tests.vllm.places import temporary_pool_dir
+    from tests.vllm.server import open_server
+
+    cellar = {"dram_size": "192MiB", "namespace_salt": "shared-server"}
+    with (
+        temporary_pool_dir() as pool_dir,
+        open_server(tmp_path_factory.mktemp("server"), pool_dir, cellar=cellar) as server,
+    ):
+        yield server

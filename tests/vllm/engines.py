@@ -1,0 +1,189 @@
+"""vLLM's offline engine: `vllm.LLM` in the test process, EngineCore and workers in processes of their own."""
+
+import contextlib
+import gc
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.vllm import oplog
+from tests.vllm.answers import Answer
+from tests.vllm.metrics import Snapshot
+from tests.vllm.places import real_model
+from tests.vllm.prompts import Conversation
+from tests.vllm.server import BLOCK_TOKENS, CHUNK_TOKENS, MAX_MODEL_LEN, SETTLE_ROUNDS, transfer_config
+
+# A request shorter than a block: it makes the engine step and touches no key.
+NUDGE = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A request that ran alone: what an independent model may know of it."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass
+class Engine:
+    """A running engine."""
+
+    llm: Any
+    trace_file: Path
+    pool_dir: Path
+    detokenize: bool
+    served: list[Served] = field(default_factory=list)
+    # Outputs of EngineCore that `converse` received: one a step.
+    steps: int = 0
+
+    def _sampling(self, max_tokens: int, controls: Mapping[str, object] | None) -> Any:
+        from vllm import SamplingParams
+
+        extra = {"kv_transfer_params": {"kvcellar": dict(controls)}} if controls is not None else None
+        return SamplingParams(
+            temperature=0.0,
+            max_tokens=max_tokens,
+            logprobs=5,
+            ignore_eos=True,
+            detokenize=self.detokenize,
+            extra_args=extra,
+        )
+
+    def complete(
+        self, tokens: Sequence[int], max_tokens: int = 8, controls: Mapping[str, object] | None = None
+    ) -> Answer:
+        """One request, alone, to its end."""
+        sampling = self._sampling(max_tokens, controls)
+        outputs = self.llm.generate([{"prompt_token_ids": list(tokens)}], sampling, use_tqdm=False)
+        answer = Answer.of_output(outputs[0])
+        self.served.append(Served(tuple(tokens), answer.tokens))
+        return answer
+
+    def converse(self, conversations: Sequence[Conversation], max_tokens: int) -> list[Answer]:
+        """Runs all conversations at once, each at its own pace: its next turn starts when it has the last answer."""
+        engine = self.llm.llm_engine
+        answers: list[Answer] = []
+
+        def ask(lane: int) -> None:
+            tokens = conversations[lane].ask(max_tokens)
+            if tokens is not None:
+                prompt = {"prompt_token_ids": list(tokens)}
+                engine.add_request(f"lane-{lane}-{len(tokens)}", prompt, self._sampling(max_tokens, None))
+
+        for lane in range(len(conversations)):
+            ask(lane)
+        while engine.has_unfinished_requests():
+            self.steps += 1
+            for output in engine.step():
+                if output.finished:
+                    lane = int(output.request_id.split("-")[1])
+                    answers.append(Answer.of_output(output))
+                    conversations[lane].hear(answers[-1].tokens)
+                    ask(lane)
+        return answers
+
+    def metrics(self) -> Snapshot:
+        """The present reading of the engine's metrics."""
+        return Snapshot.of_engine(self.llm.get_metrics())
+
+    def reset_gpu_cache(self) -> None:
+        """Empties vLLM's own prefix cache; ours stays."""
+        assert self.llm.reset_prefix_cache(), "vLLM could not reset its prefix cache"
+
+    def reset_all(self) -> None:
+        """Empties vLLM's prefix cache and ours."""
+        assert self.llm.reset_prefix_cache(reset_connector=True), "vLLM could not reset both caches"
+
+    def trace(self) -> list[oplog.Op]:
+        """The engine's operation log so far."""
+        return oplog.read(self.trace_file)
+
+    def settle(self) -> Snapshot:
+        """Lets all copies end and all numbers arrive."""
+        for _ in range(SETTLE_ROUNDS):
+            self.complete(NUDGE, max_tokens=1)
+            if oplog.outstanding(self.trace()) == 0:
+                self.complete(NUDGE, max_tokens=1)
+                return self.metrics()
+            time.sleep(0.01)
+        raise AssertionError(f"copies did not end: {oplog.outstanding(self.trace())} loads and batches outstanding")
+
+    def close(self) -> None:
+        """Ends the engine's processes."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+
+
+@contextlib.contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for the processes that an engine starts meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def open_engine(
+    work_dir: Path,
+    pool_dir: Path,
+    *,
+    cellar: Mapping[str, object] | None,
+    model: Path | None = None,
+    transfer: Mapping[str, object] | None = None,
+    env: Mapping[str, str] | None = None,
+    name: str = "engine",
+    **options: Any,
+) -> Iterator[Engine]:
+    """Starts an engine and ends it afterwards.
+
+    Args:
+        work_dir: where the operation log goes.
+        pool_dir: where the pool goes.
+        cellar: our configuration, in which None takes a key away; nothing at all: an engine without a connector.
+        model: the real model unless given.
+        transfer: further keys of `kv_transfer_config`, which win over ours.
+        env: environment of the engine's processes.
+        name: tells engines of one `work_dir` apart.
+        options: arguments of `vllm.LLM` beside those set here.
+
+    """
+    from vllm import LLM
+
+    trace_file = work_dir / f"{name}.trace.jsonl"
+    arguments: dict[str, Any] = {
+        "model": str(model or real_model()),
+        "seed": 0,
+        "enforce_eager": True,
+        "block_size": BLOCK_TOKENS,
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": CHUNK_TOKENS,
+        "kv_cache_memory_bytes": 1 << 30,
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": True,
+        "disable_log_stats": False,
+        "disable_hybrid_kv_cache_manager": False,
+    }
+    if cellar is not None:
+        settings = {"pool_dir": str(pool_dir), "trace_file": str(trace_file), **cellar}
+        ours = transfer_config({key: value for key, value in settings.items() if value is not None})
+        arguments["kv_transfer_config"] = {**ours, **(transfer or {})}
+    arguments.update(options)
+    with environment(env or {}):
+        engine = Engine(LLM(**arguments), trace_file, pool_dir, not arguments.get("skip_tokenizer_init", False))
+        try:
+            yield engine
+        finally:
+            engine.close()

@@ -1,0 +1,27 @@
+"""Deliberately broken connectors. A test that passes with one of these is a defect."""
+
+from typing import Any
+
+from kvcellar.connector import KVCellarConnector
+
+
+class SwappedGroupsConnector(KVCellarConnector):
+    """Loads the blocks of every sliding-window group into the blocks of the next one.
+
+    Offloads are right, so each block lies in the pool under its true key. The mapping is broken between vLLM's block
+    tables and us and not between groups and tensors: groups of one layer each share the same tensor, and swapping their
+    views would change nothing.
+    """
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        """Notes which groups have a sliding window."""
+        super().__init__(vllm_config, role, kv_cache_config)
+        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        self._sliding = [index for index, spec in enumerate(specs) if getattr(spec, "sliding_window", None)]
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Hands the real connector the tables of the sliding-window groups, one group further on."""
+        tables = list(blocks.blocks)
+        for index, following in zip(self._sliding, self._sliding[1:] + self._sliding[:1], strict=True):
+            tables[index] = blocks.blocks[following]
+        super().update_state_after_alloc(request, type(blocks)(tuple(tables)), num_external_tokens)

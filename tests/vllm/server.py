@@ -1,0 +1,203 @@
+"""A real `vllm serve` on a free loopback port, with our connector."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.vllm import oplog
+from tests.vllm.answers import Answer
+from tests.vllm.metrics import Snapshot
+from tests.vllm.places import real_model
+from tests.vllm.processes import Family, family, kill, wait_until
+
+START_DEADLINE_S = 300.0
+STOP_DEADLINE_S = 15.0
+SETTLE_ROUNDS = 400
+
+# The smallest blocks that the CPU's attention kernels take; 64 of them hold two of the longest requests.
+BLOCK_TOKENS = 32
+KV_BLOCKS = 65
+MAX_MODEL_LEN = 1024
+CHUNK_TOKENS = 256
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def transfer_config(cellar: Mapping[str, object], **more: object) -> dict[str, Any]:
+    """vLLM's `kv_transfer_config` for our connector, found through its plugin entry point."""
+    return {
+        "kv_connector": "KVCellarConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": dict(cellar),
+        **more,
+    }
+
+
+def completion(tokens: Sequence[int], max_tokens: int, controls: Mapping[str, object] | None = None) -> dict[str, Any]:
+    """The body of a greedy completion request for token ids."""
+    body: dict[str, Any] = {
+        "prompt": list(tokens),
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "logprobs": 5,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+    }
+    if controls is not None:
+        body["kv_transfer_params"] = {"kvcellar": dict(controls)}
+    return body
+
+
+@dataclass
+class Server:
+    """A running server."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+    trace_file: Path
+    pool_dir: Path
+    client: httpx.Client
+    _family: Family | None = None
+
+    @property
+    def family(self) -> Family:
+        """Its processes, known once it is ready."""
+        assert self._family is not None, "the server is not ready"
+        return self._family
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def log_tail(self) -> str:
+        """The last lines that the server wrote."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-60:])
+
+    def wait_ready(self) -> None:
+        """Waits for the first healthy answer."""
+        end = time.monotonic() + START_DEADLINE_S
+        while True:
+            if self.process.poll() is not None:
+                raise RuntimeError(
+                    f"the server ended with {self.process.returncode} before it was ready:\n{self.log_tail()}"
+                )
+            with contextlib.suppress(httpx.TransportError):
+                if self.client.get("/health").status_code == httpx.codes.OK:
+                    break
+            if time.monotonic() > end:
+                raise RuntimeError(f"the server was not ready within {START_DEADLINE_S:.0f} s:\n{self.log_tail()}")
+            time.sleep(0.2)
+        self._family = family(self.process.pid)
+
+    def complete(
+        self, tokens: Sequence[int], max_tokens: int = 8, controls: Mapping[str, object] | None = None
+    ) -> Answer:
+        """One completion, to its end."""
+        response = self.client.post("/v1/completions", json=completion(tokens, max_tokens, controls))
+        response.raise_for_status()
+        return Answer.of_json(response.json())
+
+    def metrics(self) -> Snapshot:
+        """The present reading of /metrics."""
+        response = self.client.get("/metrics")
+        response.raise_for_status()
+        return Snapshot.of_text(response.text)
+
+    def reset(self, *, external: bool = False, running: bool = False) -> bool:
+        """Asks vLLM to empty its prefix cache, and ours with `external`. Returns whether it says that it did."""
+        query = {"reset_external": external, "reset_running_requests": running}
+        response = self.client.post(
+            "/reset_prefix_cache", params={name: str(value).lower() for name, value in query.items()}
+        )
+        response.raise_for_status()
+        return bool(response.json()["success"])
+
+    def trace(self) -> list[oplog.Op]:
+        """The engine's operation log so far."""
+        return oplog.read(self.trace_file)
+
+    def settle(self) -> Snapshot:
+        """Lets all copies end and all numbers arrive: requests below a block make the engine step without a key."""
+        for _ in range(SETTLE_ROUNDS):
+            self.complete([1, 2, 3], max_tokens=1)
+            idle = self.metrics().value("vllm:num_requests_running") == 0
+            if idle and oplog.outstanding(self.trace()) == 0:
+                self.complete([1, 2, 3], max_tokens=1)
+                return self.metrics()
+            time.sleep(0.02)
+        raise AssertionError(
+            f"copies or requests did not end: {oplog.outstanding(self.trace())} outstanding\n{self.log_tail()}"
+        )
+
+    def stop(self) -> None:
+        """Ends the server as an operator would, then by force; and whatever it left running."""
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.sweep()
+        self.client.close()
+
+    def sweep(self) -> None:
+        """Kills what is left of the server and waits for its end."""
+        if self._family is None:
+            return
+        for process in self._family.survivors():
+            kill(process)
+        members = self._family
+        wait_until(lambda: not members.survivors(), "the end of the server's processes")
+
+
+@contextlib.contextmanager
+def open_server(
+    work_dir: Path,
+    pool_dir: Path,
+    *,
+    cellar: Mapping[str, object],
+    model: Path | None = None,
+    kv_blocks: int = KV_BLOCKS,
+    name: str = "server",
+) -> Iterator[Server]:
+    """Starts a server and ends all of its processes afterwards."""
+    port = free_port()
+    log = work_dir / f"{name}.log"
+    trace_file = work_dir / f"{name}.trace.jsonl"
+    config = transfer_config({"pool_dir": str(pool_dir), "trace_file": str(trace_file), **cellar})
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model or real_model())]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model", "--seed", "0"]
+    command += ["--enforce-eager", "--block-size", str(BLOCK_TOKENS), "--num-gpu-blocks-override", str(kv_blocks)]
+    command += ["--kv-cache-memory-bytes", str(256 << 20), "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "8"]
+    command += ["--max-num-batched-tokens", str(CHUNK_TOKENS), "--enable-prompt-tokens-details"]
+    command += ["--kv-transfer-config", json.dumps(config)]
+    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120.0, trust_env=False)
+    server = Server(process, port, log, trace_file, pool_dir, client)
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.stop()

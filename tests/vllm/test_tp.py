@@ -1,0 +1,74 @@
+"""Several ranks on one machine: tensor parallel and pipeline parallel, each rank with its own part of every slot."""
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vllm import tiny_models
+from tests.vllm.answers import assert_identical
+from tests.vllm.cache_model import Replay
+from tests.vllm.engines import Engine, open_engine
+from tests.vllm.places import temporary_pool_dir
+from tests.vllm.prompts import prompt
+from tests.vllm.server import BLOCK_TOKENS
+
+ANSWER_TOKENS = 12
+RANKS = 2
+LENGTHS = [blocks * BLOCK_TOKENS + more for blocks in (2, 5, 9, 17) for more in (0, 1, -1)]
+
+
+@pytest.fixture(scope="module")
+def model(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama, whose heads two ranks can share."""
+    return tiny_models.llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module", params=["tensor_parallel_size", "pipeline_parallel_size"])
+def engine(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """An engine of two ranks, each bound to one core."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < RANKS:
+        pytest.skip(f"{RANKS} ranks need {RANKS} cores, this process may use {len(cores)}")
+    with temporary_pool_dir() as pool_dir:
+        cellar = {"dram_size": "64MiB", "namespace_salt": request.param, "verify_loads": True}
+        options: dict[str, Any] = {
+            "model": model,
+            "skip_tokenizer_init": True,
+            "max_num_batched_tokens": 1024,
+            request.param: RANKS,
+        }
+        env = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in cores[:RANKS])}
+        with open_engine(tmp_path_factory.mktemp("ranks"), pool_dir, cellar=cellar, env=env, **options) as engine:
+            yield engine
+
+
+def test_two_ranks_give_identical_logprobs_after_a_dram_hit(engine: Engine, seed: int) -> None:
+    rng = random.Random(seed)
+    prompts = [prompt(rng, length, 10, tiny_models.VOCABULARY - 1) for length in LENGTHS]
+    for tokens in prompts:
+        engine.complete(tokens, ANSWER_TOKENS)
+    references = [engine.complete(tokens, ANSWER_TOKENS) for tokens in prompts]
+    assert all(reference.cached_tokens > 0 for reference in references), "a reference was no GPU-cache hit"
+    for tokens, reference in zip(prompts, references, strict=True):
+        engine.settle()
+        engine.reset_gpu_cache()
+        before = engine.metrics()
+        answer = engine.complete(tokens, ANSWER_TOKENS)
+        after = engine.metrics()
+        wanted = (len(tokens) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        # Once for all ranks, and the same number that vLLM itself saw.
+        assert after.hit_tokens - before.hit_tokens == wanted
+        assert (
+            after.value("vllm:external_prefix_cache_hits_total") - before.value("vllm:external_prefix_cache_hits_total")
+            == wanted
+        )
+        assert_identical(reference, answer, f"{len(tokens)} tokens, seed {seed}")
+    final = engine.settle()
+    assert final.cellar("verified_loads_total") > 0
+    assert final.cellar("load_failures_total") == 0
+    assert not final.leftovers()
+    Replay(BLOCK_TOKENS).run(engine.trace())
