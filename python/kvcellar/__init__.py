@@ -33,7 +33,9 @@ CONNECTOR_NAME = "KVCellarConnector"
 
 
 def register() -> None:
-    """Make ``KVCellarConnector`` known to vLLM. Called by vLLM's plugin loader, in every process, any number of times."""
+    """Make ``KVCellarConnector`` known to vLLM. Called by vLLM's plugin loader, in every process, any number of
+    times.
+    """
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     if CONNECTOR_NAME not in KVConnectorFactory._registry:

@@ -1,7 +1,34 @@
 """The native module: see `src/python` for what each call does; docstrings there are part of the module."""
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias, final
+from typing import final
+
+from kvcellar.offers import Offer
+
+__all__ = [
+    "BusyError",
+    "Config",
+    "ConfigError",
+    "CopyReport",
+    "CopyWorker",
+    "DataLostError",
+    "DeviceError",
+    "EngineStats",
+    "InternalError",
+    "KvcellarError",
+    "LookupBench",
+    "PoolReport",
+    "RemovedRun",
+    "StoredRun",
+    "SystemRefusedError",
+    "TierEngine",
+    "UnsupportedError",
+    "Watch",
+    "__version__",
+    "bench_lookup",
+    "check_controls",
+    "run_command",
+]
 
 __version__: str
 
@@ -13,11 +40,6 @@ class BusyError(KvcellarError): ...
 class DataLostError(KvcellarError): ...
 class DeviceError(KvcellarError): ...
 class InternalError(KvcellarError): ...
-
-# (first block, vLLM block ids, encoded extra keys of each block or nothing)
-GroupOffer: TypeAlias = tuple[int, list[int], list[bytes]]
-# (request id, new block hashes, first token, token ids, groups)
-Offer: TypeAlias = tuple[str, list[bytes], int, list[int], list[GroupOffer]]
 
 @final
 class Config:
@@ -106,6 +128,7 @@ class TierEngine:
     def __new__(cls, config: Config, grouping: str) -> TierEngine: ...
     def open_pool(self, ranks: str, facts: str, stable: bool, progress: Callable[[int, int], None]) -> PoolReport: ...
     def ticket(self) -> str | None: ...
+    def attached(self) -> None: ...
     def add_request(self, request: str, controls: str | None, lora_name: str) -> None: ...
     def lookup(self, request: str, tokens: int, local: int, hashes: list[bytes]) -> int | None: ...
     def admit(self, request: str, external: int, blocks: Sequence[Sequence[int]]) -> None: ...

@@ -55,7 +55,8 @@ logger = init_logger(__name__)
 class KVCellarConnector(KVConnectorBase_V1, SupportsHMA):
     """vLLM's KV connector of KV Cellar.
 
-    With an unsupported KV cache group and ``"unsupported_groups": "bypass"`` it has neither side and answers "nothing" to everything.
+    With an unsupported KV cache group and ``"unsupported_groups": "bypass"`` it has neither side and answers
+    "nothing" to everything.
 
     Raises (construction):
         kvcellar.ConfigError: a setting that cannot work, named, with what to write instead.
@@ -86,7 +87,8 @@ class KVCellarConnector(KVConnectorBase_V1, SupportsHMA):
             return
         if transfer.kv_load_failure_policy != "recompute" and not config.strict_load_failure:
             logger.info(
-                "KV Cellar: kv_load_failure_policy set from %r to 'recompute', so that a failed load costs time and not the "
+                "KV Cellar: kv_load_failure_policy set from %r to 'recompute', so that a failed load costs time "
+                "and not the "
                 'request. Write "strict_load_failure": true to keep it.',
                 transfer.kv_load_failure_policy,
             )
@@ -96,6 +98,11 @@ class KVCellarConnector(KVConnectorBase_V1, SupportsHMA):
     @property
     def requires_kv_delivery(self) -> bool:
         """A cache: a block that is not kept is computed again, nothing is owed to anyone."""
+        return False
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """vLLM 0.33: sleeping moves the KV cache, whose addresses the copy workers hold."""
         return False
 
     @classmethod
@@ -221,7 +228,9 @@ class KVCellarConnector(KVConnectorBase_V1, SupportsHMA):
             self._scheduler.output(connector_output)
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """A request of a model with one group ended. Its blocks are freed at once; fences protect what is still copied."""
+        """A request of a model with one group ended. Its blocks are freed at once; fences protect what is still
+        copied.
+        """
         return self.request_finished_all_groups(request, (block_ids,))
 
     def request_finished_all_groups(

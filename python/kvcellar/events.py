@@ -14,7 +14,8 @@ from kvcellar.groups import Groups
 
 
 def encode_extra_keys(request: Request, first_token: int, blocks: int, block_tokens: int) -> list[bytes]:
-    """Encode what went into the hashes of a request's blocks beside their tokens, one element a block; empty for nothing.
+    """Encode what went into the hashes of a request's blocks beside their tokens, one element a block; empty "
+    "for nothing.
 
     Rare: only requests with LoRA, multimodal input, cache salt or prompt embeddings have such keys.
     """
@@ -32,7 +33,8 @@ def _decode_extra_keys(blocks: Sequence[bytes] | None) -> list[tuple[Any, ...] |
     if blocks is None:
         return None
     decoded = [msgspec.msgpack.decode(block) if block else None for block in blocks]
-    return to_event_extra_keys([_tuples(keys) for keys in decoded])
+    made: list[tuple[Any, ...] | None] | None = to_event_extra_keys([_tuples(keys) for keys in decoded])
+    return made
 
 
 def _tuples(keys: list[Any] | None) -> tuple[Any, ...] | None:

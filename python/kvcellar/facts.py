@@ -21,7 +21,8 @@ def machine() -> str:
 def weights(model: str, revision: str | None) -> object:
     """Tell one set of weights from another without reading them.
 
-    A local folder: name, size and time of each of its files. A hub model: the commit its files were fetched at, as far as
+    A local folder: name, size and time of each of its files. A hub model: the commit its files were fetched at, as
+    far as
     the local cache knows it; else the revision as written.
     """
     folder = Path(model)

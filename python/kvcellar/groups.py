@@ -100,7 +100,8 @@ def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Groups:
     """Describe the model's groups.
 
     Raises:
-        UnsupportedError: for a group of another kind than full attention, MLA or sliding window (named, with its index),
+        UnsupportedError: for a group of another kind than full attention, MLA or sliding window (named, with its
+        index),
             context parallelism, or a model without KV cache.
     """
     parallel = vllm_config.parallel_config

@@ -8,7 +8,7 @@ import multiprocessing
 import time
 from collections.abc import Iterable, Mapping
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_events import KVCacheEvent
@@ -25,10 +25,8 @@ from kvcellar._native import Config, TierEngine, Watch, check_controls
 from kvcellar.events import EventMaker, encode_extra_keys
 from kvcellar.groups import Groups
 from kvcellar.metadata import RankOffer, StepMetadata, WorkerTrouble
+from kvcellar.offers import GroupOffer, Offer
 from kvcellar.stats import KVCellarStats, of_engine
-
-if TYPE_CHECKING:
-    from kvcellar._native import GroupOffer, Offer
 
 logger = init_logger(__name__)
 
@@ -96,7 +94,9 @@ class SchedulerSide:
         self._publishes = self._config.events
         self._manager: KVCacheManager | None = None
         self._requests: dict[str, KnownRequest] = {}
+        self._opened = False
         self._ticket: str | None = None
+        self._attaching = 0
         self._watch: Watch | None = None
 
     # -- start and end -------------------------------------------------------------------------------------------------
@@ -112,24 +112,30 @@ class SchedulerSide:
             UnsupportedError: ranks on several machines, or ranks missing.
             KvcellarError: the pool cannot be had; the message names the setting and the remedy.
         """
+        if self._opened:
+            # vLLM 0.33 repeats the handshake after a sleep; the pool and its workers are as they were.
+            return
         ranks = [offers[key] for key in sorted(offers)]
         parallel = self._vllm_config.parallel_config
         world = parallel.pipeline_parallel_size * parallel.tensor_parallel_size
         own = [rank for rank in ranks if isinstance(rank, RankOffer)]
         if len(own) != world:
             raise UnsupportedError(
-                f"{len(own)} of {world} ranks told their KV cache layout. Use one machine, and the same connector on all ranks"
+                f"{len(own)} of {world} ranks told their KV cache layout. Use one machine, and the same "
+                f"connector on all ranks"
             )
         machines = {rank.machine for rank in own}
         if len(machines) != 1 or machines != {facts.machine()}:
             raise UnsupportedError(
-                f"The ranks of this engine run on {len(machines)} machines, and a host pool cannot span machines. Run tensor "
+                f"The ranks of this engine run on {len(machines)} machines, and a host pool cannot span "
+                f"machines. Run tensor "
                 "and pipeline parallel ranks on one machine, or serve without KV Cellar"
             )
         stable = facts.hashes_are_stable(self._vllm_config)
         if not stable:
             logger.warning(
-                "KV Cellar: block hashes change with every start (%s without PYTHONHASHSEED), so nothing survives a restart. "
+                "KV Cellar: block hashes change with every start (%s without PYTHONHASHSEED), so nothing "
+                "survives a restart. "
                 "Set PYTHONHASHSEED, or use sha256.",
                 self._vllm_config.cache_config.prefix_caching_hash_algo,
             )
@@ -140,8 +146,9 @@ class SchedulerSide:
             first = index - index % tensor + (index % tensor) // replicas * replicas
             native_ranks.append({"block_bytes": rank.block_bytes, "replica_of": None if first == index else first})
         report = self._engine.open_pool(
-            json.dumps(native_ranks), facts.collect(self._vllm_config, own), stable, _progress()
+            json.dumps(native_ranks), facts.collect(self._vllm_config, own), stable, PopulateProgress()
         )
+        self._opened = True
         self._ticket = self._engine.ticket()
         logger.info(
             "KV Cellar: dram tier of %.2f GiB (%d blocks, bounded by %s) at %s; %d blocks adopted%s",
@@ -192,7 +199,9 @@ class SchedulerSide:
         self._engine.admit(request.request_id, num_external_tokens, tables)
 
     def finish(self, request: Request) -> None:
-        """vLLM finished or aborted the request and is about to free its blocks: they may still be copied, behind fences."""
+        """vLLM finished or aborted the request and is about to free its blocks: they may still be copied, behind
+        fences.
+        """
         known = self._requests.pop(request.request_id, None)
         if known is None:
             return
@@ -216,9 +225,11 @@ class SchedulerSide:
                 offers.append(offer)
         plan = self._engine.step(offers, _handed_out(output))
         ticket, self._ticket = self._ticket, None
+        if ticket is not None:
+            self._attaching = self._vllm_config.max_concurrent_batches + 1
         return StepMetadata(plan, ticket)
 
-    def _offer(self, known: KnownRequest, ready: int) -> "Offer | None":
+    def _offer(self, known: KnownRequest, ready: int) -> Offer | None:
         """Blocks that are complete once ``ready`` tokens are, as far as tokens and hashes are known."""
         request = known.request
         # Placeholders of async scheduling and rejected speculative tokens have no hash yet.
@@ -248,6 +259,12 @@ class SchedulerSide:
         if isinstance(trouble, WorkerTrouble):
             logger.error("KV Cellar: a worker cannot use the host pool, the dram tier is off: %s", trouble.problem)
             self._engine.close()
+        elif self._attaching:
+            # Outputs of steps that were under way when the ticket was sent come first; after them every worker is
+            # attached.
+            self._attaching -= 1
+            if self._attaching == 0:
+                self._engine.attached()
         if output.finished_recving:
             self._engine.loads_ended(list(output.finished_recving), list(output.failed_recving or ()))
 
@@ -305,13 +322,14 @@ def _watch(engine: TierEngine, pid: int) -> Watch | None:
         return None
 
 
-class _progress:  # noqa: N801  (called like a function)
+class PopulateProgress:
     """Logs the progress of populating the pool, at most every two seconds."""
 
     def __init__(self) -> None:
         self._next = time.monotonic() + 2.0
 
     def __call__(self, done: int, total: int) -> None:
+        """Log, if it is time to. Both in bytes."""
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + 2.0
             logger.info("KV Cellar: populating the host pool, %.1f of %.1f GiB", done / _GIB, total / _GIB)

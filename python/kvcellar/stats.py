@@ -48,9 +48,11 @@ LOOKUP_BUCKETS = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e
 class KVCellarStats(KVConnectorStats):
     """Growth of counters since the last report, and the present value of gauges.
 
-    ``data``: ``counters`` (name -> amount), ``dropped`` (reason -> blocks), ``gauges`` (name -> value), ``lookup_seconds`` (list of
-    seconds). All of it crosses process borders, so it is plain data.
+    ``data``: ``counters`` (name -> amount), ``dropped`` (reason -> blocks), ``gauges`` (name -> value),
+    ``lookup_seconds`` (list of seconds). All of it crosses process borders, so it is plain data.
     """
+
+    data: dict[str, Any]
 
     def reset(self) -> None:
         """Forget everything."""
@@ -138,7 +140,9 @@ class KVCellarPromMetrics(KVConnectorPromMetrics):
             labelnames=[*labelnames, "state"],
         )
         self._gauges: dict[tuple[int, str], Any] = {
-            (engine, f"{state}_slots"): slots.labels(*values, state) for engine, values in engines for state in SLOT_STATES
+            (engine, f"{state}_slots"): slots.labels(*values, state)
+            for engine, values in engines
+            for state in SLOT_STATES
         }
         for name, text in GAUGES.items():
             gauge = self._gauge_cls(

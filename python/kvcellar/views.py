@@ -39,7 +39,8 @@ def _page_elements(name: str, tensor: torch.Tensor) -> int:
         if stride != expected:
             raise UnsupportedError(
                 f"The KV tensor of layer {name} has gaps inside a block (shape {tuple(tensor.shape)}, strides "
-                f"{tensor.stride()}), which is not supported. Choose another KV cache layout, or serve without KV Cellar"
+                f"{tensor.stride()}), which is not supported. Choose another KV cache layout, or serve without "
+                f"KV Cellar"
             )
         expected *= size
     return expected

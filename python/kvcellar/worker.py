@@ -41,8 +41,8 @@ class WorkerSide:
         """vLLM allocated its KV cache.
 
         Args:
-            kv_caches: per layer, a view of shape ``[kernel blocks, ...]``. Kept referenced until :meth:`shutdown`: the native side
-                holds their addresses.
+            kv_caches: per layer, a view of shape ``[kernel blocks, ...]``. Kept referenced until `shutdown`, because
+                the native side holds their addresses.
 
         Raises:
             UnsupportedError: a layout that cannot be copied, or a device without a copier.
@@ -50,8 +50,8 @@ class WorkerSide:
         devices = {tensor.device.type for tensor in kv_caches.values()}
         if devices != {"cpu"}:
             raise UnsupportedError(
-                f"This version of KV Cellar copies KV caches in CPU memory only, not on {', '.join(sorted(devices))}. Serve "
-                "without KV Cellar on this platform"
+                f"This version of KV Cellar copies KV caches in CPU memory only, not on {sorted(devices)}. "
+                "Serve without KV Cellar on this platform"
             )
         tensor_rank = get_tp_group().rank_in_group
         rank = get_pp_group().rank_in_group * self._vllm_config.parallel_config.tensor_parallel_size + tensor_rank

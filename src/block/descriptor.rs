@@ -115,8 +115,10 @@ pub fn read(page: &[u8], ranks: usize) -> Result<(BlockKey, Generation, Lineage)
     }
     let start = checksum_offset(ranks);
     let lens = [fixed.tokens as usize * 4, fixed.lora_bytes as usize, fixed.extra_bytes as usize];
-    let total = lens.iter().try_fold(0_usize, |sum, len| sum.checked_add(*len)).ok_or_else(|| damaged("lengths overflow"))?;
-    let body = start.checked_add(total).and_then(|end| page.get(start..end)).ok_or_else(|| damaged("lengths pass its end"))?;
+    let total =
+        lens.iter().try_fold(0_usize, |sum, len| sum.checked_add(*len)).ok_or_else(|| damaged("lengths overflow"))?;
+    let body =
+        start.checked_add(total).and_then(|end| page.get(start..end)).ok_or_else(|| damaged("lengths pass its end"))?;
     if checksum(&Fixed { checksum: 0, ..fixed }, body) != fixed.checksum {
         return Err(damaged("checksum mismatch"));
     }

@@ -163,12 +163,18 @@ impl SlotGeometry {
         let mut parts: Vec<RankPart> = Vec::with_capacity(ranks.len());
         for (rank, bytes) in ranks.iter().enumerate() {
             if bytes.block_bytes.len() != group_count {
-                return Err(refuse(format!("rank {rank} has {} KV cache groups, not {group_count}", bytes.block_bytes.len())));
+                return Err(refuse(format!(
+                    "rank {rank} has {} KV cache groups, not {group_count}",
+                    bytes.block_bytes.len()
+                )));
             }
             if let Some(twin) = bytes.replica_of {
-                let twin_part = parts.get(twin as usize).ok_or_else(|| refuse(format!("rank {rank} copies rank {twin}")))?;
+                let twin_part =
+                    parts.get(twin as usize).ok_or_else(|| refuse(format!("rank {rank} copies rank {twin}")))?;
                 if ranks[twin as usize].block_bytes != bytes.block_bytes {
-                    return Err(refuse(format!("rank {rank} should hold the bytes of rank {twin} but their sizes differ")));
+                    return Err(refuse(format!(
+                        "rank {rank} should hold the bytes of rank {twin} but their sizes differ"
+                    )));
                 }
                 parts.push(RankPart { writer: false, spans: twin_part.spans.clone() });
                 continue;
@@ -181,7 +187,8 @@ impl SlotGeometry {
             parts.push(RankPart { writer: true, spans: spans.collect() });
         }
         let tokens = grouping.groups.iter().map(|group| u64::from(group.block_tokens)).max().unwrap_or(0);
-        let descriptor = super::descriptor::FIXED_BYTES + 16 * ranks.len() as u64 + 4 * tokens + limits::DESCRIPTOR_EXTRA_BYTES;
+        let descriptor =
+            super::descriptor::FIXED_BYTES + 16 * ranks.len() as u64 + 4 * tokens + limits::DESCRIPTOR_EXTRA_BYTES;
         let descriptor_bytes = descriptor.next_multiple_of(limits::SLOT_ALIGN);
         let payload = ends.iter().copied().max().unwrap_or(0);
         Ok(Self {
@@ -203,15 +210,21 @@ mod tests {
     use super::*;
 
     fn grouping(kinds: &[GroupKind], block_tokens: u32) -> Grouping {
-        let groups = kinds.iter().map(|kind| GroupSpec { kind: *kind, kind_name: String::new(), block_tokens, eagle: false });
+        let groups =
+            kinds.iter().map(|kind| GroupSpec { kind: *kind, kind_name: String::new(), block_tokens, eagle: false });
         Grouping { groups: groups.collect(), hash_tokens: block_tokens, hit_tokens: block_tokens }
     }
 
     #[test]
     fn a_window_needs_the_blocks_its_tokens_touch() {
         let tail = |window, extra, block_tokens| {
-            GroupSpec { kind: GroupKind::SlidingWindow { window, extra }, kind_name: String::new(), block_tokens, eagle: false }
-                .tail_blocks()
+            GroupSpec {
+                kind: GroupKind::SlidingWindow { window, extra },
+                kind_name: String::new(),
+                block_tokens,
+                eagle: false,
+            }
+            .tail_blocks()
         };
         assert_eq!(tail(64, 0, 16), Some(4));
         assert_eq!(tail(65, 0, 16), Some(4));

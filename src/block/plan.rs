@@ -141,7 +141,8 @@ fn take_load(rest: &mut &[u8]) -> Result<Load> {
         return Err(damaged("a request id is too long"));
     }
     let doomed = take_u32(rest)? != 0;
-    let request = std::str::from_utf8(take(rest, id_len)?).map_err(|_| damaged("a request id is not UTF-8"))?.to_owned();
+    let request =
+        std::str::from_utf8(take(rest, id_len)?).map_err(|_| damaged("a request id is not UTF-8"))?.to_owned();
     Ok(Load { request, doomed, copies: take_copies(rest)? })
 }
 

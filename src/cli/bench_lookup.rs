@@ -119,7 +119,17 @@ pub fn measure(options: &Options) -> (Vec<Measured>, Vec<Goal>) {
     bar.inc(1);
     bar.set_message("measuring");
 
-    let names = ["core_hit_cold", "bare_hit_cold", "core_hit_warm", "bare_hit_warm", "core_miss_cold", "bare_miss_cold", "core_miss_warm", "bare_miss_warm", "core_allocate_evict"];
+    let names = [
+        "core_hit_cold",
+        "bare_hit_cold",
+        "core_hit_warm",
+        "bare_hit_warm",
+        "core_miss_cold",
+        "bare_miss_cold",
+        "core_miss_warm",
+        "bare_miss_warm",
+        "core_allocate_evict",
+    ];
     let mut values: Vec<Vec<f64>> = vec![Vec::new(); names.len()];
     let mut next_unknown = total;
     for repetition in 0..options.repetitions {
@@ -157,7 +167,8 @@ pub fn measure(options: &Options) -> (Vec<Measured>, Vec<Goal>) {
         values[8].push(nanoseconds_each(request, || table.allocate(&fresh)));
     }
     bar.finish_and_clear();
-    let results: Vec<Measured> = names.iter().zip(values).map(|(name, values)| measured(name, "ns/block", values)).collect();
+    let results: Vec<Measured> =
+        names.iter().zip(values).map(|(name, values)| measured(name, "ns/block", values)).collect();
     let goals = lookup_goals(&results);
     (results, goals)
 }

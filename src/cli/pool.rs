@@ -27,7 +27,13 @@ pub fn list(pool_dir: &Path, json: bool) -> i32 {
         let model = entry.facts.as_ref().and_then(|facts| facts["model"].as_str()).unwrap_or("?");
         let number = |value: Option<u64>| value.map_or("?".to_owned(), |value| value.to_string());
         let pid = number(entry.owner_pid.map(u64::from));
-        println!("{:<36} {:>10} {:>9} {pid:>9} {:<8} {model}", entry.name, show(entry.bytes), number(entry.slots), entry.state);
+        println!(
+            "{:<36} {:>10} {:>9} {pid:>9} {:<8} {model}",
+            entry.name,
+            show(entry.bytes),
+            number(entry.slots),
+            entry.state
+        );
     }
     0
 }

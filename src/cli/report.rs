@@ -34,8 +34,10 @@ pub struct Goal {
 /// Median and spread of repetitions.
 pub fn measured(name: &str, unit: &'static str, mut values: Vec<f64>) -> Measured {
     values.sort_by(f64::total_cmp);
-    let at = |share: f64| values.get(((values.len() as f64 - 1.0) * share).round() as usize).copied().unwrap_or(f64::NAN);
-    Measured { name: name.to_owned(), value: at(0.5), unit, spread: (at(0.75) - at(0.25)) / 2.0, n: values.len() }
+    // Quartiles by rank: index of a quarter, half and three quarters of the way.
+    let at =
+        |quarters: usize| values.get((values.len().saturating_sub(1) * quarters + 2) / 4).copied().unwrap_or(f64::NAN);
+    Measured { name: name.to_owned(), value: at(2), unit, spread: (at(3) - at(1)) / 2.0, n: values.len() }
 }
 
 /// The whole report.
@@ -56,8 +58,11 @@ fn commit() -> Value {
 pub fn machine() -> Value {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let cpuinfo = read("/proc/cpuinfo");
-    let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ").map(|(_, name)| name.to_owned()));
-    let memory_kib = read("/proc/meminfo").lines().next().and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+    let model = cpuinfo
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(": ").map(|(_, name)| name.to_owned()));
+    let memory_kib =
+        read("/proc/meminfo").lines().next().and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
     json!({
         "cpu": model,
         "cores": std::thread::available_parallelism().map_or(0, usize::from),

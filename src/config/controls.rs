@@ -23,8 +23,11 @@ impl Default for Controls {
 }
 
 /// Keys and what to write, for messages.
-pub(crate) const KEYS: &[(&str, &str)] =
-    &[("store", "true or false"), ("load", "true or false"), ("max_load_tokens", "a whole number of tokens, 0 or more")];
+pub(crate) const KEYS: &[(&str, &str)] = &[
+    ("store", "true or false"),
+    ("load", "true or false"),
+    ("max_load_tokens", "a whole number of tokens, 0 or more"),
+];
 
 impl Controls {
     /// Parses the object under the key `kvcellar`.
@@ -33,7 +36,11 @@ impl Controls {
     /// [`Error::Config`] naming the key at fault.
     pub fn parse(json: &str) -> Result<Self> {
         let object: Map<String, Value> = serde_json::from_str(json).map_err(|error| {
-            Error::config("kv_transfer_params.kvcellar", format!("not a JSON object ({error})"), "Write {\"store\": false}")
+            Error::config(
+                "kv_transfer_params.kvcellar",
+                format!("not a JSON object ({error})"),
+                "Write {\"store\": false}",
+            )
         })?;
         let mut controls = Self::default();
         for (key, value) in &object {
@@ -60,6 +67,8 @@ mod tests {
         let read = Controls::parse(r#"{"store": false, "max_load_tokens": 32}"#).expect("valid");
         assert_eq!(read, Controls { store: false, load: true, max_load_tokens: Some(32) });
         assert!(Controls::parse(r#"{"stor": false}"#).expect_err("unknown").to_string().contains("`store`"));
-        assert!(Controls::parse(r#"{"max_load_tokens": -1}"#).expect_err("range").to_string().contains("max_load_tokens"));
+        assert!(
+            Controls::parse(r#"{"max_load_tokens": -1}"#).expect_err("range").to_string().contains("max_load_tokens")
+        );
     }
 }

@@ -25,6 +25,7 @@ pub enum UnsupportedGroups {
 
 /// Configuration of one engine. Sizes are bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a key that users write as true or false")]
 pub struct Config {
     /// Wanted size of the dram tier, capped by what the machine has.
     pub dram_bytes: u64,
@@ -92,7 +93,11 @@ impl Config {
     /// [`Error::Config`] for text that is no JSON object, an unknown key, or a value of the wrong type or range.
     pub fn parse(json: &str) -> Result<Self> {
         let object: Map<String, Value> = serde_json::from_str(json).map_err(|error| {
-            Error::config("kv_connector_extra_config", format!("not a JSON object ({error})"), "Write {\"dram_size\": \"4GiB\"}")
+            Error::config(
+                "kv_connector_extra_config",
+                format!("not a JSON object ({error})"),
+                "Write {\"dram_size\": \"4GiB\"}",
+            )
         })?;
         let mut config = Self::default();
         for (key, value) in &object {
@@ -148,7 +153,8 @@ fn absolute_path(key: &str, value: &Value) -> Result<PathBuf> {
 
 /// The error for a value of the wrong type or range.
 pub(crate) fn wrong(key: &str, value: &Value) -> Error {
-    let wanted = KEYS.iter().chain(controls::KEYS).find(|(name, _)| *name == key).map_or("another value", |(_, wanted)| *wanted);
+    let wanted =
+        KEYS.iter().chain(controls::KEYS).find(|(name, _)| *name == key).map_or("another value", |(_, wanted)| *wanted);
     Error::config(key, format!("{value} is not valid"), format!("Write {wanted}"))
 }
 
@@ -160,7 +166,9 @@ fn unknown(key: &str) -> Error {
 pub(crate) fn nearest(key: &str, known: &[(&str, &str)]) -> String {
     let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
     let best = names.iter().max_by(|a, b| strsim::jaro_winkler(key, a).total_cmp(&strsim::jaro_winkler(key, b)));
-    let guess = best.filter(|name| strsim::jaro_winkler(key, name) > 0.7).map_or(String::new(), |name| format!("Did you mean `{name}`? "));
+    let guess = best
+        .filter(|name| strsim::jaro_winkler(key, name) > 0.7)
+        .map_or(String::new(), |name| format!("Did you mean `{name}`? "));
     format!("{guess}Known keys: {}", names.join(", "))
 }
 

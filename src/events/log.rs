@@ -162,7 +162,9 @@ mod tests {
         log.removed(key(2, 1));
         let runs = log.take(100);
         assert_eq!(runs.len(), 4);
-        assert!(matches!(&runs[0], Run::Stored { hashes, tokens, parent: None, .. } if hashes.len() == 2 && *tokens == [1, 1, 2, 2]));
+        assert!(
+            matches!(&runs[0], Run::Stored { hashes, tokens, parent: None, .. } if hashes.len() == 2 && *tokens == [1, 1, 2, 2])
+        );
         assert!(matches!(&runs[2], Run::Removed { hashes, .. } if hashes.len() == 2));
         assert!(log.is_empty() && log.take(1).is_empty());
     }

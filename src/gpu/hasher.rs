@@ -136,7 +136,9 @@ impl Shared {
         if self.pool.line(slot).may_read(copy.generation) {
             // SAFETY: the span lies inside the slot's payload and the pool stays mapped through `self.pool`. The slot is filled with this
             // generation; before this rank writes it again its copier waits for the guard.
-            let bytes = unsafe { std::slice::from_raw_parts(self.pool.payload(slot).as_ptr().add(offset as usize), len as usize) };
+            let bytes = unsafe {
+                std::slice::from_raw_parts(self.pool.payload(slot).as_ptr().add(offset as usize), len as usize)
+            };
             let sum = xxhash_rust::xxh3::xxh3_64(bytes);
             self.pool.set_checksum(slot, self.rank, copy.generation, sum);
         }

@@ -31,7 +31,13 @@ impl HostSide {
     /// # Safety
     /// Every address that `groups` resolves must be valid for reads and writes, and stay so until the copier built on this is dropped. vLLM
     /// allocates the KV cache once, before it registers it with the connector, and frees it after the connector's `shutdown`.
-    pub unsafe fn new(pool: Arc<Pool>, groups: Arc<Vec<GroupRuns>>, rank: usize, verify_loads: bool, guard: Arc<HashGuard>) -> Self {
+    pub unsafe fn new(
+        pool: Arc<Pool>,
+        groups: Arc<Vec<GroupRuns>>,
+        rank: usize,
+        verify_loads: bool,
+        guard: Arc<HashGuard>,
+    ) -> Self {
         Self { pool, groups, rank, verify_loads, guard }
     }
 
@@ -54,9 +60,9 @@ impl HostSide {
                     return Err(CopyError::Stale);
                 }
                 self.guard.wait_until_free(slot);
-                self.gather(group, copy.block, part)?;
+                gather(group, copy.block, part)?;
                 if self.verify_loads {
-                    let sum = self.sum_of_block(group, copy.block)?;
+                    let sum = sum_of_block(group, copy.block)?;
                     self.pool.set_checksum(slot, self.rank, copy.generation, sum);
                 }
             }
@@ -65,7 +71,7 @@ impl HostSide {
                     return Err(CopyError::Stale);
                 }
                 self.check_stored(slot, &copy, part, len as usize)?;
-                self.scatter(group, copy.block, part)?;
+                scatter(group, copy.block, part)?;
                 if self.verify_loads {
                     self.check_loaded(slot, &copy, group)?;
                 }
@@ -75,7 +81,13 @@ impl HostSide {
     }
 
     /// An adopted slot's bytes are used only when they are what was stored.
-    fn check_stored(&self, slot: SlotIndex, copy: &crate::block::plan::BlockCopy, part: NonNull<u8>, len: usize) -> std::result::Result<(), CopyError> {
+    fn check_stored(
+        &self,
+        slot: SlotIndex,
+        copy: &crate::block::plan::BlockCopy,
+        part: NonNull<u8>,
+        len: usize,
+    ) -> std::result::Result<(), CopyError> {
         if copy.flags & VERIFY == 0 {
             return Ok(());
         }
@@ -86,9 +98,14 @@ impl HostSide {
     }
 
     /// Debug mode: what arrived in the KV cache is what was offloaded from it.
-    fn check_loaded(&self, slot: SlotIndex, copy: &crate::block::plan::BlockCopy, group: &GroupRuns) -> std::result::Result<(), CopyError> {
+    fn check_loaded(
+        &self,
+        slot: SlotIndex,
+        copy: &crate::block::plan::BlockCopy,
+        group: &GroupRuns,
+    ) -> std::result::Result<(), CopyError> {
         let stored = self.pool.checksum(slot, self.writer_rank(copy.group), copy.generation);
-        let arrived = self.sum_of_block(group, copy.block)?;
+        let arrived = sum_of_block(group, copy.block)?;
         if stored == Some(arrived) { Ok(()) } else { Err(CopyError::Mismatch) }
     }
 
@@ -98,41 +115,41 @@ impl HostSide {
         let own = parts[self.rank].spans[group as usize];
         parts.iter().position(|part| part.writer && part.spans[group as usize] == own).unwrap_or(self.rank)
     }
+}
 
-    fn gather(&self, group: &GroupRuns, block: u32, part: NonNull<u8>) -> std::result::Result<(), CopyError> {
-        let mut to = part.as_ptr();
-        for (from, len) in group.pieces(block).ok_or(CopyError::OutOfRange)? {
-            // SAFETY: `from` is valid by the contract of `new`; `to` stays inside the span, whose length is the sum of the pieces (checked by
-            // the caller). The block's source is fenced until this order is answered, and the slot is ours while it is filling.
-            unsafe {
-                to.copy_from_nonoverlapping(from as *const u8, len);
-                to = to.add(len);
-            }
+fn gather(group: &GroupRuns, block: u32, part: NonNull<u8>) -> std::result::Result<(), CopyError> {
+    let mut to = part.as_ptr();
+    for (from, len) in group.pieces(block).ok_or(CopyError::OutOfRange)? {
+        // SAFETY: `from` is valid by the contract of `new`; `to` stays inside the span, whose length is the sum of the pieces (checked by
+        // the caller). The block's source is fenced until this order is answered, and the slot is ours while it is filling.
+        unsafe {
+            to.copy_from_nonoverlapping(from as *const u8, len);
+            to = to.add(len);
         }
-        Ok(())
     }
+    Ok(())
+}
 
-    fn scatter(&self, group: &GroupRuns, block: u32, part: NonNull<u8>) -> std::result::Result<(), CopyError> {
-        let mut from = part.as_ptr().cast_const();
-        for (to, len) in group.pieces(block).ok_or(CopyError::OutOfRange)? {
-            // SAFETY: as in `gather`, the other way round: vLLM allocated the destination block for this load alone and reads it only after the
-            // load was reported finished; the slot is pinned by the load's lease.
-            unsafe {
-                (to as *mut u8).copy_from_nonoverlapping(from, len);
-                from = from.add(len);
-            }
+fn scatter(group: &GroupRuns, block: u32, part: NonNull<u8>) -> std::result::Result<(), CopyError> {
+    let mut from = part.as_ptr().cast_const();
+    for (to, len) in group.pieces(block).ok_or(CopyError::OutOfRange)? {
+        // SAFETY: as in `gather`, the other way round: vLLM allocated the destination block for this load alone and reads it only after the
+        // load was reported finished; the slot is pinned by the load's lease.
+        unsafe {
+            (to as *mut u8).copy_from_nonoverlapping(from, len);
+            from = from.add(len);
         }
-        Ok(())
     }
+    Ok(())
+}
 
-    fn sum_of_block(&self, group: &GroupRuns, block: u32) -> std::result::Result<u64, CopyError> {
-        let mut hasher = Xxh3Default::new();
-        for (address, len) in group.pieces(block).ok_or(CopyError::OutOfRange)? {
-            // SAFETY: valid by the contract of `new`; nobody writes the block while its order is not answered.
-            hasher.update(unsafe { std::slice::from_raw_parts(address as *const u8, len) });
-        }
-        Ok(hasher.digest())
+fn sum_of_block(group: &GroupRuns, block: u32) -> std::result::Result<u64, CopyError> {
+    let mut hasher = Xxh3Default::new();
+    for (address, len) in group.pieces(block).ok_or(CopyError::OutOfRange)? {
+        // SAFETY: valid by the contract of `new`; nobody writes the block while its order is not answered.
+        hasher.update(unsafe { std::slice::from_raw_parts(address as *const u8, len) });
     }
+    Ok(hasher.digest())
 }
 
 /// Copies with a few threads. An order in flight is bounded by the tier engine (`limits::INFLIGHT_STORES_MAX` and the KV cache itself).
@@ -148,14 +165,14 @@ impl HostCopier {
     ///
     /// # Errors
     /// [`Error::DeviceDead`] when the system refuses a thread.
-    pub fn start(side: HostSide, answers: Arc<dyn Answers>, threads: usize) -> Result<Self> {
+    pub fn start(side: HostSide, answers: &Arc<dyn Answers>, threads: usize) -> Result<Self> {
         let side = Arc::new(side);
         let (loads_tx, loads_rx) = unbounded();
         let (offloads_tx, offloads_rx) = unbounded();
         let in_flight = Arc::new(AtomicUsize::new(0));
         let mut copier = Self { loads: Some(loads_tx), offloads: Some(offloads_tx), threads: Vec::new(), in_flight };
         for number in 0..threads.max(1) {
-            let (side, answers, in_flight) = (Arc::clone(&side), Arc::clone(&answers), Arc::clone(&copier.in_flight));
+            let (side, answers, in_flight) = (Arc::clone(&side), Arc::clone(answers), Arc::clone(&copier.in_flight));
             let (loads, offloads) = (loads_rx.clone(), offloads_rx.clone());
             let thread = thread::Builder::new()
                 .name(format!("kvcellar-copy-{number}"))

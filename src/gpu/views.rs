@@ -95,7 +95,8 @@ impl GroupRuns {
     /// Address and length of each piece of a block. `None`: there is no such block.
     pub fn pieces(&self, block: u32) -> Option<impl Iterator<Item = (u64, usize)> + '_> {
         let block = u64::from(block);
-        (block < self.blocks).then(|| self.runs.iter().map(move |run| (run.address + block * run.block_stride, run.len as usize)))
+        (block < self.blocks)
+            .then(|| self.runs.iter().map(move |run| (run.address + block * run.block_stride, run.len as usize)))
     }
 }
 

@@ -202,7 +202,8 @@ pub struct CopyWorker {
 }
 
 /// A [`MakeCopier`] that also gets the guard it must respect before it writes a slot.
-pub type MakeCopierGuarded = dyn Fn(Arc<Pool>, Arc<dyn Answers>, Arc<HashGuard>) -> Result<Box<dyn Copier>> + Send + Sync;
+pub type MakeCopierGuarded =
+    dyn Fn(Arc<Pool>, Arc<dyn Answers>, Arc<HashGuard>) -> Result<Box<dyn Copier>> + Send + Sync;
 
 impl CopyWorker {
     /// A worker for rank `rank` that will build its copier when it attaches.
@@ -354,7 +355,8 @@ impl CopyWorker {
         let Some(attached) = self.attached.as_ref().filter(|_| self.writes()) else { return };
         let board = &attached.board;
         let open = |wait: &BlockCopy| {
-            wait.slot < board.pool.slot_count() && !board.pool.line(SlotIndex(wait.slot)).answered(self.rank, wait.generation)
+            wait.slot < board.pool.slot_count()
+                && !board.pool.line(SlotIndex(wait.slot)).answered(self.rank, wait.generation)
         };
         let mut progress = board.lock();
         // Nothing in flight means that every order was answered, also orders that were refused as stale.
@@ -378,7 +380,9 @@ impl CopyWorker {
         {
             let mut progress = attached.board.lock();
             progress.loading.add(orders.len());
-            progress.loads.insert(ticket, RunningLoad { request: load.request, remaining: orders.len(), failed: false });
+            progress
+                .loads
+                .insert(ticket, RunningLoad { request: load.request, remaining: orders.len(), failed: false });
         }
         if attached.copier.submit(&orders).is_err() {
             for order in &orders {

@@ -53,8 +53,10 @@ impl Lru {
     pub fn order(&self) -> impl Iterator<Item = SlotIndex> + '_ {
         let sentinel = self.sentinel();
         let next = move |slot: u32| (slot != sentinel).then_some(slot);
-        std::iter::successors(next(self.links[sentinel as usize].hotter), move |slot| next(self.links[*slot as usize].hotter))
-            .map(SlotIndex)
+        std::iter::successors(next(self.links[sentinel as usize].hotter), move |slot| {
+            next(self.links[*slot as usize].hotter)
+        })
+        .map(SlotIndex)
     }
 }
 

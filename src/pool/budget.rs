@@ -115,7 +115,9 @@ fn cgroup_room() -> Option<u64> {
     let legacy = Path::new("/sys/fs/cgroup/memory");
     let (limit, usage) = (read(&legacy.join("memory.limit_in_bytes")), read(&legacy.join("memory.usage_in_bytes")));
     match (limit, usage) {
-        (Some(limit), Some(usage)) => Some(least.map_or(limit.saturating_sub(usage), |least| least.min(limit.saturating_sub(usage)))),
+        (Some(limit), Some(usage)) => {
+            Some(least.map_or(limit.saturating_sub(usage), |least| least.min(limit.saturating_sub(usage))))
+        }
         _ => least,
     }
 }
@@ -130,7 +132,10 @@ mod tests {
     fn the_least_bound_wins_and_is_named() {
         let machine =
             Machine { shared_memory: Some(8 * GIB), cgroup: None, available: Some(100 * GIB), total: Some(128 * GIB) };
-        assert_eq!(machine.budget(4 * GIB, true, 0).expect("fits"), Budget { bytes: 4 * GIB, bound: Bound::Configured });
+        assert_eq!(
+            machine.budget(4 * GIB, true, 0).expect("fits"),
+            Budget { bytes: 4 * GIB, bound: Bound::Configured }
+        );
         assert_eq!(machine.budget(64 * GIB, true, 0).expect("capped").bound, Bound::SharedMemory);
         let tight = Machine { cgroup: Some(GIB), ..machine };
         assert_eq!(tight.budget(4 * GIB, true, 0).expect("capped").bound, Bound::Cgroup);

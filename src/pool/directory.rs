@@ -32,7 +32,8 @@ pub fn path(pool_dir: &Path) -> PathBuf {
 
 fn check(dir: &Path) -> Result<()> {
     let found = std::fs::symlink_metadata(dir).map_err(|error| Error::io("reading", dir, error, REMEDY))?;
-    let private = found.is_dir() && found.uid() == Uid::effective().as_raw() && found.mode() & 0o077 == 0;
+    // Six low bits clear: nothing for group and others.
+    let private = found.is_dir() && found.uid() == Uid::effective().as_raw() && found.mode().trailing_zeros() >= 6;
     if private {
         return Ok(());
     }
@@ -77,7 +78,7 @@ fn open(path: &Path, create: bool) -> Result<File> {
 
 fn refuse_strangers(file: &File, path: &Path) -> Result<()> {
     let found = file.metadata().map_err(|error| Error::io("reading", path, error, REMEDY))?;
-    if found.is_file() && found.uid() == Uid::effective().as_raw() && found.mode() & 0o077 == 0 {
+    if found.is_file() && found.uid() == Uid::effective().as_raw() && found.mode().trailing_zeros() >= 6 {
         return Ok(());
     }
     Err(Error::config("pool_dir", format!("{} is not a private file of this user", path.display()), "Remove it"))

@@ -43,7 +43,14 @@ pub struct Purpose {
 
 impl Purpose {
     /// Describes a new pool.
-    pub fn new(namespace: [u8; 16], ranks: u32, slot_count: u64, slot_bytes: u64, descriptor_bytes: u64, wanted_bytes: u64) -> Self {
+    pub fn new(
+        namespace: [u8; 16],
+        ranks: u32,
+        slot_count: u64,
+        slot_bytes: u64,
+        descriptor_bytes: u64,
+        wanted_bytes: u64,
+    ) -> Self {
         let created_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         Self {
             magic: MAGIC,
@@ -89,7 +96,9 @@ impl Purpose {
     /// The facts behind the namespace, as JSON, cut to what fits.
     pub fn facts(&self, bytes: &[u8]) -> String {
         let len = (self.facts_bytes as usize).min(limits::FACTS_BYTES_MAX);
-        bytes.get(FACTS_OFFSET..FACTS_OFFSET + len).map_or(String::new(), |facts| String::from_utf8_lossy(facts).into_owned())
+        bytes
+            .get(FACTS_OFFSET..FACTS_OFFSET + len)
+            .map_or(String::new(), |facts| String::from_utf8_lossy(facts).into_owned())
     }
 }
 
@@ -111,14 +120,14 @@ impl<'a> Header<'a> {
         Self { map }
     }
 
-    fn owner(&self) -> &'a Owner {
+    fn owner(self) -> &'a Owner {
         // SAFETY: the header pages are inside every mapping (`Mapping::of` checks the length), the offset is aligned, the struct is made of
         // atomics only, and the mapping outlives 'a.
         unsafe { self.map.at(OWNER_OFFSET, size_of::<Owner>()).cast::<Owner>().as_ref() }
     }
 
     /// Writes the purpose and the facts. Only the creator calls this, before anyone else maps the file.
-    pub(super) fn write(&self, mut purpose: Purpose, facts: &str) {
+    pub(super) fn write(self, mut purpose: Purpose, facts: &str) {
         let facts = &facts.as_bytes()[..facts.len().min(limits::FACTS_BYTES_MAX)];
         purpose.facts_bytes = facts.len() as u64;
         purpose.checksum = purpose.sum();
@@ -131,28 +140,28 @@ impl<'a> Header<'a> {
     }
 
     /// Takes the pool over: a new epoch, so that nobody attaches with an older ticket.
-    pub(super) fn take_over(&self, epoch: u64) {
+    pub(super) fn take_over(self, epoch: u64) {
         self.owner().pid.store(std::process::id(), Ordering::Relaxed);
         self.owner().epoch.store(epoch, Ordering::Release);
     }
 
     /// The present owner's epoch.
-    pub fn epoch(&self) -> u64 {
+    pub fn epoch(self) -> u64 {
         self.owner().epoch.load(Ordering::Acquire)
     }
 
     /// Process id of the last owner.
-    pub fn owner_pid(&self) -> u32 {
+    pub fn owner_pid(self) -> u32 {
         self.owner().pid.load(Ordering::Relaxed)
     }
 
     /// The generation that `reset_cache` bumps: slots of an earlier one are never adopted.
-    pub fn cache_generation(&self) -> u64 {
+    pub fn cache_generation(self) -> u64 {
         self.owner().cache_generation.load(Ordering::Acquire)
     }
 
     /// Makes everything stored so far worthless, for this and every later engine.
-    pub fn bump_cache_generation(&self) -> u64 {
+    pub fn bump_cache_generation(self) -> u64 {
         self.owner().cache_generation.fetch_add(1, Ordering::AcqRel) + 1
     }
 }

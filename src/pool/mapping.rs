@@ -27,7 +27,8 @@ impl Mapping {
     /// # Errors
     /// [`Error::Io`]; [`Error::DataLost`] for a file that does not even hold a header.
     pub fn of(file: &File, path: &Path) -> Result<Self> {
-        let raw = MmapOptions::new().map_raw(file).map_err(|error| Error::io("mapping the pool", path, error, REMEDY))?;
+        let raw =
+            MmapOptions::new().map_raw(file).map_err(|error| Error::io("mapping the pool", path, error, REMEDY))?;
         if (raw.len() as u64) < limits::HEADER_BYTES {
             return Err(Error::lost("pool file", format!("{} is too short", path.display())));
         }

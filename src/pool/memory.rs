@@ -70,7 +70,8 @@ impl SlotMemory for Arc<Pool> {
         }
         // A damaged descriptor only means that nobody knows what the slot holds: it is not adopted.
         let (key, described, lineage) = descriptor::read(&self.descriptor(slot), parts.len()).ok()?;
-        (described == generation && usize::from(key.group.0) < self.geometry().payload_bytes.len()).then_some((key, generation, lineage))
+        (described == generation && usize::from(key.group.0) < self.geometry().payload_bytes.len())
+            .then_some((key, generation, lineage))
     }
 }
 

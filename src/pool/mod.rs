@@ -75,7 +75,13 @@ fn slots_offset(slot_count: u64) -> u64 {
 }
 
 impl Pool {
-    fn assemble(map: Mapping, path: PathBuf, slot_count: u32, geometry: SlotGeometry, locks: PoolLocks) -> Result<Self> {
+    fn assemble(
+        map: Mapping,
+        path: PathBuf,
+        slot_count: u32,
+        geometry: SlotGeometry,
+        locks: PoolLocks,
+    ) -> Result<Self> {
         let wanted = file_bytes(u64::from(slot_count), &geometry);
         if map.len() as u64 != wanted {
             return Err(Error::lost("pool file", format!("{} has {} bytes, not {wanted}", path.display(), map.len())));

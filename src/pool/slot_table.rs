@@ -98,12 +98,14 @@ impl SlotLine {
 
     /// Worker: may rank write its part for this order? `false`: the order is stale and must not touch memory.
     pub fn may_write(&self, generation: u32) -> bool {
-        self.state.load(Ordering::Acquire) == SlotState::Filling as u32 && self.generation.load(Ordering::SeqCst) == generation
+        self.state.load(Ordering::Acquire) == SlotState::Filling as u32
+            && self.generation.load(Ordering::SeqCst) == generation
     }
 
     /// Worker: does the slot hold the whole block this order names?
     pub fn may_read(&self, generation: u32) -> bool {
-        self.state.load(Ordering::SeqCst) == SlotState::Filled as u32 && self.generation.load(Ordering::SeqCst) == generation
+        self.state.load(Ordering::SeqCst) == SlotState::Filled as u32
+            && self.generation.load(Ordering::SeqCst) == generation
     }
 
     /// Worker: rank `rank` wrote its part (`ok`), or could not.

@@ -32,7 +32,10 @@ impl Watch {
         };
         // SAFETY: pidfd_open takes two integers and returns a new descriptor or -1.
         let raw = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-        let raw = i32::try_from(raw).ok().filter(|raw| *raw >= 0).ok_or_else(|| dead(std::io::Error::last_os_error().to_string()))?;
+        let raw = i32::try_from(raw)
+            .ok()
+            .filter(|raw| *raw >= 0)
+            .ok_or_else(|| dead(std::io::Error::last_os_error().to_string()))?;
         // SAFETY: the descriptor is new and nobody else owns it.
         let process = unsafe { File::from_raw_fd(raw) };
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(|error| dead(error.to_string()))?);

@@ -60,7 +60,14 @@ impl PyTierEngine {
 
     /// Creates or adopts the pool. `ranks`: JSON list of what each rank offers; `facts`: JSON object that makes up the namespace; `stable`: block hashes
     /// mean the same after a restart. `progress(done, total)` is called in bytes.
-    fn open_pool(&self, py: Python<'_>, ranks: &str, facts: &str, stable: bool, progress: Py<PyAny>) -> PyResult<PoolReport> {
+    fn open_pool(
+        &self,
+        py: Python<'_>,
+        ranks: &str,
+        facts: &str,
+        stable: bool,
+        progress: Py<PyAny>,
+    ) -> PyResult<PoolReport> {
         let config = self.config.clone();
         py.detach(|| {
             guarded(|| {
@@ -83,7 +90,8 @@ impl PyTierEngine {
                     Python::attach(|py| drop(progress.call1(py, (done, total))));
                 };
                 let opened = open::open(&wish, &mut report)?;
-                let pool_facts = (opened.pool.path().display().to_string(), opened.pool.slot_count(), opened.pool.bytes());
+                let pool_facts =
+                    (opened.pool.path().display().to_string(), opened.pool.slot_count(), opened.pool.bytes());
                 let adopted_blocks = self.lock().open_pool(opened.pool, opened.adopted);
                 Ok(PoolReport {
                     path: pool_facts.0,
@@ -100,9 +108,13 @@ impl PyTierEngine {
 
     /// What workers need to attach, as JSON; `None` without a pool.
     fn ticket(&self, py: Python<'_>) -> PyResult<Option<String>> {
-        self.run(py, |engine| {
-            Ok(engine.pool().map(|pool| serde_json::to_string(&pool.ticket()).unwrap_or_default()))
-        })
+        self.run(py, |engine| Ok(engine.pool().map(|pool| serde_json::to_string(&pool.ticket()).unwrap_or_default())))
+    }
+
+    /// Every worker maps the pool. Without `keep_pool` its name goes now, so that its memory goes with the last process, however that ends.
+    fn attached(&self, py: Python<'_>) -> PyResult<()> {
+        let keep = self.config.keep_pool;
+        self.run(py, |engine| engine.pool().filter(|_| !keep).map_or(Ok(()), |pool| pool.unlink()))
     }
 
     /// A request arrived. `controls`: JSON object of the user's wishes, or `None`.
@@ -116,7 +128,14 @@ impl PyTierEngine {
     }
 
     /// Tokens beyond `local` that can be loaded; `None`: ask again next step. `hashes`: block hashes the engine does not have yet.
-    fn lookup(&self, py: Python<'_>, request: &str, tokens: u32, local: u32, hashes: &Bound<'_, PyList>) -> PyResult<Option<u32>> {
+    fn lookup(
+        &self,
+        py: Python<'_>,
+        request: &str,
+        tokens: u32,
+        local: u32,
+        hashes: &Bound<'_, PyList>,
+    ) -> PyResult<Option<u32>> {
         let started = Instant::now();
         let hashes = inputs::hashes(hashes)?;
         self.run(py, |engine| {
@@ -139,7 +158,12 @@ impl PyTierEngine {
     }
 
     /// Plans a step: offered blocks, and vLLM blocks that it hands out. Returns the workers' orders.
-    fn step<'py>(&self, py: Python<'py>, offers: Vec<PyOffer<'py>>, reallocated: Vec<Vec<u32>>) -> PyResult<Bound<'py, PyBytes>> {
+    fn step<'py>(
+        &self,
+        py: Python<'py>,
+        offers: Vec<PyOffer<'py>>,
+        reallocated: Vec<Vec<u32>>,
+    ) -> PyResult<Bound<'py, PyBytes>> {
         let offers = offers.into_iter().map(inputs::offer).collect::<PyResult<Vec<_>>>()?;
         let plan = self.run(py, |engine| {
             engine.poll();
@@ -154,7 +178,14 @@ impl PyTierEngine {
     }
 
     /// vLLM finished a request; `offer`: its last complete blocks.
-    fn finish<'py>(&self, py: Python<'py>, request: &str, prompt: u32, total: u32, offer: Option<PyOffer<'py>>) -> PyResult<()> {
+    fn finish<'py>(
+        &self,
+        py: Python<'py>,
+        request: &str,
+        prompt: u32,
+        total: u32,
+        offer: Option<PyOffer<'py>>,
+    ) -> PyResult<()> {
         let offer = offer.map(inputs::offer).transpose()?;
         self.run(py, |engine| {
             engine.poll();
@@ -203,7 +234,9 @@ impl PyTierEngine {
 
     /// Gauges: (name, value).
     fn gauges(&self, py: Python<'_>) -> PyResult<Vec<(String, u64)>> {
-        self.run(py, |engine| Ok(engine.gauges().all().iter().map(|(name, value)| ((*name).to_owned(), *value)).collect()))
+        self.run(py, |engine| {
+            Ok(engine.gauges().all().iter().map(|(name, value)| ((*name).to_owned(), *value)).collect())
+        })
     }
 
     /// Lets go of the pool. Without `keep_pool` its file is removed.

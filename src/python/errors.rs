@@ -9,13 +9,33 @@ use pyo3::prelude::*;
 use crate::error::{Error, Result};
 
 create_exception!(kvcellar._native, KvcellarError, PyException, "Base class of everything KV Cellar raises.");
-create_exception!(kvcellar._native, ConfigError, KvcellarError, "A setting that cannot work; names the field and the remedy.");
-create_exception!(kvcellar._native, UnsupportedError, KvcellarError, "The model or deployment cannot be served by this version.");
-create_exception!(kvcellar._native, SystemRefusedError, KvcellarError, "The operating system refused something at a path.");
+create_exception!(
+    kvcellar._native,
+    ConfigError,
+    KvcellarError,
+    "A setting that cannot work; names the field and the remedy."
+);
+create_exception!(
+    kvcellar._native,
+    UnsupportedError,
+    KvcellarError,
+    "The model or deployment cannot be served by this version."
+);
+create_exception!(
+    kvcellar._native,
+    SystemRefusedError,
+    KvcellarError,
+    "The operating system refused something at a path."
+);
 create_exception!(kvcellar._native, BusyError, KvcellarError, "A resource is taken; the same call may work later.");
 create_exception!(kvcellar._native, DataLostError, KvcellarError, "Bytes that cannot be trusted.");
 create_exception!(kvcellar._native, DeviceError, KvcellarError, "A device or its driver is gone.");
-create_exception!(kvcellar._native, InternalError, KvcellarError, "A bug in KV Cellar; the call had no effect that a lookup can see.");
+create_exception!(
+    kvcellar._native,
+    InternalError,
+    KvcellarError,
+    "A bug in KV Cellar; the call had no effect that a lookup can see."
+);
 
 pub(super) fn add_to(module: &Bound<'_, PyModule>) -> PyResult<()> {
     let py = module.py();

@@ -3,6 +3,8 @@
 //! Every entry point copies what it needs out of Python objects, then releases the GIL for the work itself. A panic
 //! becomes an exception of the ordinary kind: vLLM must never die of one.
 
+#![expect(clippy::needless_pass_by_value, reason = "PyO3 extracts arguments by value")]
+
 mod engine;
 mod errors;
 mod inputs;

@@ -116,7 +116,8 @@ pub(super) struct CopyReport {
 
 impl From<CopyStats> for CopyReport {
     fn from(stats: CopyStats) -> Self {
-        let CopyStats { offload_bytes, load_bytes, offload_seconds, load_seconds, verified_blocks, mismatched_blocks } = stats;
+        let CopyStats { offload_bytes, load_bytes, offload_seconds, load_seconds, verified_blocks, mismatched_blocks } =
+            stats;
         Self { offload_bytes, load_bytes, offload_seconds, load_seconds, verified_blocks, mismatched_blocks }
     }
 }

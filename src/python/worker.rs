@@ -50,7 +50,7 @@ impl PyCopyWorker {
                     // SAFETY: the connector keeps vLLM's KV tensors alive (it holds references to them) until it has called `release`, which
                     // ends the copier.
                     let side = unsafe { HostSide::new(pool, Arc::clone(&held), rank, verify_loads, guard) };
-                    Ok(Box::new(HostCopier::start(side, answers, threads)?) as Box<dyn Copier>)
+                    Ok(Box::new(HostCopier::start(side, &answers, threads)?) as Box<dyn Copier>)
                 }),
             );
             Ok(Self { worker: Arc::new(Mutex::new(worker)), groups })
@@ -67,7 +67,8 @@ impl PyCopyWorker {
     fn attach(&self, py: Python<'_>, ticket: &str) -> PyResult<()> {
         py.detach(|| {
             guarded(|| {
-                let ticket = serde_json::from_str(ticket).map_err(|error| Error::lost("pool ticket", error.to_string()))?;
+                let ticket =
+                    serde_json::from_str(ticket).map_err(|error| Error::lost("pool ticket", error.to_string()))?;
                 self.lock().attach(&ticket)
             })
         })

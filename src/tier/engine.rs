@@ -254,7 +254,12 @@ impl TierEngine {
             return None;
         }
         let before = std::mem::replace(&mut self.reported, now);
-        let grown = now.0.plain().into_iter().zip(before.0.plain()).map(|((name, now), (_, before))| (name, now.saturating_sub(before)));
+        let grown = now
+            .0
+            .plain()
+            .into_iter()
+            .zip(before.0.plain())
+            .map(|((name, now), (_, before))| (name, now.saturating_sub(before)));
         let dropped = DropReason::ALL.iter().enumerate().map(|(index, reason)| {
             (reason.name(), now.0.dropped_blocks[index].saturating_sub(before.0.dropped_blocks[index]))
         });

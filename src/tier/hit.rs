@@ -39,7 +39,14 @@ fn align(tokens: u32, grouping: &Grouping) -> u32 {
     tokens - tokens % grouping.hit_tokens
 }
 
-fn run_from(residency: &Residency, grouping: &Grouping, hashes: &[BlockHash], group: usize, first: u32, count: u32) -> u32 {
+fn run_from(
+    residency: &Residency,
+    grouping: &Grouping,
+    hashes: &[BlockHash],
+    group: usize,
+    first: u32,
+    count: u32,
+) -> u32 {
     let step = (grouping.groups[group].block_tokens / grouping.hash_tokens) as usize;
     let start = grouping.hash_index(group, first);
     let end = hashes.len().min(start + (count as usize).saturating_sub(1) * step + 1);

@@ -46,7 +46,13 @@ impl TierEngine {
             let groups = 0..engine.grouping.groups.len();
             let keys = |group: usize| {
                 let blocks = tokens / engine.grouping.groups[group].block_tokens;
-                names(engine.requests.get(id).into_iter().flat_map(|request| request.keys(&engine.grouping, group, 0, blocks)))
+                names(
+                    engine
+                        .requests
+                        .get(id)
+                        .into_iter()
+                        .flat_map(|request| request.keys(&engine.grouping, group, 0, blocks)),
+                )
             };
             trace::line(
                 "lookup",
@@ -56,7 +62,13 @@ impl TierEngine {
                     ("num_tokens", tokens.into()),
                     ("max_hit", limit.into()),
                     ("keys", groups.map(keys).collect()),
-                    ("hit", match answer { Hit::Tokens(tokens) => tokens.into(), Hit::AskAgain => Value::Null }),
+                    (
+                        "hit",
+                        match answer {
+                            Hit::Tokens(tokens) => tokens.into(),
+                            Hit::AskAgain => Value::Null,
+                        },
+                    ),
                 ],
             )
         });
@@ -70,9 +82,9 @@ impl TierEngine {
         }
         let (Some(residency), Some(request)) = (&self.residency, self.requests.get(id)) else { return false };
         let last_block = end / self.grouping.groups[0].block_tokens - 1;
-        request.keys(&self.grouping, 0, last_block, last_block + 1).any(|key| {
-            residency.find(&key).is_some_and(|slot| residency.pins(slot) > 0)
-        })
+        request
+            .keys(&self.grouping, 0, last_block, last_block + 1)
+            .any(|key| residency.find(&key).is_some_and(|slot| residency.pins(slot) > 0))
     }
 
     fn answer(&mut self, id: &str, tokens: u32, shared: bool) -> Hit {
@@ -159,7 +171,8 @@ impl TierEngine {
         let known = (request.hashes.len() as u64 * u64::from(self.grouping.hash_tokens)) as u32;
         let reached = request.local + external;
         let missed = (known - known % self.grouping.hit_tokens).saturating_sub(reached);
-        let blocks = |tokens: u32| self.grouping.groups.iter().map(|group| u64::from(tokens / group.block_tokens)).sum::<u64>();
+        let blocks =
+            |tokens: u32| self.grouping.groups.iter().map(|group| u64::from(tokens / group.block_tokens)).sum::<u64>();
         residency.counters.hit_tokens += u64::from(external);
         residency.counters.hit_blocks += blocks(external);
         residency.counters.miss_tokens += u64::from(missed);

@@ -14,7 +14,12 @@ use crate::pool::header::FORMAT_VERSION;
 ///
 /// # Errors
 /// [`Error::Config`] when `facts` is no JSON object.
-pub fn fingerprint(facts: &str, grouping: &Grouping, geometry: &SlotGeometry, config: &Config) -> Result<(String, [u8; 16])> {
+pub fn fingerprint(
+    facts: &str,
+    grouping: &Grouping,
+    geometry: &SlotGeometry,
+    config: &Config,
+) -> Result<(String, [u8; 16])> {
     let mut facts: Value = serde_json::from_str(facts)
         .ok()
         .filter(Value::is_object)

@@ -69,7 +69,11 @@ impl TierEngine {
     /// Offers complete blocks. Those the tier holds are touched; the others get slots, as far as there are any, and copy orders.
     pub fn offer(&mut self, offer: &Offer<'_>, start: Start) {
         let Some(request) = self.requests.get(offer.request) else { return };
-        if self.residency.is_none() || request.tainted || !request.controls.store || self.leases.contains_key(offer.request) {
+        if self.residency.is_none()
+            || request.tainted
+            || !request.controls.store
+            || self.leases.contains_key(offer.request)
+        {
             return;
         }
         let serial = request.serial;
@@ -200,7 +204,15 @@ impl TierEngine {
             ("req", Value::from(batch.request.as_str())),
             ("batch", batch.number.into()),
             // Pinned blocks are not in the order of eviction and are not moved in it.
-            ("touch", names(resident.iter().filter(|slot| self.residency.as_ref().is_some_and(|r| r.pins(**slot) == 0)).filter_map(|slot| self.key_of(*slot)))),
+            (
+                "touch",
+                names(
+                    resident
+                        .iter()
+                        .filter(|slot| self.residency.as_ref().is_some_and(|r| r.pins(**slot) == 0))
+                        .filter_map(|slot| self.key_of(*slot)),
+                ),
+            ),
             ("keys", names(missing[..kept].iter().map(|candidate| candidate.key))),
             ("evicted", names(evicted)),
             ("dropped", names(missing[kept..].iter().map(|candidate| candidate.key))),

@@ -51,7 +51,13 @@ impl Request {
     }
 
     /// Keys of this group's blocks `first..last`, as far as hashes are known.
-    pub fn keys<'a>(&'a self, grouping: &'a Grouping, group: usize, first: u32, last: u32) -> impl Iterator<Item = BlockKey> + 'a {
+    pub fn keys<'a>(
+        &'a self,
+        grouping: &'a Grouping,
+        group: usize,
+        first: u32,
+        last: u32,
+    ) -> impl Iterator<Item = BlockKey> + 'a {
         (first..last).map_while(move |block| {
             let hash = *self.hashes.get(grouping.hash_index(group, block))?;
             Some(BlockKey { hash, group: GroupIndex(group as u16) })

@@ -182,7 +182,13 @@ impl Residency {
     }
 
     /// Looks every `step`-th hash up, starting with the first: the slot that has the key, and whether it is visible.
-    pub fn find_all(&self, hashes: &[BlockHash], step: usize, group: GroupIndex, found: &mut Vec<Option<(SlotIndex, bool)>>) {
+    pub fn find_all(
+        &self,
+        hashes: &[BlockHash],
+        step: usize,
+        group: GroupIndex,
+        found: &mut Vec<Option<(SlotIndex, bool)>>,
+    ) {
         self.table.find_run(hashes, step, group, |slot| {
             found.push(slot.map(|slot| (slot, Self::visible(self.table.record(slot)))));
             true

@@ -89,9 +89,18 @@ impl BlockTable {
     #[inline]
     fn tag(&self, hash: &BlockHash, group: GroupIndex) -> u32 {
         let bytes = hash.padded();
-        let word = |at: usize| u64::from_le_bytes([
-            bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3], bytes[at + 4], bytes[at + 5], bytes[at + 6], bytes[at + 7],
-        ]);
+        let word = |at: usize| {
+            u64::from_le_bytes([
+                bytes[at],
+                bytes[at + 1],
+                bytes[at + 2],
+                bytes[at + 3],
+                bytes[at + 4],
+                bytes[at + 5],
+                bytes[at + 6],
+                bytes[at + 7],
+            ])
+        };
         let low = word(0) ^ self.seeds[0] ^ (u64::from(group.0) << 48);
         let product = u128::from(low) * u128::from(word(8) ^ self.seeds[1]);
         let folded = product as u64 ^ (product >> 64) as u64;
@@ -134,7 +143,13 @@ impl BlockTable {
 
     /// Looks up every `step`-th hash, starting with the first, and calls `visit` with each answer in order until it returns `false`.
     #[inline]
-    pub fn find_run(&self, hashes: &[BlockHash], step: usize, group: GroupIndex, mut visit: impl FnMut(Option<SlotIndex>) -> bool) {
+    pub fn find_run(
+        &self,
+        hashes: &[BlockHash],
+        step: usize,
+        group: GroupIndex,
+        mut visit: impl FnMut(Option<SlotIndex>) -> bool,
+    ) {
         let count = hashes.len().div_ceil(step);
         let mut tags = [0_u32; ENTRY_AHEAD];
         let fetch_entry = |tags: &mut [u32; ENTRY_AHEAD], index: usize| {

@@ -18,6 +18,8 @@ pub struct Trace {
     file: File,
     path: PathBuf,
     failed: Option<std::io::Error>,
+    /// Writing failed and the caller knows: nothing more is written.
+    told: bool,
 }
 
 impl Trace {
@@ -33,13 +35,15 @@ impl Trace {
             .mode(0o600)
             .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
             .open(path)
-            .map_err(|error| Error::io("opening trace_file", path, error, "Write the path of a file this user may write"))?;
-        Ok(Self { file, path: path.to_owned(), failed: None })
+            .map_err(|error| {
+                Error::io("opening trace_file", path, error, "Write the path of a file this user may write")
+            })?;
+        Ok(Self { file, path: path.to_owned(), failed: None, told: false })
     }
 
     /// Writes one operation.
     pub fn write(&mut self, op: &Value) {
-        if self.failed.is_some() {
+        if self.told || self.failed.is_some() {
             return;
         }
         let mut line = op.to_string();
@@ -49,12 +53,8 @@ impl Trace {
 
     /// Why the log ends early, if it does. Told once.
     pub fn take_failure(&mut self) -> Option<Error> {
-        let error = self.failed.as_ref()?;
-        let told = std::io::Error::new(error.kind(), "told already");
-        let error = std::mem::replace(&mut self.failed, Some(told))?;
-        if error.to_string() == "told already" {
-            return None;
-        }
+        let error = self.failed.take()?;
+        self.told = true;
         Some(Error::io("writing trace_file", &self.path, error, "The log ends here; the engine goes on"))
     }
 }

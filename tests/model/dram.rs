@@ -5,13 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use kvcellar::block::{BlockKey, GroupKind, Grouping};
 
 /// One life of a block in a slot.
-pub type Life = u64;
+pub(crate) type Life = u64;
 
 /// A block's content, as the simulation's memories hold it.
-pub type Name = String;
+pub(crate) type Name = String;
 
 #[derive(Debug, Default)]
-pub struct Dram {
+pub(crate) struct Dram {
     slots: usize,
     next: Life,
     /// Visible or being filled, by name.
@@ -26,41 +26,41 @@ pub struct Dram {
     toucher: BTreeMap<Life, u32>,
 }
 
-pub fn name(key: &BlockKey) -> Name {
+pub(crate) fn name(key: &BlockKey) -> Name {
     format!("{:?}/{}", &key.hash.as_bytes()[..4], key.group.0)
 }
 
 impl Dram {
-    pub fn new(slots: u32) -> Self {
+    pub(crate) fn new(slots: u32) -> Self {
         Self { slots: slots as usize, ..Self::default() }
     }
 
-    pub fn visible(&self, key: &BlockKey) -> Option<Life> {
+    pub(crate) fn visible(&self, key: &BlockKey) -> Option<Life> {
         self.known.get(&name(key)).copied().filter(|life| !self.filling.contains(life))
     }
 
-    pub fn knows(&self, key: &BlockKey) -> bool {
+    pub(crate) fn knows(&self, key: &BlockKey) -> bool {
         self.known.contains_key(&name(key))
     }
 
-    pub fn is_pinned(&self, life: Life) -> bool {
+    pub(crate) fn is_pinned(&self, life: Life) -> bool {
         self.pinned.contains_key(&life)
     }
 
-    pub fn pins(&self) -> usize {
+    pub(crate) fn pins(&self) -> usize {
         self.pinned.values().sum::<usize>() + self.doomed.values().sum::<usize>()
     }
 
-    pub fn filling(&self) -> usize {
+    pub(crate) fn filling(&self) -> usize {
         self.filling.len()
     }
 
-    pub fn free(&self) -> usize {
+    pub(crate) fn free(&self) -> usize {
         self.slots - self.order.len() - self.pinned.len() - self.filling.len() - self.doomed.len()
     }
 
     /// The definition of a hit, tried from the largest end down.
-    pub fn resume_at(
+    pub(crate) fn resume_at(
         &self,
         grouping: &Grouping,
         keys: &dyn Fn(usize, u32) -> Option<BlockKey>,
@@ -90,7 +90,7 @@ impl Dram {
     }
 
     /// Moves evictable blocks to the end of the order, the first of them last.
-    pub fn touch(&mut self, lives: &[Life], toucher: u32) {
+    pub(crate) fn touch(&mut self, lives: &[Life], toucher: u32) {
         for life in lives.iter().rev() {
             if let Some(at) = self.order.iter().position(|other| other == life) {
                 self.toucher.insert(*life, toucher);
@@ -109,7 +109,7 @@ impl Dram {
     }
 
     /// A slot for one block; `None`: none can be had, and no later one of the same offer either.
-    pub fn reserve(&mut self, key: &BlockKey, toucher: u32) -> Option<Life> {
+    pub(crate) fn reserve(&mut self, key: &BlockKey, toucher: u32) -> Option<Life> {
         if self.free() == 0 {
             let victim = *self.order.first()?;
             if self.toucher.get(&victim) == Some(&toucher) {
@@ -126,25 +126,25 @@ impl Dram {
         Some(self.next)
     }
 
-    pub fn filled(&mut self, lives: &[Life]) {
+    pub(crate) fn filled(&mut self, lives: &[Life]) {
         for life in lives {
             assert!(self.filling.remove(life), "filled twice");
         }
         self.order.extend(lives.iter().rev());
     }
 
-    pub fn lost(&mut self, life: Life) {
+    pub(crate) fn lost(&mut self, life: Life) {
         assert!(self.filling.remove(&life), "lost twice");
         self.forget(life);
     }
 
-    pub fn pin(&mut self, life: Life, toucher: u32) {
+    pub(crate) fn pin(&mut self, life: Life, toucher: u32) {
         self.order.retain(|other| *other != life);
         *self.pinned.entry(life).or_default() += 1;
         self.toucher.insert(life, toucher);
     }
 
-    pub fn unpin(&mut self, lives: &[Life]) {
+    pub(crate) fn unpin(&mut self, lives: &[Life]) {
         for life in lives.iter().rev() {
             if let Some(holds) = self.pinned.get_mut(life) {
                 *holds -= 1;
@@ -163,7 +163,7 @@ impl Dram {
     }
 
     /// Drops a visible block, if it still is one.
-    pub fn discard(&mut self, life: Life) {
+    pub(crate) fn discard(&mut self, life: Life) {
         if self.doomed.contains_key(&life) {
             return;
         }
@@ -175,7 +175,7 @@ impl Dram {
     }
 
     /// Moves evictable blocks to the start of the order, the first of them first.
-    pub fn cool(&mut self, lives: &[Life]) {
+    pub(crate) fn cool(&mut self, lives: &[Life]) {
         for life in lives.iter().rev() {
             if let Some(at) = self.order.iter().position(|other| other == life) {
                 self.order.remove(at);
@@ -184,14 +184,14 @@ impl Dram {
         }
     }
 
-    pub fn reset(&mut self) {
+    pub(crate) fn reset(&mut self) {
         let visible: Vec<Life> = self.order.iter().copied().chain(self.pinned.keys().copied()).collect();
         for life in visible {
             self.discard(life);
         }
     }
 
-    pub fn visible_names(&self) -> BTreeSet<Name> {
+    pub(crate) fn visible_names(&self) -> BTreeSet<Name> {
         let lives = self.order.iter().chain(self.pinned.keys());
         lives.filter_map(|life| self.names.get(life).cloned()).collect()
     }

@@ -7,6 +7,9 @@
 //!
 //! `KVCELLAR_SEEDS=n` runs more histories; a failure prints its seed and shrunk history.
 
+#![allow(clippy::expect_used, reason = "a broken expectation is a failed test")]
+#![allow(clippy::manual_is_multiple_of, clippy::needless_pass_by_value, reason = "reads better in a simulation")]
+
 mod dram;
 mod vllm;
 

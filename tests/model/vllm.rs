@@ -8,9 +8,9 @@ use kvcellar::block::{BlockHash, BlockKey, GroupIndex, GroupKind, GroupSpec, Gro
 use kvcellar::config::{Config, Controls};
 use kvcellar::events::Run;
 use kvcellar::pool::memory::{HeapSlots, SlotMemory};
+use kvcellar::tier::TierEngine;
 use kvcellar::tier::load::Hit;
 use kvcellar::tier::offload::{GroupOffer, Offer, Start};
-use kvcellar::tier::TierEngine;
 use proptest::prelude::*;
 
 use super::dram::{Dram, Life, Name, name};
@@ -18,14 +18,14 @@ use super::dram::{Dram, Life, Name, name};
 type Check = Result<(), TestCaseError>;
 
 #[derive(Debug, Clone, Copy)]
-pub enum Shape {
+pub(crate) enum Shape {
     Full,
     Hybrid,
     Draft,
 }
 
 #[derive(Debug, Clone)]
-pub enum Op {
+pub(crate) enum Op {
     Arrive { family: u8, blocks: u8, tail: u8 },
     Admit(u8),
     Step(u8),
@@ -78,7 +78,7 @@ struct Load {
     expected: Vec<Name>,
 }
 
-pub struct Simulation {
+pub(crate) struct Simulation {
     engine: TierEngine,
     grouping: Grouping,
     memory: Arc<HeapSlots>,
@@ -128,7 +128,7 @@ fn hash(family: u8, index: u32) -> BlockHash {
 }
 
 impl Simulation {
-    pub fn new(shape: Shape, slots: u32) -> Self {
+    pub(crate) fn new(shape: Shape, slots: u32) -> Self {
         let grouping = grouping(shape);
         let memory = Arc::new(HeapSlots::new(slots, 1));
         let mut engine = TierEngine::new(&Config::default(), grouping.clone()).expect("valid groups");
@@ -158,7 +158,7 @@ impl Simulation {
         BlockKey { hash: hash(family, index), group: GroupIndex(group as u16) }
     }
 
-    pub fn apply(&mut self, op: &Op) -> Check {
+    pub(crate) fn apply(&mut self, op: &Op) -> Check {
         match *op {
             Op::Arrive { family, blocks, tail } => self.arrive(family, u32::from(blocks) * 4 + u32::from(tail)),
             Op::Admit(which) => self.admit(which)?,
@@ -194,7 +194,8 @@ impl Simulation {
     }
 
     fn pick(&self, phase: Phase, which: u8) -> Option<usize> {
-        let fitting: Vec<usize> = (0..self.requests.len()).filter(|index| self.requests[*index].phase == phase).collect();
+        let fitting: Vec<usize> =
+            (0..self.requests.len()).filter(|index| self.requests[*index].phase == phase).collect();
         (!fitting.is_empty()).then(|| fitting[which as usize % fitting.len()])
     }
 
@@ -203,13 +204,16 @@ impl Simulation {
         let mut fresh = Vec::new();
         for group in 0..self.grouping.groups.len() {
             let spec = self.grouping.groups[group].clone();
-            let real_from = match spec.kind {
-                GroupKind::SlidingWindow { window, extra } => {
-                    let base = self.requests[index].computed.max(if self.requests[index].tables[group].is_empty() { tokens } else { 0 });
-                    (base + 1).saturating_sub(window + extra) / spec.block_tokens
-                }
-                _ => 0,
-            };
+            let real_from =
+                match spec.kind {
+                    GroupKind::SlidingWindow { window, extra } => {
+                        let base = self.requests[index]
+                            .computed
+                            .max(if self.requests[index].tables[group].is_empty() { tokens } else { 0 });
+                        (base + 1).saturating_sub(window + extra) / spec.block_tokens
+                    }
+                    _ => 0,
+                };
             for block in self.requests[index].tables[group].iter_mut().take(real_from as usize) {
                 if *block != 0 {
                     self.free_blocks.push(std::mem::take(block));
@@ -272,7 +276,10 @@ impl Simulation {
             }
         }
         let tables: Vec<Vec<u32>> = (0..self.grouping.groups.len())
-            .map(|group| self.requests[index].tables[group][(local / self.grouping.groups[group].block_tokens) as usize..].to_vec())
+            .map(|group| {
+                self.requests[index].tables[group][(local / self.grouping.groups[group].block_tokens) as usize..]
+                    .to_vec()
+            })
             .collect();
         self.engine.admit(&id, external, &tables);
         self.requests[index].computed = end;
@@ -332,7 +339,8 @@ impl Simulation {
                 let block = self.requests[index].tables[group][number as usize];
                 if block != 0 {
                     let whole = (number + 1) * block_tokens <= ready;
-                    let content = if whole { name(&self.key(family, group, number)) } else { format!("part of {index}") };
+                    let content =
+                        if whole { name(&self.key(family, group, number)) } else { format!("part of {index}") };
                     self.writes.push((block, content));
                 }
             }
@@ -578,7 +586,7 @@ impl Simulation {
         self.dram.cool(&cold);
     }
 
-    pub fn check(&mut self) -> Check {
+    pub(crate) fn check(&mut self) -> Check {
         self.engine.poll();
         self.poll();
         let gauges = self.engine.gauges();
@@ -596,7 +604,10 @@ impl Simulation {
                 }
                 Run::Removed { group, hashes } => {
                     for hash in hashes {
-                        prop_assert!(self.announced.remove(&name(&BlockKey { hash, group })), "removed but never stored");
+                        prop_assert!(
+                            self.announced.remove(&name(&BlockKey { hash, group })),
+                            "removed but never stored"
+                        );
                     }
                 }
             }
@@ -606,7 +617,7 @@ impl Simulation {
     }
 
     /// Everything ends: nothing may be held, fenced or half full afterwards.
-    pub fn settle(&mut self) -> Check {
+    pub(crate) fn settle(&mut self) -> Check {
         self.step(0)?;
         while !self.stores.is_empty() {
             self.store(0, false)?;

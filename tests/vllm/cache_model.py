@@ -212,7 +212,7 @@ class Replay:
         if expected != actual:
             raise self._disagreement(what, expected, actual)
 
-    def _step(self, op: Op) -> None:
+    def _step(self, op: Op) -> None:  # noqa: C901  (the one place that branches over operations)
         if self.owed is not None:
             self._same(
                 "what follows a batch that was filled in part",

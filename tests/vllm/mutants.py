@@ -25,3 +25,12 @@ class SwappedGroupsConnector(KVCellarConnector):
         for index, following in zip(self._sliding, self._sliding[1:] + self._sliding[:1], strict=True):
             tables[index] = blocks.blocks[following]
         super().update_state_after_alloc(request, type(blocks)(tuple(tables)), num_external_tokens)
+
+
+class IdleConnector(KVCellarConnector):
+    """A connector that is there and does nothing: what vLLM alone changes because it has one."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._scheduler = None
+        self._worker = None

@@ -27,7 +27,10 @@ def model(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return tiny_models.llama(tmp_path_factory.mktemp("llama"))
 
 
-@pytest.fixture(scope="module", params=["tensor_parallel_size", "pipeline_parallel_size"])
+PIPELINE = pytest.param("pipeline_parallel_size", marks=pytest.mark.soak)
+
+
+@pytest.fixture(scope="module", params=["tensor_parallel_size", PIPELINE])
 def engine(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """An engine of two ranks, each bound to one core."""
     cores = sorted(os.sched_getaffinity(0))
@@ -42,8 +45,19 @@ def engine(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest
             request.param: RANKS,
         }
         env = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in cores[:RANKS])}
+        if request.param == "pipeline_parallel_size":
+            skip_unless_vllm_can(tmp_path_factory.mktemp("alone"), pool_dir, env, options)
         with open_engine(tmp_path_factory.mktemp("ranks"), pool_dir, cellar=cellar, env=env, **options) as engine:
             yield engine
+
+
+def skip_unless_vllm_can(work_dir: Path, pool_dir: Path, env: dict[str, str], options: dict[str, Any]) -> None:
+    """vLLM 0.32's CPU build dies in the first pipeline-parallel step, with and without a connector."""
+    with open_engine(work_dir, pool_dir, cellar=None, env=env, **options) as alone:
+        try:
+            alone.complete(list(range(10, 100)), 4)
+        except Exception as error:  # noqa: BLE001  (whatever kills vLLM without us)
+            pytest.skip(f"vLLM alone cannot run pipeline parallel here: {error!r}")
 
 
 def test_two_ranks_give_identical_logprobs_after_a_dram_hit(engine: Engine, seed: int) -> None:

@@ -1,0 +1,1 @@
+"""What `scripts/quickstart` runs once setup is done."""

