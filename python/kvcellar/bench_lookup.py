@@ -41,21 +41,26 @@ def _hashes(first: int, count: int) -> list[bytes]:
     return [hashlib.sha256(number.to_bytes(8, "little")).digest() for number in range(first, first + count)]
 
 
-def _timed(count: int, work: Callable[[], object]) -> float:
+def _timed(count: int, expected: int, work: Callable[[], int]) -> float:
+    """Nanoseconds for each of ``count`` blocks; ``work`` must return ``expected``, or it measured something else."""
     started = time.perf_counter()
-    work()
-    return (time.perf_counter() - started) * NANOSECONDS / count
+    found = work()
+    elapsed = time.perf_counter() - started
+    if found != expected:
+        raise RuntimeError(f"the benchmark expected {expected} blocks and got {found}")
+    return elapsed * NANOSECONDS / count
 
 
 class VllmManager:
     """vLLM's own dram tier, filled."""
 
     def __init__(self, hashes: list[bytes]) -> None:
-        from vllm.v1.kv_offload.base import ReqContext, make_offload_key
+        from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
         from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 
         self._key = make_offload_key
         self._context = ReqContext
+        self._hit = LookupResult.HIT
         self._manager = CPUOffloadingManager(num_chunks=len(hashes))
         self._requests = 0
         for start in range(0, len(hashes), 32_768):
@@ -72,8 +77,8 @@ class VllmManager:
     def lookup(self, keys: list[Any]) -> int:
         """Blocks found, one call each, as vLLM's connector asks."""
         context = self._new_context()
-        lookup = self._manager.lookup
-        return sum(1 for key in keys if lookup(key, context).value)
+        lookup, hit = self._manager.lookup, self._hit
+        return sum(1 for key in keys if lookup(key, context) is hit)
 
     def allocate(self, keys: list[Any]) -> int:
         """Take chunks for new blocks, evicting others, and make them visible. Returns how many were evicted."""
@@ -101,21 +106,21 @@ def measure(blocks: int, request: int, repetitions: int) -> dict[str, Any]:
     theirs = _vllm_manager(known)
     gc.disable()
     rows: dict[str, list[float]] = {}
-    fresh = blocks
     for repetition in range(repetitions):
         start = repetition * request % (blocks - request + 1)
         # New objects each time, as vLLM's own hashing makes them.
         wanted = [bytes(bytearray(block_hash)) for block_hash in known[start : start + request]]
-        rows.setdefault("ffi_hit", []).append(_timed(request, partial(ours.lookup, wanted)))
-        new = _hashes(fresh, request)
-        fresh += request
-        rows.setdefault("ffi_allocate_evict", []).append(_timed(request, partial(ours.allocate, new)))
+        rows.setdefault("ffi_hit", []).append(_timed(request, request, partial(ours.lookup, wanted)))
         if theirs is not None:
-            keys, new_keys = theirs.keys(wanted), theirs.keys(new)
-            rows.setdefault("vllm_hit", []).append(_timed(request, partial(theirs.lookup, keys)))
-            rows.setdefault("vllm_allocate_evict", []).append(_timed(request, partial(theirs.allocate, new_keys)))
-        # What was allocated evicted known blocks: the next repetition's hits must be there.
-        known[:] = [*known[request:], *new]
+            keys = theirs.keys(wanted)
+            rows.setdefault("vllm_hit", []).append(_timed(request, request, partial(theirs.lookup, keys)))
+    for repetition in range(repetitions):
+        new = _hashes(blocks + repetition * request, request)
+        # Both tables are full: every new block evicts another.
+        rows.setdefault("ffi_allocate_evict", []).append(_timed(request, request, partial(ours.allocate, new)))
+        if theirs is not None:
+            keys = theirs.keys(new)
+            rows.setdefault("vllm_allocate_evict", []).append(_timed(request, request, partial(theirs.allocate, keys)))
     gc.enable()
     report["results"] += [_measured(name, values) for name, values in rows.items()]
     value = {row["name"]: row["value"] for row in report["results"]}

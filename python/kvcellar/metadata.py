@@ -16,10 +16,12 @@ class StepMetadata(KVConnectorMetadata):
     Attributes:
         plan: the native engine's orders; empty bytes for none. Only the native worker looks inside.
         ticket: how to attach to the pool (JSON), once, with the first step after the pool was opened.
+        front_end: with a ticket: process id of EngineCore's parent, whose death makes orphans of the workers too.
     """
 
     plan: bytes
     ticket: str | None = None
+    front_end: int | None = None
 
 
 @dataclass

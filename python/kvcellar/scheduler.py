@@ -98,6 +98,8 @@ class SchedulerSide:
         self._ticket: str | None = None
         self._attaching = 0
         self._watch: Watch | None = None
+        parent = multiprocessing.parent_process()
+        self._front_end = parent.pid if parent is not None else None
 
     # -- start and end -------------------------------------------------------------------------------------------------
 
@@ -159,9 +161,8 @@ class SchedulerSide:
             report.adopted_blocks,
             f"; in use by others: {', '.join(report.taken)}" if report.taken else "",
         )
-        parent = multiprocessing.parent_process()
-        if parent is not None and parent.pid is not None:
-            self._watch = _watch(self._engine, parent.pid)
+        if self._front_end is not None:
+            self._watch = _watch(self._engine, self._front_end)
 
     def shutdown(self) -> None:
         """Let go of the pool; its contents stay for the next start unless ``keep_pool`` is false."""
@@ -227,7 +228,7 @@ class SchedulerSide:
         ticket, self._ticket = self._ticket, None
         if ticket is not None:
             self._attaching = self._vllm_config.max_concurrent_batches + 1
-        return StepMetadata(plan, ticket)
+        return StepMetadata(plan, ticket, self._front_end if ticket is not None else None)
 
     def _offer(self, known: KnownRequest, ready: int) -> Offer | None:
         """Blocks that are complete once ``ready`` tokens are, as far as tokens and hashes are known."""

@@ -31,7 +31,7 @@ class WorkerSide:
         self._native: CopyWorker | None = None
         self._kv_caches: dict[str, torch.Tensor] = {}
         self._trouble: str | None = None
-        self._watch: Watch | None = None
+        self._watches: list[Watch] = []
 
     def _group_views(self, kv_caches: dict[str, torch.Tensor]) -> list[list[views.LayerView]]:
         """This rank's layers of every group."""
@@ -58,11 +58,17 @@ class WorkerSide:
         self._kv_caches = dict(kv_caches)
         self._native = CopyWorker(self._config, rank, views.native(self._group_views(kv_caches)))
         parent = multiprocessing.parent_process()
-        if parent is not None and parent.pid is not None:
-            try:
-                self._watch = self._native.release_with(parent.pid)
-            except KvcellarError as error:
-                logger.warning("KV Cellar: %s", error)
+        if parent is not None:
+            self._release_with(self._native, parent.pid)
+
+    def _release_with(self, native: CopyWorker, pid: int | None) -> None:
+        """Let go of the pool when a process ends without which no work comes any more."""
+        if pid is None:
+            return
+        try:
+            self._watches.append(native.release_with(pid))
+        except KvcellarError as error:
+            logger.warning("KV Cellar: %s", error)
 
     def offer(self) -> RankOffer | None:
         """What the scheduler's side must know before it can make a pool."""
@@ -76,6 +82,7 @@ class WorkerSide:
         if self._native is None:
             return
         if metadata.ticket is not None:
+            self._release_with(self._native, metadata.front_end)
             try:
                 self._native.attach(metadata.ticket)
             except KvcellarError as error:
@@ -114,7 +121,7 @@ class WorkerSide:
 
     def shutdown(self) -> None:
         """Finish what is in flight and let go of the pool, then of vLLM's tensors."""
-        self._watch = None
+        self._watches = []
         if self._native is not None:
             self._native.release(HASHING_AT_SHUTDOWN_S)
         self._kv_caches = {}

@@ -97,10 +97,13 @@ fn cool_caches(scratch: &mut [u64]) {
     black_box(&scratch);
 }
 
-fn nanoseconds_each(count: usize, work: impl FnOnce() -> usize) -> f64 {
+/// Nanoseconds for each of `count` blocks; `work` must find or evict `expected` of them, or it measured something else.
+fn nanoseconds_each(count: usize, expected: usize, work: impl FnOnce() -> usize) -> f64 {
     let started = Instant::now();
-    black_box(work());
-    started.elapsed().as_secs_f64() * 1e9 / count as f64
+    let found = black_box(work());
+    let elapsed = started.elapsed().as_secs_f64() * 1e9 / count as f64;
+    assert_eq!(found, expected, "the benchmark measured something else");
+    elapsed
 }
 
 /// Runs the measurements.
@@ -147,24 +150,24 @@ pub fn measure(options: &Options) -> (Vec<Measured>, Vec<Goal>) {
             found.iter().flatten().count()
         };
         cool_caches(&mut scratch);
-        put(0, nanoseconds_each(request, || table.lookup(hits)));
-        put(2, nanoseconds_each(request, || table.lookup(hits)));
+        put(0, nanoseconds_each(request, request, || table.lookup(hits)));
+        put(2, nanoseconds_each(request, request, || table.lookup(hits)));
         cool_caches(&mut scratch);
-        put(1, nanoseconds_each(request, || bare_run(hits)));
-        put(3, nanoseconds_each(request, || bare_run(hits)));
+        put(1, nanoseconds_each(request, request, || bare_run(hits)));
+        put(3, nanoseconds_each(request, request, || bare_run(hits)));
         cool_caches(&mut scratch);
-        put(4, nanoseconds_each(request, || core_misses(&unknown)));
-        put(6, nanoseconds_each(request, || core_misses(&unknown)));
+        put(4, nanoseconds_each(request, 0, || core_misses(&unknown)));
+        put(6, nanoseconds_each(request, 0, || core_misses(&unknown)));
         cool_caches(&mut scratch);
-        put(5, nanoseconds_each(request, || bare_misses(&unknown)));
-        put(7, nanoseconds_each(request, || bare_misses(&unknown)));
+        put(5, nanoseconds_each(request, 0, || bare_misses(&unknown)));
+        put(7, nanoseconds_each(request, 0, || bare_misses(&unknown)));
         bar.inc(1);
     }
     for repetition in 0..options.repetitions as u64 {
         let first = next_unknown + repetition * request as u64;
         let fresh: Vec<BlockHash> = (first..first + request as u64).map(hash).collect();
         cool_caches(&mut scratch);
-        values[8].push(nanoseconds_each(request, || table.allocate(&fresh)));
+        values[8].push(nanoseconds_each(request, request, || table.allocate(&fresh)));
     }
     bar.finish_and_clear();
     let results: Vec<Measured> =

@@ -133,8 +133,8 @@ impl Shared {
         let slot = SlotIndex(copy.slot);
         let (offset, len) = self.pool.geometry().parts[self.rank].spans[copy.group as usize];
         self.guard.enter(slot);
-        if self.pool.line(slot).may_read(copy.generation) {
-            // SAFETY: the span lies inside the slot's payload and the pool stays mapped through `self.pool`. The slot is filled with this
+        if self.pool.line(slot).may_hash(copy.generation) {
+            // SAFETY: the span lies inside the slot's payload and the pool stays mapped through `self.pool`. The part was written for this
             // generation; before this rank writes it again its copier waits for the guard.
             let bytes = unsafe {
                 std::slice::from_raw_parts(self.pool.payload(slot).as_ptr().add(offset as usize), len as usize)

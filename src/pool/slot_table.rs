@@ -108,6 +108,12 @@ impl SlotLine {
             && self.generation.load(Ordering::SeqCst) == generation
     }
 
+    /// Worker: does the slot still belong to the order after which this rank's part was written? Also while other ranks write theirs.
+    pub fn may_hash(&self, generation: u32) -> bool {
+        self.state.load(Ordering::SeqCst) != SlotState::Empty as u32
+            && self.generation.load(Ordering::SeqCst) == generation
+    }
+
     /// Worker: rank `rank` wrote its part (`ok`), or could not.
     pub fn answer(&self, rank: usize, ok: bool) {
         let bits = if ok { &self.parts_done } else { &self.parts_failed };

@@ -85,6 +85,8 @@ def wait_until(done: Callable[[], bool], what: str, deadline_s: float = 60.0) ->
 def mappers(pool: Path) -> set[int]:
     """Ids of all processes that map a pool file, read from /proc: independent of what kvcellar says."""
     found = set()
+    # By inode: a file that was removed and made anew has the same name and is another one.
+    inode = str(pool.stat().st_ino)
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -92,6 +94,6 @@ def mappers(pool: Path) -> set[int]:
             maps = (entry / "maps").read_text()
         except OSError:
             continue
-        if str(pool) in maps:
+        if any(fields[4] == inode and fields[5:6] == [str(pool)] for fields in map(str.split, maps.splitlines())):
             found.add(int(entry.name))
     return found

@@ -1,0 +1,257 @@
+"""The native module through its Python border: settings, errors, and a block's whole way in one process."""
+
+import ctypes
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kvcellar import ConfigError, DataLostError, KvcellarError, SystemRefusedError, UnsupportedError, window
+from kvcellar._native import Config, CopyWorker, StoredRun, TierEngine, check_controls, run_command
+
+BLOCK_TOKENS = 16
+PAGE = 1000
+BLOCKS = 8
+GROUPING = json.dumps(
+    {
+        "groups": [{"kind": "full", "kind_name": "full_attention", "block_tokens": BLOCK_TOKENS, "eagle": False}],
+        "hash_tokens": BLOCK_TOKENS,
+        "hit_tokens": BLOCK_TOKENS,
+    }
+)
+
+
+@pytest.fixture
+def pool_dir() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    yield path
+    shutil.rmtree(path)
+
+
+def config(pool_dir: Path, **more: object) -> Config:
+    return Config.parse(json.dumps({"dram_size": "1MiB", "pool_dir": str(pool_dir), **more}))
+
+
+def open_pool(engine: TierEngine, block_bytes: int = 2 * PAGE) -> None:
+    ranks = json.dumps([{"block_bytes": [block_bytes], "replica_of": None}])
+    engine.open_pool(ranks, '{"model": "test"}', True, lambda done, total: None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"dram_sise": "1GiB"}, ["dram_sise", "Did you mean `dram_size`"]),
+        ({"dram_size": -5}, ["dram_size", "-5", "Write a size"]),
+        ({"dram_size": "-1GiB"}, ["dram_size", "Write a size"]),
+        ({"unsupported_groups": "maybe"}, ["unsupported_groups", '"error" or "bypass"']),
+        ({"trace_file": "relative"}, ["trace_file", "absolute path"]),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_remedy(settings: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.parse(json.dumps(settings))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_size_over_the_machines_memory_is_refused_by_name(pool_dir: Path) -> None:
+    engine = TierEngine(config(pool_dir, dram_size="512TiB"), GROUPING)
+    with pytest.raises(ConfigError, match=r"dram_size.*whole memory"):
+        open_pool(engine)
+    assert not list(pool_dir.rglob("*.pool")), "a refused pool left a file"
+
+
+def test_a_size_under_one_block_is_refused_by_name(pool_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dram_size.*does not hold one block.*at least"):
+        open_pool(TierEngine(config(pool_dir, dram_size="64KiB"), GROUPING))
+
+
+def test_missing_rights_name_the_path_and_the_remedy() -> None:
+    engine = TierEngine(config(Path("/proc")), GROUPING)
+    with pytest.raises(SystemRefusedError, match=r"/proc/kvcellar-.*pool_dir"):
+        open_pool(engine)
+
+
+def test_a_pool_directory_that_others_may_enter_is_refused(pool_dir: Path) -> None:
+    import os
+
+    (pool_dir / f"kvcellar-{os.geteuid()}").mkdir(mode=0o755)
+    with pytest.raises(ConfigError, match=r"pool_dir.*not a private directory"):
+        open_pool(TierEngine(config(pool_dir), GROUPING))
+
+
+@pytest.mark.parametrize("version", ["0.30.1", "0.34.0", "1.0.0", "nonsense"])
+def test_an_unsupported_vllm_names_the_window(version: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"0\.31 to 0\.33"):
+        window.check(version)
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.32.0+cpu", "0.33.1rc1"])
+def test_supported_vllm_versions_are_read(version: str) -> None:
+    assert window.check(version)[0] == 0
+
+
+def test_wrong_controls_are_named() -> None:
+    with pytest.raises(ConfigError, match="`store`"):
+        check_controls('{"stor": true}')
+
+
+def test_nonsense_through_the_border_is_an_error_and_no_crash(pool_dir: Path) -> None:
+    engine = TierEngine(config(pool_dir), GROUPING)
+    engine.add_request("r", None, "")
+    with pytest.raises(ValueError, match="16 or 32 bytes"):
+        engine.lookup("r", 100, 0, [b"short"])
+    with pytest.raises(KvcellarError):
+        TierEngine(config(pool_dir), "{}")
+    with pytest.raises(ConfigError, match="request_id"):
+        engine.add_request("x" * 5000, None, "")
+    worker = CopyWorker(config(pool_dir), 0, json.dumps([[view(ctypes.create_string_buffer(PAGE), 1)]]))
+    with pytest.raises(DataLostError):
+        worker.begin_step(b"no plan at all")
+    with pytest.raises(DataLostError):
+        worker.attach("{}")
+
+
+def test_the_command_shows_pools_and_refuses_wrong_usage(pool_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    engine = TierEngine(config(pool_dir), GROUPING)
+    open_pool(engine)
+    assert run_command(["pool", "ls", "--json", "--pool-dir", str(pool_dir)]) == 0
+    (entry,) = json.loads(capfd.readouterr().out)
+    assert entry["state"] == "used"
+    assert entry["facts"]["model"] == "test"
+    assert run_command(["pool", "rm", entry["name"], "--pool-dir", str(pool_dir)]) == 1
+    assert str(entry["owner_pid"]) in capfd.readouterr().err
+    engine.close()
+    assert run_command(["pool", "rm", "--all", "--pool-dir", str(pool_dir)]) == 0
+    assert not list(pool_dir.rglob("*.pool"))
+    assert run_command(["pool", "rm"]) == 2
+    assert run_command(["nonsense"]) == 2
+
+
+def test_without_keep_pool_the_name_goes_once_workers_are_attached(pool_dir: Path) -> None:
+    engine = TierEngine(config(pool_dir, keep_pool=False), GROUPING)
+    open_pool(engine)
+    assert list(pool_dir.rglob("*.pool"))
+    engine.attached()
+    assert not list(pool_dir.rglob("*.pool"))
+
+
+def view(memory: "ctypes.Array[ctypes.c_char]", blocks: int, offset: int = 0) -> dict[str, int]:
+    address = ctypes.addressof(memory) + offset
+    return {
+        "address": address,
+        "stride_bytes": PAGE,
+        "page_bytes": PAGE,
+        "pages_per_block": 1,
+        "pages": blocks,
+    }
+
+
+def hashes(count: int) -> list[bytes]:
+    return [hashlib.sha256(number.to_bytes(4, "big")).digest() for number in range(count)]
+
+
+class Layers:
+    """Two layers of KV memory, filled with bytes that tell block and layer apart."""
+
+    def __init__(self) -> None:
+        self.memory = ctypes.create_string_buffer(2 * BLOCKS * PAGE)
+        for block in range(BLOCKS):
+            for layer in range(2):
+                self.write(layer, block, bytes([16 * layer + block]) * PAGE)
+
+    def views(self) -> str:
+        return json.dumps([[view(self.memory, BLOCKS), view(self.memory, BLOCKS, BLOCKS * PAGE)]])
+
+    def write(self, layer: int, block: int, content: bytes) -> None:
+        ctypes.memmove(ctypes.addressof(self.memory) + (layer * BLOCKS + block) * PAGE, content, PAGE)
+
+    def read(self, layer: int, block: int) -> bytes:
+        return ctypes.string_at(ctypes.addressof(self.memory) + (layer * BLOCKS + block) * PAGE, PAGE)
+
+
+def wait_until_idle(engine: TierEngine) -> None:
+    for _ in range(5000):
+        if dict(engine.gauges())["filling_slots"] == 0 or not engine.pending_work():
+            return
+        time.sleep(0.001)
+    pytest.fail("offloads never became visible")
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_blocks_whole_way_in_one_process_and_over_a_restart(  # noqa: PLR0915  (one story)
+    pool_dir: Path, verify: bool
+) -> None:
+    settings = config(pool_dir, verify_loads=verify)
+    layers = Layers()
+    engine, worker = TierEngine(settings, GROUPING), CopyWorker(settings, 0, layers.views())
+    assert worker.block_bytes == [2 * PAGE]
+    open_pool(engine)
+    ticket = engine.ticket()
+    assert ticket is not None
+    worker.attach(ticket)
+
+    known = hashes(3)
+    engine.add_request("first", None, "")
+    assert engine.lookup("first", 60, 0, known) == 0
+    engine.admit("first", 0, [])
+    tokens = list(range(48))
+    plan = engine.step([("first", [], 0, tokens, [(0, [1, 2, 3], [])])], [])
+    worker.begin_step(plan)
+    worker.start_loads()
+    worker.finish_step()
+    while engine.pending_work() and dict(engine.gauges())["filling_slots"]:
+        time.sleep(0.001)
+    (stored,) = engine.take_events(False)
+    assert isinstance(stored, StoredRun)
+    assert (stored.hashes, stored.tokens, stored.parent) == (known, tokens, None)
+    engine.finish("first", 60, 60, None)
+
+    def load(request: str) -> None:
+        engine.add_request(request, None, "")
+        # 49 tokens: three whole blocks and one token to compute. 48: one block less.
+        assert engine.lookup(request, 48, 0, known) == 32
+        assert engine.lookup(request, 49, 0, []) == 48
+        engine.admit(request, 48, [[5, 6, 7]])
+        gauges = dict(engine.gauges())
+        assert (gauges["pins"], gauges["leases"]) == (3, 1)
+        worker.begin_step(engine.step([], []))
+        worker.start_loads()
+        finished: list[str] = []
+        while not finished:
+            finished, failed = worker.take_results()
+            assert not failed
+        assert finished == [request]
+        engine.loads_ended(finished, [])
+        for layer in range(2):
+            for source, target in ((1, 5), (2, 6), (3, 7)):
+                assert layers.read(layer, target) == bytes([16 * layer + source]) * PAGE
+        gauges = dict(engine.gauges())
+        assert (gauges["pins"], gauges["leases"], gauges["fences"]) == (0, 0, 0)
+
+    load("second")
+    worker.release(5.0)
+    engine.close()
+
+    for block in (5, 6, 7):
+        for layer in range(2):
+            layers.write(layer, block, bytes(PAGE))
+    engine, worker = TierEngine(settings, GROUPING), CopyWorker(settings, 0, layers.views())
+    open_pool(engine)
+    ticket = engine.ticket()
+    assert ticket is not None
+    worker.attach(ticket)
+    assert [run.tokens for run in engine.take_events(False) if isinstance(run, StoredRun)] == [tokens]
+    load("third")
+    engine.reset()
+    engine.add_request("fourth", None, "")
+    assert engine.lookup("fourth", 49, 0, known) == 0
+    worker.release(0.0)
+    engine.close()
+    engine = TierEngine(settings, GROUPING)
+    open_pool(engine)
+    engine.add_request("fifth", None, "")
+    assert engine.lookup("fifth", 49, 0, known) == 0, "a reset must outlive the engine"
