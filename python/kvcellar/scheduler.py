@@ -33,6 +33,7 @@ logger = init_logger(__name__)
 CONTROLS_KEY = "kvcellar"
 _GIB = 1 << 30
 _block_id = attrgetter("block_id")
+_NOTHING = StepMetadata(b"")
 
 
 class KnownRequest:
@@ -95,6 +96,9 @@ class SchedulerSide:
         self._manager: KVCacheManager | None = None
         self._requests: dict[str, KnownRequest] = {}
         self._opened = False
+        # The engine has something under way, or may have counted something: most decode steps need not ask it.
+        self._active = True
+        self._counted = True
         self._ticket: str | None = None
         self._attaching = 0
         self._watch: Watch | None = None
@@ -183,6 +187,7 @@ class SchedulerSide:
         if known is None or known.request is not request or known.was_rewritten():
             self.add(request)
             known = self._requests[request.request_id]
+        self._active = self._counted = True
         known.local = num_computed_tokens
         known.rewind(self._groups)
         hit = self._engine.lookup(request.request_id, request.num_tokens, num_computed_tokens, known.new_hashes())
@@ -190,6 +195,7 @@ class SchedulerSide:
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """vLLM admitted the request; what it wants from us has its blocks now."""
+        self._active = self._counted = True
         tables: list[list[int]] = []
         known = self._requests.get(request.request_id)
         if known is not None and num_external_tokens > 0:
@@ -206,6 +212,7 @@ class SchedulerSide:
         known = self._requests.pop(request.request_id, None)
         if known is None:
             return
+        self._active = self._counted = True
         offer = None
         if not known.was_rewritten():
             offer = self._offer(known, request.num_computed_tokens)
@@ -224,7 +231,11 @@ class SchedulerSide:
             # Most decode steps complete no block: nothing else is looked at then.
             if ready >= known.next_tokens and (offer := self._offer(known, ready)) is not None:
                 offers.append(offer)
-        plan = self._engine.step(offers, _handed_out(output))
+        if not offers and not self._active:
+            return _NOTHING
+        self._counted = True
+        plan, quiet = self._engine.step(offers, _handed_out(output))
+        self._active = not quiet
         ticket, self._ticket = self._ticket, None
         if ticket is not None:
             self._attaching = self._vllm_config.max_concurrent_batches + 1
@@ -257,7 +268,7 @@ class SchedulerSide:
     def output(self, output: KVConnectorOutput) -> None:
         """What the workers reported after a step."""
         trouble = output.kv_connector_worker_meta
-        if isinstance(trouble, WorkerTrouble):
+        if trouble is not None and isinstance(trouble, WorkerTrouble):
             logger.error("KV Cellar: a worker cannot use the host pool, the dram tier is off: %s", trouble.problem)
             self._engine.close()
         elif self._attaching:
@@ -267,11 +278,12 @@ class SchedulerSide:
             if self._attaching == 0:
                 self._engine.attached()
         if output.finished_recving:
+            self._active = self._counted = True
             self._engine.loads_ended(list(output.finished_recving), list(output.failed_recving or ()))
 
     def has_pending_work(self) -> bool:
         """Whether vLLM should keep stepping although no request runs."""
-        return self._engine.pending_work()
+        return self._active and self._engine.pending_work()
 
     def take_events(self) -> Iterable[KVCacheEvent]:
         """Events of the dram tier since the last step."""
@@ -281,11 +293,16 @@ class SchedulerSide:
 
     def take_stats(self) -> KVCellarStats | None:
         """What changed since the last step."""
+        if not self._counted:
+            return None
+        # Once more after the last step that had something under way.
+        self._counted = self._active
         stats = self._engine.take_stats()
         return None if stats is None else of_engine(stats)
 
     def reset(self) -> None:
         """Everything stored so far is worthless: weights changed."""
+        self._active = self._counted = True
         self._engine.reset()
 
 

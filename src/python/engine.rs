@@ -157,24 +157,26 @@ impl PyTierEngine {
         })
     }
 
-    /// Plans a step: offered blocks, and vLLM blocks that it hands out. Returns the workers' orders.
+    /// Plans a step: offered blocks, and vLLM blocks that it hands out. Returns the workers' orders, and whether the
+    /// engine is quiet: it need not be called again before something else is.
     fn step<'py>(
         &self,
         py: Python<'py>,
         offers: Vec<PyOffer<'py>>,
         reallocated: Vec<Vec<u32>>,
-    ) -> PyResult<Bound<'py, PyBytes>> {
+    ) -> PyResult<(Bound<'py, PyBytes>, bool)> {
         let offers = offers.into_iter().map(inputs::offer).collect::<PyResult<Vec<_>>>()?;
-        let plan = self.run(py, |engine| {
+        let (plan, quiet) = self.run(py, |engine| {
             engine.poll();
             // Before this step's own offloads: their sources belong to the requests that offer them.
             engine.reallocate(reallocated.iter().flatten().copied());
             for offer in &offers {
                 apply(engine, offer, Start::AfterStep);
             }
-            Ok(engine.take_plan())
+            let plan = engine.take_plan();
+            Ok((plan, engine.is_quiet()))
         })?;
-        Ok(PyBytes::new(py, &plan))
+        Ok((PyBytes::new(py, &plan), quiet))
     }
 
     /// vLLM finished a request; `offer`: its last complete blocks.

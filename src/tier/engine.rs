@@ -51,7 +51,7 @@ pub struct StatsDelta {
     pub counters: Vec<(&'static str, u64)>,
     /// Dropped blocks by reason.
     pub dropped: Vec<(&'static str, u64)>,
-    /// Every gauge.
+    /// Gauges that changed.
     pub gauges: Vec<(&'static str, u64)>,
     /// Durations of lookups, in seconds.
     pub lookup_seconds: Vec<f64>,
@@ -211,6 +211,12 @@ impl TierEngine {
         self.record(|_| trace::line("reset", &[("generation", generation.into())]));
     }
 
+    /// Nothing is under way and nothing waits: until the next request or offer, a step has nothing to ask of the engine.
+    pub fn is_quiet(&self) -> bool {
+        let events = self.residency.as_ref().is_some_and(|residency| !residency.events.is_empty());
+        self.plan.is_empty() && self.batches.is_empty() && self.fences.is_empty() && !events
+    }
+
     /// Events for this step, neighbours joined.
     pub fn take_events(&mut self) -> Vec<Run> {
         self.poll();
@@ -260,13 +266,15 @@ impl TierEngine {
             .into_iter()
             .zip(before.0.plain())
             .map(|((name, now), (_, before))| (name, now.saturating_sub(before)));
+        let changed =
+            now.1.all().into_iter().zip(before.1.all()).filter(|(now, before)| now != before).map(|(now, _)| now);
         let dropped = DropReason::ALL.iter().enumerate().map(|(index, reason)| {
             (reason.name(), now.0.dropped_blocks[index].saturating_sub(before.0.dropped_blocks[index]))
         });
         Some(StatsDelta {
             counters: grown.filter(|(_, amount)| *amount > 0).collect(),
             dropped: dropped.filter(|(_, amount)| *amount > 0).collect(),
-            gauges: now.1.all().to_vec(),
+            gauges: changed.collect(),
             lookup_seconds: self.lookup_seconds.take(),
         })
     }

@@ -199,7 +199,7 @@ def test_a_blocks_whole_way_in_one_process_and_over_a_restart(  # noqa: PLR0915 
     assert engine.lookup("first", 60, 0, known) == 0
     engine.admit("first", 0, [])
     tokens = list(range(48))
-    plan = engine.step([("first", [], 0, tokens, [(0, [1, 2, 3], [])])], [])
+    plan, _ = engine.step([("first", [], 0, tokens, [(0, [1, 2, 3], [])])], [])
     worker.begin_step(plan)
     worker.start_loads()
     worker.finish_step()
@@ -218,7 +218,7 @@ def test_a_blocks_whole_way_in_one_process_and_over_a_restart(  # noqa: PLR0915 
         engine.admit(request, 48, [[5, 6, 7]])
         gauges = dict(engine.gauges())
         assert (gauges["pins"], gauges["leases"]) == (3, 1)
-        worker.begin_step(engine.step([], []))
+        worker.begin_step(engine.step([], [])[0])
         worker.start_loads()
         finished: list[str] = []
         while not finished:
