@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use super::budget::{Budget, Machine};
@@ -67,8 +67,13 @@ pub fn open(wish: &Wish<'_>, progress: &mut dyn FnMut(u64, u64)) -> Result<Opene
     for index in 0..limits::POOL_INDEX_MAX {
         let path = dir.join(format!("{}-{index}.pool", namespace_name(&wish.namespace)));
         match claim(&path)? {
-            Some((file, locks)) => return take(wish, path, file, locks, taken, progress),
             None => taken.push(holder(&path)),
+            Some((file, locks)) => match take(wish, &path, file, locks, progress) {
+                Ok(opened) => return Ok(Opened { taken, ..opened }),
+                // Another start was quicker between two of our steps.
+                Err(Error::TryLater { .. }) => taken.push(holder(&path)),
+                Err(error) => return Err(error),
+            },
         }
     }
     Err(Error::TryLater { what: "every pool of this namespace".to_owned(), holder: taken.join(", ") })
@@ -104,25 +109,24 @@ pub(super) fn head(path: &Path) -> std::io::Result<Vec<u8>> {
 
 fn take(
     wish: &Wish<'_>,
-    path: PathBuf,
+    path: &Path,
     file: File,
     locks: PoolLocks,
-    taken: Vec<String>,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Opened> {
     let wanted = purpose(wish, 0);
-    let found = head(&path).ok().and_then(|bytes| Purpose::read(&bytes).ok()).filter(|found| found.fits(&wanted));
+    let found = head(path).ok().and_then(|bytes| Purpose::read(&bytes).ok()).filter(|found| found.fits(&wanted));
     let quiet = locks.drain_mappers(Duration::from_millis(if found.is_some() { limits::ADOPTION_WAIT_MS } else { 0 }));
     if let Some(found) = found.filter(|_| quiet && wish.adopt)
-        && let Ok(pool) = adopt(wish, &path, &file, &found, &locks, progress)
+        && let Ok(pool) = adopt(wish, path, &file, &found, &locks, progress)
     {
-        return Ok(Opened { pool: Pool { locks, ..pool }, adopted: true, budget: None, taken });
+        return Ok(Opened { pool: Pool { locks, ..pool }, adopted: true, budget: None, taken: Vec::new() });
     }
     let reused = file.metadata().map_or(0, |found| std::os::unix::fs::MetadataExt::blocks(&found) * 512);
     // A new file in any case: a process of an earlier engine may still map the old one.
-    fs::remove_file(&path).map_err(|error| io(&path, error))?;
+    fs::remove_file(path).map_err(|error| io(path, error))?;
     drop((file, locks));
-    create(wish, path, reused, taken, progress)
+    create(wish, path, reused, progress)
 }
 
 fn purpose(wish: &Wish<'_>, slot_count: u64) -> Purpose {
@@ -149,13 +153,7 @@ fn adopt(
     Ok(pool)
 }
 
-fn create(
-    wish: &Wish<'_>,
-    path: PathBuf,
-    reused: u64,
-    taken: Vec<String>,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<Opened> {
+fn create(wish: &Wish<'_>, path: &Path, reused: u64, progress: &mut dyn FnMut(u64, u64)) -> Result<Opened> {
     let budget = Machine::look(wish.pool_dir).budget(wish.bytes, wish.explicit, reused)?;
     let slot_count = slots_in(budget.bytes, wish.geometry);
     if slot_count == 0 {
@@ -166,15 +164,15 @@ fn create(
             format!("Give it at least {}", show(one)),
         ));
     }
-    let (file, locks) = claim(&path)?.ok_or_else(|| Error::TryLater {
+    let (file, locks) = claim(path)?.ok_or_else(|| Error::TryLater {
         what: path.display().to_string(),
         holder: "another start took it at the same moment".to_owned(),
     })?;
     let built = (|| {
-        locks.share_mapping(&path)?;
-        file.set_len(file_bytes(slot_count, wish.geometry)).map_err(|error| io(&path, error))?;
-        let map = Mapping::of(&file, &path)?;
-        map.populate(&path, progress)?;
+        locks.share_mapping(path)?;
+        file.set_len(file_bytes(slot_count, wish.geometry)).map_err(|error| io(path, error))?;
+        let map = Mapping::of(&file, path)?;
+        map.populate(path, progress)?;
         let header = header::Header::of(&map);
         header.write(purpose(wish, slot_count), wish.facts);
         header.take_over(new_epoch());
@@ -182,12 +180,12 @@ fn create(
     })();
     match built {
         Ok(map) => {
-            let pool = Pool::assemble(map, path, slot_count as u32, wish.geometry.clone(), locks)?;
-            Ok(Opened { pool, adopted: false, budget: Some(budget), taken })
+            let pool = Pool::assemble(map, path.to_owned(), slot_count as u32, wish.geometry.clone(), locks)?;
+            Ok(Opened { pool, adopted: false, budget: Some(budget), taken: Vec::new() })
         }
         Err(error) => {
             // Half a pool is of no use to anyone; the first error is the one to report.
-            drop(locks.unlink(&path));
+            drop(locks.unlink(path));
             Err(error)
         }
     }

@@ -1,7 +1,7 @@
 //! Which block is in the dram tier, in which state: the one place that changes it.
 //!
 //! Legal private states of a slot: `Empty -> Filling -> Filled -> Empty`, `Filling -> Empty` (lost), and `Filled -> Doomed -> Empty` (dropped
-//! while pinned: no lookup finds it any more, and it is freed with its last pin). Every change goes through [`Residency::transition`], which also appends
+//! while pinned: no lookup finds it any more, and it is freed with its last pin). Every change goes through `Residency::transition`, which also appends
 //! the event; nothing else may. A slot is in the policy exactly while it is `Filled` and unpinned.
 
 use std::sync::Arc;
