@@ -72,11 +72,12 @@ impl Machine {
         }
     }
 
-    /// The size of a pool for which `wanted` bytes were asked, when `reused` bytes of the machine's memory come from the pool it replaces.
+    /// The size of a pool for which `wanted` bytes were asked. A pool that is being
+    /// replaced must be gone before: its memory is looked at as it is then.
     ///
     /// # Errors
     /// [`Error::Config`] when an `explicit` wish is more than the machine's whole memory: that is a mistake, not a wish.
-    pub fn budget(&self, wanted: u64, explicit: bool, reused: u64) -> Result<Budget> {
+    pub fn budget(&self, wanted: u64, explicit: bool) -> Result<Budget> {
         if let Some(total) = self.total.filter(|total| explicit && wanted > *total) {
             return Err(Error::config(
                 "dram_size",
@@ -87,9 +88,9 @@ impl Machine {
         let less_reserve = |bytes: u64| bytes - bytes / 100 * MEMORY_RESERVE_PERCENT;
         let bounds = [
             (Some(wanted), Bound::Configured),
-            (self.shared_memory.map(|bytes| bytes + reused), Bound::SharedMemory),
-            (self.cgroup.map(|bytes| less_reserve(bytes + reused)), Bound::Cgroup),
-            (self.available.map(|bytes| less_reserve(bytes + reused)), Bound::Available),
+            (self.shared_memory, Bound::SharedMemory),
+            (self.cgroup.map(less_reserve), Bound::Cgroup),
+            (self.available.map(less_reserve), Bound::Available),
         ];
         let least = bounds.iter().filter_map(|(bytes, bound)| bytes.map(|bytes| Budget { bytes, bound: *bound }));
         Ok(least.min_by_key(|budget| budget.bytes).unwrap_or(Budget { bytes: wanted, bound: Bound::Configured }))
@@ -132,23 +133,18 @@ mod tests {
     fn the_least_bound_wins_and_is_named() {
         let machine =
             Machine { shared_memory: Some(8 * GIB), cgroup: None, available: Some(100 * GIB), total: Some(128 * GIB) };
-        assert_eq!(
-            machine.budget(4 * GIB, true, 0).expect("fits"),
-            Budget { bytes: 4 * GIB, bound: Bound::Configured }
-        );
-        assert_eq!(machine.budget(64 * GIB, true, 0).expect("capped").bound, Bound::SharedMemory);
+        assert_eq!(machine.budget(4 * GIB, true).expect("fits"), Budget { bytes: 4 * GIB, bound: Bound::Configured });
+        assert_eq!(machine.budget(64 * GIB, true).expect("capped").bound, Bound::SharedMemory);
         let tight = Machine { cgroup: Some(GIB), ..machine };
-        assert_eq!(tight.budget(4 * GIB, true, 0).expect("capped").bound, Bound::Cgroup);
-        let reused = Machine { shared_memory: Some(0), ..machine }.budget(4 * GIB, true, 4 * GIB).expect("fits");
-        assert_eq!(reused.bytes, 4 * GIB);
+        assert_eq!(tight.budget(4 * GIB, true).expect("capped").bound, Bound::Cgroup);
     }
 
     #[test]
     fn more_than_the_whole_memory_is_a_mistake_only_when_written() {
         let machine = Machine { total: Some(2 * GIB), available: Some(GIB), ..Machine::default() };
-        let error = machine.budget(4 * GIB, true, 0).expect_err("too large").to_string();
+        let error = machine.budget(4 * GIB, true).expect_err("too large").to_string();
         assert!(error.starts_with("dram_size") && error.contains("2.0 GiB"), "{error}");
-        assert_eq!(machine.budget(4 * GIB, false, 0).expect("capped").bound, Bound::Available);
+        assert_eq!(machine.budget(4 * GIB, false).expect("capped").bound, Bound::Available);
     }
 
     #[test]

@@ -122,11 +122,10 @@ fn take(
     {
         return Ok(Opened { pool: Pool { locks, ..pool }, adopted: true, budget: None, taken: Vec::new() });
     }
-    let reused = file.metadata().map_or(0, |found| std::os::unix::fs::MetadataExt::blocks(&found) * 512);
     // A new file in any case: a process of an earlier engine may still map the old one.
     fs::remove_file(path).map_err(|error| io(path, error))?;
     drop((file, locks));
-    create(wish, path, reused, progress)
+    create(wish, path, progress)
 }
 
 fn purpose(wish: &Wish<'_>, slot_count: u64) -> Purpose {
@@ -153,8 +152,8 @@ fn adopt(
     Ok(pool)
 }
 
-fn create(wish: &Wish<'_>, path: &Path, reused: u64, progress: &mut dyn FnMut(u64, u64)) -> Result<Opened> {
-    let budget = Machine::look(wish.pool_dir).budget(wish.bytes, wish.explicit, reused)?;
+fn create(wish: &Wish<'_>, path: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<Opened> {
+    let budget = Machine::look(wish.pool_dir).budget(wish.bytes, wish.explicit)?;
     let slot_count = slots_in(budget.bytes, wish.geometry);
     if slot_count == 0 {
         let one = file_bytes(1, wish.geometry) + limits::SLOT_ALIGN;

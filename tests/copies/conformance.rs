@@ -1,6 +1,7 @@
 //! What every copier must do.
 
 use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use kvcellar::block::SlotIndex;
 use kvcellar::block::plan::{BlockCopy, VERIFY};
@@ -271,8 +272,15 @@ fn dropping_carries_out_what_was_submitted<M: Maker>() {
     let scene = Scene::simple(50);
     scene.scramble(&mut random);
     let (copier, ledger) = stopped::<M>(&scene, 49, 0);
-    let dropper = std::thread::spawn(move || drop(copier));
+    let (sender, dropped) = mpsc::channel();
+    let dropper = std::thread::spawn(move || {
+        drop(copier);
+        sender.send(()).expect("the test waits");
+    });
+    // A copier that abandons its orders has all the time to show it.
+    let early = dropped.recv_timeout(Duration::from_millis(50));
     ledger.open();
+    assert!(early.is_err(), "dropped with orders under way");
     dropper.join().expect("dropped");
     let mut tickets = ledger.tickets();
     tickets.sort_unstable();
@@ -289,8 +297,8 @@ fn what_must_not_be_copied_touches_nothing<M: Maker>() {
     // Slot 0 is being filled a second time, slot 1 holds its second block, slot 2 was never used.
     let first: Vec<BlockCopy> = [0, 1].map(|slot| scene.begin(slot, 0, slot)).to_vec();
     carry_out::<M>(&scene, 0, &first, Direction::Offload);
-    [0, 1].map(|slot| scene.line(slot).publish());
-    [0, 1].map(|slot| scene.line(slot).clear());
+    [0, 1].iter().for_each(|slot| scene.line(*slot).publish());
+    [0, 1].iter().for_each(|slot| scene.line(*slot).clear());
     let second: Vec<BlockCopy> = [0, 1].map(|slot| scene.begin(slot, 0, slot + 2)).to_vec();
     scene.line(1).publish();
     let unused = BlockCopy { slot: 2, generation: 0, block: 5, group: 0, flags: 0 };

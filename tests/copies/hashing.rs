@@ -1,12 +1,16 @@
 //! The idle hasher: which slots get a checksum, and which never do.
 
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
+
 use kvcellar::block::SlotIndex;
 use kvcellar::block::plan::BlockCopy;
 use kvcellar::gpu::worker::CopyWorker;
 use kvcellar::pool::slot_table::Fill;
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::cache::Shape;
+use crate::cache::{Shape, put_block};
 use crate::ledger::until;
 use crate::random::Random;
 use crate::scene::Scene;
@@ -60,7 +64,7 @@ fn nothing_is_hashed_while_copies_wait() {
     scene.line(0).publish();
     assert!(worker.unhashed() > 0);
     // Many times the hasher's nap; a hasher that minds nothing is done long before.
-    std::thread::sleep(std::time::Duration::from_millis(60));
+    std::thread::sleep(Duration::from_millis(60));
     assert_eq!(checksum(&scene, &copy), None, "hashed although a copy waits");
     control.let_go();
     until("the slot is hashed", || checksum(&scene, &copy).is_some());
@@ -87,41 +91,51 @@ fn a_slot_that_was_taken_again_is_left_alone() {
     for copy in [again, now, emptied] {
         assert_eq!(checksum(&scene, &copy), None, "{copy:?}");
     }
-    assert_eq!(
-        scene.pool.checksum_pair(SlotIndex(0), 0).each_ref().map(|word| word.load(std::sync::atomic::Ordering::SeqCst)),
-        [0, 0]
-    );
+    assert_eq!(scene.pool.checksum_pair(SlotIndex(0), 0).each_ref().map(|word| word.load(SeqCst)), [0, 0]);
 }
 
-/// Two slots are filled with new bytes again and again, as fast as the copier goes, while the hasher is at work on them.
+/// Two slots are filled with new bytes again and again while the hasher is at work on them. A checksum that stands there names the generation whose
+/// bytes it was made of, also when that generation is over.
 #[test]
 fn no_checksum_ever_belongs_to_other_bytes() {
     let mut random = Random::of_test();
     // Large blocks, so that hashing and copying overlap.
-    let shape = Shape { page: 20_000, blocks: 4, ..Shape::plain(6) };
+    let shape = Shape { page: 300_000, blocks: 4, ..Shape::plain(5) };
     let scene = Scene::new(&[(shape, None)], 2);
-    scene.scramble(&mut random);
+    for (block, byte) in [3, 141, 59, 26].into_iter().enumerate() {
+        let mut memory = scene.ranks[0].cache.bytes();
+        let len = scene.pool.geometry().payload_bytes[0] as usize;
+        put_block(&mut memory, &scene.ranks[0].cache.shape, 0, block, &vec![byte; len]);
+        scene.ranks[0].cache.set(&memory);
+    }
     let (mut worker, _) = attached(&scene, 0);
     let sums: Vec<u64> = (0..4).map(|block| xxh3_64(&scene.ranks[0].cache.block(0, block))).collect();
-    let (mut hashed, mut last) = (0, [None; 2]);
-    for round in 0..400_u32 {
+    let mut blocks: HashMap<(u32, u64), u32> = HashMap::new();
+    let (mut hashed, mut last) = (HashSet::new(), [None; 2]);
+    for round in 0..300_u32 {
         let slot = random.below(2) as u32;
         scene.line(slot).clear();
         let copy = scene.begin(slot, 0, random.below(4) as u32);
+        blocks.insert((slot, copy.generation.into()), copy.block);
+        last[slot as usize] = Some(copy);
         fill(&scene, &mut worker, copy);
         scene.line(slot).publish();
-        if random.below(2) == 0 {
-            std::thread::sleep(std::time::Duration::from_micros(random.below(300) as u64));
-        }
-        last[slot as usize] = Some(copy);
-        for copy in last.iter().flatten() {
-            if let Some(sum) = checksum(&scene, copy) {
-                assert_eq!(sum, sums[copy.block as usize], "round {round}: {copy:?}");
-                hashed += 1;
+        std::thread::sleep(Duration::from_micros(random.below(2500) as u64));
+        for slot in 0..2 {
+            let [owner, sum] = scene.pool.checksum_pair(SlotIndex(slot), 0);
+            let (before, sum, after) = (owner.load(SeqCst), sum.load(SeqCst), owner.load(SeqCst));
+            // 0: none, or just being written.
+            if before == after && before != 0 {
+                assert_eq!(
+                    sum,
+                    sums[blocks[&(slot, before)] as usize],
+                    "round {round}: slot {slot} generation {before}"
+                );
+                hashed.insert((slot, before));
             }
         }
     }
-    println!("{hashed} checksums compared");
+    println!("{} of {} fills were seen hashed", hashed.len(), blocks.len());
     for copy in last.iter().flatten() {
         until("the slot is hashed", || checksum(&scene, copy).is_some());
         assert_eq!(checksum(&scene, copy), Some(sums[copy.block as usize]));

@@ -6,7 +6,7 @@ use std::time::Duration;
 use kvcellar::gpu::{Answers, CopyError, Order};
 
 /// Long enough for any machine; passing it fails the test instead of hanging it.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) type Outcome = Result<(), CopyError>;
 

@@ -4,6 +4,14 @@
 //! The fake passes the same suite, so what the worker's tests show with it holds for a real copier. Everything random has a
 //! fixed seed, `KVCELLAR_SEED=n` takes another one; it is printed.
 
+#![allow(
+    clippy::needless_for_each,
+    clippy::single_match_else,
+    clippy::doc_markdown,
+    clippy::type_complexity,
+    clippy::duration_suboptimal_units,
+    reason = "reads better in a test"
+)]
 #![expect(clippy::expect_used, clippy::panic, reason = "what goes wrong in a test's own helper fails the test")]
 
 mod cache;
@@ -13,4 +21,5 @@ mod hashing;
 mod ledger;
 mod random;
 mod scene;
+mod views;
 mod worker;

@@ -1,0 +1,144 @@
+//! What comes back after a restart, and what does not.
+
+use kvcellar::block::SlotIndex;
+use kvcellar::block::plan::BlockCopy;
+use kvcellar::pool::memory::SlotMemory;
+use kvcellar::pool::slot_table::SlotState;
+
+use crate::place::{Place, Purpose};
+use crate::stock::{Stock, all_verified, is_whole, left_behind, put_checksum, state, verifies, write};
+
+#[test]
+fn whole_hashed_blocks_come_back_and_others_are_cleared() {
+    let place = Place::new();
+    let mut stock = Stock::of(place.open(&Purpose::small()));
+    stock.store(&[1, 2, 3, 4], |number| number != 3);
+    stock.store(&[7], |_| false);
+    // A block that is still being filled when the engine ends.
+    let under_way = stock.offer(&[9])[0];
+    write(&stock.pool(), &under_way.0, 9, 0);
+    assert_eq!(stock.hit(&[1, 2, 3, 4]), 64);
+    drop(stock);
+    let opened = place.open(&Purpose::small());
+    assert!(opened.adopted && opened.budget.is_none());
+    let mut stock = Stock::of(opened);
+    assert_eq!(stock.adopted, 3);
+    assert_eq!([[1], [2], [3], [4], [7], [9]].map(|number| stock.hit(&number)), [16, 16, 0, 16, 0, 0]);
+    assert_eq!(stock.hit(&[1, 2, 3, 4]), 32, "a hit ends at the first block that is missing");
+    let pool = stock.pool();
+    let found = left_behind(&pool);
+    assert!(found.len() == 3 && found.iter().all(|found| is_whole(&pool, *found) && verifies(&pool, *found)));
+    let filled = (0..8).filter(|slot| state(&pool, *slot) == Some(SlotState::Filled)).count();
+    let empty = (0..8).filter(|slot| state(&pool, *slot) == Some(SlotState::Empty)).count();
+    assert_eq!((filled, empty), (3, 5), "what was not adopted is empty in shared memory too");
+}
+
+#[test]
+fn adopted_bytes_are_compared_until_they_were_good_once() {
+    let place = Place::new();
+    let mut stock = Stock::of(place.open(&Purpose::small()));
+    stock.store(&[1, 2], |_| true);
+    let own = stock.load(&[1, 2]);
+    assert!(own.len() == 2 && own.iter().all(|copy| copy.flags == 0), "bytes of this engine need no comparison");
+    drop(stock);
+    let mut stock = Stock::of(place.open(&Purpose::small()));
+    let loads = stock.load(&[1, 2]);
+    assert!(loads.len() == 2 && all_verified(&loads));
+    assert!(stock.load(&[1, 2]).iter().all(|copy| copy.flags == 0), "they were good");
+}
+
+#[test]
+fn contents_survive_many_restarts() {
+    let place = Place::new();
+    for life in 0..6_u64 {
+        let mut stock = Stock::of(place.open(&Purpose::small()));
+        assert_eq!(stock.adopted, life.min(8));
+        for earlier in 0..life {
+            assert_eq!(stock.hit(&[earlier]), 16, "life {life}: block {earlier} is lost");
+        }
+        stock.store(&[life], |_| true);
+    }
+}
+
+#[test]
+fn every_writing_rank_must_have_hashed_its_part() {
+    let place = Place::new();
+    let mut stock = Stock::of(place.open(&Purpose::small()));
+    let pool = stock.pool();
+    for (number, ranks) in [(1, vec![0, 1]), (2, vec![0]), (3, vec![1])] {
+        let (copy, _) = stock.offer(&[number])[0];
+        for rank in [0, 1] {
+            write(&pool, &copy, number, rank);
+            pool.line(SlotIndex(copy.slot)).answer(rank, true);
+        }
+        ranks.iter().for_each(|rank| put_checksum(&pool, &copy, *rank));
+        stock.engine.poll();
+    }
+    drop((stock, pool));
+    let mut stock = Stock::of(place.open(&Purpose::small()));
+    assert_eq!([[1], [2], [3]].map(|number| stock.hit(&number)), [16, 0, 0]);
+}
+
+/// An evicted block's slot is empty or refilled; its old checksum must not make the new block adoptable.
+#[test]
+fn a_checksum_of_an_earlier_generation_does_not_count() {
+    let place = Place::new();
+    let purpose = Purpose::of(2, 2, 1000);
+    let mut stock = Stock::of(place.open(&purpose));
+    stock.store(&[1], |_| true);
+    stock.store(&[2], |_| true);
+    // Both are evicted.
+    stock.store(&[3], |_| false);
+    stock.store(&[4], |_| true);
+    drop(stock);
+    let mut stock = Stock::of(place.open(&purpose));
+    assert_eq!([[1], [2], [3], [4]].map(|number| stock.hit(&number)), [0, 0, 0, 16]);
+}
+
+#[test]
+fn a_block_that_is_there_twice_is_adopted_once() {
+    let place = Place::new();
+    let mut stock = Stock::of(place.open(&Purpose::small()));
+    stock.store(&[1], |_| true);
+    stock.store(&[2], |_| true);
+    let pool = stock.pool();
+    let [first, second] =
+        [1, 2].map(|number| left_behind(&pool).into_iter().find(|found| found.number == number).expect("stored"));
+    // Slot of block 2 claims to hold block 1, in every respect.
+    let bytes = pool.descriptor(SlotIndex(first.slot));
+    pool.with_descriptor_mut(SlotIndex(second.slot), |page| page.copy_from_slice(&bytes));
+    let copy = BlockCopy { slot: second.slot, generation: second.generation, block: 0, group: 0, flags: 0 };
+    for rank in [0, 1] {
+        write(&pool, &copy, 1, rank);
+        put_checksum(&pool, &copy, rank);
+    }
+    assert_eq!(left_behind(&pool).iter().filter(|found| found.number == 1).count(), 2);
+    drop((stock, pool));
+    let mut stock = Stock::of(place.open(&Purpose::small()));
+    assert_eq!((stock.adopted, stock.hit(&[1]), stock.hit(&[2])), (1, 16, 0));
+    assert_eq!(stock.engine.gauges().free_slots, 7);
+    assert_eq!(state(&stock.pool(), second.slot), Some(SlotState::Empty));
+}
+
+#[test]
+fn after_a_reset_nothing_stored_before_comes_back() {
+    for through_engine in [false, true] {
+        let place = Place::new();
+        let mut stock = Stock::of(place.open(&Purpose::small()));
+        stock.store(&[1], |_| true);
+        assert_eq!(left_behind(&stock.pool()).len(), 1);
+        if through_engine {
+            stock.engine.reset();
+        } else {
+            assert_eq!(stock.pool().header().bump_cache_generation(), 1);
+        }
+        assert_eq!(left_behind(&stock.pool()), []);
+        stock.store(&[2], |_| true);
+        drop(stock);
+        let opened = place.open(&Purpose::small());
+        assert!(opened.adopted);
+        let mut stock = Stock::of(opened);
+        assert_eq!((stock.adopted, stock.hit(&[1]), stock.hit(&[2])), (1, 0, 16));
+        assert_eq!(SlotMemory::cache_generation(&stock.pool()), 1);
+    }
+}

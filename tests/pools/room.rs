@@ -1,0 +1,170 @@
+//! Too little memory: a pool is capped, or refused with the name of the setting; never a SIGBUS later.
+//!
+//! Uses own small tmpfs mounts. Where they cannot be made (no root, no mounts in this container) the tests say so and end.
+
+use std::ffi::CString;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use kvcellar::block::SlotIndex;
+use kvcellar::error::Error;
+use kvcellar::pool::Pool;
+use kvcellar::pool::budget::Bound;
+
+use crate::place::{Place, Purpose, bytes_for};
+use crate::stock::{Stock, left_behind};
+
+/// A tmpfs of its own size, unmounted when dropped.
+struct Tmpfs {
+    path: PathBuf,
+    // Dropped after the file system is unmounted.
+    _place: Place,
+}
+
+impl Tmpfs {
+    fn mount(bytes: u64) -> Option<Self> {
+        let place = Place::new();
+        let path = place.path().join("small");
+        fs::create_dir(&path).expect("made");
+        let target = CString::new(path.as_os_str().as_bytes()).expect("no zero in a path");
+        let options = CString::new(format!("size={bytes}")).expect("no zero");
+        // SAFETY: all strings live through the call and end with a zero; mount keeps none of them.
+        let done =
+            unsafe { libc::mount(c"tmpfs".as_ptr(), target.as_ptr(), c"tmpfs".as_ptr(), 0, options.as_ptr().cast()) };
+        if done != 0 {
+            println!("skipped: no tmpfs can be mounted here ({})", std::io::Error::last_os_error());
+            return None;
+        }
+        Some(Self { path, _place: place })
+    }
+
+    /// Leaves this many bytes free.
+    fn fill_up(&self, leave: u64) {
+        let found = nix::sys::statvfs::statvfs(&self.path).expect("it is mounted");
+        let free = found.blocks_available() * found.fragment_size();
+        fs::write(self.path.join("filler"), vec![1; free.saturating_sub(leave) as usize]).expect("it fits");
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let target = CString::new(self.path.as_os_str().as_bytes()).expect("no zero in a path");
+        // SAFETY: the string lives through the call. Detached, so that a pool that is still mapped does not keep it.
+        unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
+    }
+}
+
+/// Touches every page of every slot: a page that is not there kills the test.
+fn touch_all(pool: &Pool) {
+    for slot in 0..pool.slot_count() {
+        let len = (pool.geometry().slot_bytes - pool.geometry().descriptor_bytes) as usize;
+        let start = pool.payload(SlotIndex(slot)).as_ptr();
+        // SAFETY: inside the slot's payload; this test owns the pool.
+        unsafe { start.write_bytes(0x5a, len) };
+    }
+}
+
+/// Nothing of a pool that could not be made is left.
+fn assert_no_pools(dir: &Path) {
+    let left: Vec<_> =
+        kvcellar::pool::registry::list(dir).expect("listed").into_iter().map(|entry| entry.name).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_pool_is_capped_to_the_file_system() {
+    let Some(tmpfs) = Tmpfs::mount(1 << 20) else { return };
+    let purpose = Purpose::of(1000, 2, 4096);
+    let opened = purpose.open(&tmpfs.path).expect("a smaller pool");
+    assert_eq!(opened.budget.expect("a fresh pool").bound, Bound::SharedMemory);
+    assert!(opened.pool.bytes() <= 1 << 20 && opened.pool.slot_count() > 50, "{} slots", opened.pool.slot_count());
+    touch_all(&opened.pool);
+    // Adopted as it is: the wish is the same although the size is not.
+    let slots = opened.pool.slot_count();
+    drop(opened);
+    let again = purpose.open(&tmpfs.path).expect("the same pool");
+    assert!(again.adopted && again.pool.slot_count() == slots);
+}
+
+#[test]
+fn a_file_system_without_room_for_one_block_is_an_error_that_names_dram_size() {
+    let Some(tmpfs) = Tmpfs::mount(1 << 20) else { return };
+    tmpfs.fill_up(40 << 10);
+    let error = Purpose::of(100, 2, 4096).open(&tmpfs.path).expect_err("no room").to_string();
+    assert!(error.starts_with("dram_size") && error.contains("free shared memory"), "{error}");
+    assert_no_pools(&tmpfs.path);
+}
+
+#[test]
+fn more_than_the_machine_has_is_an_error_that_names_dram_size() {
+    let place = Place::new();
+    let error = Purpose { bytes: 1 << 60, ..Purpose::small() }.open(place.path()).expect_err("too much").to_string();
+    assert!(error.starts_with("dram_size") && error.contains("whole memory"), "{error}");
+    assert_no_pools(place.path());
+    let error = Purpose { bytes: 4096, ..Purpose::small() }.open(place.path()).expect_err("too little").to_string();
+    assert!(error.starts_with("dram_size") && error.contains("does not hold one block"), "{error}");
+    assert_no_pools(place.path());
+}
+
+/// The old pool's memory is counted once: it is free by the time the new pool is measured, or somebody still maps it.
+#[test]
+fn a_replaced_pool_is_capped_like_a_fresh_one() {
+    let Some(tmpfs) = Tmpfs::mount(1 << 20) else { return };
+    drop(Purpose::of(1000, 2, 4096).open(&tmpfs.path).expect("a smaller pool"));
+    let opened = Purpose::of(900, 2, 4096).open(&tmpfs.path).expect("the other pool's room");
+    assert!(!opened.adopted);
+    assert!(opened.pool.bytes() <= 1 << 20, "{} bytes", opened.pool.bytes());
+    touch_all(&opened.pool);
+}
+
+/// A start that finds the memory taken by the workers of a dead engine. Takes `limits::ADOPTION_WAIT_MS`.
+#[test]
+fn memory_that_others_still_map_is_not_counted() {
+    let Some(tmpfs) = Tmpfs::mount(1 << 20) else { return };
+    let purpose = Purpose::of(1000, 2, 4096);
+    let first = purpose.open(&tmpfs.path).expect("a smaller pool");
+    let worker = Pool::attach(&first.pool.ticket()).expect("the owner lives");
+    drop(first);
+    match purpose.open(&tmpfs.path) {
+        Ok(opened) => touch_all(&opened.pool),
+        Err(error) => assert!(matches!(error, Error::Config { ref field, .. } if field == "dram_size"), "{error}"),
+    }
+    touch_all(&worker);
+}
+
+/// A pool file with holes, as a restored copy may have, where no page can be had for them any more.
+#[test]
+fn holes_that_cannot_be_filled_are_noticed_at_start() {
+    let Some(tmpfs) = Tmpfs::mount(1 << 20) else { return };
+    let purpose = Purpose::of(20, 2, 4096);
+    let mut stock = Stock::of(purpose.open(&tmpfs.path).expect("a pool"));
+    stock.store(&[1], |_| true);
+    drop(stock);
+    let file = fs::OpenOptions::new().write(true).open(purpose.file(&tmpfs.path, 0)).expect("opened");
+    // The last ten slots become holes.
+    let len = file.metadata().expect("looked at").len();
+    let holes = 10 * purpose.geometry.slot_bytes;
+    file.set_len(len - holes).expect("cut");
+    file.set_len(len).expect("grown");
+    drop(file);
+    tmpfs.fill_up(0);
+    match purpose.open(&tmpfs.path) {
+        Ok(opened) => touch_all(&opened.pool),
+        Err(error) => assert!(error.to_string().contains("dram_size"), "{error}"),
+    }
+}
+
+#[test]
+fn a_pool_as_large_as_wished_is_not_called_bounded() {
+    let started = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs();
+    let place = Place::new();
+    let purpose = Purpose::small();
+    let opened = place.open(&purpose);
+    let budget = opened.budget.expect("a fresh pool");
+    assert_eq!((budget.bound, budget.bytes), (Bound::Configured, bytes_for(8, &purpose.geometry)));
+    let entry = kvcellar::pool::registry::list(place.path()).expect("listed").remove(0);
+    assert!(entry.created_s.is_some_and(|seconds| seconds >= started));
+    assert!(left_behind(&std::sync::Arc::new(opened.pool)).is_empty());
+}
