@@ -50,7 +50,7 @@ impl Lru {
     }
 
     /// Slots from the one to evict first to the one to evict last.
-    pub fn order(&self) -> impl Iterator<Item = SlotIndex> + '_ {
+    pub fn iter(&self) -> impl Iterator<Item = SlotIndex> + '_ {
         let sentinel = self.sentinel();
         let next = move |slot: u32| (slot != sentinel).then_some(slot);
         std::iter::successors(next(self.links[sentinel as usize].hotter), move |slot| {
@@ -95,6 +95,10 @@ impl Eviction for Lru {
         self.len
     }
 
+    fn order(&self) -> Vec<SlotIndex> {
+        self.iter().collect()
+    }
+
     fn prefetch(&self, slot: SlotIndex) {
         // A plain read of the link would stall; reading its address is enough for the compiler to emit nothing on other machines.
         crate::block::prefetch(&self.links[slot.0 as usize]);
@@ -106,7 +110,7 @@ mod tests {
     use super::*;
 
     fn order(lru: &Lru) -> Vec<u32> {
-        lru.order().map(|slot| slot.0).collect()
+        lru.iter().map(|slot| slot.0).collect()
     }
 
     #[test]

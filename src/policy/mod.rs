@@ -31,6 +31,8 @@ pub trait Eviction: Send {
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
+    /// All of them, the one to evict next first. For inspection.
+    fn order(&self) -> Vec<SlotIndex>;
     /// Asks the processor to fetch what a decision on `slot` will read.
     fn prefetch(&self, slot: SlotIndex);
 }

@@ -223,6 +223,11 @@ impl TierEngine {
         self.residency.as_mut().map_or_else(Vec::new, |residency| residency.events.take(limits::EVENTS_PER_STEP_MAX))
     }
 
+    /// Blocks that may be evicted, the next one first, with the serial of the request that used each last. For inspection.
+    pub fn eviction_order(&self) -> Vec<(BlockKey, u32)> {
+        self.residency.as_ref().map(Residency::eviction_order).unwrap_or_default()
+    }
+
     pub(super) fn census(&self) -> Census {
         self.residency.as_ref().map(Residency::census).unwrap_or_default()
     }

@@ -342,6 +342,12 @@ impl Residency {
         self.table.record(slot).key()
     }
 
+    /// Blocks that may be evicted, the next one first, each with the serial of the request that used it last. For inspection.
+    pub fn eviction_order(&self) -> Vec<(BlockKey, u32)> {
+        let described = |slot: SlotIndex| self.key(slot).map(|key| (key, self.table.record(slot).toucher));
+        self.policy.order().into_iter().filter_map(described).collect()
+    }
+
     /// All visible blocks.
     pub fn visible_slots(&self) -> Vec<SlotIndex> {
         let slots = (0..self.table.slots()).map(SlotIndex);

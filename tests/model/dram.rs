@@ -191,6 +191,10 @@ impl Dram {
         }
     }
 
+    pub(crate) fn eviction_order(&self) -> Vec<(Name, u32)> {
+        self.order.iter().map(|life| (self.names[life].clone(), self.toucher[life])).collect()
+    }
+
     pub(crate) fn visible_names(&self) -> BTreeSet<Name> {
         let lives = self.order.iter().chain(self.pinned.keys());
         lives.filter_map(|life| self.names.get(life).cloned()).collect()

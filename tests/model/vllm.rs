@@ -406,8 +406,14 @@ impl Simulation {
         let plan = StepPlan::decode(&self.engine.take_plan()).expect("a plan is readable");
         let mut open = self.batches.iter().position(|batch| batch.order.is_empty()).unwrap_or(self.batches.len());
         for copy in plan.stores_before.iter().chain(&plan.stores_after) {
+            prop_assert!(open < self.batches.len(), "the engine stores a block that the model does not: {:?}", copy);
             while self.batches[open].order.len() == self.batches[open].lives.len() {
                 open += 1;
+                prop_assert!(
+                    open < self.batches.len(),
+                    "the engine stores a block that the model does not: {:?}",
+                    copy
+                );
             }
             self.batches[open].order.push((copy.slot, copy.generation));
             self.batches[open].waiting.insert((copy.slot, copy.generation));
@@ -479,6 +485,8 @@ impl Simulation {
         if fail {
             self.memory.line(SlotIndex(load.copies[bad].slot)).refuse_load(0);
         }
+        // As the connector does: what was answered before the load ended is settled before it.
+        self.engine.poll();
         self.engine.load_ended(&load.request, fail);
         self.poll();
         let lives: Vec<Life> = load.lives.iter().map(|(life, _)| *life).collect();
@@ -589,6 +597,8 @@ impl Simulation {
     pub(crate) fn check(&mut self) -> Check {
         self.engine.poll();
         self.poll();
+        let order: Vec<_> = self.engine.eviction_order().iter().map(|(key, toucher)| (name(key), *toucher)).collect();
+        prop_assert_eq!(order, self.dram.eviction_order(), "the order of eviction, and who used each block last");
         let gauges = self.engine.gauges();
         prop_assert_eq!(gauges.free_slots as usize, self.dram.free(), "free slots");
         prop_assert_eq!(gauges.filling_slots as usize, self.dram.filling(), "filling slots");

@@ -95,6 +95,26 @@ fn a_checksum_of_an_earlier_generation_does_not_count() {
     assert_eq!([[1], [2], [3], [4]].map(|number| stock.hit(&number)), [0, 0, 0, 16]);
 }
 
+/// A descriptor that was not rewritten for the slot's present block names another one, whose bytes are gone.
+#[test]
+fn a_descriptor_of_an_earlier_generation_does_not_count() {
+    let place = Place::new();
+    let purpose = Purpose::of(1, 2, 1000);
+    let mut stock = Stock::of(place.open(&purpose));
+    stock.store(&[1], |_| true);
+    let old = stock.pool().descriptor(SlotIndex(0));
+    stock.store(&[2], |_| false);
+    let pool = stock.pool();
+    pool.with_descriptor_mut(SlotIndex(0), |page| page.copy_from_slice(&old));
+    let generation = pool.line(SlotIndex(0)).remains().1.0;
+    let copy = BlockCopy { slot: 0, generation, block: 0, group: 0, flags: 0 };
+    for rank in [0, 1] {
+        put_checksum(&pool, &copy, rank);
+        assert!(pool.checksum(SlotIndex(0), rank, generation).is_some());
+    }
+    assert_eq!(left_behind(&pool), []);
+}
+
 #[test]
 fn a_block_that_is_there_twice_is_adopted_once() {
     let place = Place::new();
