@@ -17,7 +17,7 @@
 //!
 //! # Who may call whom
 //!
-//! `python -> tier -> {gpu, pool, policy, events} -> block`; `cli` may call everything. The test `architecture` holds
+//! `python -> tier -> {gpu, pool, nvme, policy, events} -> block`; `cli` may call everything. The test `architecture` holds
 //! the crate to this.
 
 #![warn(missing_docs)]
@@ -30,6 +30,7 @@ pub mod events;
 pub mod gpu;
 pub mod limits;
 pub mod metrics;
+pub mod nvme;
 pub mod policy;
 pub mod pool;
 pub mod tier;

@@ -188,7 +188,7 @@ impl SlotGeometry {
         }
         let tokens = grouping.groups.iter().map(|group| u64::from(group.block_tokens)).max().unwrap_or(0);
         let descriptor =
-            super::descriptor::FIXED_BYTES + 16 * ranks.len() as u64 + 4 * tokens + limits::DESCRIPTOR_EXTRA_BYTES;
+            super::descriptor::body_offset(ranks.len()) as u64 + 4 * tokens + limits::DESCRIPTOR_EXTRA_BYTES;
         let descriptor_bytes = descriptor.next_multiple_of(limits::SLOT_ALIGN);
         let payload = ends.iter().copied().max().unwrap_or(0);
         Ok(Self {

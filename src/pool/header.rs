@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::limits;
 
 /// Version of everything in a pool file.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 const MAGIC: [u8; 8] = *b"KVCELLAR";
 const OWNER_OFFSET: usize = 1024;

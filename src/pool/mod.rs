@@ -136,6 +136,16 @@ impl Pool {
         self.map.len() as u64
     }
 
+    /// First byte of the mapping.
+    pub fn start(&self) -> NonNull<u8> {
+        self.map.at(0, 0)
+    }
+
+    /// Where a slot's image (descriptor pages, then payload) begins in the mapping, a multiple of [`limits::SLOT_ALIGN`].
+    pub fn image_offset(&self, slot: SlotIndex) -> usize {
+        self.slot_offset(slot)
+    }
+
     /// The header's changing part.
     pub fn header(&self) -> Header<'_> {
         Header::of(&self.map)

@@ -22,7 +22,7 @@ const ROWS: &[(&str, Reach)] = &[
     // `config` for sizes as people read them, in messages about memory.
     ("pool", Only(&["block", "config", "error", "limits"])),
     ("gpu", Only(&["block", "pool", "error", "limits"])),
-    ("nvme", Only(&["block", "pool", "error", "limits"])),
+    ("nvme", Only(&["block", "pool", "config", "error", "limits"])),
     ("policy", Only(&["block", "error", "limits"])),
     ("events", Only(&["block", "error", "limits"])),
     ("tier", Only(&["gpu", "pool", "nvme", "policy", "events", "block", "config", "metrics", "error", "limits"])),
@@ -33,7 +33,8 @@ const ROWS: &[(&str, Reach)] = &[
 
 /// Files that may contain `unsafe`: they own memory that others see, or talk to a device or an interpreter.
 /// The one other place is the prefetch hint, which touches nobody's memory.
-const UNSAFE_PREFIXES: &[&str] = &["pool/", "gpu/", "nvme/ring", "python/", "block/prefetch.rs"];
+const UNSAFE_PREFIXES: &[&str] =
+    &["pool/", "gpu/", "nvme/ring", "nvme/buffer.rs", "nvme/threads.rs", "python/", "block/prefetch.rs"];
 
 /// Everything that is wrong with the sources, as sentences that name the file.
 pub(crate) fn complaints(sources: &[Source]) -> Vec<String> {
