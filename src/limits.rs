@@ -63,6 +63,42 @@ pub const MEMORY_RESERVE_PERCENT: u64 = 5;
 /// block is served as ever and merely not adopted by a later start.
 pub const HASH_QUEUE_MAX: usize = 1 << 20;
 
+/// Blocks being written to disk at once. At the bound further dirty blocks wait for a write to end; evicted meanwhile they are dropped and counted.
+pub const SPILLS_IN_FLIGHT_MAX: u64 = 64;
+
+/// Adjacent slots that lie adjacent on disk too are transferred in one operation of at most this many bytes.
+pub const TRANSFER_BYTES_MAX: u64 = 4 << 20;
+
+/// Slots set aside for restores that find no slot of their own: a share of the pool, within bounds. Restores beyond wait for a slot of the window.
+pub const WINDOW_POOL_SHARE: u32 = 32;
+/// Fewest slots of the window.
+pub const WINDOW_SLOTS_MIN: u32 = 2;
+/// Most slots of the window.
+pub const WINDOW_SLOTS_MAX: u32 = 64;
+
+/// How long a transfer may take, in ms. After that its restore fails (its buffer stays with the device until it answers), and the device is counted as failing.
+pub const DISK_DEADLINE_MS: u64 = 10_000;
+
+/// Device errors in a row after which the nvme tier goes out of service.
+pub const DISK_ERRORS_MAX: u32 = 3;
+
+/// First and longest time out of service before the disk is tried again, in ms.
+pub const DISK_BACKOFF_MS: (u64, u64) = (1_000, 60_000);
+
+/// How long a stopping engine writes dirty blocks to disk, in ms. vLLM kills it 5 s after asking it to stop.
+pub const FLUSH_MS: u64 = 3_000;
+
+/// Blocks of a reopened store whose descriptors are read for their announcement at once.
+pub const ANNOUNCE_BATCH: usize = 64;
+
+/// Extents looked at for their age in one round of the mover.
+pub const RETENTION_BATCH: u32 = 4096;
+
+/// How often the mover looks after itself when nothing wakes it, in ms: while work is under way, and idle.
+pub const MOVER_TICK_MS: (u64, u64) = (5, 500);
+
+const _: () = assert!(FLUSH_MS < 5_000, "vLLM's parent kills EngineCore 5 s after it asked it to stop");
+const _: () = assert!(ANNOUNCE_BATCH < EVENTS_PER_STEP_MAX, "announcing never floods a step");
 const _: () = assert!(RANKS_MAX <= u64::BITS as usize, "one bit a rank");
 const _: () = assert!(FACTS_BYTES_MAX < HEADER_BYTES as usize / 2 + 1, "facts fit into the header");
 const _: () = assert!(HEADER_BYTES.is_multiple_of(SLOT_ALIGN), "the slot table starts aligned");

@@ -17,12 +17,27 @@ pub enum DropReason {
     Corrupt,
     /// `reset_cache` made it worthless.
     Reset,
+    /// It was evicted before it could be written to disk.
+    Unspilled,
+    /// Reading or writing it on disk failed.
+    DiskFailed,
+    /// It lay on disk for longer than `retention`.
+    Expired,
 }
 
 impl DropReason {
     /// All reasons, in the order of [`Counters::dropped_blocks`].
-    pub const ALL: [Self; 6] =
-        [Self::NoSlot, Self::OwnPrefix, Self::QueueFull, Self::CopyFailed, Self::Corrupt, Self::Reset];
+    pub const ALL: [Self; 9] = [
+        Self::NoSlot,
+        Self::OwnPrefix,
+        Self::QueueFull,
+        Self::CopyFailed,
+        Self::Corrupt,
+        Self::Reset,
+        Self::Unspilled,
+        Self::DiskFailed,
+        Self::Expired,
+    ];
 
     /// The label's value.
     pub fn name(self) -> &'static str {
@@ -33,6 +48,9 @@ impl DropReason {
             Self::CopyFailed => "copy_failed",
             Self::Corrupt => "corrupt",
             Self::Reset => "reset",
+            Self::Unspilled => "unspilled",
+            Self::DiskFailed => "disk_failed",
+            Self::Expired => "expired",
         }
     }
 }
@@ -62,6 +80,32 @@ pub struct Counters {
     pub shared_load_waits: u64,
     /// Slots whose descriptor did not fit: served as ever, never adopted.
     pub undescribed_blocks: u64,
+    /// Blocks that requests loaded from disk.
+    pub nvme_hit_blocks: u64,
+    /// Tokens of them.
+    pub nvme_hit_tokens: u64,
+    /// Blocks written to disk.
+    pub spilled_blocks: u64,
+    /// Bytes of them, descriptors included.
+    pub spilled_bytes: u64,
+    /// Blocks that came from disk into a slot of the dram tier.
+    pub restored_blocks: u64,
+    /// Bytes read for restores, descriptors included.
+    pub restored_bytes: u64,
+    /// Blocks evicted from disk for others.
+    pub nvme_evicted_blocks: u64,
+    /// Blocks found on disk at start.
+    pub nvme_reopened_blocks: u64,
+    /// Transfers that the disk refused or cut short.
+    pub disk_errors: u64,
+    /// Extents whose bytes did not match their checksums.
+    pub corrupt_extents: u64,
+    /// Times the nvme tier went out of service.
+    pub nvme_outages: u64,
+    /// Lookups whose part on disk was to be loaded.
+    pub load_decisions: u64,
+    /// Lookups whose part on disk was to be computed instead.
+    pub recompute_decisions: u64,
 }
 
 impl Counters {
@@ -72,7 +116,7 @@ impl Counters {
     }
 
     /// Name and value of each plain counter.
-    pub fn plain(&self) -> [(&'static str, u64); 10] {
+    pub fn plain(&self) -> [(&'static str, u64); 23] {
         [
             ("hit_blocks", self.hit_blocks),
             ("hit_tokens", self.hit_tokens),
@@ -84,6 +128,19 @@ impl Counters {
             ("adopted_blocks", self.adopted_blocks),
             ("shared_load_waits", self.shared_load_waits),
             ("undescribed_blocks", self.undescribed_blocks),
+            ("nvme_hit_blocks", self.nvme_hit_blocks),
+            ("nvme_hit_tokens", self.nvme_hit_tokens),
+            ("spilled_blocks", self.spilled_blocks),
+            ("spilled_bytes", self.spilled_bytes),
+            ("restored_blocks", self.restored_blocks),
+            ("restored_bytes", self.restored_bytes),
+            ("nvme_evicted_blocks", self.nvme_evicted_blocks),
+            ("nvme_reopened_blocks", self.nvme_reopened_blocks),
+            ("disk_errors", self.disk_errors),
+            ("corrupt_extents", self.corrupt_extents),
+            ("nvme_outages", self.nvme_outages),
+            ("load_decisions", self.load_decisions),
+            ("recompute_decisions", self.recompute_decisions),
         ]
     }
 }
@@ -109,11 +166,29 @@ pub struct Gauges {
     pub pending_events: u64,
     /// Bytes of the pool file.
     pub pool_bytes: u64,
+    /// Blocks that the disk holds too.
+    pub clean_slots: u64,
+    /// Blocks on disk.
+    pub nvme_blocks: u64,
+    /// Extents that exist on disk, used or not.
+    pub nvme_extents: u64,
+    /// Blocks being written to disk.
+    pub nvme_writing: u64,
+    /// Reads from disk under way.
+    pub nvme_reading: u64,
+    /// 1 while the nvme tier is in service, else 0.
+    pub nvme_in_service: u64,
+    /// 1 with `io_uring`, 0 with threads.
+    pub nvme_io_uring: u64,
+    /// 1 with `O_DIRECT`.
+    pub nvme_direct: u64,
+    /// 1 with memory registered with the kernel.
+    pub nvme_registered: u64,
 }
 
 impl Gauges {
     /// Name and value of each gauge.
-    pub fn all(&self) -> [(&'static str, u64); 9] {
+    pub fn all(&self) -> [(&'static str, u64); 18] {
         [
             ("total_slots", self.total_slots),
             ("free_slots", self.free_slots),
@@ -124,6 +199,15 @@ impl Gauges {
             ("fences", self.fences),
             ("pending_events", self.pending_events),
             ("pool_bytes", self.pool_bytes),
+            ("clean_slots", self.clean_slots),
+            ("nvme_blocks", self.nvme_blocks),
+            ("nvme_extents", self.nvme_extents),
+            ("nvme_writing", self.nvme_writing),
+            ("nvme_reading", self.nvme_reading),
+            ("nvme_in_service", self.nvme_in_service),
+            ("nvme_io_uring", self.nvme_io_uring),
+            ("nvme_direct", self.nvme_direct),
+            ("nvme_registered", self.nvme_registered),
         ]
     }
 }

@@ -216,6 +216,14 @@ class KVCellarConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is not None:
             self._scheduler.allocated(request, blocks, num_external_tokens)
 
+    def get_external_cache_hit_sources(self, request: "Request", num_external_tokens: int) -> dict[Any, int]:
+        """Which of the loaded tokens come from host memory, and which from disk (vLLM 0.32 and later)."""
+        if self._scheduler is None or num_external_tokens == 0 or CacheHitSource is None:
+            return {}
+        disk = min(self._scheduler.disk_tokens(request), num_external_tokens)
+        split = {CacheHitSource.HOST: num_external_tokens - disk, CacheHitSource.DISK: disk}
+        return {source: tokens for source, tokens in split.items() if tokens}
+
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
         """The step's orders."""
         if self._scheduler is None:
@@ -246,7 +254,7 @@ class KVCellarConnector(KVConnectorBase_V1, SupportsHMA):
         return self._scheduler is not None and self._scheduler.has_pending_work()
 
     def take_events(self) -> Iterable[KVCacheEvent]:
-        """Events of the dram tier."""
+        """Events of our tiers."""
         return self._scheduler.take_events() if self._scheduler is not None else ()
 
     def reset_cache(self) -> bool | None:

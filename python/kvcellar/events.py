@@ -5,12 +5,15 @@ from typing import Any
 
 import msgspec
 from vllm import envs
-from vllm.distributed.kv_events import MEDIUM_CPU, BlockRemoved, BlockStored, KVCacheEvent
+from vllm.distributed.kv_events import MEDIUM_CPU, MEDIUM_STORAGE, BlockRemoved, BlockStored, KVCacheEvent
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, to_event_extra_keys
 from vllm.v1.request import Request
 
 from kvcellar._native import RemovedRun, StoredRun
 from kvcellar.groups import Groups
+
+
+_MEDIUM = {"dram": MEDIUM_CPU, "nvme": MEDIUM_STORAGE}
 
 
 def encode_extra_keys(request: Request, first_token: int, blocks: int, block_tokens: int) -> list[bytes]:
@@ -54,7 +57,9 @@ class EventMaker:
     def make(self, run: StoredRun | RemovedRun) -> KVCacheEvent:
         """Make the event for one run of blocks."""
         if isinstance(run, RemovedRun):
-            return BlockRemoved(block_hashes=run.hashes, medium=MEDIUM_CPU, group_idx=run.group, locality="LOCAL")
+            return BlockRemoved(
+                block_hashes=run.hashes, medium=_MEDIUM[run.tier], group_idx=run.group, locality="LOCAL"
+            )
         group = self._groups.groups[run.group]
         return BlockStored(
             block_hashes=run.hashes,
@@ -62,7 +67,7 @@ class EventMaker:
             token_ids=run.tokens,
             block_size=group.block_tokens,
             lora_id=None,
-            medium=MEDIUM_CPU,
+            medium=_MEDIUM[run.tier],
             lora_name=run.lora_name,
             extra_keys=_decode_extra_keys(run.extra),
             group_idx=run.group,

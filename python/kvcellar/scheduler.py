@@ -21,7 +21,7 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from kvcellar import ConfigError, KvcellarError, UnsupportedError, facts
-from kvcellar._native import Config, TierEngine, Watch, check_controls
+from kvcellar._native import Config, DiskReport, TierEngine, Watch, check_controls
 from kvcellar.events import EventMaker, encode_extra_keys
 from kvcellar.groups import Groups
 from kvcellar.metadata import RankOffer, StepMetadata, WorkerTrouble
@@ -165,6 +165,8 @@ class SchedulerSide:
             report.adopted_blocks,
             f"; in use by others: {', '.join(report.taken)}" if report.taken else "",
         )
+        if report.disk is not None:
+            _log_disk(report.disk)
         if self._front_end is not None:
             self._watch = _watch(self._engine, self._front_end)
 
@@ -204,6 +206,10 @@ class SchedulerSide:
                 first = known.local // group.block_tokens
                 tables.append(list(map(_block_id, table[first : -(-end // group.block_tokens)])))
         self._engine.admit(request.request_id, num_external_tokens, tables)
+
+    def disk_tokens(self, request: Request) -> int:
+        """Tokens of the request's last admission that come from disk."""
+        return self._engine.disk_tokens(request.request_id)
 
     def finish(self, request: Request) -> None:
         """vLLM finished or aborted the request and is about to free its blocks: they may still be copied, behind
@@ -286,7 +292,7 @@ class SchedulerSide:
         return self._active and self._engine.pending_work()
 
     def take_events(self) -> Iterable[KVCacheEvent]:
-        """Events of the dram tier since the last step."""
+        """Events of our tiers since the last step."""
         if not self._publishes:
             return ()
         return [self._events.make(run) for run in self._engine.take_events(self._events.integer_hashes)]
@@ -304,6 +310,25 @@ class SchedulerSide:
         """Everything stored so far is worthless: weights changed."""
         self._active = self._counted = True
         self._engine.reset()
+
+
+def _log_disk(disk: DiskReport) -> None:
+    logger.info(
+        "KV Cellar: nvme tier of at most %d blocks at %s (%s%s%s); %d blocks survived (%s)%s%s",
+        disk.extents_max,
+        disk.path,
+        disk.engine,
+        ", O_DIRECT" if disk.direct else ", buffered",
+        ", registered" if disk.registered else "",
+        disk.blocks,
+        disk.recovery,
+        f"; in use by others: {', '.join(disk.taken)}" if disk.taken else "",
+        f"; {disk.why}" if disk.why else "",
+    )
+    if disk.damaged:
+        logger.warning("KV Cellar: %d extents on disk were damaged and are dropped", disk.damaged)
+    if disk.engine_why:
+        logger.warning("KV Cellar: the disk is used with %s: %s", disk.engine, disk.engine_why)
 
 
 def _handed_out(output: SchedulerOutput) -> list[list[int]]:

@@ -24,6 +24,21 @@ COUNTERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "adopted_blocks": ("Blocks taken over from an earlier engine.", {"tier": "dram"}),
     "load_failures": ("Loads that failed and were computed instead.", {}),
     "shared_load_waits": ("Lookups asked to wait for another request's load of the same prefix.", {}),
+    "nvme_hit_blocks": ("Blocks loaded for requests.", {"tier": "nvme"}),
+    "nvme_hit_tokens": ("Tokens loaded for requests.", {"tier": "nvme"}),
+    "spilled_blocks": ("Blocks written to disk.", {}),
+    "spilled_bytes": ("Bytes written to disk, descriptors included.", {}),
+    "restored_blocks": ("Blocks that came from disk into a slot of the dram tier.", {}),
+    "restored_bytes": ("Bytes read from disk for restores, descriptors included.", {}),
+    "nvme_evicted_blocks": ("Blocks evicted for others.", {"tier": "nvme"}),
+    "nvme_reopened_blocks": ("Blocks found on disk at start.", {}),
+    "disk_errors": ("Transfers that the disk refused or cut short, or that took too long.", {}),
+    "corrupt_extents": ("Extents whose bytes did not match their checksums.", {}),
+    "nvme_outages": ("Times the nvme tier went out of service.", {}),
+    "load_decisions": ("Admitted requests whose part on disk was loaded.", {}),
+    "recompute_decisions": ("Admitted requests whose part on disk was computed instead (load_policy).", {}),
+    "followed_loads": ("Loads with blocks from disk, over all ranks.", {}),
+    "overlapped_loads": ("Those whose first copy began before their last read had ended, over all ranks.", {}),
     "undescribed_blocks": ("Blocks whose descriptor did not fit: served, but never adopted.", {}),
     "offload_bytes": ("Bytes copied from the KV cache to the pool, over all ranks.", {}),
     "load_bytes": ("Bytes copied from the pool to the KV cache, over all ranks.", {}),
@@ -33,14 +48,32 @@ COUNTERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "mismatched_loads": ("Loaded blocks whose bytes did not match their checksum, over all ranks.", {}),
 }
 DROPPED = ("dropped_blocks", "Blocks that were not kept, by reason.")
-DROP_REASONS = ("no_slot", "own_prefix", "queue_full", "copy_failed", "corrupt", "reset")
-SLOT_STATES = ("total", "free", "filling", "filled")
+DROP_REASONS = (
+    "no_slot",
+    "own_prefix",
+    "queue_full",
+    "copy_failed",
+    "corrupt",
+    "reset",
+    "unspilled",
+    "disk_failed",
+    "expired",
+)
+SLOT_STATES = ("total", "free", "filling", "filled", "clean")
 GAUGES: Mapping[str, str] = {
     "pins": "Holds on blocks.",
     "leases": "Running loads.",
     "fences": "vLLM blocks that wait to be copied before they may be overwritten.",
     "pending_events": "KVEvents that wait for a step.",
     "pool_bytes": "Bytes of the host pool.",
+    "nvme_blocks": "Blocks on disk.",
+    "nvme_extents": "Extents that exist on disk, used or not.",
+    "nvme_writing": "Blocks being written to disk.",
+    "nvme_reading": "Blocks being read from disk.",
+    "nvme_in_service": "1 while the nvme tier is in service.",
+    "nvme_io_uring": "1 with io_uring, 0 with threads.",
+    "nvme_direct": "1 with O_DIRECT, 0 with buffered I/O.",
+    "nvme_registered": "1 with the pool registered with the kernel.",
 }
 LOOKUP_BUCKETS = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 1e-1)
 
@@ -104,6 +137,8 @@ def of_worker(report: CopyReport) -> KVCellarStats:
         "load_seconds": report.load_seconds,
         "verified_loads": report.verified_blocks,
         "mismatched_loads": report.mismatched_blocks,
+        "followed_loads": report.followed_loads,
+        "overlapped_loads": report.overlapped_loads,
     }
     return KVCellarStats(data={"counters": {name: value for name, value in counters.items() if value}})
 
@@ -121,10 +156,15 @@ class KVCellarPromMetrics(KVConnectorPromMetrics):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         engines = per_engine_labelvalues.items()
         self._counters: dict[tuple[int, str], Any] = {}
+        families: dict[str, Any] = {}
         for name, (text, labels) in COUNTERS.items():
-            counter = self._counter_cls(
-                name=f"vllm:kvcellar_{name}", documentation=text, labelnames=[*labelnames, *labels]
-            )
+            # One family for all tiers: the tier is a label, not part of the name.
+            family = name.removeprefix("nvme_") if labels.get("tier") == "nvme" else name
+            counter = families.get(family)
+            if counter is None:
+                counter = families[family] = self._counter_cls(
+                    name=f"vllm:kvcellar_{family}", documentation=text, labelnames=[*labelnames, *labels]
+                )
             for engine, values in engines:
                 self._counters[engine, name] = counter.labels(*values, *labels.values())
         dropped = self._counter_cls(

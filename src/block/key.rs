@@ -2,6 +2,15 @@
 
 use std::fmt;
 
+/// A tier of ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Tier {
+    /// The host pool.
+    Dram,
+    /// The store on a local disk.
+    Nvme,
+}
+
 /// A KV cache group of the model, by vLLM's numbering.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct GroupIndex(pub u16);

@@ -29,6 +29,9 @@ pub struct BlockCopy {
 /// The slot was adopted: compare its checksum before its bytes are used.
 pub const VERIFY: u16 = 1;
 
+/// The slot is being restored from disk: copy once its line says that it is filled, in the order of the plan.
+pub const FOLLOW: u16 = 2;
+
 /// An asynchronous load for one request.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Load {

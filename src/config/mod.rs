@@ -4,6 +4,7 @@
 //! the key and the nearest known one. Does not read files or the environment.
 
 pub mod controls;
+pub mod nvme;
 pub mod size;
 
 use std::path::PathBuf;
@@ -13,6 +14,7 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 
 pub use controls::Controls;
+pub use nvme::NvmeConfig;
 
 /// What to do with a model that has KV cache groups this version cannot keep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +49,8 @@ pub struct Config {
     pub namespace_salt: String,
     /// Debug mode: compare the bytes that arrive with the bytes that were offloaded.
     pub verify_loads: bool,
+    /// The nvme tier.
+    pub nvme: NvmeConfig,
     /// Where the engine writes its operation log, if anywhere. Hashes and counts, never tokens.
     pub trace_file: Option<PathBuf>,
 }
@@ -81,6 +85,7 @@ impl Default for Config {
             events: true,
             namespace_salt: String::new(),
             verify_loads: false,
+            nvme: NvmeConfig::default(),
             trace_file: None,
         }
     }
@@ -103,6 +108,7 @@ impl Config {
         for (key, value) in &object {
             config.set(key, value)?;
         }
+        config.nvme.check()?;
         Ok(config)
     }
 
@@ -127,6 +133,7 @@ impl Config {
             "namespace_salt" => value.as_str().ok_or_else(|| wrong(key, value))?.clone_into(&mut self.namespace_salt),
             "verify_loads" => self.verify_loads = boolean(key, value)?,
             "trace_file" => self.trace_file = Some(absolute_path(key, value)?),
+            _ if self.nvme.set(key, value)? => {}
             _ => return Err(unknown(key)),
         }
         Ok(())
@@ -153,13 +160,17 @@ fn absolute_path(key: &str, value: &Value) -> Result<PathBuf> {
 
 /// The error for a value of the wrong type or range.
 pub(crate) fn wrong(key: &str, value: &Value) -> Error {
-    let wanted =
-        KEYS.iter().chain(controls::KEYS).find(|(name, _)| *name == key).map_or("another value", |(_, wanted)| *wanted);
+    let wanted = KEYS
+        .iter()
+        .chain(nvme::KEYS)
+        .chain(controls::KEYS)
+        .find(|(name, _)| *name == key)
+        .map_or("another value", |(_, wanted)| *wanted);
     Error::config(key, format!("{value} is not valid"), format!("Write {wanted}"))
 }
 
 fn unknown(key: &str) -> Error {
-    Error::config(key, "is not a known key", nearest(key, KEYS))
+    Error::config(key, "is not a known key", nearest(key, &[KEYS, nvme::KEYS].concat()))
 }
 
 /// "Did you mean X? Known keys: ...".
@@ -188,12 +199,15 @@ mod tests {
     #[test]
     fn every_documented_key_is_accepted() {
         let json = r#"{"dram_size":"512MiB","pool_dir":"/dev/shm","keep_pool":false,"copy_threads":3,"unsupported_groups":"bypass",
-            "strict_load_failure":true,"events":false,"namespace_salt":"x","verify_loads":true,"trace_file":"/tmp/t"}"#;
+            "strict_load_failure":true,"events":false,"namespace_salt":"x","verify_loads":true,"trace_file":"/tmp/t",
+            "nvme_dir":"/disk","nvme_size":"1GiB","nvme_reserve":"2GiB","nvme_engine":"threads","nvme_admission":"reused",
+            "write_through":true,"clean_percent":25,"load_policy":"auto","retention":"24h"}"#;
         let config = Config::parse(json).expect("valid");
         assert_eq!(config.dram_bytes, 512 << 20);
         assert_eq!(config.copy_threads, Some(3));
         let object: Map<String, Value> = serde_json::from_str(json).expect("json");
-        assert_eq!(object.len(), KEYS.len(), "this test names every key");
+        assert_eq!(config.nvme.retention_s, Some(86_400));
+        assert_eq!(object.len(), KEYS.len() + nvme::KEYS.len(), "this test names every key");
     }
 
     #[test]
@@ -213,6 +227,11 @@ mod tests {
             (r#"{"copy_threads": 0}"#, "copy_threads"),
             (r#"{"pool_dir": "relative"}"#, "pool_dir"),
             (r#"{"unsupported_groups": "some"}"#, "unsupported_groups"),
+            (r#"{"nvme_dir": "relative"}"#, "nvme_dir"),
+            (r#"{"nvme_size": "1GiB"}"#, "nvme_dir"),
+            (r#"{"load_policy": "maybe"}"#, "load_policy"),
+            (r#"{"clean_percent": 101}"#, "clean_percent"),
+            (r#"{"retention": "24"}"#, "retention"),
         ] {
             let text = message(json);
             assert!(text.starts_with(key) && text.contains("Write "), "{json}: {text}");

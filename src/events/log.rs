@@ -1,15 +1,15 @@
-//! The event log of one engine's dram tier.
+//! The event log of one engine's tiers.
 
 use std::collections::VecDeque;
 
 use crate::block::descriptor::Lineage;
-use crate::block::{BlockHash, BlockKey, GroupIndex};
+use crate::block::{BlockHash, BlockKey, GroupIndex, Tier};
 use crate::limits::EVENTS_PENDING_MAX;
 
 #[derive(Debug)]
 enum Event {
-    Stored(BlockKey, Lineage),
-    Removed(BlockKey),
+    Stored(Tier, BlockKey, Lineage),
+    Removed(Tier, BlockKey),
 }
 
 /// Neighbouring events of one kind, as one event on the wire.
@@ -17,6 +17,8 @@ enum Event {
 pub enum Run {
     /// Blocks that follow one another in a prefix became available.
     Stored {
+        /// Where.
+        tier: Tier,
         /// Their group.
         group: GroupIndex,
         /// The block before the first.
@@ -32,6 +34,8 @@ pub enum Run {
     },
     /// Blocks are gone.
     Removed {
+        /// Where from.
+        tier: Tier,
         /// Their group.
         group: GroupIndex,
         /// Their hashes.
@@ -74,13 +78,13 @@ impl EventLog {
     }
 
     /// A block became available.
-    pub fn stored(&mut self, key: BlockKey, lineage: Lineage) {
-        self.push(Event::Stored(key, lineage));
+    pub fn stored(&mut self, tier: Tier, key: BlockKey, lineage: Lineage) {
+        self.push(Event::Stored(tier, key, lineage));
     }
 
     /// A block is gone.
-    pub fn removed(&mut self, key: BlockKey) {
-        self.push(Event::Removed(key));
+    pub fn removed(&mut self, tier: Tier, key: BlockKey) {
+        self.push(Event::Removed(tier, key));
     }
 
     fn push(&mut self, event: Event) {
@@ -100,16 +104,17 @@ impl EventLog {
         for _ in 0..max {
             match self.events.pop_front() {
                 None => break,
-                Some(Event::Stored(key, lineage)) => join_stored(&mut runs, key, lineage),
-                Some(Event::Removed(key)) => join_removed(&mut runs, key),
+                Some(Event::Stored(tier, key, lineage)) => join_stored(&mut runs, tier, key, lineage),
+                Some(Event::Removed(tier, key)) => join_removed(&mut runs, tier, key),
             }
         }
         runs
     }
 }
 
-fn join_stored(runs: &mut Vec<Run>, key: BlockKey, lineage: Lineage) {
-    if let Some(Run::Stored { group, hashes, tokens, lora, extra, .. }) = runs.last_mut()
+fn join_stored(runs: &mut Vec<Run>, at: Tier, key: BlockKey, lineage: Lineage) {
+    if let Some(Run::Stored { tier, group, hashes, tokens, lora, extra, .. }) = runs.last_mut()
+        && *tier == at
         && *group == key.group
         && hashes.last() == lineage.parent.as_ref()
         && *lora == lineage.lora
@@ -123,6 +128,7 @@ fn join_stored(runs: &mut Vec<Run>, key: BlockKey, lineage: Lineage) {
         return;
     }
     runs.push(Run::Stored {
+        tier: at,
         group: key.group,
         parent: lineage.parent,
         hashes: vec![key.hash],
@@ -132,10 +138,10 @@ fn join_stored(runs: &mut Vec<Run>, key: BlockKey, lineage: Lineage) {
     });
 }
 
-fn join_removed(runs: &mut Vec<Run>, key: BlockKey) {
+fn join_removed(runs: &mut Vec<Run>, at: Tier, key: BlockKey) {
     match runs.last_mut() {
-        Some(Run::Removed { group, hashes }) if *group == key.group => hashes.push(key.hash),
-        _ => runs.push(Run::Removed { group: key.group, hashes: vec![key.hash] }),
+        Some(Run::Removed { tier, group, hashes }) if *tier == at && *group == key.group => hashes.push(key.hash),
+        _ => runs.push(Run::Removed { tier: at, group: key.group, hashes: vec![key.hash] }),
     }
 }
 
@@ -154,14 +160,15 @@ mod tests {
     #[test]
     fn a_chain_becomes_one_event_and_order_is_kept() {
         let mut log = EventLog::new(true);
-        log.stored(key(1, 0), lineage(None, 1));
-        log.stored(key(2, 0), lineage(Some(1), 2));
-        log.stored(key(9, 0), lineage(Some(7), 9));
-        log.removed(key(1, 0));
-        log.removed(key(2, 0));
-        log.removed(key(2, 1));
+        log.stored(Tier::Dram, key(1, 0), lineage(None, 1));
+        log.stored(Tier::Dram, key(2, 0), lineage(Some(1), 2));
+        log.stored(Tier::Dram, key(9, 0), lineage(Some(7), 9));
+        log.removed(Tier::Dram, key(1, 0));
+        log.removed(Tier::Dram, key(2, 0));
+        log.removed(Tier::Dram, key(2, 1));
+        log.removed(Tier::Nvme, key(2, 1));
         let runs = log.take(100);
-        assert_eq!(runs.len(), 4);
+        assert_eq!(runs.len(), 5);
         assert!(
             matches!(&runs[0], Run::Stored { hashes, tokens, parent: None, .. } if hashes.len() == 2 && *tokens == [1, 1, 2, 2])
         );
@@ -173,7 +180,7 @@ mod tests {
     fn a_full_log_counts_what_it_loses() {
         let mut log = EventLog::new(true);
         for _ in 0..EVENTS_PENDING_MAX + 3 {
-            log.removed(key(1, 0));
+            log.removed(Tier::Dram, key(1, 0));
         }
         assert_eq!((log.len(), log.lost()), (EVENTS_PENDING_MAX, 3));
         assert_eq!(log.take(10).len(), 1);
@@ -182,7 +189,7 @@ mod tests {
     #[test]
     fn a_disabled_log_keeps_nothing() {
         let mut log = EventLog::new(false);
-        log.removed(key(1, 0));
+        log.removed(Tier::Dram, key(1, 0));
         assert!(log.is_empty() && log.lost() == 0);
     }
 }

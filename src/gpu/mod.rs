@@ -4,6 +4,7 @@
 //! is submitted, never waited for (except for a fence, which vLLM's next forward pass depends on); every order is answered exactly once, also a
 //! failed one. Decides nothing about blocks.
 
+pub mod follower;
 pub mod hasher;
 pub mod host;
 pub mod views;
@@ -46,6 +47,9 @@ pub enum CopyError {
     /// The bytes are not the ones that were stored.
     #[error("the bytes do not match their checksum")]
     Mismatch,
+    /// The block could not be restored from disk.
+    #[error("the block could not be restored from disk")]
+    NotRestored,
     /// The device refused.
     #[error("the device failed")]
     Device,

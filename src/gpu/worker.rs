@@ -9,10 +9,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::follower::{Follower, Ledger};
 use super::hasher::{BusyProbe, HashGuard, IdleHasher};
 use super::{Answers, Copier, CopyError, Direction, MakeCopier, Order};
 use crate::block::SlotIndex;
-use crate::block::plan::{BlockCopy, Load, StepPlan};
+use crate::block::plan::{BlockCopy, FOLLOW, Load, StepPlan};
 use crate::error::Result;
 use crate::pool::{Pool, Ticket};
 
@@ -31,6 +32,10 @@ pub struct CopyStats {
     pub verified_blocks: u64,
     /// Blocks whose bytes did not match their checksum.
     pub mismatched_blocks: u64,
+    /// Loads with blocks from disk.
+    pub followed_loads: u64,
+    /// Those whose first block was handed to the copier before their last one had been read.
+    pub overlapped_loads: u64,
 }
 
 /// Loads that ended since the last look, by request id.
@@ -132,6 +137,11 @@ impl Board {
         if outcome.is_err() && order.copy.slot < self.pool.slot_count() {
             self.pool.line(SlotIndex(order.copy.slot)).refuse_load(self.rank);
         }
+        if order.copy.flags & FOLLOW != 0 && order.copy.slot < self.pool.slot_count() {
+            // The slot may be the window's, and be waited for.
+            self.pool.line(SlotIndex(order.copy.slot)).release_restored(self.rank);
+            self.pool.header().ring();
+        }
         let mut progress = self.lock();
         progress.loading.done();
         match outcome {
@@ -170,6 +180,14 @@ impl Answers for Board {
     }
 }
 
+impl Ledger for Board {
+    fn followed(&self, overlapped: bool) {
+        let mut progress = self.lock();
+        progress.stats.followed_loads += 1;
+        progress.stats.overlapped_loads += u64::from(overlapped);
+    }
+}
+
 #[derive(Debug)]
 struct CopyQueue(std::sync::Weak<Board>);
 
@@ -183,8 +201,9 @@ impl BusyProbe for CopyQueue {
 }
 
 struct Attached {
-    // The copier drops first: it carries out what is in flight while the board and the pool still stand.
-    copier: Box<dyn Copier>,
+    // The follower drops first, then the copier: it carries out what is in flight while the board and the pool still stand.
+    follower: Follower,
+    copier: Arc<dyn Copier>,
     board: Arc<Board>,
 }
 
@@ -244,12 +263,19 @@ impl CopyWorker {
             answered: Condvar::new(),
         });
         let copier = (self.make_copier)(Arc::clone(&pool), Arc::clone(&board) as Arc<dyn Answers>, Arc::clone(&guard))?;
+        let copier: Arc<dyn Copier> = Arc::from(copier);
+        let follower = Follower::start(
+            Arc::clone(&pool),
+            Arc::clone(&copier),
+            Arc::clone(&board) as Arc<dyn Answers>,
+            Arc::clone(&board) as Arc<dyn Ledger>,
+        )?;
         touch_in_background(&pool);
         if pool.geometry().parts[self.rank].writer {
             let probe = Box::new(CopyQueue(Arc::downgrade(&board)));
             board.lock().hasher = Some(IdleHasher::start(pool, self.rank, guard, probe));
         }
-        self.attached = Some(Attached { copier, board });
+        self.attached = Some(Attached { follower, copier, board });
         Ok(())
     }
 
@@ -324,7 +350,8 @@ impl CopyWorker {
         self.released = true;
         let results = self.take_results();
         self.unattached_results = results;
-        if let Some(Attached { copier, board }) = self.attached.take() {
+        if let Some(Attached { follower, copier, board }) = self.attached.take() {
+            drop(follower);
             drop(copier);
             // The hasher holds the pool too; it ends here.
             let hasher = board.lock().hasher.take();
@@ -384,10 +411,19 @@ impl CopyWorker {
                 .loads
                 .insert(ticket, RunningLoad { request: load.request, remaining: orders.len(), failed: false });
         }
-        if attached.copier.submit(&orders).is_err() {
-            for order in &orders {
-                attached.board.answer(order, Err(CopyError::Device));
-            }
+        let (followed, here): (Vec<Order>, Vec<Order>) =
+            orders.into_iter().partition(|order| order.copy.flags & FOLLOW != 0);
+        let mut refused = Vec::new();
+        if !here.is_empty() && attached.copier.submit(&here).is_err() {
+            refused = here;
+        }
+        if !followed.is_empty()
+            && let Err(orders) = attached.follower.follow(followed)
+        {
+            refused.extend(orders);
+        }
+        for order in &refused {
+            attached.board.answer(order, Err(CopyError::Device));
         }
     }
 }

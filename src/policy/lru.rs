@@ -45,10 +45,6 @@ impl Lru {
         self.links[slot as usize] = Link { colder: OUT, hotter: OUT };
     }
 
-    fn holds(&self, slot: SlotIndex) -> bool {
-        self.links[slot.0 as usize].hotter != OUT
-    }
-
     /// Slots from the one to evict first to the one to evict last.
     pub fn iter(&self) -> impl Iterator<Item = SlotIndex> + '_ {
         let sentinel = self.sentinel();
@@ -86,9 +82,12 @@ impl Eviction for Lru {
         }
     }
 
-    fn victim(&self) -> Option<SlotIndex> {
-        let coldest = self.links[self.sentinel() as usize].hotter;
-        (coldest != self.sentinel()).then_some(SlotIndex(coldest))
+    fn victim(&self, may: &dyn Fn(SlotIndex) -> bool) -> Option<SlotIndex> {
+        self.iter().find(|slot| may(*slot))
+    }
+
+    fn holds(&self, slot: SlotIndex) -> bool {
+        self.links[slot.0 as usize].hotter != OUT
     }
 
     fn len(&self) -> usize {
@@ -116,16 +115,16 @@ mod tests {
     #[test]
     fn the_longest_unused_goes_first() {
         let mut lru = Lru::new(4);
-        assert_eq!(lru.victim(), None);
+        assert_eq!(lru.victim(&|_| true), None);
         for slot in 0..4 {
             lru.insert(SlotIndex(slot), Heat::Hot);
         }
         lru.touch(SlotIndex(0));
         assert_eq!(order(&lru), [1, 2, 3, 0]);
-        assert_eq!(lru.victim(), Some(SlotIndex(1)));
+        assert_eq!(lru.victim(&|_| true), Some(SlotIndex(1)));
         lru.remove(SlotIndex(1));
         lru.remove(SlotIndex(1));
-        assert_eq!((lru.victim(), lru.len()), (Some(SlotIndex(2)), 3));
+        assert_eq!((lru.victim(&|_| true), lru.len()), (Some(SlotIndex(2)), 3));
         lru.insert(SlotIndex(1), Heat::Cold);
         assert_eq!(order(&lru), [1, 2, 3, 0]);
     }

@@ -1,9 +1,13 @@
 //! Pure decisions. No I/O, no clock, no randomness: what a decision needs is an argument.
 
+pub mod admission;
+pub mod load;
 pub mod lru;
 
 use crate::block::SlotIndex;
 
+pub use admission::Admission;
+pub use load::LoadPolicy;
 pub use lru::Lru;
 
 /// Where a block enters the order of eviction.
@@ -23,8 +27,10 @@ pub trait Eviction: Send {
     fn remove(&mut self, slot: SlotIndex);
     /// A slot was used.
     fn touch(&mut self, slot: SlotIndex);
-    /// The slot to evict next.
-    fn victim(&self) -> Option<SlotIndex>;
+    /// The slot to evict next, of those that `may` be evicted.
+    fn victim(&self, may: &dyn Fn(SlotIndex) -> bool) -> Option<SlotIndex>;
+    /// Whether the slot is in the order of eviction.
+    fn holds(&self, slot: SlotIndex) -> bool;
     /// Slots that may be evicted.
     fn len(&self) -> usize;
     /// No slot may be evicted.

@@ -107,6 +107,7 @@ struct Owner {
     epoch: AtomicU64,
     cache_generation: AtomicU64,
     pid: AtomicU32,
+    bell: AtomicU32,
 }
 
 /// A view of a mapped pool's header.
@@ -148,6 +149,17 @@ impl<'a> Header<'a> {
     /// The present owner's epoch.
     pub fn epoch(self) -> u64 {
         self.owner().epoch.load(Ordering::Acquire)
+    }
+
+    /// The word that any process changes to wake the owner's mover.
+    pub fn bell(self) -> &'a AtomicU32 {
+        &self.owner().bell
+    }
+
+    /// Wakes the owner's mover.
+    pub fn ring(self) {
+        self.owner().bell.fetch_add(1, Ordering::AcqRel);
+        super::futex::wake(&self.owner().bell);
     }
 
     /// Process id of the last owner.

@@ -8,6 +8,7 @@
 
 pub mod budget;
 pub mod directory;
+pub mod futex;
 pub mod header;
 pub mod lock;
 pub mod mapping;

@@ -41,6 +41,12 @@ pub struct SlotLine {
     parts_failed: AtomicU64,
     load_failed: AtomicU64,
     cache_generation: AtomicU64,
+    /// Ranks that have copied out of a restored slot.
+    load_done: AtomicU64,
+    /// The generation whose restore has ended; copy workers wait on this word.
+    restored: AtomicU32,
+    /// The generation whose restore failed.
+    restore_failed: AtomicU32,
 }
 
 #[cfg(not(feature = "shuttle"))]
@@ -56,6 +62,9 @@ impl Default for SlotLine {
             parts_failed: AtomicU64::new(0),
             load_failed: AtomicU64::new(0),
             cache_generation: AtomicU64::new(0),
+            load_done: AtomicU64::new(0),
+            restored: AtomicU32::new(0),
+            restore_failed: AtomicU32::new(0),
         }
     }
 }
@@ -68,6 +77,7 @@ impl SlotLine {
         self.parts_done.store(0, Ordering::Relaxed);
         self.parts_failed.store(0, Ordering::Relaxed);
         self.load_failed.store(0, Ordering::Relaxed);
+        self.load_done.store(0, Ordering::Relaxed);
         self.cache_generation.store(cache_generation, Ordering::Relaxed);
         self.generation.store(generation, Ordering::SeqCst);
         self.state.store(SlotState::Filling as u32, Ordering::Release);
@@ -135,6 +145,44 @@ impl SlotLine {
     /// Tier engine: did any rank refuse this slot's bytes?
     pub fn load_refused(&self) -> bool {
         self.load_failed.load(Ordering::Acquire) != 0
+    }
+
+    /// Tier engine: the restore of this generation has ended. Whoever follows it must be woken ([`Self::restored_word`]).
+    pub fn end_restore(&self, generation: Generation, ok: bool) {
+        if ok {
+            self.publish();
+        } else {
+            self.restore_failed.store(generation.0, Ordering::Relaxed);
+        }
+        // Release: state, failure and the bytes become visible with the word.
+        self.restored.store(generation.0, Ordering::Release);
+    }
+
+    /// Worker: how the restore of `generation` ended; `None` while it is under way. Also the value to wait on.
+    pub fn restore_ended(&self, generation: u32) -> (Option<bool>, u32) {
+        let seen = self.restored.load(Ordering::Acquire);
+        ((seen == generation).then(|| self.restore_failed.load(Ordering::Relaxed) != generation), seen)
+    }
+
+    /// The word that changes when a restore ends.
+    #[cfg(not(feature = "shuttle"))]
+    pub fn restored_word(&self) -> &AtomicU32 {
+        &self.restored
+    }
+
+    /// Worker: rank `rank` needs the bytes of a restored slot no longer.
+    pub fn release_restored(&self, rank: usize) {
+        self.load_done.fetch_or(1 << rank, Ordering::AcqRel);
+    }
+
+    /// Tier engine: nobody needs the bytes of a restored slot, because its followers were told that it failed.
+    pub fn release_all(&self, ranks: u64) {
+        self.load_done.store(ranks, Ordering::Release);
+    }
+
+    /// Tier engine: has every one of these ranks copied what it needed?
+    pub fn released(&self, ranks: u64) -> bool {
+        self.load_done.load(Ordering::Acquire) & ranks == ranks
     }
 
     /// Adoption: the slot's state, generation and cache generation as an earlier engine left them.

@@ -9,7 +9,7 @@ use pyo3::types::{PyBytes, PyList};
 use super::PyConfig;
 use super::errors::guarded;
 use super::inputs::{self, OwnedOffer, PyOffer};
-use super::reports::{EngineStats, PoolReport, run_object};
+use super::reports::{DiskReport, EngineStats, PoolReport, run_object};
 use crate::block::geometry::RankBytes;
 use crate::block::{Grouping, SlotGeometry};
 use crate::cli::bench_lookup::WarmTable;
@@ -18,6 +18,8 @@ use crate::error::{Error, Result};
 use crate::pool::open::{self, Wish};
 use crate::tier::load::Hit;
 use crate::tier::offload::{Offer, Start};
+use crate::tier::mover::{self, Mover};
+use crate::tier::opening::{self, Identity};
 use crate::tier::{TierEngine, namespace};
 
 /// The tier engine of one `EngineCore`.
@@ -25,6 +27,7 @@ use crate::tier::{TierEngine, namespace};
 pub(super) struct PyTierEngine {
     config: Config,
     engine: Arc<Mutex<TierEngine>>,
+    mover: Mutex<Option<Mover>>,
 }
 
 impl PyTierEngine {
@@ -54,7 +57,7 @@ impl PyTierEngine {
             let grouping: Grouping = serde_json::from_str(grouping)
                 .map_err(|error| Error::config("grouping", error.to_string(), "This is a bug in the connector"))?;
             let engine = Arc::new(Mutex::new(TierEngine::new(&config.inner, grouping)?));
-            Ok(Self { config: config.inner.clone(), engine })
+            Ok(Self { config: config.inner.clone(), engine, mover: Mutex::new(None) })
         })
     }
 
@@ -93,6 +96,11 @@ impl PyTierEngine {
                 let pool_facts =
                     (opened.pool.path().display().to_string(), opened.pool.slot_count(), opened.pool.bytes());
                 let adopted_blocks = self.lock().open_pool(opened.pool, opened.adopted);
+                let identity = Identity { namespace, facts: &facts, stable };
+                let disk = opening::open_disk(&self.engine, &config, identity, &mut report)?.map(|(mover, disk)| {
+                    *self.mover.lock().unwrap_or_else(PoisonError::into_inner) = Some(mover);
+                    DiskReport::from(disk)
+                });
                 Ok(PoolReport {
                     path: pool_facts.0,
                     slots: pool_facts.1,
@@ -101,6 +109,7 @@ impl PyTierEngine {
                     bound: opened.budget.map_or("the adopted pool".to_owned(), |budget| budget.bound.to_string()),
                     adopted_blocks,
                     taken: opened.taken,
+                    disk,
                 })
             })
         })
@@ -224,6 +233,11 @@ impl PyTierEngine {
         runs.into_iter().map(|run| run_object(py, run, integers)).collect()
     }
 
+    /// Tokens of a request's last admission that come from disk.
+    fn disk_tokens(&self, py: Python<'_>, request: &str) -> PyResult<u32> {
+        self.run(py, |engine| Ok(engine.disk_tokens(request)))
+    }
+
     /// What changed since the last call, or `None`.
     fn take_stats(&self, py: Python<'_>) -> PyResult<Option<EngineStats>> {
         self.run(py, |engine| Ok(engine.take_stats().map(EngineStats::from)))
@@ -244,10 +258,14 @@ impl PyTierEngine {
     /// Lets go of the pool. Without `keep_pool` its file is removed.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         let keep = self.config.keep_pool;
-        self.run(py, |engine| {
-            let removed = engine.pool().filter(|_| !keep).map_or(Ok(()), |pool| pool.unlink());
-            engine.close();
-            removed
+        py.detach(|| {
+            guarded(|| {
+                let removed = self.lock().pool().filter(|_| !keep).map_or(Ok(()), |pool| pool.unlink());
+                // Without the engine's lock: the mover needs it to write what is dirty.
+                mover::shut(&self.engine);
+                drop(self.mover.lock().unwrap_or_else(PoisonError::into_inner).take());
+                removed
+            })
         })
     }
 
@@ -256,7 +274,7 @@ impl PyTierEngine {
         let engine = Arc::downgrade(&self.engine);
         super::worker::PyWatch::start(pid, move || {
             if let Some(engine) = engine.upgrade() {
-                engine.lock().unwrap_or_else(PoisonError::into_inner).close();
+                mover::shut(&engine);
             }
         })
     }

@@ -3,10 +3,11 @@
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList};
 
-use crate::block::BlockHash;
+use crate::block::{BlockHash, Tier};
 use crate::events::Run;
 use crate::gpu::worker::CopyStats;
 use crate::tier::engine::StatsDelta;
+use crate::tier::opening;
 
 /// The pool an engine got.
 #[pyclass(frozen, get_all, module = "kvcellar._native")]
@@ -25,11 +26,69 @@ pub(super) struct PoolReport {
     pub(super) adopted_blocks: u64,
     /// Pools of the same namespace that others hold.
     pub(super) taken: Vec<String>,
+    /// The store below it, if there is one.
+    pub(super) disk: Option<DiskReport>,
+}
+
+/// The nvme tier an engine got.
+#[pyclass(frozen, get_all, skip_from_py_object, module = "kvcellar._native")]
+#[derive(Clone)]
+pub(super) struct DiskReport {
+    /// The store's directory.
+    path: String,
+    /// Blocks it can hold.
+    extents_max: u32,
+    /// Blocks that survived.
+    blocks: u64,
+    /// How they were found: `fresh`, `snapshot` or `scan`.
+    recovery: &'static str,
+    /// Extents whose descriptor was not whole.
+    damaged: u64,
+    /// `io_uring` or `threads`.
+    engine: &'static str,
+    /// `O_DIRECT` is in use.
+    direct: bool,
+    /// Memory is registered with the kernel.
+    registered: bool,
+    /// Why the device is used in this way and not a better one.
+    engine_why: String,
+    /// Stores of the same namespace that others hold.
+    taken: Vec<String>,
+    /// What else there is to say.
+    why: String,
+}
+
+impl From<opening::DiskReport> for DiskReport {
+    fn from(report: opening::DiskReport) -> Self {
+        let opening::DiskReport { path, extents_max, blocks, recovery, damaged, disk, taken, why } = report;
+        Self {
+            path,
+            extents_max,
+            blocks,
+            recovery,
+            damaged,
+            engine: disk.engine,
+            direct: disk.direct,
+            registered: disk.registered,
+            engine_why: disk.why,
+            taken,
+            why,
+        }
+    }
+}
+
+/// Name of a tier as the connector knows it.
+fn tier_name(tier: Tier) -> &'static str {
+    match tier {
+        Tier::Dram => "dram",
+        Tier::Nvme => "nvme",
+    }
 }
 
 /// Blocks that follow one another in a prefix became available.
 #[pyclass(frozen, get_all, module = "kvcellar._native")]
 pub(super) struct StoredRun {
+    tier: &'static str,
     group: u16,
     parent: Option<Py<PyAny>>,
     hashes: Py<PyList>,
@@ -41,6 +100,7 @@ pub(super) struct StoredRun {
 /// Blocks are gone.
 #[pyclass(frozen, get_all, module = "kvcellar._native")]
 pub(super) struct RemovedRun {
+    tier: &'static str,
     group: u16,
     hashes: Py<PyList>,
 }
@@ -60,9 +120,10 @@ fn external_list(py: Python<'_>, hashes: &[BlockHash], integers: bool) -> PyResu
 /// A run as a Python object.
 pub(super) fn run_object(py: Python<'_>, run: Run, integers: bool) -> PyResult<Py<PyAny>> {
     Ok(match run {
-        Run::Stored { group, parent, hashes, tokens, lora, extra } => {
+        Run::Stored { tier, group, parent, hashes, tokens, lora, extra } => {
             let extra = extra.map(|blocks| PyList::new(py, blocks.iter().map(|block| PyBytes::new(py, block))));
             let stored = StoredRun {
+                tier: tier_name(tier),
                 group: group.0,
                 parent: parent.map(|parent| external(py, &parent, integers)).transpose()?.map(Bound::unbind),
                 hashes: external_list(py, &hashes, integers)?,
@@ -72,8 +133,8 @@ pub(super) fn run_object(py: Python<'_>, run: Run, integers: bool) -> PyResult<P
             };
             Py::new(py, stored)?.into_any()
         }
-        Run::Removed { group, hashes } => {
-            Py::new(py, RemovedRun { group: group.0, hashes: external_list(py, &hashes, integers)? })?.into_any()
+        Run::Removed { tier, group, hashes } => {
+            Py::new(py, RemovedRun { tier: tier_name(tier), group: group.0, hashes: external_list(py, &hashes, integers)? })?.into_any()
         }
     })
 }
@@ -112,12 +173,21 @@ pub(super) struct CopyReport {
     load_seconds: f64,
     verified_blocks: u64,
     mismatched_blocks: u64,
+    followed_loads: u64,
+    overlapped_loads: u64,
 }
 
 impl From<CopyStats> for CopyReport {
     fn from(stats: CopyStats) -> Self {
-        let CopyStats { offload_bytes, load_bytes, offload_seconds, load_seconds, verified_blocks, mismatched_blocks } =
-            stats;
-        Self { offload_bytes, load_bytes, offload_seconds, load_seconds, verified_blocks, mismatched_blocks }
+        Self {
+            offload_bytes: stats.offload_bytes,
+            load_bytes: stats.load_bytes,
+            offload_seconds: stats.offload_seconds,
+            load_seconds: stats.load_seconds,
+            verified_blocks: stats.verified_blocks,
+            mismatched_blocks: stats.mismatched_blocks,
+            followed_loads: stats.followed_loads,
+            overlapped_loads: stats.overlapped_loads,
+        }
     }
 }

@@ -4,20 +4,27 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::Sender;
 use hashbrown::HashMap;
 use serde_json::Value;
 
+use super::disk_tier::{DiskParts, DiskSettings, DiskTier, Job};
+use super::extents::Stamp;
 use super::offload::Batch;
 use super::requests::{Lease, Request};
 use super::residency::{Census, Residency};
 use super::trace::{self, Trace};
+use super::window::Window;
 use crate::block::plan::{BlockCopy, StepPlan};
-use crate::block::{BlockHash, BlockKey, Grouping, SlotIndex};
+use crate::block::{BlockHash, BlockKey, ExtentIndex, Grouping, SlotIndex};
 use crate::config::{Config, Controls};
 use crate::error::{Error, Result};
 use crate::events::{EventLog, Run};
 use crate::limits;
 use crate::metrics::{Counters, DropReason, Gauges, Samples};
+use crate::nvme::disk::Disk;
+use crate::nvme::snapshot::Entry;
+use crate::nvme::store::Store;
 use crate::policy::Lru;
 use crate::pool::Pool;
 use crate::pool::memory::SlotMemory;
@@ -26,6 +33,9 @@ use crate::pool::memory::SlotMemory;
 pub struct TierEngine {
     pub(super) grouping: Grouping,
     pub(super) residency: Option<Residency>,
+    pub(super) disk: Option<DiskTier>,
+    /// The engine stops: every dirty block is written.
+    pub(super) flushing: bool,
     pub(super) requests: HashMap<String, Request>,
     pub(super) leases: HashMap<String, Lease>,
     /// Offload batches in the order in which they were planned; they become visible in this order.
@@ -68,6 +78,8 @@ impl TierEngine {
         Ok(Self {
             grouping,
             residency: None,
+            disk: None,
+            flushing: false,
             requests: HashMap::new(),
             leases: HashMap::new(),
             batches: VecDeque::new(),
@@ -121,8 +133,84 @@ impl TierEngine {
         self.pool.as_ref()
     }
 
+    /// Gives the engine a disk below its pool, with what a reopened store holds.
+    ///
+    /// `disk`: over the store's segments, completing to a [`super::mover::ToMover`] of the same `jobs`.
+    pub fn open_disk(
+        &mut self,
+        store: Store,
+        disk: Arc<dyn Disk>,
+        jobs: Sender<Job>,
+        found: &[Entry],
+        next_sequence: u64,
+        settings: DiskSettings,
+    ) {
+        let (Some(residency), Some(pool)) = (&mut self.residency, &self.pool) else { return };
+        let count = (pool.slot_count() / limits::WINDOW_POOL_SHARE)
+            .clamp(limits::WINDOW_SLOTS_MIN, limits::WINDOW_SLOTS_MAX)
+            .min(pool.slot_count() / 2)
+            .max(1);
+        let slots = residency.set_aside(count);
+        let ranks = u64::MAX >> (64 - pool.geometry().parts.len());
+        let window = Window::new(slots, residency.memory().as_ref(), ranks);
+        let parts = DiskParts { store, disk, pool: Arc::clone(pool), window, jobs, next_sequence };
+        let mut tier = DiskTier::new(parts, settings);
+        let oldest = settings.retention_s.map_or(0, |retention| super::spill::now_s().saturating_sub(retention));
+        for entry in found.iter().filter(|entry| entry.written_s >= oldest) {
+            let stamp = Stamp { sequence: entry.sequence, written_s: entry.written_s };
+            tier.extents.adopt(entry.extent, &entry.key, stamp);
+        }
+        tier.extents.recount_free();
+        residency.track_dirty();
+        residency.counters.nvme_reopened_blocks += tier.extents.committed();
+        for slot in residency.visible_slots() {
+            if residency.key(slot).is_some_and(|key| tier.extents.find(&key).is_some()) {
+                residency.set_clean(slot, true);
+            }
+        }
+        tier.announce_from = (tier.extents.committed() > 0).then_some(0);
+        let fields = [
+            ("extents", Value::from(tier.extents.ready())),
+            ("extents_max", tier.extents_max().into()),
+            ("reopened", tier.extents.committed().into()),
+            ("window", tier.window.slots().into()),
+        ];
+        self.disk = Some(tier);
+        self.record(|_| trace::line("open_disk", &fields));
+    }
+
+    /// One round of writing everything dirty to disk before the engine stops. Returns whether nothing is left to do.
+    pub fn flush(&mut self) -> bool {
+        if self.disk.is_none() {
+            return true;
+        }
+        self.flushing = true;
+        self.poll();
+        self.clean(true);
+        self.disk.as_ref().is_none_or(|disk| disk.extents.writing() == 0 && !disk.growing)
+    }
+
+    fn close_disk(&mut self) {
+        let Some(disk) = self.disk.take() else { return };
+        let entry = |(extent, key, stamp): (ExtentIndex, BlockKey, Stamp)| Entry {
+            extent,
+            key,
+            sequence: stamp.sequence,
+            written_s: stamp.written_s,
+        };
+        let entries: Vec<Entry> = disk.extents.committed_in(0, u32::MAX).map(entry).collect();
+        // A write under way may still change an extent: then only a scan tells what is there.
+        let quiet = disk.writes.is_empty();
+        let mut store = disk.store.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if quiet && let Err(error) = store.close_clean(&entries, disk.sequence) {
+            eprintln!("kvcellar: no snapshot of the nvme tier, the next start reads the descriptors instead: {error}");
+        }
+    }
+
     /// Lets go of the slots: every lookup is a miss again. Running loads are forgotten with their engine.
     pub fn close(&mut self) {
+        self.close_disk();
+        self.flushing = false;
         self.residency = None;
         self.pool = None;
         self.leases.clear();
@@ -157,6 +245,7 @@ impl TierEngine {
                 self.complete(batch);
             }
         }
+        self.clean(self.flushing);
         if let Some(error) = self.trace.as_mut().and_then(Trace::take_failure) {
             self.trace = None;
             eprintln!("kvcellar: {error}");
@@ -185,9 +274,14 @@ impl TierEngine {
     pub fn pending_work(&mut self) -> bool {
         self.poll();
         let events = self.residency.as_ref().map_or(0, |residency| residency.events.len());
-        let pending = !self.plan.is_empty() || !self.batches.is_empty() || events > 0;
+        let announcing = self.disk.as_ref().is_some_and(|disk| disk.announce_from.is_some() && disk.health.is_in());
+        // What is being written will be announced.
+        let moving = self.events_enabled && self.disk.as_ref().is_some_and(|disk| !disk.is_idle());
+        let pending = !self.plan.is_empty() || !self.batches.is_empty() || events > 0 || announcing || moving;
         let census = self.census();
-        let state = census.filling.wrapping_mul(31).wrapping_add(events as u64).wrapping_mul(31) + self.batch_number;
+        let on_disk = self.disk.as_ref().map_or(0, |disk| disk.extents.committed());
+        let facts = [census.filling, census.writing, events as u64, on_disk, self.batch_number];
+        let state = facts.into_iter().fold(0_u64, |state, fact| state.wrapping_mul(31).wrapping_add(fact));
         if !pending || state != self.progress.0 {
             self.progress = (state, Instant::now());
         }
@@ -203,6 +297,7 @@ impl TierEngine {
         for batch in &mut self.batches {
             batch.stale = true;
         }
+        self.reset_disk();
         let Some(residency) = &mut self.residency else { return };
         let generation = residency.memory().bump_cache_generation();
         for slot in residency.visible_slots() {
@@ -211,10 +306,33 @@ impl TierEngine {
         self.record(|_| trace::line("reset", &[("generation", generation.into())]));
     }
 
+    /// Nothing on disk is to be found again, by nobody.
+    fn reset_disk(&mut self) {
+        let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return };
+        let bumped = disk.store.lock().unwrap_or_else(std::sync::PoisonError::into_inner).bump_cache_generation();
+        match bumped {
+            Ok(generation) => disk.cache_generation = generation,
+            Err(error) => {
+                eprintln!("kvcellar: the nvme tier could not be reset and is given up: {error}");
+                disk.health.lost();
+                disk.extents.withdraw(&mut residency.events);
+            }
+        }
+        for write in disk.writes.values_mut() {
+            write.stale = true;
+        }
+        let all: Vec<ExtentIndex> = disk.extents.committed_in(0, u32::MAX).map(|(extent, _, _)| extent).collect();
+        for extent in all {
+            disk.extents.discard(extent, false, &mut residency.events);
+            residency.counters.dropped(DropReason::Reset, 1);
+        }
+    }
+
     /// Nothing is under way and nothing waits: until the next request or offer, a step has nothing to ask of the engine.
     pub fn is_quiet(&self) -> bool {
         let events = self.residency.as_ref().is_some_and(|residency| !residency.events.is_empty());
-        self.plan.is_empty() && self.batches.is_empty() && self.fences.is_empty() && !events
+        let moving = self.disk.as_ref().is_some_and(|disk| !disk.is_idle() || disk.announce_from.is_some());
+        self.plan.is_empty() && self.batches.is_empty() && self.fences.is_empty() && !events && !moving
     }
 
     /// Events for this step, neighbours joined.
@@ -250,7 +368,30 @@ impl TierEngine {
             fences: self.fences.len() as u64,
             pending_events: self.residency.as_ref().map_or(0, |residency| residency.events.len() as u64),
             pool_bytes: self.pool.as_ref().map_or(0, |pool| pool.bytes()),
+            clean_slots: census.clean,
+            ..self.disk_gauges()
         }
+    }
+
+    fn disk_gauges(&self) -> Gauges {
+        let Some(disk) = &self.disk else { return Gauges::default() };
+        let device = &disk.description;
+        Gauges {
+            nvme_blocks: disk.extents.committed(),
+            nvme_extents: u64::from(disk.extents.ready()),
+            nvme_writing: disk.extents.writing(),
+            nvme_reading: disk.reads.values().map(|read| read.parts.len() as u64).sum(),
+            nvme_in_service: u64::from(disk.health.is_in()),
+            nvme_io_uring: u64::from(device.engine == "io_uring"),
+            nvme_direct: u64::from(device.direct),
+            nvme_registered: u64::from(device.registered),
+            ..Gauges::default()
+        }
+    }
+
+    /// Tokens of a request's last admission that come from disk.
+    pub fn disk_tokens(&self, id: &str) -> u32 {
+        self.requests.get(id).map_or(0, |request| request.disk_tokens)
     }
 
     /// How long a lookup took.

@@ -239,12 +239,18 @@ impl TierEngine {
         let Some(residency) = &mut self.residency else { return };
         let writers = residency.memory().writers();
         let (mut filled, mut lost) = (Vec::new(), Vec::new());
+        let mut on_disk = Vec::new();
         let (mut filled_keys, mut lost_keys) = (Vec::new(), Vec::new());
         for (slot, lineage) in slots.into_iter().zip(lineages) {
             let key = residency.key(slot);
             let whole = residency.memory().line(slot).fill(writers) == Fill::Done;
             if whole && !stale {
                 residency.publish(slot, lineage);
+                if let Some(extent) = key.and_then(|key| self.disk.as_ref()?.extents.find(&key)) {
+                    // The disk has the block already.
+                    residency.set_clean(slot, true);
+                    on_disk.push(extent);
+                }
                 filled.push(slot);
                 filled_keys.extend(key);
             } else {
@@ -255,6 +261,9 @@ impl TierEngine {
             }
         }
         residency.settle(&filled);
+        if let Some(disk) = &mut self.disk {
+            on_disk.iter().rev().for_each(|extent| disk.extents.touch(*extent));
+        }
         if !filled_keys.is_empty() {
             self.record(|_| trace::line("filled", &[("batch", number.into()), ("keys", names(filled_keys))]));
         }

@@ -22,6 +22,10 @@ pub struct Request {
     pub barrier: Option<u32>,
     /// Its blocks may stem from before a `reset_cache`: none is kept.
     pub tainted: bool,
+    /// Tokens of the last admission that come from disk.
+    pub disk_tokens: u32,
+    /// What was decided about the part of the hit that lies on disk: load it, or compute it.
+    pub decision: Option<bool>,
     /// Hits and misses were counted since the last lookup.
     pub counted: bool,
     /// When it was first asked to wait for another request's load.
@@ -43,6 +47,8 @@ impl Request {
             local: 0,
             barrier: None,
             tainted: false,
+            disk_tokens: 0,
+            decision: None,
             counted: false,
             waiting_since: None,
             batches: 0,
@@ -74,4 +80,8 @@ pub struct Lease {
     pub held: Vec<(SlotIndex, u32)>,
     /// A block was gone when it was planned.
     pub doomed: bool,
+    /// The first token of the first block that could not be restored.
+    pub lost_at: Option<u32>,
+    /// Loads blocks from disk.
+    pub restores: bool,
 }

@@ -1,17 +1,20 @@
 //! Which block is in the dram tier, in which state: the one place that changes it.
 //!
-//! Legal private states of a slot: `Empty -> Filling -> Filled -> Empty`, `Filling -> Empty` (lost), and `Filled -> Doomed -> Empty` (dropped
-//! while pinned: no lookup finds it any more, and it is freed with its last pin). Every change goes through `Residency::transition`, which also appends
-//! the event; nothing else may. A slot is in the policy exactly while it is `Filled` and unpinned.
+//! Legal private states of a slot: `Empty -> Filling -> Filled -> Empty`, `Filling -> Empty` (lost), and `Filled -> Doomed -> Empty` or `Filling -> Doomed
+//! -> Empty` (dropped or lost while held: no lookup finds it any more, and it is freed with its last hold). Every change goes through
+//! `Residency::transition`, which also appends the event; nothing else may. A slot is in the policy exactly while it is `Filled` and unpinned.
+//!
+//! Beside a disk a filled slot is *clean* while the disk holds the same block, else *dirty*; dirty slots that may be evicted stand in a second order, so that
+//! the coldest of them is found at once. A slot that is being written to disk stays where it is in the order, but is no victim.
 
 use std::sync::Arc;
 
 use super::table::{BlockTable, Record};
 use crate::block::descriptor::Lineage;
-use crate::block::{BlockHash, BlockKey, Generation, GroupIndex, SlotIndex};
+use crate::block::{BlockHash, BlockKey, Generation, GroupIndex, SlotIndex, Tier};
 use crate::events::EventLog;
 use crate::metrics::{Counters, DropReason};
-use crate::policy::{Eviction, Heat};
+use crate::policy::{Eviction, Heat, Lru};
 use crate::pool::memory::SlotMemory;
 
 const EMPTY: u8 = 0;
@@ -21,6 +24,14 @@ const DOOMED: u8 = 3;
 
 /// The slot was adopted and its bytes were not compared with their checksum yet.
 const UNVERIFIED: u8 = 1;
+/// The disk holds the same block.
+const CLEAN: u8 = 2;
+/// The slot's bytes are being written to disk: the kernel reads them.
+const WRITING: u8 = 4;
+/// The slot is being filled from disk; requests may hold it already.
+const RESTORING: u8 = 8;
+/// More than one request used the block.
+const REUSED: u8 = 16;
 
 /// A change of a slot's state.
 #[derive(Debug)]
@@ -35,6 +46,8 @@ enum Transition {
     Remove,
     /// Doomed -> Empty.
     Free,
+    /// Filling -> Filled, from disk.
+    Restored(Lineage),
 }
 
 /// A slot that was taken for a new block.
@@ -59,6 +72,10 @@ pub struct Census {
     pub filled: u64,
     /// Holds on blocks.
     pub pins: u64,
+    /// Blocks that the disk holds too.
+    pub clean: u64,
+    /// Blocks being written to disk.
+    pub writing: u64,
 }
 
 /// The dram tier's contents.
@@ -66,6 +83,8 @@ pub struct Residency {
     memory: Arc<dyn SlotMemory>,
     table: BlockTable,
     policy: Box<dyn Eviction>,
+    /// Dirty slots that may be evicted; `None` without a disk.
+    dirty: Option<Lru>,
     free: Vec<u32>,
     census: Census,
     /// Events of every transition.
@@ -81,6 +100,7 @@ impl Residency {
         Self {
             table: BlockTable::new(slots),
             policy,
+            dirty: None,
             // Taken from the end: low slots first.
             free: (0..slots).rev().collect(),
             census: Census { free: u64::from(slots), ..Census::default() },
@@ -118,23 +138,40 @@ impl Residency {
                 self.census.filled += 1;
                 self.counters.stored_blocks += 1;
                 if let Some(key) = self.table.record(slot).key() {
-                    self.events.stored(key, lineage);
+                    self.events.stored(Tier::Dram, key, lineage);
+                }
+            }
+            (FILLING, Transition::Restored(lineage)) => {
+                let record = self.table.record_mut(slot);
+                (record.state, record.flags) = (FILLED, CLEAN);
+                self.census.filling -= 1;
+                self.census.filled += 1;
+                self.census.clean += 1;
+                self.counters.restored_blocks += 1;
+                if let Some(key) = self.table.record(slot).key() {
+                    self.events.stored(Tier::Dram, key, lineage);
                 }
             }
             (FILLING, Transition::Lose) => {
                 self.table.remove(slot);
-                self.empty(slot);
                 self.census.filling -= 1;
+                if self.table.record(slot).pins > 0 {
+                    self.table.record_mut(slot).state = DOOMED;
+                    self.census.filled += 1;
+                } else {
+                    self.empty(slot);
+                }
             }
             (FILLED, Transition::Remove) => {
                 if let Some(key) = self.table.record(slot).key() {
-                    self.events.removed(key);
+                    self.events.removed(Tier::Dram, key);
                 }
                 self.table.remove(slot);
-                if self.table.record(slot).pins > 0 {
+                self.leave(slot);
+                self.set_clean(slot, false);
+                if self.is_held(slot) {
                     self.table.record_mut(slot).state = DOOMED;
                 } else {
-                    self.policy.remove(slot);
                     self.empty(slot);
                     self.census.filled -= 1;
                 }
@@ -202,15 +239,20 @@ impl Residency {
     pub fn reserve(&mut self, key: &BlockKey, toucher: u32) -> std::result::Result<Reserved, DropReason> {
         let mut evicted = None;
         if self.free.is_empty() {
-            let victim = self.policy.victim().ok_or(DropReason::NoSlot)?;
+            let table = &self.table;
+            let may = |slot: SlotIndex| table.record(slot).flags & WRITING == 0;
+            let victim = self.policy.victim(&may).ok_or(DropReason::NoSlot)?;
             let record = self.table.record(victim);
             if record.toucher == toucher {
                 return Err(DropReason::OwnPrefix);
             }
             evicted = record.key();
+            if self.dirty.is_some() && record.flags & CLEAN == 0 {
+                self.counters.dropped(DropReason::Unspilled, 1);
+            }
             self.transition(victim, Transition::Remove);
             self.counters.evicted_blocks += 1;
-            if let Some(next) = self.policy.victim() {
+            if let Some(next) = self.policy.victim(&|_| true) {
                 // The next victim is known now: fetch its record while this one is being filled.
                 self.table.prefetch(next);
                 self.policy.prefetch(next);
@@ -234,7 +276,7 @@ impl Residency {
     pub fn settle(&mut self, slots: &[SlotIndex]) {
         for slot in slots.iter().rev() {
             // A lookup cannot have pinned it in between: both happen under the engine's lock.
-            self.policy.insert(*slot, Heat::Hot);
+            self.enter(*slot, Heat::Hot);
         }
     }
 
@@ -245,20 +287,23 @@ impl Residency {
 
     /// Drops a visible block. Pinned, it stays where it is until its last pin goes, but no lookup finds it.
     pub fn drop_block(&mut self, slot: SlotIndex, reason: DropReason) {
+        if !Self::visible(self.table.record(slot)) {
+            return;
+        }
         self.transition(slot, Transition::Remove);
         self.counters.dropped(reason, 1);
     }
 
     /// Holds a visible block.
     pub fn pin(&mut self, slot: SlotIndex, toucher: u32) {
+        self.used_by(slot, toucher);
         let record = self.table.record_mut(slot);
-        debug_assert_eq!(record.state, FILLED);
+        debug_assert!(record.state == FILLED || record.flags & RESTORING != 0);
         record.pins += 1;
-        record.toucher = toucher;
         let first = record.pins == 1;
         self.census.pins += 1;
         if first {
-            self.policy.remove(slot);
+            self.leave(slot);
         }
     }
 
@@ -270,8 +315,8 @@ impl Residency {
         let (last, state) = (record.pins == 0, record.state);
         self.census.pins -= 1;
         match state {
-            FILLED if last => self.policy.insert(slot, Heat::Hot),
-            DOOMED if last => self.transition(slot, Transition::Free),
+            FILLED if last => self.enter(slot, Heat::Hot),
+            DOOMED if !self.is_held(slot) => self.transition(slot, Transition::Free),
             _ => {}
         }
     }
@@ -284,10 +329,12 @@ impl Residency {
     /// Blocks were used: they become the last to be evicted, the first of them last of all. Pinned ones stay as they are.
     pub fn touch(&mut self, slots: &[SlotIndex], toucher: u32) {
         for slot in slots.iter().rev() {
-            let record = self.table.record_mut(*slot);
-            if record.pins == 0 {
-                record.toucher = toucher;
+            if self.table.record(*slot).pins == 0 {
+                self.used_by(*slot, toucher);
                 self.policy.touch(*slot);
+                if let Some(dirty) = self.dirty.as_mut().filter(|dirty| dirty.holds(*slot)) {
+                    dirty.touch(*slot);
+                }
             }
         }
     }
@@ -296,8 +343,8 @@ impl Residency {
     pub fn cool(&mut self, slot: SlotIndex) {
         let record = self.table.record(slot);
         if record.state == FILLED && record.pins == 0 {
-            self.policy.remove(slot);
-            self.policy.insert(slot, Heat::Cold);
+            self.leave(slot);
+            self.enter(slot, Heat::Cold);
         }
     }
 
@@ -312,7 +359,7 @@ impl Residency {
         self.transition(slot, Transition::Publish(lineage));
         self.counters.stored_blocks -= 1;
         self.counters.adopted_blocks += 1;
-        self.policy.insert(slot, Heat::Hot);
+        self.enter(slot, Heat::Hot);
     }
 
     /// After adoption: the slots that hold nothing, and nothing else, are free.
@@ -320,6 +367,144 @@ impl Residency {
         let empty = |slot: &u32| self.table.record(SlotIndex(*slot)).state == EMPTY;
         self.free = (0..self.table.slots()).rev().filter(empty).collect();
         self.census.free = self.free.len() as u64;
+    }
+
+    fn used_by(&mut self, slot: SlotIndex, toucher: u32) {
+        let record = self.table.record_mut(slot);
+        if record.toucher != toucher {
+            record.toucher = toucher;
+            record.flags |= REUSED;
+        }
+    }
+
+    fn is_held(&self, slot: SlotIndex) -> bool {
+        let record = self.table.record(slot);
+        record.pins > 0 || record.flags & WRITING != 0
+    }
+
+    fn enter(&mut self, slot: SlotIndex, heat: Heat) {
+        self.policy.insert(slot, heat);
+        let spillable = self.table.record(slot).flags & (CLEAN | WRITING) == 0;
+        if let Some(dirty) = self.dirty.as_mut().filter(|_| spillable) {
+            dirty.insert(slot, heat);
+        }
+    }
+
+    fn leave(&mut self, slot: SlotIndex) {
+        self.policy.remove(slot);
+        if let Some(dirty) = &mut self.dirty {
+            dirty.remove(slot);
+        }
+    }
+
+    /// From now on there is a disk: dirty slots are told from clean ones.
+    pub fn track_dirty(&mut self) {
+        let mut dirty = Lru::new(self.table.slots());
+        for slot in self.policy.order() {
+            dirty.insert(slot, Heat::Hot);
+        }
+        self.dirty = Some(dirty);
+    }
+
+    /// The disk holds the block of this slot too, or does so no longer.
+    pub fn set_clean(&mut self, slot: SlotIndex, clean: bool) {
+        let in_order = self.policy.holds(slot);
+        let record = self.table.record_mut(slot);
+        if (record.flags & CLEAN != 0) == clean {
+            return;
+        }
+        record.flags ^= CLEAN;
+        let writing = record.flags & WRITING != 0;
+        self.census.clean = if clean { self.census.clean + 1 } else { self.census.clean - 1 };
+        let Some(dirty) = &mut self.dirty else { return };
+        if clean {
+            dirty.remove(slot);
+        } else if in_order && !writing {
+            dirty.insert(slot, Heat::Cold);
+        }
+    }
+
+    /// The coldest dirty block that may be evicted, and whether it was used more than once.
+    pub fn coldest_dirty(&self) -> Option<(SlotIndex, bool)> {
+        let slot = self.dirty.as_ref()?.victim(&|_| true)?;
+        Some((slot, self.table.record(slot).flags & REUSED != 0))
+    }
+
+    /// A dirty block will not be written: it is no longer offered for that. It is as dirty as before, and dropped when evicted.
+    pub fn pass_over(&mut self, slot: SlotIndex) {
+        if let Some(dirty) = &mut self.dirty {
+            dirty.remove(slot);
+        }
+    }
+
+    /// A visible block is being written to disk: until [`Self::end_write`] its slot is not given away.
+    pub fn begin_write(&mut self, slot: SlotIndex) {
+        self.table.record_mut(slot).flags |= WRITING;
+        self.pass_over(slot);
+        self.census.writing += 1;
+    }
+
+    /// The write has ended. Returns whether the slot still holds that block, visibly.
+    pub fn end_write(&mut self, slot: SlotIndex, written: bool) -> bool {
+        self.table.record_mut(slot).flags &= !WRITING;
+        self.census.writing -= 1;
+        match self.table.record(slot).state {
+            FILLED => {
+                // A block that could not be written is not tried again before it is used again: it is dropped when evicted.
+                self.set_clean(slot, written);
+                true
+            }
+            DOOMED if !self.is_held(slot) => {
+                self.transition(slot, Transition::Free);
+                false
+            }
+            _ => false,
+        }
+    }
+
+    /// As [`Self::reserve`], for a block that comes from disk: requests may hold the slot at once.
+    ///
+    /// # Errors
+    /// As [`Self::reserve`].
+    pub fn reserve_restore(&mut self, key: &BlockKey, toucher: u32) -> std::result::Result<Reserved, DropReason> {
+        let reserved = self.reserve(key, toucher)?;
+        self.table.record_mut(reserved.slot).flags |= RESTORING;
+        Ok(reserved)
+    }
+
+    /// Whether the slot is being filled from disk.
+    pub fn is_restoring(&self, slot: SlotIndex) -> bool {
+        let record = self.table.record(slot);
+        record.state == FILLING && record.flags & RESTORING != 0
+    }
+
+    /// A restore has ended. The slot's followers are to be woken by the caller.
+    pub fn end_restore(&mut self, slot: SlotIndex, restored: Option<Lineage>) {
+        let generation = self.generation(slot);
+        let memory = Arc::clone(&self.memory);
+        let ok = restored.is_some();
+        match restored {
+            Some(lineage) => {
+                self.transition(slot, Transition::Restored(lineage));
+                if self.table.record(slot).pins == 0 {
+                    self.enter(slot, Heat::Hot);
+                }
+            }
+            None => self.transition(slot, Transition::Lose),
+        }
+        memory.line(slot).end_restore(generation, ok);
+    }
+
+    /// A restore that was given up before (its followers know) has ended at last: the slot's bytes are the device's no longer.
+    pub fn end_abandoned(&mut self, slot: SlotIndex) {
+        self.transition(slot, Transition::Lose);
+    }
+
+    /// Takes up to `count` free slots out of the tier for good, for the restore window.
+    pub fn set_aside(&mut self, count: u32) -> Vec<SlotIndex> {
+        let taken: Vec<SlotIndex> = (0..count).map_while(|_| self.free.pop()).map(SlotIndex).collect();
+        self.census.free -= taken.len() as u64;
+        taken
     }
 
     /// Whether loads of this slot must compare its checksum first.

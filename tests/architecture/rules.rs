@@ -23,7 +23,8 @@ const ROWS: &[(&str, Reach)] = &[
     ("pool", Only(&["block", "config", "error", "limits"])),
     ("gpu", Only(&["block", "pool", "error", "limits"])),
     ("nvme", Only(&["block", "pool", "config", "error", "limits"])),
-    ("policy", Only(&["block", "error", "limits"])),
+    // `config` for the names of the rules that users choose.
+    ("policy", Only(&["block", "config", "error", "limits"])),
     ("events", Only(&["block", "error", "limits"])),
     ("tier", Only(&["gpu", "pool", "nvme", "policy", "events", "block", "config", "metrics", "error", "limits"])),
     ("cli", Anything),

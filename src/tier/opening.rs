@@ -1,0 +1,161 @@
+//! Opening the nvme tier: store, disk, what survived, mover.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::disk_tier::DiskSettings;
+use super::engine::TierEngine;
+use super::mover::{Mover, ToMover};
+use crate::config::nvme::DiskEngine;
+use crate::config::{Config, NvmeConfig};
+use crate::error::{Error, Result};
+use crate::nvme::buffer::Region;
+use crate::nvme::disk::{Description, Disk};
+use crate::nvme::probe;
+use crate::nvme::recovery;
+use crate::nvme::snapshot::Entry;
+use crate::nvme::store::{Opened, Recovery, Store, Wish};
+
+/// What a start tells about its nvme tier.
+#[derive(Debug, Clone)]
+pub struct DiskReport {
+    /// The store's directory.
+    pub path: String,
+    /// Blocks it can hold.
+    pub extents_max: u32,
+    /// Blocks that survived.
+    pub blocks: u64,
+    /// How they were found: `fresh`, `snapshot` or `scan`.
+    pub recovery: &'static str,
+    /// Extents whose descriptor was not whole.
+    pub damaged: u64,
+    /// The device.
+    pub disk: Description,
+    /// Stores of this namespace that were taken.
+    pub taken: Vec<String>,
+    /// What else there is to say; empty for nothing.
+    pub why: String,
+}
+
+/// What a start knows of its contents.
+#[derive(Debug, Clone, Copy)]
+pub struct Identity<'a> {
+    /// Fingerprint of everything that makes bytes interchangeable.
+    pub namespace: [u8; 16],
+    /// The facts behind it, as JSON.
+    pub facts: &'a str,
+    /// Block hashes mean the same after a restart.
+    pub stable: bool,
+}
+
+/// Gives an engine that has a pool the nvme tier of its configuration, if there is one, and starts its mover.
+///
+/// # Errors
+/// Those of [`Store::open`] and of [`probe::open`]; the engine is as it was then.
+pub fn open_disk(
+    engine: &Arc<Mutex<TierEngine>>,
+    config: &Config,
+    identity: Identity<'_>,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Option<(Mover, DiskReport)>> {
+    let nvme = &config.nvme;
+    let Some(dir) = &nvme.dir else { return Ok(None) };
+    let Some(pool) = lock(engine).pool().cloned() else { return Ok(None) };
+    let reserve_bytes = nvme.reserve_bytes.unwrap_or_else(|| default_reserve(dir));
+    let wish = Wish {
+        dir,
+        namespace: identity.namespace,
+        facts: identity.facts,
+        capacity_bytes: nvme.bytes,
+        reserve_bytes,
+        geometry: pool.geometry(),
+        reuse: identity.stable,
+        segment_bytes_max: None,
+    };
+    let Opened { store, segments, recovery, taken, why } = Store::open(&wish)?;
+    let (entries, next_sequence, found, damaged) = match recovery {
+        Recovery::Fresh => (Vec::new(), 1, "fresh", 0),
+        Recovery::Snapshot(entries, next) => (entries, next, "snapshot", 0),
+        Recovery::Scan => {
+            let scanned = scan(nvme, &store, &segments, progress)?;
+            (scanned.entries, scanned.next_sequence, "scan", scanned.damaged)
+        }
+    };
+    let (jobs, inbox) = crossbeam_channel::unbounded();
+    let completions = Arc::new(ToMover::new(jobs.clone(), Arc::clone(&pool)));
+    let regions: Vec<Arc<dyn Region>> = vec![Arc::clone(&pool) as Arc<dyn Region>];
+    let disk = probe::open(which(nvme.engine), regions, completions, store.path())?;
+    for segment in segments {
+        disk.add_segment(segment)?;
+    }
+    let report = DiskReport {
+        path: store.path().display().to_string(),
+        extents_max: store.extents_max(),
+        blocks: entries.len() as u64,
+        recovery: found,
+        damaged,
+        disk: disk.describe(),
+        taken,
+        why,
+    };
+    install(engine, store, disk, jobs, &entries, next_sequence, nvme);
+    let mover = Mover::start(engine, inbox).ok_or_else(|| Error::DeviceDead {
+        device: "the nvme tier's mover".to_owned(),
+        problem: "no thread could be started".to_owned(),
+        remedy: "Raise the limit on processes".to_owned(),
+    })?;
+    Ok(Some((mover, report)))
+}
+
+fn install(
+    engine: &Arc<Mutex<TierEngine>>,
+    store: Store,
+    disk: Arc<dyn Disk>,
+    jobs: crossbeam_channel::Sender<super::disk_tier::Job>,
+    entries: &[Entry],
+    next_sequence: u64,
+    nvme: &NvmeConfig,
+) {
+    let settings = DiskSettings {
+        write_through: nvme.write_through,
+        clean_percent: nvme.clean_percent,
+        load_policy: nvme.load_policy,
+        admission: nvme.admission,
+        retention_s: nvme.retention_s,
+    };
+    lock(engine).open_disk(store, disk, jobs, entries, next_sequence, settings);
+}
+
+fn scan(
+    nvme: &NvmeConfig,
+    store: &Store,
+    segments: &[std::fs::File],
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<recovery::Scanned> {
+    let (completions, arrivals) = recovery::channel();
+    let disk = probe::open(which(nvme.engine), Vec::new(), completions, store.path())?;
+    for segment in segments {
+        let again = segment.try_clone().map_err(|error| {
+            Error::io("opening a segment of", store.path(), error, "Raise the limit on open files")
+        })?;
+        disk.add_segment(again)?;
+    }
+    recovery::scan(store, disk.as_ref(), &arrivals, recovery::buffers(store), progress)
+}
+
+fn which(engine: DiskEngine) -> probe::Engine {
+    match engine {
+        DiskEngine::Auto => probe::Engine::Auto,
+        DiskEngine::IoUring => probe::Engine::IoUring,
+        DiskEngine::Threads => probe::Engine::Threads,
+    }
+}
+
+/// A twentieth of the file system, at most 10 GiB: it is never ours alone.
+fn default_reserve(dir: &std::path::Path) -> u64 {
+    let total = nix::sys::statvfs::statvfs(dir).map_or(0, |found| found.blocks() * found.fragment_size());
+    (total / 20).min(10 << 30)
+}
+
+fn lock(engine: &Arc<Mutex<TierEngine>>) -> std::sync::MutexGuard<'_, TierEngine> {
+    engine.lock().unwrap_or_else(PoisonError::into_inner)
+}

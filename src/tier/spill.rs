@@ -1,0 +1,224 @@
+//! The way of a block from a slot to disk: the cleaner, and what follows when a write has ended.
+
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use serde_json::Value;
+
+use super::disk_tier::{Job, SealOrder, Trouble, Write, same_segment};
+use super::engine::TierEngine;
+use super::extents::Stamp;
+use super::trace::{self, names};
+use crate::block::descriptor::{self, Lineage, Seal};
+use crate::block::{BlockKey, ExtentIndex, SlotIndex};
+use crate::limits;
+use crate::metrics::DropReason;
+use crate::policy::admission::Candidate;
+
+/// Seconds since 1970.
+pub(super) fn now_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+impl TierEngine {
+    /// The cleaner: orders writes of the coldest dirty blocks until enough slots are free or clean, or enough writes are under way.
+    ///
+    /// `all`: every dirty block, because the engine stops.
+    pub(super) fn clean(&mut self, all: bool) {
+        let mut planned: Vec<(SlotIndex, ExtentIndex, BlockKey)> = Vec::new();
+        let mut evicted: Vec<BlockKey> = Vec::new();
+        while let Some((slot, reused)) = self.next_dirty(all) {
+            let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return };
+            let Some(key) = residency.key(slot) else { return };
+            if let Some(extent) = disk.extents.find(&key) {
+                disk.extents.touch(extent);
+                residency.set_clean(slot, true);
+                continue;
+            }
+            let room = disk.extents.has_room();
+            if disk.extents.knows(&key) || !disk.settings.admission.admits(Candidate { reused, room }) {
+                residency.pass_over(slot);
+                continue;
+            }
+            if !room && !disk.full_grown {
+                self.grow();
+                break;
+            }
+            let stamp = Stamp { sequence: disk.sequence, written_s: now_s() };
+            let Some((extent, gone)) = disk.extents.reserve(&key, stamp, &mut residency.events) else { break };
+            disk.sequence += 1;
+            if let Some(gone) = gone {
+                residency.counters.nvme_evicted_blocks += 1;
+                if let Some(held) = residency.find(&gone) {
+                    residency.set_clean(held, false);
+                }
+                evicted.push(gone);
+            }
+            residency.begin_write(slot);
+            planned.push((slot, extent, key));
+        }
+        if planned.is_empty() {
+            return;
+        }
+        self.record(|_| {
+            let keys = names(planned.iter().map(|(_, _, key)| *key));
+            trace::line("spill", &[("keys", keys), ("evicted", names(evicted))])
+        });
+        planned.sort_by_key(|(slot, _, _)| slot.0);
+        self.write(planned);
+        self.grow_ahead();
+    }
+
+    /// The next dirty block to be written, if one has to be.
+    fn next_dirty(&self, all: bool) -> Option<(SlotIndex, bool)> {
+        let (residency, disk) = (self.residency.as_ref()?, self.disk.as_ref()?);
+        if !disk.health.is_in() || disk.extents.writing() >= limits::SPILLS_IN_FLIGHT_MAX {
+            return None;
+        }
+        let census = residency.census();
+        let slots = census.free + census.filling + census.filled;
+        let wanted = slots * disk.settings.clean_percent / 100;
+        if !all && !disk.settings.write_through && census.free + census.clean + census.writing >= wanted {
+            return None;
+        }
+        residency.coldest_dirty()
+    }
+
+    /// Hands blocks to the mover, neighbours in memory and on disk in one transfer.
+    fn write(&mut self, planned: Vec<(SlotIndex, ExtentIndex, BlockKey)>) {
+        let (Some(residency), Some(disk)) = (&self.residency, &mut self.disk) else { return };
+        let most = (limits::TRANSFER_BYTES_MAX / disk.layout.extent_bytes).max(1) as usize;
+        let mut rest = planned.into_iter().peekable();
+        while let Some(first) = rest.next() {
+            let mut parts = vec![first];
+            while let (Some(last), Some(next)) = (parts.last(), rest.peek()) {
+                let adjacent =
+                    next.0.0 == last.0.0 + 1 && next.1.0 == last.1.0 + 1 && same_segment(disk.layout, last.1, next.1);
+                if !adjacent || parts.len() >= most {
+                    break;
+                }
+                parts.extend(rest.next());
+            }
+            let token = disk.token();
+            let orders = parts.iter().map(|(slot, extent, key)| {
+                let stamp = disk.extents.stamp(*extent);
+                SealOrder {
+                    slot: *slot,
+                    generation: residency.generation(*slot),
+                    key: *key,
+                    seal: Seal {
+                        store: disk.store_id,
+                        sequence: stamp.sequence,
+                        cache_generation: disk.cache_generation,
+                        written_s: stamp.written_s,
+                        stored_bytes: disk.pool.geometry().payload_bytes[key.group.0 as usize],
+                        encoding: 0,
+                    },
+                }
+            });
+            disk.order(Job::Write { token, orders: orders.collect(), extent: parts[0].1 });
+            disk.writes.insert(token, Write { parts, started: Instant::now(), stale: false });
+        }
+    }
+
+    fn grow(&mut self) {
+        let Some(disk) = &mut self.disk else { return };
+        if !disk.growing && !disk.full_grown {
+            disk.growing = true;
+            disk.order(Job::Grow);
+        }
+    }
+
+    /// Makes the next segment before the last free extent is gone.
+    fn grow_ahead(&mut self) {
+        let few = self.disk.as_ref().is_some_and(|disk| disk.extents.free() < limits::SPILLS_IN_FLIGHT_MAX);
+        if few {
+            self.grow();
+        }
+    }
+
+    /// A write has ended.
+    pub(super) fn written(&mut self, token: u64, trouble: Option<Trouble>) {
+        let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return };
+        let Some(Write { parts, stale, .. }) = disk.writes.remove(&token) else { return };
+        let well = trouble.is_none() && !stale;
+        let mut outage = false;
+        match trouble {
+            None => {
+                disk.health.well();
+            }
+            Some(Trouble::Device) => {
+                residency.counters.disk_errors += 1;
+                outage = disk.health.failed(Instant::now());
+            }
+            Some(Trouble::Corrupt | Trouble::Undescribed) => {}
+        }
+        for (slot, extent, key) in &parts {
+            // Before the slot may be given away.
+            let lineage =
+                if residency.events.enabled() && well { lineage_of(&disk.pool, *slot) } else { Lineage::default() };
+            let held = residency.end_write(*slot, well);
+            if well {
+                residency.counters.spilled_blocks += 1;
+                residency.counters.spilled_bytes += disk.layout.extent_bytes;
+                disk.extents.commit(*extent, lineage, &mut residency.events);
+                // The same block may have been dropped and computed again meanwhile.
+                if !held && let Some(again) = residency.find(key) {
+                    residency.set_clean(again, true);
+                }
+            } else {
+                if trouble.is_some() && trouble != Some(Trouble::Undescribed) {
+                    residency.counters.dropped(DropReason::DiskFailed, 1);
+                }
+                disk.extents.fail(*extent, trouble == Some(Trouble::Device), &mut residency.events);
+            }
+        }
+        let keys: Vec<BlockKey> = parts.iter().map(|(_, _, key)| *key).collect();
+        self.record(|_| trace::line("spilled", &[("keys", names(keys)), ("ok", Value::from(well))]));
+        if outage {
+            self.outage("writing failed repeatedly");
+        }
+    }
+
+    /// The disk goes out of service: its blocks are not to be had, and everybody is told.
+    pub(super) fn outage(&mut self, why: &str) {
+        let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return };
+        disk.extents.withdraw(&mut residency.events);
+        residency.counters.nvme_outages += 1;
+        eprintln!("kvcellar: the nvme tier is out of service: {why}. The dram tier goes on; the disk is tried again");
+        self.record(|_| trace::line("outage", &[]));
+    }
+
+    /// Erases blocks that have lain on disk for too long; looks at some of them a round.
+    pub(super) fn expire(&mut self) {
+        let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return };
+        let Some(retention) = disk.settings.retention_s else { return };
+        let (from, to) = (disk.retention_from, disk.retention_from.saturating_add(limits::RETENTION_BATCH));
+        disk.retention_from = if to >= disk.extents.ready() { 0 } else { to };
+        let oldest = now_s().saturating_sub(retention);
+        let old = |stamp: Stamp| stamp.written_s < oldest;
+        let expired: Vec<(ExtentIndex, BlockKey)> = disk
+            .extents
+            .committed_in(from, to)
+            .filter(|(extent, _, stamp)| old(*stamp) && !disk.extents.is_read(*extent))
+            .map(|(extent, key, _)| (extent, key))
+            .collect();
+        if expired.is_empty() {
+            return;
+        }
+        for (extent, key) in &expired {
+            // Kept out of use until it has been erased.
+            disk.extents.discard(*extent, true, &mut residency.events);
+            residency.counters.dropped(DropReason::Expired, 1);
+            if let Some(held) = residency.find(key) {
+                residency.drop_block(held, DropReason::Expired);
+            }
+        }
+        disk.order(Job::Erase(expired.into_iter().map(|(extent, _)| extent).collect()));
+    }
+}
+
+pub(super) fn lineage_of(pool: &crate::pool::Pool, slot: SlotIndex) -> Lineage {
+    let read = descriptor::read(&pool.descriptor(slot), pool.geometry().parts.len());
+    // It was whole when it was sealed; a block without tokens is what consumers know otherwise.
+    read.map(|(_, _, lineage)| lineage).unwrap_or_default()
+}
