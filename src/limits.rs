@@ -105,3 +105,37 @@ const _: () = assert!(HEADER_BYTES.is_multiple_of(SLOT_ALIGN), "the slot table s
 const _: () = assert!(SLOTS_MAX < (u32::MAX / 2) as u64, "the block table stores slot + 1 in 32 bits");
 const _: () = assert!(INFLIGHT_STORES_MAX < EVENTS_PENDING_MAX, "all in-flight stores can announce themselves");
 const _: () = assert!(EVENTS_PER_STEP_MAX < EVENTS_PENDING_MAX, "a step drains less than the queue holds");
+
+// The on-disk store of the NVMe tier.
+
+/// Stores of one namespace below one directory. A start that finds all of them taken fails and says who holds them.
+pub const STORE_INDEX_MAX: u32 = 64;
+
+/// Segments that a store's capacity is divided into, as long as their size stays between the two bounds below.
+pub const SEGMENT_SHARES: u64 = 64;
+
+/// Smallest segment, in bytes. A store that does not hold one has a single segment of what its capacity leaves.
+pub const SEGMENT_BYTES_MIN: u64 = 64 << 20;
+
+/// Largest segment, in bytes: larger stores have more of them.
+pub const SEGMENT_BYTES_MAX: u64 = 4 << 30;
+
+/// Segments of one store. Capacity beyond them is not used; a store that was made much smaller is made anew.
+pub const SEGMENTS_MAX: u32 = 4096;
+
+/// Extents of one store: extent numbers are 32 bits. Capacity beyond them is not used.
+pub const EXTENTS_MAX: u32 = 1 << 30;
+
+/// Bytes of the slot geometry, as JSON, in a superblock. A geometry that needs more gets no store.
+pub const GEOMETRY_BYTES_MAX: usize = 1 << 20;
+
+/// Descriptors that are read at once when a store is scanned: enough to keep a device busy. Memory: one descriptor each.
+pub const SCAN_DEPTH: usize = 256;
+
+/// How often a start tries to lock a store that is being replaced or removed at the same moment. Then it counts as taken.
+pub const STORE_CLAIM_TRIES: u32 = 3;
+
+const _: () = assert!(SEGMENT_BYTES_MIN <= SEGMENT_BYTES_MAX, "a range");
+const _: () = assert!(SEGMENTS_MAX as u64 >= SEGMENT_SHARES, "every share gets its segment");
+const _: () = assert!(SEGMENTS_MAX <= 100_000, "segment files are numbered with five digits");
+const _: () = assert!(EXTENTS_MAX < u32::MAX, "the number of extents fits beside their indices");

@@ -5,4 +5,12 @@
 //! which block lies where: that is the tier engine's.
 
 pub mod buffer;
+pub mod directory;
 pub mod disk;
+pub mod extent;
+pub mod recovery;
+pub mod segments;
+pub mod snapshot;
+pub mod space;
+pub mod store;
+pub mod superblock;

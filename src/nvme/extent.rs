@@ -1,0 +1,79 @@
+//! An extent's bytes: what must be true of them before anyone uses them.
+//!
+//! An extent is the image of a pool slot: descriptor pages with their seal, then the payload. Promises: [`check`] lets nothing through that is
+//! not, bit for bit, what was sealed under the key that it returns.
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::block::descriptor;
+use crate::block::{BlockKey, GroupIndex, SlotGeometry};
+use crate::error::{Error, Result};
+
+/// What an extent has to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Expected {
+    /// The store's id.
+    pub store: u64,
+    /// The store's present generation of contents.
+    pub cache_generation: u64,
+    /// The block that should lie there; `None` accepts any.
+    pub key: Option<BlockKey>,
+}
+
+/// The checksums that seal an image: one a rank over its part of the group's payload, 0 for ranks that write none.
+///
+/// `image` is a whole slot of this geometry, and `group` one of its groups.
+pub fn sums(image: &[u8], geometry: &SlotGeometry, group: GroupIndex) -> Vec<u64> {
+    let payload = &image[geometry.descriptor_bytes as usize..];
+    let sum = |part: &crate::block::RankPart| {
+        let (offset, len) = part.spans[usize::from(group.0)];
+        if part.writer { xxh3_64(&payload[offset as usize..(offset + len) as usize]) } else { 0 }
+    };
+    geometry.parts.iter().map(sum).collect()
+}
+
+/// Checks the image that was read from an extent: it is of this store and generation, it is the expected block, and all its bytes are whole.
+///
+/// # Errors
+/// [`Error::DataLost`] saying what is wrong.
+pub fn check(image: &[u8], geometry: &SlotGeometry, expected: &Expected) -> Result<BlockKey> {
+    let wrong = |problem: String| Error::lost("extent", problem);
+    if image.len() as u64 != geometry.slot_bytes {
+        return Err(wrong(format!("{} bytes instead of {}", image.len(), geometry.slot_bytes)));
+    }
+    let page = &image[..geometry.descriptor_bytes as usize];
+    let (key, seal, sealed) = descriptor::unseal(page, geometry.parts.len())?;
+    if seal.store != expected.store {
+        return Err(wrong(format!("it belongs to store {:016x}", seal.store)));
+    }
+    if seal.cache_generation != expected.cache_generation {
+        return Err(wrong(format!("it is of generation {}, not {}", seal.cache_generation, expected.cache_generation)));
+    }
+    if let Some(wanted) = expected.key.filter(|wanted| *wanted != key) {
+        return Err(wrong(format!("it holds block {key}, not {wanted}")));
+    }
+    let Some(bytes) = geometry.payload_bytes.get(usize::from(key.group.0)) else {
+        return Err(wrong(format!("there is no group {}", key.group.0)));
+    };
+    if seal.encoding != 0 || seal.stored_bytes != *bytes {
+        return Err(wrong(format!("encoding {} of {} bytes", seal.encoding, seal.stored_bytes)));
+    }
+    compare(image, geometry, key.group, &sealed)?;
+    Ok(key)
+}
+
+#[cfg(not(feature = "mutant-unchecked"))]
+fn compare(image: &[u8], geometry: &SlotGeometry, group: GroupIndex, sealed: &[u64]) -> Result<()> {
+    let found = sums(image, geometry, group);
+    match found.iter().zip(sealed).position(|(found, sealed)| found != sealed) {
+        None => Ok(()),
+        Some(rank) => Err(Error::lost("extent", format!("the checksum of rank {rank}'s part does not match"))),
+    }
+}
+
+/// The mutant that the tests must notice: payloads are believed.
+#[cfg(feature = "mutant-unchecked")]
+#[expect(clippy::unnecessary_wraps, reason = "stands in for the real one")]
+fn compare(_image: &[u8], _geometry: &SlotGeometry, _group: GroupIndex, _sealed: &[u64]) -> Result<()> {
+    Ok(())
+}
