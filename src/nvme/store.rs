@@ -139,6 +139,11 @@ impl Store {
         Ok(self.superblock.cache_generation)
     }
 
+    /// Where extents lie.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
     /// Bytes of an extent.
     pub fn extent_bytes(&self) -> u64 {
         self.layout.extent_bytes
