@@ -17,8 +17,8 @@ use crate::config::{Config, Controls};
 use crate::error::{Error, Result};
 use crate::pool::open::{self, Wish};
 use crate::tier::load::Hit;
-use crate::tier::offload::{Offer, Start};
 use crate::tier::mover::{self, Mover};
+use crate::tier::offload::{Offer, Start};
 use crate::tier::opening::{self, Identity};
 use crate::tier::{TierEngine, namespace};
 

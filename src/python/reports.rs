@@ -31,7 +31,7 @@ pub(super) struct PoolReport {
 }
 
 /// The nvme tier an engine got.
-#[pyclass(frozen, get_all, skip_from_py_object, module = "kvcellar._native")]
+#[pyclass(frozen, get_all, module = "kvcellar._native")]
 #[derive(Clone)]
 pub(super) struct DiskReport {
     /// The store's directory.
@@ -133,9 +133,11 @@ pub(super) fn run_object(py: Python<'_>, run: Run, integers: bool) -> PyResult<P
             };
             Py::new(py, stored)?.into_any()
         }
-        Run::Removed { tier, group, hashes } => {
-            Py::new(py, RemovedRun { tier: tier_name(tier), group: group.0, hashes: external_list(py, &hashes, integers)? })?.into_any()
-        }
+        Run::Removed { tier, group, hashes } => Py::new(
+            py,
+            RemovedRun { tier: tier_name(tier), group: group.0, hashes: external_list(py, &hashes, integers)? },
+        )?
+        .into_any(),
     })
 }
 

@@ -134,9 +134,9 @@ fn scan(
     let (completions, arrivals) = recovery::channel();
     let disk = probe::open(which(nvme.engine), Vec::new(), completions, store.path())?;
     for segment in segments {
-        let again = segment.try_clone().map_err(|error| {
-            Error::io("opening a segment of", store.path(), error, "Raise the limit on open files")
-        })?;
+        let again = segment
+            .try_clone()
+            .map_err(|error| Error::io("opening a segment of", store.path(), error, "Raise the limit on open files"))?;
         disk.add_segment(again)?;
     }
     recovery::scan(store, disk.as_ref(), &arrivals, recovery::buffers(store), progress)

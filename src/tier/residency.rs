@@ -61,6 +61,17 @@ pub struct Reserved {
     pub evicted: Option<BlockKey>,
 }
 
+/// A dirty block that may be evicted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Dirty {
+    /// Its slot.
+    pub slot: SlotIndex,
+    /// More than one request used it.
+    pub reused: bool,
+    /// Uses of blocks since its own last one: at most so many blocks are hotter.
+    pub uses_since: u32,
+}
+
 /// Number of slots in each state.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Census {
@@ -85,6 +96,8 @@ pub struct Residency {
     policy: Box<dyn Eviction>,
     /// Dirty slots that may be evicted; `None` without a disk.
     dirty: Option<Lru>,
+    /// Counts uses: how many there were since a block's last one bounds how far it is from the hot end of the order.
+    clock: u32,
     free: Vec<u32>,
     census: Census,
     /// Events of every transition.
@@ -101,6 +114,7 @@ impl Residency {
             table: BlockTable::new(slots),
             policy,
             dirty: None,
+            clock: 0,
             // Taken from the end: low slots first.
             free: (0..slots).rev().collect(),
             census: Census { free: u64::from(slots), ..Census::default() },
@@ -243,7 +257,8 @@ impl Residency {
             let may = |slot: SlotIndex| table.record(slot).flags & WRITING == 0;
             let victim = self.policy.victim(&may).ok_or(DropReason::NoSlot)?;
             let record = self.table.record(victim);
-            if record.toucher == toucher {
+            // A clean block of the same prefix stays on disk: it may make room for what follows it.
+            if record.toucher == toucher && record.flags & CLEAN == 0 {
                 return Err(DropReason::OwnPrefix);
             }
             evicted = record.key();
@@ -331,6 +346,8 @@ impl Residency {
         for slot in slots.iter().rev() {
             if self.table.record(*slot).pins == 0 {
                 self.used_by(*slot, toucher);
+                self.clock = self.clock.wrapping_add(1);
+                self.table.record_mut(*slot).used = self.clock;
                 self.policy.touch(*slot);
                 if let Some(dirty) = self.dirty.as_mut().filter(|dirty| dirty.holds(*slot)) {
                     dirty.touch(*slot);
@@ -383,6 +400,9 @@ impl Residency {
     }
 
     fn enter(&mut self, slot: SlotIndex, heat: Heat) {
+        self.clock = self.clock.wrapping_add(1);
+        let age = if heat == Heat::Hot { 0 } else { self.table.slots() };
+        self.table.record_mut(slot).used = self.clock.wrapping_sub(age);
         self.policy.insert(slot, heat);
         let spillable = self.table.record(slot).flags & (CLEAN | WRITING) == 0;
         if let Some(dirty) = self.dirty.as_mut().filter(|_| spillable) {
@@ -424,10 +444,11 @@ impl Residency {
         }
     }
 
-    /// The coldest dirty block that may be evicted, and whether it was used more than once.
-    pub fn coldest_dirty(&self) -> Option<(SlotIndex, bool)> {
+    /// The coldest dirty block that may be evicted.
+    pub fn coldest_dirty(&self) -> Option<Dirty> {
         let slot = self.dirty.as_ref()?.victim(&|_| true)?;
-        Some((slot, self.table.record(slot).flags & REUSED != 0))
+        let record = self.table.record(slot);
+        Some(Dirty { slot, reused: record.flags & REUSED != 0, uses_since: self.clock.wrapping_sub(record.used) })
     }
 
     /// A dirty block will not be written: it is no longer offered for that. It is as dirty as before, and dropped when evicted.

@@ -1,4 +1,7 @@
 //! The way of a block from a slot to disk: the cleaner, and what follows when a write has ended.
+//!
+//! A share of the slots (`clean_percent`) is kept free or clean, and so is the same share of the order of eviction, counted from its cold end: what must be evicted
+//! next can be, without waiting for a write.
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -7,6 +10,7 @@ use serde_json::Value;
 use super::disk_tier::{Job, SealOrder, Trouble, Write, same_segment};
 use super::engine::TierEngine;
 use super::extents::Stamp;
+use super::residency::Dirty;
 use super::trace::{self, names};
 use crate::block::descriptor::{self, Lineage, Seal};
 use crate::block::{BlockKey, ExtentIndex, SlotIndex};
@@ -26,7 +30,7 @@ impl TierEngine {
     pub(super) fn clean(&mut self, all: bool) {
         let mut planned: Vec<(SlotIndex, ExtentIndex, BlockKey)> = Vec::new();
         let mut evicted: Vec<BlockKey> = Vec::new();
-        while let Some((slot, reused)) = self.next_dirty(all) {
+        while let Some(Dirty { slot, reused, .. }) = self.next_dirty(all) {
             let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return };
             let Some(key) = residency.key(slot) else { return };
             if let Some(extent) = disk.extents.find(&key) {
@@ -69,7 +73,7 @@ impl TierEngine {
     }
 
     /// The next dirty block to be written, if one has to be.
-    fn next_dirty(&self, all: bool) -> Option<(SlotIndex, bool)> {
+    fn next_dirty(&self, all: bool) -> Option<Dirty> {
         let (residency, disk) = (self.residency.as_ref()?, self.disk.as_ref()?);
         if !disk.health.is_in() || disk.extents.writing() >= limits::SPILLS_IN_FLIGHT_MAX {
             return None;
@@ -77,10 +81,11 @@ impl TierEngine {
         let census = residency.census();
         let slots = census.free + census.filling + census.filled;
         let wanted = slots * disk.settings.clean_percent / 100;
-        if !all && !disk.settings.write_through && census.free + census.clean + census.writing >= wanted {
-            return None;
-        }
-        residency.coldest_dirty()
+        let dirty = residency.coldest_dirty()?;
+        // The share counts from the cold end: hot clean blocks do not help when cold dirty ones must go.
+        let cold = u64::from(dirty.uses_since) >= slots - wanted;
+        let few = census.free + census.clean + census.writing < wanted;
+        (all || disk.settings.write_through || (wanted > 0 && (few || cold))).then_some(dirty)
     }
 
     /// Hands blocks to the mover, neighbours in memory and on disk in one transfer.

@@ -25,6 +25,8 @@ pub struct Record {
     pub(super) pins: u32,
     /// Serial of the request that used the slot last.
     pub(super) toucher: u32,
+    /// The tier's clock when it was used last.
+    pub(super) used: u32,
     pub(super) flags: u8,
 }
 
@@ -32,7 +34,7 @@ const _: () = assert!(size_of::<Record>() == 64);
 
 impl Record {
     const EMPTY: Self =
-        Self { hash: [0; 32], hash_len: 0, state: 0, group: 0, generation: 0, pins: 0, toucher: 0, flags: 0 };
+        Self { hash: [0; 32], hash_len: 0, state: 0, group: 0, generation: 0, pins: 0, toucher: 0, used: 0, flags: 0 };
 
     #[inline]
     fn is(&self, hash: &BlockHash, group: GroupIndex) -> bool {

@@ -1,0 +1,324 @@
+//! A played vLLM around a real engine.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use kvcellar::block::Tier;
+use kvcellar::block::geometry::RankBytes;
+use kvcellar::block::{BlockHash, GroupKind, GroupSpec, Grouping, SlotGeometry};
+use kvcellar::config::{Config, Controls};
+use kvcellar::events::Run;
+use kvcellar::gpu::Copier;
+use kvcellar::gpu::host::{HostCopier, HostSide};
+use kvcellar::gpu::views::{GroupRuns, LayerView};
+use kvcellar::gpu::worker::CopyWorker;
+use kvcellar::limits;
+use kvcellar::metrics::{Counters, Gauges};
+use kvcellar::pool::open::{self, Wish};
+use kvcellar::tier::TierEngine;
+use kvcellar::tier::load::Hit;
+use kvcellar::tier::mover::{self, Mover};
+use kvcellar::tier::offload::{GroupOffer, Offer, Start};
+use kvcellar::tier::opening::{self, DiskReport, Identity};
+
+pub(crate) const BLOCK_TOKENS: u32 = 16;
+pub(crate) const BLOCK_BYTES: usize = 20_000;
+const KV_BLOCKS: usize = 200;
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Chain `chain`'s block `index`.
+pub(crate) fn hash(chain: u32, index: u32) -> BlockHash {
+    let mut bytes = [0_u8; 32];
+    let mixed = u64::from(chain) << 32 | u64::from(index);
+    for (at, word) in bytes.chunks_exact_mut(8).enumerate() {
+        word.copy_from_slice(&mixed.wrapping_add(at as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes());
+    }
+    BlockHash::new(&bytes).expect("32 bytes")
+}
+
+/// The bytes that belong to a block, whoever asks.
+pub(crate) fn content(hash: &BlockHash) -> Vec<u8> {
+    let mut state = hash.low_u64() | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    (0..BLOCK_BYTES.div_ceil(8)).flat_map(|_| next().to_le_bytes()).take(BLOCK_BYTES).collect()
+}
+
+fn grouping() -> Grouping {
+    let group =
+        GroupSpec { kind: GroupKind::Full, kind_name: "full".to_owned(), block_tokens: BLOCK_TOKENS, eagle: false };
+    Grouping { groups: vec![group], hash_tokens: BLOCK_TOKENS, hit_tokens: BLOCK_TOKENS }
+}
+
+fn geometry() -> SlotGeometry {
+    let rank = RankBytes { block_bytes: vec![BLOCK_BYTES as u64], replica_of: None };
+    SlotGeometry::lay_out(&grouping(), &[rank]).expect("it fits")
+}
+
+/// Directories of one test: a pool in shared memory and a store on a real disk.
+pub(crate) struct Places {
+    pub(crate) pool: tempfile::TempDir,
+    pub(crate) disk: tempfile::TempDir,
+}
+
+impl Places {
+    pub(crate) fn new() -> Self {
+        let disk =
+            tempfile::Builder::new().prefix("spill-").tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+        Self { pool: tempfile::tempdir_in("/dev/shm").expect("a directory"), disk }
+    }
+
+    /// The pool's memory is gone, as after the machine's restart.
+    pub(crate) fn forget_pool(&mut self) {
+        self.pool = tempfile::tempdir_in("/dev/shm").expect("a directory");
+    }
+
+    /// All segment files.
+    pub(crate) fn segments(&self) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        let mut rest = vec![self.disk.path().to_owned()];
+        while let Some(dir) = rest.pop() {
+            for entry in std::fs::read_dir(&dir).expect("a directory").flatten() {
+                let path = entry.path();
+                if path.is_dir() {
+                    rest.push(path);
+                } else if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("segment-")) {
+                    found.push(path);
+                }
+            }
+        }
+        found.sort();
+        found
+    }
+}
+
+pub(crate) struct Rig {
+    pub(crate) engine: Arc<Mutex<TierEngine>>,
+    pub(crate) report: DiskReport,
+    pub(crate) events: Vec<Run>,
+    mover: Option<Mover>,
+    worker: CopyWorker,
+    cache: Vec<u8>,
+    requests: u32,
+}
+
+impl Rig {
+    /// An engine with `slots` slots and these further settings.
+    pub(crate) fn open(places: &Places, slots: u64, nvme_size: &str, more: &str) -> Self {
+        Self::try_open(places.pool.path(), places.disk.path(), slots, nvme_size, more).expect("an engine")
+    }
+
+    pub(crate) fn try_open(
+        pool_dir: &Path,
+        disk_dir: &Path,
+        slots: u64,
+        nvme_size: &str,
+        more: &str,
+    ) -> kvcellar::error::Result<Self> {
+        let geometry = geometry();
+        let json = format!(
+            r#"{{"nvme_dir": "{}", "nvme_size": "{nvme_size}", "nvme_reserve": "1MiB"{more}}}"#,
+            disk_dir.display()
+        );
+        let config = Config::parse(&json)?;
+        let bytes = limits::HEADER_BYTES + limits::SLOT_ALIGN + slots * (geometry.slot_bytes + 64);
+        let wish =
+            Wish { pool_dir, namespace: [9; 16], facts: "{}", bytes, explicit: true, adopt: true, geometry: &geometry };
+        let opened = open::open(&wish, &mut |_, _| ())?;
+        let engine = Arc::new(Mutex::new(TierEngine::new(&config, grouping())?));
+        lock(&engine).open_pool(opened.pool, opened.adopted);
+        let identity = Identity { namespace: [9; 16], facts: "{}", stable: true };
+        let (mover, report) =
+            opening::open_disk(&engine, &config, identity, &mut |_, _| ())?.expect("a disk is configured");
+        let mut cache = vec![0_u8; KV_BLOCKS * BLOCK_BYTES];
+        let view = LayerView {
+            address: cache.as_mut_ptr() as u64,
+            stride_bytes: BLOCK_BYTES as u64,
+            page_bytes: BLOCK_BYTES as u64,
+            pages_per_block: 1,
+            pages: KV_BLOCKS as u64,
+        };
+        let groups = Arc::new(vec![GroupRuns::resolve(0, &[view])?]);
+        let mut worker = CopyWorker::new(
+            0,
+            false,
+            Box::new(move |pool, answers, guard| {
+                // SAFETY: the cache's memory does not move and outlives the worker, which `Rig::drop` releases first.
+                let side = unsafe { HostSide::new(pool, Arc::clone(&groups), 0, false, guard) };
+                Ok(Box::new(HostCopier::start(side, &answers, 1)?) as Box<dyn Copier>)
+            }),
+        );
+        let ticket = lock(&engine).pool().expect("a pool").ticket();
+        worker.attach(&ticket)?;
+        Ok(Self { engine, report, events: Vec::new(), mover: Some(mover), worker, cache, requests: 0 })
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, TierEngine> {
+        lock(&self.engine)
+    }
+
+    pub(crate) fn counters(&self) -> Counters {
+        self.lock().counters()
+    }
+
+    pub(crate) fn gauges(&self) -> Gauges {
+        self.lock().gauges()
+    }
+
+    fn request(&mut self, chain: u32, blocks: u32) -> String {
+        self.requests += 1;
+        let id = format!("request-{}", self.requests);
+        let hashes: Vec<BlockHash> = (0..blocks).map(|index| hash(chain, index)).collect();
+        let mut engine = self.lock();
+        engine.add_request(&id, Controls::default(), "");
+        engine.add_hashes(&id, &hashes);
+        drop(engine);
+        id
+    }
+
+    fn step(&mut self) {
+        let (plan, events) = {
+            let mut engine = self.lock();
+            engine.poll();
+            (engine.take_plan(), engine.take_events())
+        };
+        self.events.extend(events);
+        self.worker.begin_step(&plan).expect("a plan");
+        self.worker.start_loads();
+        self.worker.finish_step();
+    }
+
+    /// Computes a chain's first blocks, as a prefill would, and offloads them.
+    pub(crate) fn compute(&mut self, chain: u32, blocks: u32) {
+        let id = self.request(chain, blocks);
+        for index in 0..blocks {
+            let at = (1 + index as usize) * BLOCK_BYTES;
+            self.cache[at..at + BLOCK_BYTES].copy_from_slice(&content(&hash(chain, index)));
+        }
+        let tokens = (0..blocks * BLOCK_TOKENS).collect();
+        let group = GroupOffer { first: 0, blocks: (1..=blocks).collect(), extra: Vec::new() };
+        let offer = Offer { request: &id, tokens_from: 0, tokens, groups: vec![group] };
+        {
+            let mut engine = self.lock();
+            engine.admit(&id, 0, &[]);
+            engine.offer(&offer, Start::AfterStep);
+            engine.finish(&id, blocks * BLOCK_TOKENS, blocks * BLOCK_TOKENS);
+        }
+        self.step();
+        self.settle();
+    }
+
+    /// Asks for a chain's first blocks and loads what the engine offers. Returns the number of blocks that came back, `Err` when the load failed.
+    ///
+    /// Every byte that comes back is compared with what belongs there.
+    pub(crate) fn fetch(&mut self, chain: u32, blocks: u32) -> std::result::Result<u32, u32> {
+        let id = self.request(chain, blocks);
+        let outcome = self.fetch_as(&id, chain, blocks);
+        self.lock().finish(&id, blocks * BLOCK_TOKENS, blocks * BLOCK_TOKENS);
+        outcome
+    }
+
+    /// As [`Self::fetch`], for a request that asked before.
+    pub(crate) fn fetch_as(&mut self, id: &str, chain: u32, blocks: u32) -> std::result::Result<u32, u32> {
+        // One token more than the blocks hold, so that all of them may be hit.
+        let hit = self.lock().lookup(id, blocks * BLOCK_TOKENS + 1, 0);
+        let Hit::Tokens(tokens) = hit else { panic!("nobody else loads") };
+        let count = tokens / BLOCK_TOKENS;
+        let base = 100;
+        self.cache[base * BLOCK_BYTES..].fill(0xee);
+        let ids: Vec<u32> = (0..count).map(|index| base as u32 + index).collect();
+        self.lock().admit(id, tokens, &[ids]);
+        if count == 0 {
+            return Ok(0);
+        }
+        self.step();
+        let failed = self.wait_for_load(id);
+        if failed {
+            return Err(count);
+        }
+        for index in 0..count {
+            let at = (base + index as usize) * BLOCK_BYTES;
+            assert!(self.cache[at..at + BLOCK_BYTES] == content(&hash(chain, index)), "block {index} of chain {chain}");
+        }
+        Ok(count)
+    }
+
+    pub(crate) fn ask(&mut self, chain: u32, blocks: u32) -> String {
+        self.request(chain, blocks)
+    }
+
+    fn wait_for_load(&mut self, id: &str) -> bool {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let results = self.worker.take_results();
+            if !results.finished.is_empty() {
+                assert_eq!(results.finished, [id.to_owned()]);
+                let failed = !results.failed.is_empty();
+                self.lock().load_ended(id, failed);
+                return failed;
+            }
+            assert!(Instant::now() < end, "the load of {id} never ended: {:?}", self.gauges());
+            sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Waits until nothing is copied, written or read.
+    pub(crate) fn settle(&mut self) {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            self.lock().poll();
+            let gauges = self.gauges();
+            let busy = gauges.filling_slots + gauges.nvme_writing + gauges.nvme_reading + gauges.fences;
+            if busy == 0 {
+                break;
+            }
+            assert!(Instant::now() < end, "it never settled: {gauges:?}");
+            sleep(Duration::from_millis(1));
+        }
+        let events = self.lock().take_events();
+        self.events.extend(events);
+        let gauges = self.gauges();
+        assert_eq!((gauges.pins, gauges.leases), (0, 0), "nothing is held");
+    }
+
+    /// Hashes that the events so far say a tier holds.
+    pub(crate) fn announced(&self, wanted: Tier) -> std::collections::BTreeSet<u64> {
+        let mut held = std::collections::BTreeSet::new();
+        for run in &self.events {
+            match run {
+                Run::Stored { tier, hashes, tokens, .. } if *tier == wanted => {
+                    assert_eq!(tokens.len(), hashes.len() * BLOCK_TOKENS as usize, "events are self-describing");
+                    held.extend(hashes.iter().map(BlockHash::low_u64));
+                }
+                Run::Removed { tier, hashes, .. } if *tier == wanted => {
+                    hashes.iter().for_each(|hash| drop(held.remove(&hash.low_u64())));
+                }
+                _ => {}
+            }
+        }
+        held
+    }
+
+    /// Ends as a served engine does: dirty blocks are written, a snapshot is left.
+    pub(crate) fn stop(self) {
+        mover::shut(&self.engine);
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        // The worker's threads use the cache.
+        self.worker.release();
+        drop(self.mover.take());
+    }
+}
+
+pub(crate) fn lock(engine: &Mutex<TierEngine>) -> MutexGuard<'_, TierEngine> {
+    engine.lock().expect("no panic in the engine")
+}
