@@ -6,3 +6,7 @@
 
 pub mod buffer;
 pub mod disk;
+pub mod probe;
+mod queue;
+pub mod ring;
+pub mod threads;
