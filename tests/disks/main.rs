@@ -6,7 +6,11 @@
 #![expect(clippy::expect_used, clippy::panic, reason = "what goes wrong in a test's own helper fails the test")]
 
 mod conformance;
+mod faults;
 mod faulty;
 mod inbox;
 #[path = "../copies/random.rs"]
 mod random;
+mod refusal;
+mod ringing;
+mod segments;
