@@ -99,6 +99,45 @@ pub const MOVER_TICK_MS: (u64, u64) = (5, 500);
 
 const _: () = assert!(FLUSH_MS < 5_000, "vLLM's parent kills EngineCore 5 s after it asked it to stop");
 const _: () = assert!(ANNOUNCE_BATCH < EVENTS_PER_STEP_MAX, "announcing never floods a step");
+// The NVMe tier's disk.
+
+/// Segment files of one disk, which is the size of the ring's file table. Adding more is refused.
+pub const DISK_SEGMENTS_MAX: usize = 4096;
+
+/// Submission entries of the ring.
+pub const RING_ENTRIES: u32 = 256;
+
+/// Transfers of one ring that the kernel works on at once. Further ones wait in the queue, reads first.
+pub const RING_STARTED_MAX: usize = 254;
+
+/// Bytes that a disk transfers at once, unless it is told otherwise. Further operations wait in the queue. Larger operations go one by one.
+pub const DISK_BYTES_IN_FLIGHT: u64 = 64 << 20;
+
+/// Writes get one part in so many of the depth, so that a read never waits behind a pile of writes.
+pub const DISK_WRITES_SHARE: usize = 4;
+
+/// Threads of a disk without `io_uring`, and so its transfers at once. More are not started.
+pub const DISK_THREADS_MAX: usize = 64;
+
+/// Threads of a disk without `io_uring`, unless it is told otherwise.
+pub const DISK_THREADS: usize = 8;
+
+/// Longest piece of memory that is registered with the kernel at once, in bytes: the kernel takes no longer ones. A buffer across a border of pieces
+/// is transferred like unregistered memory.
+pub const REGISTERED_PIECE_BYTES: usize = 1 << 30;
+
+/// Pieces of registered memory the kernel takes. Regions that need more stay unregistered.
+pub const REGISTERED_PIECES_MAX: usize = 1 << 14;
+
+/// How often a transfer that was interrupted or told to try again is repeated. Then the error is the submitter's.
+pub const TRANSFER_RETRIES_MAX: u32 = 100;
+
+/// Pause of a ring that the kernel momentarily takes nothing from, in ms.
+pub const RING_PAUSE_MS: u64 = 1;
+
+/// How long a closing disk whose ring failed waits for transfers that the kernel still holds, in ms. Then their memory is given up, never reused.
+pub const RING_FAILED_WAIT_MS: u64 = 5_000;
+
 const _: () = assert!(RANKS_MAX <= u64::BITS as usize, "one bit a rank");
 const _: () = assert!(FACTS_BYTES_MAX < HEADER_BYTES as usize / 2 + 1, "facts fit into the header");
 const _: () = assert!(HEADER_BYTES.is_multiple_of(SLOT_ALIGN), "the slot table starts aligned");
@@ -139,3 +178,5 @@ const _: () = assert!(SEGMENT_BYTES_MIN <= SEGMENT_BYTES_MAX, "a range");
 const _: () = assert!(SEGMENTS_MAX as u64 >= SEGMENT_SHARES, "every share gets its segment");
 const _: () = assert!(SEGMENTS_MAX <= 100_000, "segment files are numbered with five digits");
 const _: () = assert!(EXTENTS_MAX < u32::MAX, "the number of extents fits beside their indices");
+const _: () = assert!(RING_STARTED_MAX + 1 < RING_ENTRIES as usize, "every transfer and the wake fit into the ring");
+const _: () = assert!(REGISTERED_PIECE_BYTES.is_multiple_of(SLOT_ALIGN as usize), "pieces end on page borders");

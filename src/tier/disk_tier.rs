@@ -303,7 +303,7 @@ impl DiskTier {
 
     /// Nothing is under way.
     pub fn is_idle(&self) -> bool {
-        self.reads.is_empty() && self.writes.is_empty() && self.window.waiting() == 0
+        self.reads.is_empty() && self.writes.is_empty() && self.window.waiting() == 0 && !self.growing
     }
 
     /// Hands reads to the disk, neighbours in one transfer.

@@ -373,6 +373,11 @@ impl TierEngine {
         }
     }
 
+    /// Nothing is being read, written or made on disk.
+    pub fn disk_is_idle(&self) -> bool {
+        self.disk.as_ref().is_none_or(DiskTier::is_idle)
+    }
+
     fn disk_gauges(&self) -> Gauges {
         let Some(disk) = &self.disk else { return Gauges::default() };
         let device = &disk.description;

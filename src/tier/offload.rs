@@ -6,7 +6,7 @@ use super::engine::TierEngine;
 use super::trace::{self, names};
 use crate::block::descriptor::Lineage;
 use crate::block::plan::BlockCopy;
-use crate::block::{BlockKey, GroupIndex, SlotIndex};
+use crate::block::{BlockKey, ExtentIndex, GroupIndex, SlotIndex};
 use crate::limits;
 use crate::metrics::DropReason;
 use crate::pool::slot_table::Fill;
@@ -56,6 +56,14 @@ pub struct Batch {
     pub(super) stale: bool,
 }
 
+/// Offered blocks by where they are.
+#[derive(Default)]
+struct Sorted {
+    resident: Vec<SlotIndex>,
+    on_disk: Vec<ExtentIndex>,
+    missing: Vec<Candidate>,
+}
+
 /// A block that may be kept.
 struct Candidate {
     key: BlockKey,
@@ -77,7 +85,10 @@ impl TierEngine {
             return;
         }
         let serial = request.serial;
-        let (resident, missing) = self.sort_out(offer);
+        let Sorted { resident, on_disk, missing } = self.sort_out(offer);
+        if let Some(disk) = &mut self.disk {
+            on_disk.iter().rev().for_each(|extent| disk.extents.touch(*extent));
+        }
         if resident.is_empty() && missing.is_empty() {
             return;
         }
@@ -86,11 +97,12 @@ impl TierEngine {
         self.store(offer, &resident, &missing, serial, start);
     }
 
-    /// Splits the offered blocks into those the tier holds and those it lacks; blocks that are being filled are neither.
-    fn sort_out(&self, offer: &Offer<'_>) -> (Vec<SlotIndex>, Vec<Candidate>) {
-        let (mut resident, mut missing) = (Vec::new(), Vec::new());
+    /// Splits the offered blocks into those the dram tier holds, those that only the disk holds (they are not copied again: vLLM has them now, and the disk when
+    /// it has not), and those nobody holds; blocks that are being filled are none of them.
+    fn sort_out(&self, offer: &Offer<'_>) -> Sorted {
+        let mut sorted = Sorted::default();
         let (Some(residency), Some(request)) = (&self.residency, self.requests.get(offer.request)) else {
-            return (resident, missing);
+            return sorted;
         };
         let mut found = Vec::new();
         for (group, blocks) in offer.groups.iter().enumerate().take(self.grouping.groups.len()) {
@@ -106,18 +118,22 @@ impl TierEngine {
                 match held {
                     // The null block stands for a block that slid out of its window: its bytes are not there.
                     _ if *block == 0 => {}
-                    Some((slot, true)) => resident.push(*slot),
+                    Some((slot, true)) => sorted.resident.push(*slot),
                     Some((_, false)) => {}
                     None => {
                         let at = start + index * step;
                         let key = BlockKey { hash: request.hashes[at], group: GroupIndex(group as u16) };
+                        if let Some(extent) = self.disk.as_ref().and_then(|disk| disk.extents.find(&key)) {
+                            sorted.on_disk.push(extent);
+                            continue;
+                        }
                         let parent = at.checked_sub(step).map(|before| request.hashes[before]);
-                        missing.push(Candidate { key, parent, block: *block, group, index });
+                        sorted.missing.push(Candidate { key, parent, block: *block, group, index });
                     }
                 }
             }
         }
-        (resident, missing)
+        sorted
     }
 
     fn store(&mut self, offer: &Offer<'_>, resident: &[SlotIndex], missing: &[Candidate], serial: u32, start: Start) {

@@ -71,7 +71,11 @@ pub fn open_disk(
         reuse: identity.stable,
         segment_bytes_max: None,
     };
-    let Opened { store, segments, recovery, taken, why } = Store::open(&wish)?;
+    let Opened { mut store, mut segments, recovery, taken, why } = Store::open(&wish)?;
+    if segments.is_empty() {
+        // At once, so that it is known how the disk can be used, and that there is room at all.
+        segments.extend(store.grow()?);
+    }
     let (entries, next_sequence, found, damaged) = match recovery {
         Recovery::Fresh => (Vec::new(), 1, "fresh", 0),
         Recovery::Snapshot(entries, next) => (entries, next, "snapshot", 0),

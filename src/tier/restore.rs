@@ -103,6 +103,7 @@ impl TierEngine {
                     if let Some(disk) = &mut self.disk {
                         disk.extents.make_ready(ready);
                         (disk.growing, disk.full_grown) = (false, last);
+                        disk.description = disk.disk.describe();
                     }
                 }
                 Moved::Erased(extents) => {

@@ -1,1 +1,16 @@
-//! Placeholder until the first test is written.
+//! The disks of the NVMe tier: one suite that every [`kvcellar::nvme::disk::Disk`] must pass, and what only one of them has to do.
+//!
+//! The suite (`conformance.rs`) runs against the ring with and without registered memory, against threads, and against a fake (`faulty.rs`) that
+//! fails, loses, tears and reorders what it is told to. Everything random has a fixed seed, `KVCELLAR_SEED=n` takes another one; it is printed.
+
+#![expect(clippy::expect_used, clippy::panic, reason = "what goes wrong in a test's own helper fails the test")]
+
+mod conformance;
+mod faults;
+mod faulty;
+mod inbox;
+#[path = "../copies/random.rs"]
+mod random;
+mod refusal;
+mod ringing;
+mod segments;

@@ -92,7 +92,6 @@ fn expired_blocks_are_erased() {
     }
     std::thread::sleep(Duration::from_millis(100));
     rig.settle();
-    println!("{:?} {:?}", rig.counters(), rig.gauges());
     assert_eq!(rig.fetch(1, 8), Ok(0), "neither tier keeps it");
     assert!(rig.announced(Tier::Nvme).is_empty());
     let needle = hash(1, 0);

@@ -274,8 +274,7 @@ impl Rig {
         loop {
             self.lock().poll();
             let gauges = self.gauges();
-            let busy = gauges.filling_slots + gauges.nvme_writing + gauges.nvme_reading + gauges.fences;
-            if busy == 0 {
+            if gauges.filling_slots + gauges.fences == 0 && self.lock().disk_is_idle() {
                 break;
             }
             assert!(Instant::now() < end, "it never settled: {gauges:?}");
