@@ -49,7 +49,7 @@ try:  # vLLM 0.31 does not tell sources apart.
 except ImportError:
     CacheHitSource = None
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 
 class KVCellarConnector(KVConnectorBase_V1, SupportsHMA):

@@ -28,7 +28,7 @@ from kvcellar.metadata import RankOffer, StepMetadata, WorkerTrouble
 from kvcellar.offers import GroupOffer, Offer
 from kvcellar.stats import KVCellarStats, of_engine
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 CONTROLS_KEY = "kvcellar"
 _GIB = 1 << 30

@@ -15,7 +15,7 @@ from kvcellar._native import Config, CopyWorker, Watch
 from kvcellar.metadata import RankOffer, StepMetadata, WorkerTrouble
 from kvcellar.stats import KVCellarStats, of_worker
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 # How long a stopping worker may go on giving checksums to what it offloaded last; vLLM allows 5 s for everything.
 HASHING_AT_SHUTDOWN_S = 1.0
