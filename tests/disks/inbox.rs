@@ -13,7 +13,7 @@ use kvcellar::nvme::probe::open_segment;
 pub(crate) const PAGE: usize = 4096;
 
 /// Longer than any test takes: only a lost completion reaches it.
-const LOST: Duration = Duration::from_secs(120);
+const LOST: Duration = Duration::from_secs(30);
 
 #[derive(Default)]
 pub(crate) struct Inbox {

@@ -10,6 +10,7 @@ mod faults;
 mod faulty;
 mod inbox;
 #[path = "../copies/random.rs"]
+#[allow(dead_code, reason = "these tests need less of it")]
 mod random;
 mod refusal;
 mod ringing;

@@ -53,7 +53,8 @@ fn a_refused_ring_becomes_threads_and_says_why() {
     in_own_process("a_refused_ring_becomes_threads_and_says_why", || {
         forbid(libc::SYS_io_uring_setup);
         let (folder, inbox) = (folder(), Inbox::new());
-        let open = |engine| probe::open(engine, Vec::new(), Arc::clone(&inbox) as Arc<dyn Completions>, folder.path());
+        let completions = Arc::clone(&inbox) as Arc<dyn Completions>;
+        let open = |engine| probe::open(engine, Vec::new(), &completions, folder.path());
         let disk = open(Engine::Auto).expect("a disk");
         let description = disk.describe();
         assert_eq!(description.engine, "threads");
