@@ -62,19 +62,19 @@ impl FromStr for Engine {
 pub fn open(
     engine: Engine,
     regions: Vec<Arc<dyn Region>>,
-    completions: Arc<dyn Completions>,
+    completions: &Arc<dyn Completions>,
     segment_dir: &Path,
 ) -> Result<Arc<dyn Disk>> {
     std::fs::metadata(segment_dir).map_err(|error| {
         Error::io("look at", segment_dir, error, "Name a directory that exists and can be written to")
     })?;
     let threads = |why: String| -> Result<Arc<dyn Disk>> {
-        Ok(Arc::new(ThreadDisk::start(Arc::clone(&completions), DISK_THREADS)?.because(why)))
+        Ok(Arc::new(ThreadDisk::start(Arc::clone(completions), DISK_THREADS)?.because(why)))
     };
     if engine == Engine::Threads {
         return threads("the configuration asks for threads".to_owned());
     }
-    match RingDisk::start(regions, Arc::clone(&completions), DISK_BYTES_IN_FLIGHT) {
+    match RingDisk::start(regions, Arc::clone(completions), DISK_BYTES_IN_FLIGHT) {
         Ok((disk, _)) => Ok(Arc::new(disk)),
         Err(error) if engine == Engine::IoUring => Err(error),
         Err(Error::Unsupported { why, .. }) => threads(format!("io_uring is refused: {why}")),

@@ -62,7 +62,13 @@ impl Queue {
         Self { depth, reads: VecDeque::new(), writes: VecDeque::new(), reading: none, writing: none }
     }
 
-    pub(super) fn push(&mut self, operation: Operation) {
+    pub(super) fn push_all(&mut self, operations: Vec<Operation>) {
+        for operation in operations {
+            self.push(operation);
+        }
+    }
+
+    fn push(&mut self, operation: Operation) {
         match operation.kind {
             Kind::Read => self.reads.push_back(operation),
             Kind::Write => self.writes.push_back(operation),

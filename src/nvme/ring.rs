@@ -169,7 +169,7 @@ impl Disk for RingDisk {
     fn submit(&self, operations: Vec<Operation>) {
         self.shared.outbox.owe(operations.len());
         let mut state = self.shared.lock();
-        operations.into_iter().for_each(|operation| state.queue.push(operation));
+        state.queue.push_all(operations);
         self.shared.wake(state);
     }
 

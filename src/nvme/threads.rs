@@ -72,7 +72,7 @@ impl Disk for ThreadDisk {
         let count = operations.len();
         self.shared.outbox.owe(count);
         let mut state = self.shared.lock();
-        operations.into_iter().for_each(|operation| state.queue.push(operation));
+        state.queue.push_all(operations);
         drop(state);
         if count == 1 { self.shared.work.notify_one() } else { self.shared.work.notify_all() }
     }

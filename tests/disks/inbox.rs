@@ -1,6 +1,6 @@
 //! A receiver of completions that tests wait on, and small makers of operations.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
@@ -13,7 +13,7 @@ use kvcellar::nvme::probe::open_segment;
 pub(crate) const PAGE: usize = 4096;
 
 /// Longer than any test takes: only a lost completion reaches it.
-const LOST: Duration = Duration::from_secs(120);
+const LOST: Duration = Duration::from_secs(30);
 
 #[derive(Default)]
 pub(crate) struct Inbox {
@@ -26,7 +26,7 @@ struct Got {
     completions: Vec<Completion>,
     seen: usize,
     /// Threads that delivered, by the system's number.
-    threads: BTreeMap<i32, ()>,
+    threads: BTreeSet<i32>,
 }
 
 impl Completions for Inbox {
@@ -35,7 +35,7 @@ impl Completions for Inbox {
         let mut got = self.got.lock().expect("inbox");
         got.seen += completions.len();
         got.completions.extend(completions);
-        got.threads.insert(nix::unistd::gettid().as_raw(), ());
+        got.threads.insert(nix::unistd::gettid().as_raw());
         self.more.notify_all();
     }
 }
@@ -67,7 +67,7 @@ impl Inbox {
     }
 
     pub(crate) fn threads(&self) -> Vec<i32> {
-        self.got.lock().expect("inbox").threads.keys().copied().collect()
+        self.got.lock().expect("inbox").threads.iter().copied().collect()
     }
 }
 

@@ -3,13 +3,15 @@
 //! The suite (`conformance.rs`) runs against the ring with and without registered memory, against threads, and against a fake (`faulty.rs`) that
 //! fails, loses, tears and reorders what it is told to. Everything random has a fixed seed, `KVCELLAR_SEED=n` takes another one; it is printed.
 
-#![expect(clippy::expect_used, clippy::panic, reason = "what goes wrong in a test's own helper fails the test")]
+#![allow(clippy::doc_markdown, clippy::naive_bytecount, clippy::needless_for_each, reason = "reads better in a test")]
+#![expect(clippy::expect_used, reason = "what goes wrong in a test's own helper fails the test")]
 
 mod conformance;
 mod faults;
 mod faulty;
 mod inbox;
 #[path = "../copies/random.rs"]
+#[allow(dead_code, reason = "these tests need less of it")]
 mod random;
 mod refusal;
 mod ringing;

@@ -35,7 +35,7 @@ fn forbid(system_call: libc::c_long) {
     let step = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
     let filter = [
         step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-        step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, system_call as u32),
+        step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, u32::try_from(system_call).expect("a number")),
         step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
         step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
     ];
@@ -53,7 +53,8 @@ fn a_refused_ring_becomes_threads_and_says_why() {
     in_own_process("a_refused_ring_becomes_threads_and_says_why", || {
         forbid(libc::SYS_io_uring_setup);
         let (folder, inbox) = (folder(), Inbox::new());
-        let open = |engine| probe::open(engine, Vec::new(), Arc::clone(&inbox) as Arc<dyn Completions>, folder.path());
+        let completions = Arc::clone(&inbox) as Arc<dyn Completions>;
+        let open = |engine| probe::open(engine, Vec::new(), &completions, folder.path());
         let disk = open(Engine::Auto).expect("a disk");
         let description = disk.describe();
         assert_eq!(description.engine, "threads");

@@ -50,6 +50,32 @@ fn new_work_passes_a_waiting_operation_and_a_drop_waits_for_it() {
     assert_eq!((ended.token, ended.outcome, ended.buffer.bytes()[PAGE - 1]), (0, Ok(()), 7));
 }
 
+/// The second submission comes while the ring wakes up for the first, which then waits: nothing but its own wake can bring the second one on.
+#[test]
+fn work_that_comes_during_a_wake_is_seen() {
+    if !has_ring() {
+        return;
+    }
+    let (folder, (disk, inbox, _)) = (folder(), start(Vec::new()));
+    // A failure must not wait for the pipe.
+    let disk = std::mem::ManuallyDrop::new(disk);
+    let pipe = pipe(folder.path());
+    let mut far_end = pipe.try_clone().expect("the pipe");
+    disk.add_segment(pipe).expect("a segment");
+    disk.add_segment(segment(folder.path(), "s", 4)).expect("a segment");
+    for round in 0..5000u32 {
+        disk.submit(vec![read(0, 0, 0, 1)]);
+        for _ in 0..round % 401 * 10 {
+            std::hint::spin_loop();
+        }
+        disk.submit(vec![read(1, 1, 0, 1)]);
+        assert_eq!(inbox.one().token, 1, "round {round}");
+        far_end.write_all(&[7; PAGE]).expect("bytes into the pipe");
+        assert_eq!(inbox.one().token, 0, "round {round}");
+    }
+    drop(std::mem::ManuallyDrop::into_inner(disk));
+}
+
 #[test]
 fn memory_of_other_regions_is_transferred_too() {
     if !has_ring() {

@@ -80,7 +80,7 @@ fn engines_have_names() {
     }
     assert!(matches!("uring".parse::<Engine>(), Err(Error::Config { .. })));
     let folder = folder();
-    let disk = probe::open(Engine::Threads, Vec::new(), completions(), folder.path()).expect("a disk");
+    let disk = probe::open(Engine::Threads, Vec::new(), &completions(), folder.path()).expect("a disk");
     assert_eq!((disk.describe().engine, disk.describe().why.is_empty()), ("threads", false));
-    assert!(probe::open(Engine::Auto, Vec::new(), completions(), &folder.path().join("none")).is_err());
+    assert!(probe::open(Engine::Auto, Vec::new(), &completions(), &folder.path().join("none")).is_err());
 }

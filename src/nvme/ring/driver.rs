@@ -59,6 +59,10 @@ impl Driver {
     }
 
     fn turn(&mut self) -> Turn {
+        // Before the queue is looked at: a wake that is read away here announced what will be found there.
+        if let Err(errno) = self.arm() {
+            return Turn::Failed(errno);
+        }
         let (starts, closing) = self.take();
         if let Err(errno) = self.start(starts) {
             return Turn::Failed(errno);
@@ -66,13 +70,10 @@ impl Driver {
         if closing && self.flight.is_empty() && self.finished.is_empty() {
             return Turn::Closed;
         }
-        if let Err(errno) = self.arm() {
-            return Turn::Failed(errno);
-        }
         let waits = self.finished.is_empty();
         let submitted = self.kernel.submit(usize::from(waits));
         self.deliver();
-        self.settle(submitted)
+        self.settle(submitted.err().as_ref().map(errno_of))
     }
 
     /// Tells the queue what ended and takes what may start. What cannot start is finished.
@@ -130,20 +131,20 @@ impl Driver {
     }
 
     /// Forgets entries that the kernel took, and reads results.
-    fn settle(&mut self, submitted: io::Result<()>) -> Turn {
+    fn settle(&mut self, failure: Option<i32>) -> Turn {
         let left = self.kernel.unsubmitted();
         self.pushed.drain(..self.pushed.len().saturating_sub(left));
         let progress = self.reap();
-        match submitted.as_ref().map_err(errno_of) {
-            Ok(()) | Err(libc::EINTR) => Turn::Again,
-            Err(libc::EAGAIN | libc::EBUSY) => {
+        match failure {
+            None | Some(libc::EINTR) => Turn::Again,
+            Some(libc::EAGAIN | libc::EBUSY) => {
                 // The kernel is short of memory, or wants results read first.
                 if matches!(progress, Ok(0)) {
                     thread::sleep(Duration::from_millis(RING_PAUSE_MS));
                 }
                 Turn::Again
             }
-            Err(errno) => Turn::Failed(errno),
+            Some(errno) => Turn::Failed(errno),
         }
         .or(progress)
     }

@@ -116,7 +116,7 @@ impl Kernel {
             return Err(io::Error::from_raw_os_error(libc::EBADF));
         };
         let (file, flags) = match target {
-            Target::Fixed(number) => (number as RawFd, squeue::Flags::FIXED_FILE),
+            Target::Fixed(number) => (number.cast_signed(), squeue::Flags::FIXED_FILE),
             Target::Plain(fd) => (fd, squeue::Flags::empty()),
         };
         let entry = transfer(types::Fd(file), operation, self.piece(&operation.buffer)).flags(flags);
