@@ -160,8 +160,10 @@ impl TierEngine {
             let real = named.filter(|((_, block), _)| **block != 0);
             wanted.extend(real.map(|((key, block), number)| (key, *block, number * spec.block_tokens)));
         }
-        // In prefix order over all groups: the first bytes that are needed are the first that are read.
-        wanted.sort_by_key(|(_, _, token)| *token);
+        if self.disk.is_some() {
+            // In prefix order over all groups: the first bytes that are needed are the first that are read.
+            wanted.sort_by_key(|(_, _, token)| *token);
+        }
         // Nothing is held or read for a load that cannot work.
         load.doomed |= wanted.iter().any(|(key, _, _)| self.source(key).is_none());
         let mut held = Vec::new();

@@ -187,7 +187,7 @@ impl Desk {
                     }
                     Err(trouble) => moved.push(Moved::Written { token, trouble: Some(trouble) }),
                 },
-                Job::Describe { extents, trial } => self.describe(extents, trial, &mut operations),
+                Job::Describe { extents, trial } => self.describe(&extents, trial, &mut operations),
                 Job::Grow => moved.push(self.grow()),
                 Job::Erase(extents) => moved.push(self.erase(extents)),
                 Job::Done(completion) => {
@@ -230,7 +230,7 @@ impl Desk {
         Ok(())
     }
 
-    fn describe(&mut self, extents: Vec<ExtentIndex>, trial: bool, operations: &mut Vec<Operation>) {
+    fn describe(&mut self, extents: &[ExtentIndex], trial: bool, operations: &mut Vec<Operation>) {
         self.next_group += 1;
         let group = DESCRIBE | self.next_group << GROUP_SHIFT;
         let bytes = self.pool.geometry().descriptor_bytes as usize;

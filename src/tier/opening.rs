@@ -9,7 +9,7 @@ use crate::config::nvme::DiskEngine;
 use crate::config::{Config, NvmeConfig};
 use crate::error::{Error, Result};
 use crate::nvme::buffer::Region;
-use crate::nvme::disk::{Description, Disk};
+use crate::nvme::disk::{Completions, Description, Disk};
 use crate::nvme::probe;
 use crate::nvme::recovery;
 use crate::nvme::snapshot::Entry;
@@ -85,9 +85,9 @@ pub fn open_disk(
         }
     };
     let (jobs, inbox) = crossbeam_channel::unbounded();
-    let completions = Arc::new(ToMover::new(jobs.clone(), Arc::clone(&pool)));
+    let completions: Arc<dyn Completions> = Arc::new(ToMover::new(jobs.clone(), Arc::clone(&pool)));
     let regions: Vec<Arc<dyn Region>> = vec![Arc::clone(&pool) as Arc<dyn Region>];
-    let disk = probe::open(which(nvme.engine), regions, completions, store.path())?;
+    let disk = probe::open(which(nvme.engine), regions, &completions, store.path())?;
     for segment in segments {
         disk.add_segment(segment)?;
     }
@@ -136,7 +136,7 @@ fn scan(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<recovery::Scanned> {
     let (completions, arrivals) = recovery::channel();
-    let disk = probe::open(which(nvme.engine), Vec::new(), completions, store.path())?;
+    let disk = probe::open(which(nvme.engine), Vec::new(), &completions, store.path())?;
     for segment in segments {
         let again = segment
             .try_clone()

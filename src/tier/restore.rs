@@ -260,14 +260,13 @@ impl TierEngine {
             eprintln!("kvcellar: the nvme tier is in service again");
         }
         for (extent, read) in found.into_iter().filter(|_| !trial) {
-            match read {
-                Some((key, lineage)) => disk.extents.announce(extent, &key, lineage, &mut residency.events),
+            if let Some((key, lineage)) = read {
+                disk.extents.announce(extent, &key, lineage, &mut residency.events);
+            } else {
                 // What cannot describe itself is not what the directory says.
-                None => {
-                    residency.counters.corrupt_extents += 1;
-                    residency.counters.dropped(DropReason::Corrupt, 1);
-                    disk.extents.discard(extent, false, &mut residency.events);
-                }
+                residency.counters.corrupt_extents += 1;
+                residency.counters.dropped(DropReason::Corrupt, 1);
+                disk.extents.discard(extent, false, &mut residency.events);
             }
         }
         self.announce();

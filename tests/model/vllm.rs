@@ -612,7 +612,7 @@ impl Simulation {
                         prop_assert!(self.announced.insert(name(&BlockKey { hash, group })), "stored twice");
                     }
                 }
-                Run::Removed { group, hashes } => {
+                Run::Removed { group, hashes, .. } => {
                     for hash in hashes {
                         prop_assert!(
                             self.announced.remove(&name(&BlockKey { hash, group })),

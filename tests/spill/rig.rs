@@ -296,7 +296,7 @@ impl Rig {
                     held.extend(hashes.iter().map(BlockHash::low_u64));
                 }
                 Run::Removed { tier, hashes, .. } if *tier == wanted => {
-                    hashes.iter().for_each(|hash| drop(held.remove(&hash.low_u64())));
+                    held.retain(|held| !hashes.iter().any(|hash| hash.low_u64() == *held));
                 }
                 _ => {}
             }
