@@ -8,6 +8,9 @@
 
 mod adoption;
 mod blocks;
+mod damage;
 mod disk;
 mod formats;
 mod place;
+mod random;
+mod torn;
