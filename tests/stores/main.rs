@@ -8,9 +8,11 @@
 
 mod adoption;
 mod blocks;
+mod capacity;
 mod damage;
 mod disk;
 mod formats;
 mod place;
+mod privacy;
 mod random;
 mod torn;
