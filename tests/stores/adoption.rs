@@ -122,6 +122,21 @@ fn an_earlier_generation_is_worthless() {
 }
 
 #[test]
+fn a_generation_that_cannot_be_written_ends_the_store() {
+    let place = Place::new();
+    filled(&place, 4).close();
+    let mut engine = place.open();
+    fs::create_dir(place.file(0, "superblock.new")).expect("in the way");
+    assert!(engine.store.bump_cache_generation().is_err());
+    assert!(!engine.store.still_there());
+    drop(engine);
+    fs::remove_dir(place.file(0, "superblock.new")).expect("removed");
+    let engine = place.open();
+    assert_eq!((&engine.recovery, engine.store.extents_ready()), (&Recovery::Fresh, 0), "contents came back");
+    assert_eq!(engine.why, "its superblock is missing");
+}
+
+#[test]
 fn unreadable_extents_are_damaged_and_no_more() {
     let place = Place::new();
     drop(filled(&place, 12));
