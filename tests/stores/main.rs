@@ -4,7 +4,7 @@
 //!
 //! `KVCELLAR_SEEDS=n` tries n damaged stores; a failure prints the seed, and `KVCELLAR_SEED=n` tries that one.
 
-#![expect(clippy::expect_used, reason = "what goes wrong in a test's own helper fails the test")]
+#![expect(clippy::expect_used, reason = "what goes wrong in a test's own code fails the test")]
 
 mod adoption;
 mod blocks;
