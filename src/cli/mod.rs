@@ -3,6 +3,7 @@
 pub mod bench_lookup;
 pub mod pool;
 pub mod report;
+pub mod store;
 
 use std::path::PathBuf;
 
@@ -21,6 +22,9 @@ enum Part {
     /// Shared host pools of this user: show them, remove leftovers.
     #[command(subcommand)]
     Pool(PoolCommand),
+    /// Stores of this user on disk: show, check and remove them.
+    #[command(subcommand)]
+    Store(StoreCommand),
     /// What this machine gives.
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -51,6 +55,51 @@ enum PoolCommand {
 }
 
 #[derive(Debug, Subcommand)]
+enum StoreCommand {
+    /// Lists stores: name, size, who uses them.
+    Ls {
+        /// The directory given as `nvme_dir`.
+        dir: PathBuf,
+        /// JSON on standard output.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Says what lies in stores: extents used, free and damaged, and their ages.
+    Stat {
+        /// The directory given as `nvme_dir`.
+        dir: PathBuf,
+        /// Names as `ls` shows them; all without any.
+        names: Vec<String>,
+        /// JSON on standard output.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Reads and checks every extent of stores that no engine uses. Exit code 1 when something is damaged.
+    Verify {
+        /// The directory given as `nvme_dir`.
+        dir: PathBuf,
+        /// Names as `ls` shows them; all without any.
+        names: Vec<String>,
+        /// Drops damaged extents.
+        #[arg(long)]
+        repair: bool,
+        /// JSON on standard output.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Removes stores that no engine uses.
+    Drop {
+        /// The directory given as `nvme_dir`.
+        dir: PathBuf,
+        /// Names as `ls` shows them; all that no engine uses without any.
+        names: Vec<String>,
+        /// Does not ask. Needed where there is no terminal.
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
 enum BenchCommand {
     /// Lookup and allocation in the block table, beside a bare hash map.
     Lookup(bench_lookup::Options),
@@ -69,6 +118,10 @@ pub fn run(args: Vec<String>) -> i32 {
     match command.part {
         Part::Pool(PoolCommand::Ls { pool_dir, json }) => pool::list(&pool_dir, json),
         Part::Pool(PoolCommand::Rm { names, all, pool_dir }) => pool::remove(&pool_dir, &names, all),
+        Part::Store(StoreCommand::Ls { dir, json }) => store::list(&dir, json),
+        Part::Store(StoreCommand::Stat { dir, names, json }) => store::stat(&dir, &names, json),
+        Part::Store(StoreCommand::Verify { dir, names, repair, json }) => store::verify(&dir, &names, repair, json),
+        Part::Store(StoreCommand::Drop { dir, names, yes }) => store::remove(&dir, &names, yes),
         Part::Bench(BenchCommand::Lookup(options)) => bench_lookup::run(&options),
     }
 }

@@ -68,7 +68,10 @@ pub fn scan(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Scanned> {
     let total = store.extents_ready();
-    if buffers.is_empty() && total > 0 {
+    if total == 0 {
+        return Ok(Scanned::default());
+    }
+    if buffers.is_empty() {
         return Err(Error::config("buffers", "a scan needs at least one", "Give it some"));
     }
     let mut unread = 0..total;

@@ -125,18 +125,19 @@ impl Store {
         self.superblock.cache_generation
     }
 
-    /// Makes everything written so far worthless, for this and every later engine: durably, when it returns.
+    /// Makes everything written so far worthless, for this and every later engine: durably, when it returns. Where no new superblock can be written
+    /// (a full disk), the old one is removed instead: the store is no more, and the next start makes it anew.
     ///
     /// # Errors
-    /// [`Error::Io`]; the old generation may still count then, and the store should be used no further.
+    /// [`Error::Io`]; the store must be used no further. Only when not even its superblock could be removed do the old contents still count later.
     pub fn bump_cache_generation(&mut self) -> Result<u64> {
-        let next = Superblock {
-            cache_generation: self.superblock.cache_generation + 1,
-            clean: None,
-            ..self.superblock.clone()
-        };
-        self.write_superblock(next)?;
-        Ok(self.superblock.cache_generation)
+        let cache_generation = self.superblock.cache_generation + 1;
+        let next = Superblock { cache_generation, clean: None, ..self.superblock.clone() };
+        let written = self.write_superblock(next);
+        if written.is_err() && directory::remove(&self.path.join(superblock::NAME)).is_ok() {
+            self.dir.sync_all().map_err(|error| Error::io("making durable", &self.path, error, REMEDY))?;
+        }
+        written.map(|()| cache_generation)
     }
 
     /// Where extents lie.

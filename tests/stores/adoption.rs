@@ -46,6 +46,26 @@ fn a_clean_close_needs_no_scan() {
 }
 
 #[test]
+fn an_older_snapshot_is_not_taken_for_the_present_one() {
+    let place = Place::new();
+    filled(&place, 10).close();
+    let snapshot = place.file(0, "snapshot");
+    let older = fs::read(&snapshot).expect("read");
+    let mut engine = place.open();
+    engine.recover();
+    // Nothing is written, so that even the next sequence number is the same.
+    engine.store.erase(kvcellar::block::ExtentIndex(3)).expect("erased");
+    engine.entries.retain(|entry| entry.extent.0 != 3);
+    engine.close();
+    let file = fs::OpenOptions::new().write(true).truncate(true).open(&snapshot).expect("opened");
+    std::os::unix::fs::FileExt::write_all_at(&file, &older, 0).expect("written");
+    let mut engine = place.open();
+    assert_eq!((&engine.recovery, engine.why.as_str()), (&Recovery::Scan, "its snapshot belongs to another close"));
+    engine.recover();
+    assert_eq!(engine.known().len(), 9);
+}
+
+#[test]
 fn a_crash_is_scanned() {
     let place = Place::new();
     let engine = filled(&place, 10);
@@ -119,6 +139,21 @@ fn an_earlier_generation_is_worthless() {
     drop(engine);
     let engine = place.open();
     assert_eq!((&engine.recovery, engine.scan().entries.len()), (&Recovery::Scan, 0));
+}
+
+#[test]
+fn a_generation_that_cannot_be_written_ends_the_store() {
+    let place = Place::new();
+    filled(&place, 4).close();
+    let mut engine = place.open();
+    fs::create_dir(place.file(0, "superblock.new")).expect("in the way");
+    assert!(engine.store.bump_cache_generation().is_err());
+    assert!(!engine.store.still_there());
+    drop(engine);
+    fs::remove_dir(place.file(0, "superblock.new")).expect("removed");
+    let engine = place.open();
+    assert_eq!((&engine.recovery, engine.store.extents_ready()), (&Recovery::Fresh, 0), "contents came back");
+    assert_eq!(engine.why, "its superblock is missing");
 }
 
 #[test]
