@@ -12,7 +12,6 @@ from vllm.v1.request import Request
 from kvcellar._native import RemovedRun, StoredRun
 from kvcellar.groups import Groups
 
-
 _MEDIUM = {"dram": MEDIUM_CPU, "nvme": MEDIUM_STORAGE}
 
 

@@ -119,8 +119,17 @@ impl Board {
     }
 
     fn offload_answered(&self, order: &Order, outcome: std::result::Result<(), CopyError>) {
-        // A stale order's slot belongs to somebody else: its bits are not ours to set.
-        if !matches!(outcome, Err(CopyError::Stale | CopyError::OutOfRange)) {
+        // A stale order's slot belongs to somebody else: its bits are not ours to set. An order that passes some end was refused before its slot was looked at;
+        // without an answer the slot would stay filling for good.
+        let ours = match outcome {
+            Err(CopyError::Stale) => false,
+            Err(CopyError::OutOfRange) => {
+                order.copy.slot < self.pool.slot_count()
+                    && self.pool.line(SlotIndex(order.copy.slot)).may_write(order.copy.generation)
+            }
+            _ => true,
+        };
+        if ours {
             self.pool.line(SlotIndex(order.copy.slot)).answer(self.rank, outcome.is_ok());
         }
         let mut progress = self.lock();

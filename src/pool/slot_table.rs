@@ -5,6 +5,8 @@
 //! do nothing when they find another generation. The tier engine takes a slot back only when every writing rank has answered, so
 //! a bit never comes late.
 
+use std::sync::atomic::AtomicU32 as FutexWord;
+
 use super::sync::{AtomicU32, AtomicU64, Ordering};
 use crate::block::Generation;
 
@@ -43,8 +45,8 @@ pub struct SlotLine {
     cache_generation: AtomicU64,
     /// Ranks that have copied out of a restored slot.
     load_done: AtomicU64,
-    /// The generation whose restore has ended; copy workers wait on this word.
-    restored: AtomicU32,
+    /// The generation whose restore has ended; copy workers wait on this word. The standard library's atomic in every build: the kernel waits on it too.
+    restored: FutexWord,
     /// The generation whose restore failed.
     restore_failed: AtomicU32,
 }
@@ -63,7 +65,7 @@ impl Default for SlotLine {
             load_failed: AtomicU64::new(0),
             cache_generation: AtomicU64::new(0),
             load_done: AtomicU64::new(0),
-            restored: AtomicU32::new(0),
+            restored: FutexWord::new(0),
             restore_failed: AtomicU32::new(0),
         }
     }
@@ -165,8 +167,7 @@ impl SlotLine {
     }
 
     /// The word that changes when a restore ends.
-    #[cfg(not(feature = "shuttle"))]
-    pub fn restored_word(&self) -> &AtomicU32 {
+    pub fn restored_word(&self) -> &FutexWord {
         &self.restored
     }
 

@@ -1,0 +1,207 @@
+"""The nvme tier under the real vLLM: what left memory comes back from disk, bit for bit, also after a restart."""
+
+import contextlib
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.vllm.answers import Answer, assert_identical
+from tests.vllm.engines import Engine, open_engine
+from tests.vllm.metrics import Snapshot
+from tests.vllm.places import ROOT, temporary_pool_dir
+from tests.vllm.server import BLOCK_TOKENS
+
+NVME_BYTES = 2 << 30
+ANSWER_TOKENS = 4
+SETTLE_ROUNDS = 300
+
+pytestmark = pytest.mark.usefixtures("vllm_installed")
+
+
+@contextlib.contextmanager
+def temporary_disk_dir() -> Iterator[Path]:
+    """A directory on a disk, not in shared memory."""
+    home = ROOT / ".cache"
+    home.mkdir(exist_ok=True)
+    path = Path(tempfile.mkdtemp(prefix="nvme-test-", dir=home))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def bytes_on_disk(directory: Path) -> int:
+    """Real bytes, as `du` counts them."""
+    total = 0
+    for path in directory.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_blocks * 512
+    return total
+
+
+@dataclass
+class Sampler:
+    """Samples the bytes below a directory until it is told to stop."""
+
+    directory: Path
+    most: int = 0
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def __enter__(self) -> "Sampler":
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        return self
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.1):
+            self.most = max(self.most, bytes_on_disk(self.directory))
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+
+@dataclass
+class Tiers:
+    """What must be where, by the rules alone: one LRU order in memory; everything ever stored lies on disk.
+
+    The workload keeps to what the cleaner can follow (`settle` between requests, prompts of less than the clean share of the pool), so no block is dropped
+    before it was written. A block on disk that vLLM computed or found itself is not stored again; a block that comes from disk is the hottest in memory.
+    """
+
+    slots: int
+    memory: list[tuple[int, int]] = field(default_factory=list)
+    disk: set[tuple[int, int]] = field(default_factory=set)
+
+    def _put(self, keys: list[tuple[int, int]]) -> None:
+        """Makes keys the hottest, the first of them hottest of all."""
+        for key in reversed(keys):
+            if key in self.memory:
+                self.memory.remove(key)
+            self.memory.append(key)
+
+    def _make_room(self, keys: list[tuple[int, int]]) -> None:
+        fresh = [key for key in keys if key not in self.memory]
+        while len(self.memory) + len(fresh) > self.slots:
+            victim = next(key for key in self.memory if key not in keys)
+            self.memory.remove(victim)
+
+    def serve(self, prompt: int, loadable: int, stored: int) -> tuple[int, int]:
+        """One request that vLLM's own cache does not help: blocks from memory and from disk."""
+        wanted = [(prompt, index) for index in range(loadable)]
+        hit = []
+        for key in wanted:
+            if key not in self.memory and key not in self.disk:
+                break
+            hit.append(key)
+        from_memory = sum(key in self.memory for key in hit)
+        self._put([key for key in hit if key in self.memory])
+        self._make_room(hit)
+        self._put(hit)
+        fresh = [(prompt, index) for index in range(stored) if (prompt, index) not in self.memory]
+        fresh = [key for key in fresh if key not in self.disk]
+        self._make_room([*hit, *fresh])
+        self._put(fresh)
+        self.disk.update(fresh)
+        self._put([(prompt, index) for index in range(stored) if (prompt, index) in self.memory])
+        return from_memory, len(hit) - from_memory
+
+    def restart(self) -> None:
+        """Memory is gone."""
+        self.memory.clear()
+
+
+def settle(engine: Engine) -> Snapshot:
+    """Lets copies and writes end."""
+    for _ in range(SETTLE_ROUNDS):
+        snapshot = engine.settle()
+        busy = snapshot.cellar("nvme_writing") + snapshot.cellar("nvme_reading")
+        if busy == 0 and snapshot.cellar("pool_slots", state="filling") == 0:
+            return snapshot
+    raise AssertionError("writes to disk did not end")
+
+
+def prompts(seed: int, blocks: int) -> list[tuple[int, ...]]:
+    """Prompts without common prefix, of about so many blocks together."""
+    random = Random(seed)
+    made: list[tuple[int, ...]] = []
+    while sum(len(prompt) // BLOCK_TOKENS for prompt in made) < blocks:
+        length = random.randrange(8 * BLOCK_TOKENS, 24 * BLOCK_TOKENS)
+        made.append(tuple(random.randrange(1000, 40000) for _ in range(length)))
+    return made
+
+
+def hits(snapshot: Snapshot) -> tuple[float, float]:
+    """Tokens served by each tier so far."""
+    return snapshot.cellar("hit_tokens_total", tier="dram"), snapshot.cellar("hit_tokens_total", tier="nvme")
+
+
+def campaign(tmp_path: Path, seed: int, blocks: int) -> None:
+    """Serves every prompt three times, with a restart that leaves only the disk before the third."""
+    work = prompts(seed, blocks)
+    cellar = {"dram_size": "64MiB", "load_policy": "always", "nvme_size": NVME_BYTES, "namespace_salt": "nvme"}
+    expected: list[Answer] = []
+    overlapped = 0.0
+    with temporary_disk_dir() as disk, Sampler(disk) as sampler:
+        free_before = shutil.disk_usage(disk).free
+        tiers: Tiers | None = None
+        for part in range(2):
+            options = {**cellar, "nvme_dir": str(disk)}
+            with (
+                temporary_pool_dir() as pool_dir,
+                open_engine(tmp_path, pool_dir, cellar=options, name=f"part-{part}") as engine,
+            ):
+                before = settle(engine)
+                if tiers is None:
+                    tiers = Tiers(int(before.cellar("pool_slots", state="total")))
+                    assert blocks > 2 * tiers.slots, "the working set fits into memory: the test proves nothing"
+                else:
+                    tiers.restart()
+                    assert before.cellar("nvme_reopened_blocks_total") == len(tiers.disk)
+                for turn in range(2 - part):
+                    for number, prompt in enumerate(work):
+                        engine.reset_gpu_cache()
+                        answer = engine.complete(prompt, ANSWER_TOKENS)
+                        after = settle(engine)
+                        loadable = (len(prompt) - 1) // BLOCK_TOKENS
+                        stored = (len(prompt) + ANSWER_TOKENS - 1) // BLOCK_TOKENS
+                        predicted = tiers.serve(number, loadable, stored)
+                        seen = tuple(b - a for a, b in zip(hits(before), hits(after), strict=True))
+                        where = f"part {part}, turn {turn}, prompt {number}"
+                        assert seen == tuple(count * BLOCK_TOKENS for count in predicted), where
+                        before = after
+                        if part == 0 and turn == 0:
+                            expected.append(engine.complete(prompt, ANSWER_TOKENS))
+                            tiers.serve(number, 0, stored)
+                            before = settle(engine)
+                        else:
+                            assert_identical(expected[number], answer, where)
+                final = settle(engine)
+                assert final.cellar("corrupt_extents_total") == final.cellar("disk_errors_total") == 0
+                assert final.cellar("dropped_blocks_total", reason="unspilled") == 0
+                assert final.cellar("pins") == final.cellar("leases") == final.cellar("fences") == 0
+                overlapped += final.cellar("overlapped_loads_total")
+        assert overlapped > 0, "no restore was followed while it was read"
+        assert 0 < sampler.most <= NVME_BYTES
+        shutil.rmtree(disk)
+        # Others use the disk too: what the store took must be back, give or take their part.
+        assert shutil.disk_usage(disk.parent).free > free_before - sampler.most // 2
+
+
+def test_a_working_set_larger_than_memory_is_served_from_disk(tmp_path: Path, seed: int) -> None:
+    """About 140 MiB over a pool of 64 MiB."""
+    campaign(tmp_path, seed, 200)
+
+
+@pytest.mark.soak
+def test_a_working_set_of_a_gibibyte(tmp_path: Path, seed: int) -> None:
+    """The same, with a working set of 1 GiB."""
+    campaign(tmp_path, seed, 1480)
