@@ -46,6 +46,14 @@ def _slots(seeds: int) -> list[Run]:
     return [Run((*CARGO_TEST, "--features", "shuttle", "--test", "slots"), {"KVCELLAR_SEEDS": str(seeds)})]
 
 
+def _torn(seeds: int) -> list[Run]:
+    return [Run((*CARGO_TEST, "--test", "stores", "torn"), {"KVCELLAR_SEEDS": str(seeds)})]
+
+
+def _kills(seeds: int) -> list[Run]:
+    return [Run((*CARGO_TEST, "--test", "spill", "kills"), {"KVCELLAR_SEEDS": str(seeds)})]
+
+
 def _vllm(seeds: int) -> list[Run]:
     command = (str(PYTHON), "-m", "pytest", "tests/vllm", "-m", "soak", "-o", "timeout=0")
     return [Run(command, {"KVCELLAR_TEST_SEED": str(FIRST_SEED + index)}) for index in range(seeds)]
@@ -54,5 +62,7 @@ def _vllm(seeds: int) -> list[Run]:
 CAMPAIGNS = {
     "model": Campaign("the engine against a plain model, random operations", 20_000, False, _model),
     "slots": Campaign("the shared slot table under explored thread schedules", 20_000, False, _slots),
+    "torn": Campaign("stores damaged in every way, reopened and read", 10_000, False, _torn),
+    "kills": Campaign("engines with a disk killed under load, their stores reopened", 500, False, _kills),
     "vllm": Campaign("real vLLM engines, the tests marked soak, once per seed", 3, True, _vllm),
 }
