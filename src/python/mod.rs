@@ -50,11 +50,12 @@ impl PyConfig {
         self.inner.events
     }
 
-    /// The same configuration with another answer to whether events are kept, and this part of the dram tier's size.
+    /// The same configuration with another answer to whether events are kept, and this part of both tiers' sizes.
     fn narrowed(&self, events: bool, shares: u64) -> Self {
         let mut inner = self.inner.clone();
         inner.events &= events;
         inner.dram_bytes = (inner.dram_bytes / shares.max(1)).max(1);
+        inner.nvme.bytes = (inner.nvme.bytes / shares.max(1)).max(1);
         Self { inner }
     }
 }

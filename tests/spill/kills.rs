@@ -16,7 +16,7 @@ const SLOTS: u64 = 40;
 const SIZE: &str = "3MiB";
 const MORE: &str = r#", "write_through": true"#;
 
-/// Reproducible random numbers (SplitMix64).
+/// Reproducible random numbers (`SplitMix64`).
 struct Random(u64);
 
 impl Random {

@@ -81,7 +81,7 @@ def test_numbers_agree_over_an_offload_and_a_load(shared_server: Server, seed: i
 def test_the_pool_adds_up(shared_server: Server) -> None:
     metrics = shared_server.settle()
     states = metrics.labels("vllm:kvcellar_pool_slots", "state")
-    assert states == {"total", "free", "filling", "filled"}
+    assert states == {"total", "free", "filling", "filled", "clean"}
     assert metrics.slots("total") == metrics.slots("free") + metrics.slots("filling") + metrics.slots("filled") > 0
     (pool,) = pool_files(shared_server.pool_dir)
     assert metrics.cellar("pool_bytes") == pool.stat().st_size

@@ -73,8 +73,9 @@ class Sampler:
 class Tiers:
     """What must be where, by the rules alone: one LRU order in memory; everything ever stored lies on disk.
 
-    The workload keeps to what the cleaner can follow (`settle` between requests, prompts of less than the clean share of the pool), so no block is dropped
-    before it was written. A block on disk that vLLM computed or found itself is not stored again; a block that comes from disk is the hottest in memory.
+    The workload keeps to what the cleaner can follow (`settle` between requests, prompts of less than the clean share
+    of the pool), so no block is dropped before it was written. A block on disk that vLLM computed or found itself is
+    not stored again; a block that comes from disk is the hottest in memory.
     """
 
     slots: int
