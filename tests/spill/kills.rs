@@ -118,7 +118,7 @@ fn a_killed_engine_leaves_true_bytes_or_none() {
             places.forget_pool();
         }
         let mut rig = open(places.pool.path(), places.disk.path());
-        reopened += rig.report.blocks;
+        reopened += rig.report().blocks;
         for chain in 0..CHAINS {
             // The rig compares every byte that comes back.
             match rig.fetch(chain, 12) {

@@ -4,6 +4,9 @@
 #![allow(clippy::expect_used, clippy::panic, reason = "a broken expectation is a failed test")]
 #![allow(unsafe_code, reason = "the KV cache's addresses are handed to the copier")]
 
+mod faults;
+#[path = "../disks/faulty.rs"]
+mod faulty;
 mod kills;
 mod restart;
 mod rig;

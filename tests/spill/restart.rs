@@ -31,7 +31,7 @@ fn a_clean_stop_writes_what_is_dirty_and_leaves_a_snapshot() {
     rig.stop();
     places.forget_pool();
     let mut again = Rig::open(&places, 66, "64MiB", "");
-    assert_eq!((again.report.recovery, again.report.blocks), ("snapshot", 64));
+    assert_eq!((again.report().recovery, again.report().blocks), ("snapshot", 64));
     wait_until_announced(&mut again, 64);
     assert_eq!(again.announced(Tier::Nvme), everything(8), "without any request");
     for chain in 0..8 {
@@ -51,7 +51,7 @@ fn after_a_crash_the_descriptors_tell() {
     drop(rig);
     places.forget_pool();
     let mut again = Rig::open(&places, 34, "64MiB", "");
-    assert_eq!((again.report.recovery, again.report.blocks, again.report.damaged), ("scan", 64, 0));
+    assert_eq!((again.report().recovery, again.report().blocks, again.report().damaged), ("scan", 64, 0));
     for chain in 0..8 {
         assert_eq!(again.fetch(chain, 8), Ok(8));
     }

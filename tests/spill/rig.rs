@@ -16,12 +16,17 @@ use kvcellar::gpu::views::{GroupRuns, LayerView};
 use kvcellar::gpu::worker::CopyWorker;
 use kvcellar::limits;
 use kvcellar::metrics::{Counters, Gauges};
+use kvcellar::nvme::disk::Disk;
+use kvcellar::nvme::store::{Store, Wish as StoreWish};
 use kvcellar::pool::open::{self, Wish};
 use kvcellar::tier::TierEngine;
+use kvcellar::tier::disk_tier::DiskSettings;
 use kvcellar::tier::load::Hit;
-use kvcellar::tier::mover::{self, Mover};
+use kvcellar::tier::mover::{self, Mover, ToMover};
 use kvcellar::tier::offload::{GroupOffer, Offer, Start};
 use kvcellar::tier::opening::{self, DiskReport, Identity};
+
+use crate::faulty::FaultyDisk;
 
 pub(crate) const BLOCK_TOKENS: u32 = 16;
 pub(crate) const BLOCK_BYTES: usize = 20_000;
@@ -98,9 +103,31 @@ impl Places {
     }
 }
 
+fn engine_with_pool(
+    pool_dir: &Path,
+    disk_dir: &Path,
+    slots: u64,
+    nvme_size: &str,
+    more: &str,
+) -> kvcellar::error::Result<(Arc<Mutex<TierEngine>>, Config)> {
+    let geometry = geometry();
+    let json = format!(
+        r#"{{"nvme_dir": "{}", "nvme_size": "{nvme_size}", "nvme_reserve": "1MiB"{more}}}"#,
+        disk_dir.display()
+    );
+    let config = Config::parse(&json)?;
+    let bytes = limits::HEADER_BYTES + limits::SLOT_ALIGN + slots * (geometry.slot_bytes + 64);
+    let wish =
+        Wish { pool_dir, namespace: [9; 16], facts: "{}", bytes, explicit: true, adopt: true, geometry: &geometry };
+    let opened = open::open(&wish, &mut |_, _| ())?;
+    let engine = Arc::new(Mutex::new(TierEngine::new(&config, grouping())?));
+    lock(&engine).open_pool(opened.pool, opened.adopted);
+    Ok((engine, config))
+}
+
 pub(crate) struct Rig {
     pub(crate) engine: Arc<Mutex<TierEngine>>,
-    pub(crate) report: DiskReport,
+    report: Option<DiskReport>,
     pub(crate) events: Vec<Run>,
     mover: Option<Mover>,
     worker: CopyWorker,
@@ -121,21 +148,50 @@ impl Rig {
         nvme_size: &str,
         more: &str,
     ) -> kvcellar::error::Result<Self> {
-        let geometry = geometry();
-        let json = format!(
-            r#"{{"nvme_dir": "{}", "nvme_size": "{nvme_size}", "nvme_reserve": "1MiB"{more}}}"#,
-            disk_dir.display()
-        );
-        let config = Config::parse(&json)?;
-        let bytes = limits::HEADER_BYTES + limits::SLOT_ALIGN + slots * (geometry.slot_bytes + 64);
-        let wish =
-            Wish { pool_dir, namespace: [9; 16], facts: "{}", bytes, explicit: true, adopt: true, geometry: &geometry };
-        let opened = open::open(&wish, &mut |_, _| ())?;
-        let engine = Arc::new(Mutex::new(TierEngine::new(&config, grouping())?));
-        lock(&engine).open_pool(opened.pool, opened.adopted);
+        let (engine, config) = engine_with_pool(pool_dir, disk_dir, slots, nvme_size, more)?;
         let identity = Identity { namespace: [9; 16], facts: "{}", stable: true };
         let (mover, report) =
             opening::open_disk(&engine, &config, identity, &mut |_, _| ())?.expect("a disk is configured");
+        Self::assemble(engine, mover, Some(report))
+    }
+
+    /// An engine whose disk is in memory and fails as it is told.
+    pub(crate) fn with_faults(places: &Places, slots: u64, seed: u64, more: &str) -> (Self, Arc<FaultyDisk>) {
+        let (engine, config) =
+            engine_with_pool(places.pool.path(), places.disk.path(), slots, "8MiB", more).expect("an engine");
+        let pool = lock(&engine).pool().cloned().expect("a pool");
+        let wish = StoreWish {
+            dir: places.disk.path(),
+            namespace: [9; 16],
+            facts: "{}",
+            capacity_bytes: config.nvme.bytes,
+            reserve_bytes: 1 << 20,
+            geometry: pool.geometry(),
+            reuse: false,
+            segment_bytes_max: None,
+        };
+        let mut store = Store::open(&wish).expect("a store").store;
+        let (jobs, inbox) = crossbeam_channel::unbounded();
+        let disk = Arc::new(FaultyDisk::automatic(Arc::new(ToMover::new(jobs.clone(), Arc::clone(&pool))), seed));
+        let segment = store.grow().expect("room").expect("a segment");
+        disk.add_segment(segment).expect("a segment");
+        let settings = DiskSettings {
+            write_through: config.nvme.write_through,
+            clean_percent: config.nvme.clean_percent,
+            load_policy: config.nvme.load_policy,
+            admission: config.nvme.admission,
+            retention_s: None,
+        };
+        lock(&engine).open_disk(store, Arc::clone(&disk) as Arc<dyn Disk>, jobs, &[], 1, settings);
+        let mover = Mover::start(&engine, inbox).expect("a mover");
+        (Self::assemble(engine, mover, None).expect("a worker"), disk)
+    }
+
+    fn assemble(
+        engine: Arc<Mutex<TierEngine>>,
+        mover: Mover,
+        report: Option<DiskReport>,
+    ) -> kvcellar::error::Result<Self> {
         let mut cache = vec![0_u8; KV_BLOCKS * BLOCK_BYTES];
         let view = LayerView {
             address: cache.as_mut_ptr() as u64,
@@ -157,6 +213,11 @@ impl Rig {
         let ticket = lock(&engine).pool().expect("a pool").ticket();
         worker.attach(&ticket)?;
         Ok(Self { engine, report, events: Vec::new(), mover: Some(mover), worker, cache, requests: 0 })
+    }
+
+    /// What its start told.
+    pub(crate) fn report(&self) -> &DiskReport {
+        self.report.as_ref().expect("a real disk")
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, TierEngine> {
