@@ -63,8 +63,10 @@ pub const MEMORY_RESERVE_PERCENT: u64 = 5;
 /// block is served as ever and merely not adopted by a later start.
 pub const HASH_QUEUE_MAX: usize = 1 << 20;
 
-/// Blocks being written to disk at once. At the bound further dirty blocks wait for a write to end; evicted meanwhile they are dropped and counted.
-pub const SPILLS_IN_FLIGHT_MAX: u64 = 64;
+/// Bytes being written to disk at once, or [`SPILLS_IN_FLIGHT_MIN`] blocks, whichever is more. At the bound further dirty blocks wait for a write to end; evicted meanwhile they are dropped and counted.
+pub const SPILL_BYTES_IN_FLIGHT_MAX: u64 = 64 << 20;
+/// Blocks that may be written at once whatever their size.
+pub const SPILLS_IN_FLIGHT_MIN: u64 = 16;
 
 /// Adjacent slots that lie adjacent on disk too are transferred in one operation of at most this many bytes.
 pub const TRANSFER_BYTES_MAX: u64 = 4 << 20;

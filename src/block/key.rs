@@ -50,6 +50,11 @@ impl BlockHash {
         Some(Self { bytes, len: hash.len() as u8 })
     }
 
+    /// A hash of 32 bytes.
+    pub fn of_digest(bytes: [u8; 32]) -> Self {
+        Self { bytes, len: 32 }
+    }
+
     /// The hash's own bytes.
     #[inline]
     pub fn as_bytes(&self) -> &[u8] {

@@ -1,6 +1,7 @@
 //! The `kvcellar` command. `src/bin/kvcellar.rs` and `python -m kvcellar` both call [`run`].
 
 pub mod bench_lookup;
+pub mod bench_nvme;
 pub mod pool;
 pub mod report;
 pub mod store;
@@ -103,6 +104,8 @@ enum StoreCommand {
 enum BenchCommand {
     /// Lookup and allocation in the block table, beside a bare hash map.
     Lookup(bench_lookup::Options),
+    /// Blocks to disk and back through the whole nvme tier, beside a bare ring.
+    Nvme(bench_nvme::Options),
 }
 
 /// Runs the command with these arguments, without the program's name. Returns the exit code: 0 done, 1 refused or failed, 2 wrong usage.
@@ -123,5 +126,6 @@ pub fn run(args: Vec<String>) -> i32 {
         Part::Store(StoreCommand::Verify { dir, names, repair, json }) => store::verify(&dir, &names, repair, json),
         Part::Store(StoreCommand::Drop { dir, names, yes }) => store::remove(&dir, &names, yes),
         Part::Bench(BenchCommand::Lookup(options)) => bench_lookup::run(&options),
+        Part::Bench(BenchCommand::Nvme(options)) => bench_nvme::run(&options),
     }
 }

@@ -118,6 +118,16 @@ impl Buffer {
         Self { region, offset, len }
     }
 
+    /// New memory, cut into `count` buffers of `bytes` each, and the region that a ring may register for them.
+    pub fn pieces(count: usize, bytes: usize) -> (Arc<dyn Region>, Vec<Self>) {
+        let len = bytes.next_multiple_of(SLOT_ALIGN as usize);
+        let arena: Arc<dyn Region> = Arena::new(count * len);
+        // SAFETY: the pieces do not overlap, and nobody else knows the arena.
+        let piece = |index: usize| unsafe { Self::of_region(Arc::clone(&arena), index * len, len) };
+        let pieces = (0..count).map(piece).collect();
+        (arena, pieces)
+    }
+
     /// The whole images (descriptor pages and payload) of `slots` adjacent slots.
     ///
     /// The tier engine holds these slots for the operation: filling ones for reads, filled and held ones for writes. Their ranks' hashers may still

@@ -283,6 +283,11 @@ impl DiskTier {
         self.extents.max()
     }
 
+    /// Blocks that may be written at once.
+    pub(super) fn writes_max(&self) -> u64 {
+        (limits::SPILL_BYTES_IN_FLIGHT_MAX / self.layout.extent_bytes).max(limits::SPILLS_IN_FLIGHT_MIN)
+    }
+
     pub(super) fn token(&mut self) -> u64 {
         self.next_token += 1;
         self.next_token

@@ -75,7 +75,7 @@ impl TierEngine {
     /// The next dirty block to be written, if one has to be.
     fn next_dirty(&self, all: bool) -> Option<Dirty> {
         let (residency, disk) = (self.residency.as_ref()?, self.disk.as_ref()?);
-        if !disk.health.is_in() || disk.extents.writing() >= limits::SPILLS_IN_FLIGHT_MAX {
+        if !disk.health.is_in() || disk.extents.writing() >= disk.writes_max() {
             return None;
         }
         let census = residency.census();
@@ -135,7 +135,7 @@ impl TierEngine {
 
     /// Makes the next segment before the last free extent is gone.
     fn grow_ahead(&mut self) {
-        let few = self.disk.as_ref().is_some_and(|disk| disk.extents.free() < limits::SPILLS_IN_FLIGHT_MAX);
+        let few = self.disk.as_ref().is_some_and(|disk| disk.extents.free() < disk.writes_max());
         if few {
             self.grow();
         }
