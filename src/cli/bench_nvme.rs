@@ -222,6 +222,7 @@ struct Scratch(PathBuf);
 
 impl Scratch {
     fn make(parent: &Path) -> Result<Self> {
+        let parent = std::path::absolute(parent).map_err(|error| Error::io("finding", parent, error, "Check --dir"))?;
         let path = parent.join(format!("kvcellar-bench-{}", std::process::id()));
         std::fs::create_dir_all(&path).map_err(|error| Error::io("creating", &path, error, "Check --dir"))?;
         Ok(Self(path))
