@@ -233,6 +233,14 @@ impl PyTierEngine {
         runs.into_iter().map(|run| run_object(py, run, integers)).collect()
     }
 
+    /// A step computed this many tokens in so many seconds: what `load_policy: auto` weighs a restore against.
+    fn prefilled(&self, py: Python<'_>, tokens: u64, seconds: f64) -> PyResult<()> {
+        self.run(py, |engine| {
+            engine.prefilled(tokens, seconds);
+            Ok(())
+        })
+    }
+
     /// Tokens of a request's last admission that come from disk.
     fn disk_tokens(&self, py: Python<'_>, request: &str) -> PyResult<u32> {
         self.run(py, |engine| Ok(engine.disk_tokens(request)))

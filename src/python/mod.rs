@@ -45,6 +45,12 @@ impl PyConfig {
         self.inner.strict_load_failure
     }
 
+    /// How long prefill takes decides what is loaded.
+    #[getter]
+    fn measures_prefill(&self) -> bool {
+        self.inner.nvme.dir.is_some() && self.inner.nvme.load_policy == crate::config::nvme::LoadPolicy::Auto
+    }
+
     #[getter]
     fn events(&self) -> bool {
         self.inner.events

@@ -394,6 +394,13 @@ impl TierEngine {
         }
     }
 
+    /// A step computed this many tokens in so many seconds.
+    pub fn prefilled(&mut self, tokens: u64, seconds: f64) {
+        if let Some(disk) = &mut self.disk {
+            disk.rates.prefilled(tokens, seconds);
+        }
+    }
+
     /// Tokens of a request's last admission that come from disk.
     pub fn disk_tokens(&self, id: &str) -> u32 {
         self.requests.get(id).map_or(0, |request| request.disk_tokens)

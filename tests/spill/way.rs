@@ -119,6 +119,22 @@ fn load_policy_never_uses_memory_only() {
     assert_eq!(rig.fetch(CHAINS - 1, 8), Ok(8));
 }
 
+#[test]
+fn load_policy_auto_computes_what_is_computed_faster() {
+    let places = Places::new();
+    let mut rig = Rig::open(&places, 34, "64MiB", r#", "write_through": true, "load_policy": "auto""#);
+    for chain in 0..CHAINS {
+        rig.compute(chain, 8);
+    }
+    assert_eq!(rig.fetch(0, 8), Ok(8), "nothing is known yet: loaded, to learn");
+    rig.settle();
+    rig.lock().prefilled(1 << 40, 1.0);
+    assert_eq!(rig.fetch(1, 8), Ok(0), "no disk is faster than that");
+    rig.settle();
+    let counters = rig.counters();
+    assert_eq!((counters.load_decisions, counters.recompute_decisions), (1, 1));
+}
+
 fn blocks_of(path: &std::path::Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     path.metadata().expect("a file").blocks() * 512
