@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,11 +123,16 @@ class Tiers:
 
 def settle(engine: Engine) -> Snapshot:
     """Lets copies and writes end."""
+    quiet = 0
     for _ in range(SETTLE_ROUNDS):
         snapshot = engine.settle()
         busy = snapshot.cellar("nvme_writing") + snapshot.cellar("nvme_reading")
-        if busy == 0 and snapshot.cellar("pool_slots", state="filling") == 0:
+        busy += snapshot.cellar("pool_slots", state="filling")
+        # Three times: while the store grows by a segment nothing is being written, and yet not all is written.
+        quiet = 0 if busy else quiet + 1
+        if quiet == 3:
             return snapshot
+        time.sleep(0.02)
     raise AssertionError("writes to disk did not end")
 
 
