@@ -13,6 +13,11 @@ def main() -> None:
         from kvcellar import bench_lookup
 
         sys.exit(bench_lookup.main(args[2:]))
+    if args[:2] == ["bench", "nvme"]:
+        # This one also measures vLLM's own tier of files.
+        from kvcellar import bench_nvme
+
+        sys.exit(bench_nvme.main(args[2:]))
     sys.exit(_native.run_command(args))
 
 

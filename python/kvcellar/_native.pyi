@@ -27,6 +27,7 @@ __all__ = [
     "Watch",
     "__version__",
     "bench_lookup",
+    "bench_nvme",
     "check_controls",
     "run_command",
 ]
@@ -206,3 +207,11 @@ class LookupBench:
 def check_controls(json: str) -> None: ...
 def run_command(args: Sequence[str]) -> int: ...
 def bench_lookup(blocks: int, request: int, repetitions: int) -> str: ...
+def bench_nvme(
+    nvme_dir: str,
+    sizes: Sequence[int],
+    total: int,
+    repetitions: int,
+    pool_dir: str,
+    rival: Callable[[int, int, bool, int], tuple[float, float]] | None,
+) -> str: ...

@@ -1,37 +1,33 @@
-//! `kvcellar bench nvme`: what the nvme tier gives, beside a bare ring that does the same I/O.
+//! `kvcellar bench nvme`: what the nvme tier makes of a disk, beside what the disk gives.
 //!
-//! Measured: blocks written from slots of a real pool, and read back into slots of another, through the whole tier (directory, seals, checksums, mover, device), with
-//! `io_uring` and with threads; and the same bytes moved by a bare ring with registered memory, without directory and checksums. Interleaved, so that a noisy
-//! neighbour hits all alike; CPU time is that of the whole process. Not measured: copies from and to vLLM's KV cache.
+//! Measured: blocks through the whole tier (directory, seals, checksums, slots of a real pool, mover, ring), in turn with a bare ring that does the same
+//! transfers and nothing else, with the tier over threads, and, from Python, with vLLM's own tier of files. In turn, so that a noisy neighbour hits all alike;
+//! whoever begins changes with every repetition. Not measured: copies to and from a KV cache. Leaves nothing behind.
+
+pub mod bare;
+pub mod meter;
+pub mod reopen;
+pub mod tier;
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread::sleep;
-use std::time::{Duration, Instant};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use nix::sys::resource::{UsageWho, getrusage};
+use serde_json::{Value, json};
 
-use super::report::{Goal, Measured, measured, report};
+use self::bare::Bare;
+use self::meter::{BARE, CHECKSUM, RIVAL, Reading, THREADS, TIER, Table, Way, metered};
+use self::tier::Tier;
+use super::report::{Goal, Measured, report};
 use crate::block::geometry::RankBytes;
-use crate::block::plan::StepPlan;
-use crate::block::{BlockHash, GroupKind, GroupSpec, Grouping, SlotGeometry, SlotIndex};
-use crate::config::{Config, Controls};
+use crate::block::{GroupKind, GroupSpec, Grouping, SlotGeometry};
+use crate::config::Config;
+use crate::config::size::{self, show};
 use crate::error::{Error, Result};
 use crate::limits;
-use crate::nvme::buffer::Buffer;
-use crate::nvme::disk::{Completion, Completions, Disk, Kind, Operation};
-use crate::nvme::{probe, ring::RingDisk};
-use crate::pool::open::{self, Wish};
-use crate::tier::offload::{GroupOffer, Offer, Start};
-use crate::tier::opening::{self, Identity};
-use crate::tier::{TierEngine, mover};
-
-const GIB: f64 = (1_u64 << 30) as f64;
-const BLOCK_TOKENS: u32 = 16;
-/// Extents are whole: one page of descriptor, the rest payload.
-const DESCRIPTOR_BYTES: u64 = 4096;
+use crate::nvme::disk::Description;
+use crate::nvme::space;
+use crate::pool::open as pools;
 
 /// Sizes of the benchmark.
 #[derive(Debug, Clone, Args)]
@@ -39,352 +35,375 @@ pub struct Options {
     /// Directory on the disk.
     #[arg(long)]
     pub dir: PathBuf,
+    /// Sizes of a block with its descriptor, multiples of 4 KiB.
+    #[arg(long, value_delimiter = ',', default_value = "64KiB,1MiB,4MiB", value_parser = size_of)]
+    pub sizes: Vec<u64>,
+    /// Bytes that each contender moves in a repetition.
+    #[arg(long, default_value = "256MiB", value_parser = size_of)]
+    pub bytes: u64,
+    /// Repetitions of each measurement.
+    #[arg(long, default_value_t = 7)]
+    pub repetitions: u32,
+    /// Measures instead how a store with this many blocks is opened again.
+    #[arg(long)]
+    pub reopen: Option<u32>,
     /// Shared-memory directory for the pools.
     #[arg(long, default_value = "/dev/shm")]
     pub pool_dir: PathBuf,
-    /// Bytes of each extent.
-    #[arg(long, value_delimiter = ',', default_values_t = [64 << 10, 1 << 20, 4 << 20])]
-    pub sizes: Vec<u64>,
-    /// Bytes moved in each measurement.
-    #[arg(long, default_value_t = 256 << 20)]
-    pub bytes: u64,
-    /// Repetitions of each measurement.
-    #[arg(long, default_value_t = 5)]
-    pub repetitions: usize,
     /// JSON on standard output.
     #[arg(long)]
     pub json: bool,
 }
 
-/// One pass in one direction.
+fn size_of(text: &str) -> std::result::Result<u64, String> {
+    size::parse("size", &Value::from(text)).map_err(|error| error.to_string())
+}
+
+/// What somebody else is asked to do in his turn: to move as many bytes in blocks of this size.
 #[derive(Debug, Clone, Copy)]
-struct Pass {
-    gib_per_s: f64,
-    cpu_s_per_gib: f64,
+pub struct Turn {
+    /// Bytes of a block.
+    pub size: u64,
+    /// How many.
+    pub blocks: u32,
+    /// Which way: what is read is what was written in the turn before.
+    pub way: Way,
+    /// The number of the chain of blocks.
+    pub chain: u32,
 }
 
-struct Stopwatch {
-    started: Instant,
-    cpu_s: f64,
+/// Somebody else who takes part.
+pub type Rival<'a> = dyn FnMut(Turn) -> Result<Reading> + Send + 'a;
+
+/// A report's parts.
+#[derive(Debug)]
+pub struct Outcome {
+    /// What was measured.
+    pub results: Vec<Measured>,
+    /// What should have been reached.
+    pub goals: Vec<Goal>,
+    /// What the numbers depend on beside the machine.
+    pub disk: Value,
 }
 
-fn cpu_s() -> Result<f64> {
-    let usage = getrusage(UsageWho::RUSAGE_SELF)
-        .map_err(|errno| Error::io("reading the CPU time of", "this process", errno.into(), "Run it on Linux"))?;
-    let seconds = |time: nix::sys::time::TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
-    Ok(seconds(usage.user_time()) + seconds(usage.system_time()))
-}
-
-impl Stopwatch {
-    fn start() -> Result<Self> {
-        Ok(Self { started: Instant::now(), cpu_s: cpu_s()? })
-    }
-
-    fn stop(&self, bytes: u64) -> Result<Pass> {
-        let gib = bytes as f64 / GIB;
-        let seconds = self.started.elapsed().as_secs_f64();
-        Ok(Pass { gib_per_s: gib / seconds, cpu_s_per_gib: (cpu_s()? - self.cpu_s) / gib })
-    }
-}
-
-/// Runs the benchmark and prints its report. Returns the exit code.
-pub fn run(options: &Options) -> i32 {
-    match measure(options) {
-        Ok((results, goals)) => {
-            print(options, &results, &goals);
-            0
-        }
-        Err(error) => {
-            eprintln!("kvcellar: {error}");
-            1
-        }
+impl Outcome {
+    /// As JSON.
+    pub fn report(&self) -> Value {
+        let mut whole = report(&self.results, &self.goals);
+        whole["disk"] = self.disk.clone();
+        whole
     }
 }
 
-fn print(options: &Options, results: &[Measured], goals: &[Goal]) {
-    if options.json {
-        println!("{:#}", report(results, goals));
-        return;
-    }
-    for result in results {
-        println!("{:<44} {:>8.3} {:<10} ±{:.3}", result.name, result.value, result.unit, result.spread);
-    }
-    for goal in goals {
-        println!("{:<44} {:>8.3} {} ({})", goal.name, goal.value, if goal.met { "met" } else { "NOT MET" }, goal.goal);
-    }
-}
-
-/// All measurements, with the goals they are held against.
-///
-/// # Errors
-/// What opening pool, store or device says.
-pub fn measure(options: &Options) -> Result<(Vec<Measured>, Vec<Goal>)> {
-    let (mut results, mut goals) = (Vec::new(), Vec::new());
-    let bar = ProgressBar::new((options.sizes.len() * options.repetitions * 3) as u64).with_style(
-        ProgressStyle::with_template("{bar:40} {pos}/{len} {msg}").unwrap_or_else(|_| ProgressStyle::default_bar()),
-    );
-    for size in &options.sizes {
-        if *size <= DESCRIPTOR_BYTES || !size.is_multiple_of(limits::SLOT_ALIGN) {
-            return Err(Error::config("sizes", format!("{size} is no multiple of 4096 above 4096"), "Write 65536"));
-        }
-        let count = (options.bytes / size).max(1) as u32;
-        let mut passes: Vec<(&str, [Vec<Pass>; 2])> = ["bare ring", "tier, io_uring", "tier, threads"]
-            .into_iter()
-            .map(|name| (name, Default::default()))
-            .collect();
-        for _ in 0..options.repetitions {
-            for (name, both) in &mut passes {
-                bar.set_message(format!("{} KiB, {name}", size >> 10));
-                let [write, read] = match *name {
-                    "bare ring" => bare(options, *size, count)?,
-                    "tier, io_uring" => tier(options, "io_uring", *size, count)?,
-                    _ => tier(options, "threads", *size, count)?,
-                };
-                both[0].push(write);
-                both[1].push(read);
-                bar.inc(1);
-            }
-        }
-        conclude(*size, &passes, &mut results, &mut goals);
-    }
-    bar.finish_and_clear();
-    Ok((results, goals))
-}
-
-fn conclude(size: u64, passes: &[(&str, [Vec<Pass>; 2])], results: &mut Vec<Measured>, goals: &mut Vec<Goal>) {
-    for (direction, kind) in ["write", "read"].into_iter().enumerate() {
-        for (name, both) in passes {
-            let label = format!("{kind} {} KiB, {name}", size >> 10);
-            results.push(measured(&label, "GiB/s", both[direction].iter().map(|pass| pass.gib_per_s).collect()));
-            results.push(measured(
-                &format!("{label}, CPU"),
-                "s/GiB",
-                both[direction].iter().map(|pass| pass.cpu_s_per_gib).collect(),
-            ));
-        }
-        // Pass by pass, so that what slows one slows the other.
-        let (bare, tier) = (&passes[0].1[direction], &passes[1].1[direction]);
-        let ratio = |of: fn(&Pass) -> f64| {
-            measured("", "", tier.iter().zip(bare).map(|(tier, bare)| of(tier) / of(bare)).collect()).value
-        };
-        let speed = ratio(|pass| pass.gib_per_s);
-        goals.push(Goal {
-            name: format!("{kind} {} KiB: tier over bare ring, speed", size >> 10),
-            goal: "at least 0.95".to_owned(),
-            value: speed,
-            met: speed >= 0.95,
-        });
-        let cost = ratio(|pass| pass.cpu_s_per_gib);
-        goals.push(Goal {
-            name: format!("{kind} {} KiB: tier over bare ring, CPU", size >> 10),
-            goal: "at most 1.3".to_owned(),
-            value: cost,
-            met: cost <= 1.3,
-        });
-    }
-}
-
-/// Collects buffers and keeps the first failure.
-#[derive(Default)]
-struct Counter {
-    state: Mutex<(Vec<Buffer>, Option<String>)>,
-    changed: Condvar,
-}
-
-impl Completions for Counter {
-    fn complete(&self, completions: Vec<Completion>) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(error) = completions.iter().find_map(|completion| completion.outcome.err()) {
-            state.1.get_or_insert(error.to_string());
-        }
-        state.0.extend(completions.into_iter().map(|completion| completion.buffer));
-        self.changed.notify_all();
-    }
-}
-
-impl Counter {
-    fn wait_for(&self, wanted: usize) -> Result<Vec<Buffer>> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        while state.0.len() < wanted {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        let buffers = std::mem::take(&mut state.0);
-        state.1.take().map_or(Ok(buffers), |problem| Err(failed("the bare ring", problem)))
-    }
-}
-
-fn failed(device: &str, problem: String) -> Error {
-    Error::DeviceDead { device: device.to_owned(), problem, remedy: "Try another --dir".to_owned() }
-}
-
-/// A directory that goes with everything in it.
+/// A directory that is removed with everything in it.
 struct Scratch(PathBuf);
 
 impl Scratch {
-    fn make(parent: &Path) -> Result<Self> {
-        let parent = std::path::absolute(parent).map_err(|error| Error::io("finding", parent, error, "Check --dir"))?;
+    fn new(parent: &Path) -> Result<Self> {
         let path = parent.join(format!("kvcellar-bench-{}", std::process::id()));
-        std::fs::create_dir_all(&path).map_err(|error| Error::io("creating", &path, error, "Check --dir"))?;
-        Ok(Self(path))
+        std::fs::create_dir_all(&path)
+            .and_then(|()| path.canonicalize())
+            .map(Self)
+            .map_err(|error| Error::io("making", path, error, "Name a directory that you may write to"))
     }
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // What stays behind is named for this benchmark and can be removed by hand.
-        drop(std::fs::remove_dir_all(&self.0));
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+            eprintln!("kvcellar: {} is left over: {error}", self.0.display());
+        }
     }
 }
 
-fn bare(options: &Options, size: u64, count: u32) -> Result<[Pass; 2]> {
-    let dir = Scratch::make(&options.dir)?;
-    let counter = Arc::new(Counter::default());
-    let (arena, mut buffers) = Buffer::pieces(count as usize, size as usize);
-    let completions: Arc<dyn Completions> = Arc::clone(&counter) as Arc<dyn Completions>;
-    let (disk, _) = RingDisk::start(vec![arena], completions, limits::DISK_BYTES_IN_FLIGHT)?;
-    let path = dir.0.join("bare");
-    let (file, _) = probe::open_segment(&path, true)?;
-    let room = i64::try_from(size * u64::from(count)).unwrap_or(i64::MAX);
-    nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, room)
-        .map_err(|errno| Error::io("preallocating", &path, errno.into(), "Check the free space of --dir"))?;
-    disk.add_segment(file)?;
-    let mut passes = Vec::with_capacity(2);
-    for kind in [Kind::Write, Kind::Read] {
-        let operation =
-            |(index, buffer): (u64, Buffer)| Operation { token: index, kind, segment: 0, offset: index * size, buffer };
-        let operations = (0..).zip(buffers).map(operation).collect();
-        let watch = Stopwatch::start()?;
-        disk.submit(operations);
-        buffers = counter.wait_for(count as usize)?;
-        passes.push(watch.stop(size * u64::from(count))?);
+const TOKENS: u32 = 16;
+
+fn grouping() -> Grouping {
+    let group = GroupSpec { kind: GroupKind::Full, kind_name: "full".to_owned(), block_tokens: TOKENS, eagle: false };
+    Grouping { groups: vec![group], hash_tokens: TOKENS, hit_tokens: TOKENS }
+}
+
+/// The geometry whose slots have `size` bytes, descriptor included.
+fn geometry(size: u64) -> Result<SlotGeometry> {
+    let lay_out = |payload: u64| {
+        SlotGeometry::lay_out(&grouping(), &[RankBytes { block_bytes: vec![payload], replica_of: None }])
+    };
+    let descriptor = lay_out(limits::SLOT_ALIGN)?.descriptor_bytes;
+    if !size.is_multiple_of(limits::SLOT_ALIGN) || size <= descriptor {
+        let remedy = format!("Write multiples of 4 KiB from {} on", show(descriptor + limits::SLOT_ALIGN));
+        return Err(Error::config("--sizes", show(size), remedy));
     }
-    Ok([passes[0], passes[1]])
+    lay_out(size - descriptor)
 }
 
-fn hash(index: u32) -> BlockHash {
-    let mut bytes = [0_u8; 32];
-    for (at, word) in bytes.chunks_exact_mut(8).enumerate() {
-        let mixed = (u64::from(index) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(at as u32 * 16);
-        word.copy_from_slice(&mixed.to_le_bytes());
-    }
-    BlockHash::of_digest(bytes)
+/// Slots of a pool that holds one chain and not a block more, beside the window that the tier sets aside: so a new chain evicts the whole one before it.
+fn slots_for(blocks: u32) -> u32 {
+    let window = |slots: u32| {
+        (slots / limits::WINDOW_POOL_SHARE)
+            .clamp(limits::WINDOW_SLOTS_MIN, limits::WINDOW_SLOTS_MAX)
+            .min(slots / 2)
+            .max(1)
+    };
+    (blocks..u32::MAX).find(|slots| slots - window(*slots) >= blocks).unwrap_or(u32::MAX)
 }
 
-struct Session {
-    engine: Arc<Mutex<TierEngine>>,
-    _mover: mover::Mover,
+/// Everybody who takes part at one size.
+struct Field {
+    size: u64,
+    blocks: u32,
+    tier: Tier,
+    threads: Tier,
+    bare: Bare,
 }
 
-impl Session {
-    fn open(options: &Options, dir: &Path, device: &str, size: u64, count: u32) -> Result<Self> {
-        let group =
-            GroupSpec { kind: GroupKind::Full, kind_name: "full".to_owned(), block_tokens: BLOCK_TOKENS, eagle: false };
-        let grouping = Grouping { groups: vec![group], hash_tokens: BLOCK_TOKENS, hit_tokens: BLOCK_TOKENS };
-        let rank = RankBytes { block_bytes: vec![size - DESCRIPTOR_BYTES], replica_of: None };
-        let geometry = SlotGeometry::lay_out(&grouping, &[rank])?;
-        let slots = u64::from(count) + u64::from(limits::WINDOW_SLOTS_MAX);
-        let json = serde_json::json!({
-            "nvme_dir": dir, "nvme_size": options.bytes * 2 + (256 << 20), "nvme_reserve": 1 << 20, "nvme_engine": device,
-            "write_through": true, "events": false,
-        });
-        let config = Config::parse(&json.to_string())?;
-        let pools = Scratch::make(&options.pool_dir)?;
+impl Field {
+    fn open(options: &Options, size: u64, dir: &Path, pool_dir: &Path) -> Result<Self> {
+        let geometry = geometry(size)?;
+        let blocks = (options.bytes / size).clamp(1, u64::from(u32::MAX / TOKENS) - 1) as u32;
+        // The chain that is written, the one that is read, and the colder one that was read before and is given up; and some more.
+        let capacity = size * u64::from(blocks) * 13 / 4 + 8 * size + (8 << 20);
+        let free = space::free_bytes(dir)?;
+        if free / 4 < capacity {
+            let problem = format!("three stores of {} are needed, {} are free", show(capacity), show(free));
+            return Err(Error::config("--bytes", problem, "Write less, or name another directory"));
+        }
+        let slots = u64::from(slots_for(blocks));
         let bytes = limits::HEADER_BYTES + limits::SLOT_ALIGN + slots * (geometry.slot_bytes + 64);
-        let namespace = [7; 16];
-        let wish = Wish {
-            pool_dir: &pools.0,
-            namespace,
-            facts: "{}",
-            bytes,
-            explicit: true,
-            adopt: false,
-            geometry: &geometry,
+        let pool = |namespace: u8| {
+            let wish = pools::Wish {
+                pool_dir,
+                namespace: [namespace; 16],
+                facts: "{}",
+                bytes,
+                explicit: true,
+                adopt: false,
+                geometry: &geometry,
+            };
+            pools::open(&wish, &mut |_, _| ()).map(|opened| opened.pool)
         };
-        let opened = open::open(&wish, &mut |_, _| ())?;
-        let engine = Arc::new(Mutex::new(TierEngine::new(&config, grouping)?));
-        engine.lock().unwrap_or_else(PoisonError::into_inner).open_pool(opened.pool, false);
-        let identity = Identity { namespace, facts: "{}", stable: true };
-        let opened = opening::open_disk(&engine, &config, identity, &mut |_, _| ())?;
-        let (mover, _) = opened.ok_or_else(|| failed("the nvme tier", "it did not open".to_owned()))?;
-        Ok(Self { engine, _mover: mover })
+        let tier = |engine: &str, namespace: u8| {
+            let settings = json!({
+                "nvme_dir": dir, "nvme_size": capacity, "nvme_reserve": "1MiB", "nvme_engine": engine,
+                "write_through": true, "events": false,
+            });
+            Tier::open(&Config::parse(&settings.to_string())?, pool(namespace)?, grouping(), blocks, namespace)
+        };
+        Ok(Self {
+            size,
+            blocks,
+            tier: tier("auto", 1)?,
+            threads: tier("threads", 2)?,
+            bare: Bare::open(dir, pool(3)?, capacity, &geometry)?,
+        })
     }
 
-    fn with<T>(&self, work: impl FnOnce(&mut TierEngine) -> T) -> T {
-        work(&mut self.engine.lock().unwrap_or_else(PoisonError::into_inner))
+    fn bytes(&self) -> u64 {
+        self.size * u64::from(self.blocks)
     }
 
-    fn wait(&self) {
-        while !self.with(|engine| engine.disk_is_idle()) {
-            sleep(Duration::from_micros(500));
+    /// Writes every extent once, so that nobody is timed while files grow. Returns the number of the next chain.
+    fn warm_up(&self) -> Result<u32> {
+        let extents = self.bare.extents();
+        let chains = extents.div_ceil(self.blocks) + 1;
+        for chain in 0..chains {
+            self.tier.write(chain)?;
+            self.threads.write(chain)?;
+            self.bare.run(Way::Write, chain * self.blocks % extents, self.blocks)?;
         }
+        Ok(chains)
+    }
+
+    fn take_turn(&self, who: &str, way: Way, chain: u32) -> Result<()> {
+        match (who, way) {
+            (TIER, Way::Write) => self.tier.write(chain),
+            (TIER, Way::Read) => self.tier.read(chain),
+            (THREADS, Way::Write) => self.threads.write(chain),
+            (THREADS, Way::Read) => self.threads.read(chain),
+            (CHECKSUM, _) => {
+                std::hint::black_box(self.bare.checksums(self.blocks));
+                Ok(())
+            }
+            _ => self.bare.run(way, chain % 2 * self.blocks % self.bare.extents(), self.blocks),
+        }
+    }
+
+    /// One repetition: everybody writes chain `chain`, then everybody reads the one before it.
+    fn repeat(&self, chain: u32, rival: &mut Option<&mut Rival<'_>>, table: &mut Table) -> Result<()> {
+        let mut order = vec![TIER, BARE, THREADS, CHECKSUM];
+        if rival.is_some() {
+            order.push(RIVAL);
+        }
+        let first = chain as usize % order.len();
+        order.rotate_left(first);
+        for (way, chain) in [(Way::Write, chain), (Way::Read, chain - 1)] {
+            for who in &order {
+                let reading = match rival {
+                    Some(rival) if *who == RIVAL => rival(Turn { size: self.size, blocks: self.blocks, way, chain })?,
+                    _ => metered(|| self.take_turn(who, way, chain))?.1,
+                };
+                table.put(who, way, self.size, self.bytes(), reading);
+            }
+        }
+        Ok(())
     }
 }
 
-fn tier(options: &Options, device: &str, size: u64, count: u32) -> Result<[Pass; 2]> {
-    let dir = Scratch::make(&options.dir)?;
-    let bytes = size * u64::from(count);
-    let hashes: Vec<BlockHash> = (0..count).map(hash).collect();
-    let session = Session::open(options, &dir.0, device, size, count)?;
-    let plan = session.with(|engine| {
-        engine.add_request("write", Controls::default(), "");
-        engine.add_hashes("write", &hashes);
-        let group = GroupOffer { first: 0, blocks: (1..=count).collect(), extra: Vec::new() };
-        let tokens = vec![1; (count * BLOCK_TOKENS) as usize];
-        engine.offer(&Offer { request: "write", tokens_from: 0, tokens, groups: vec![group] }, Start::AfterStep);
-        engine.take_plan()
-    });
-    let plan = StepPlan::decode(&plan)?;
-    session.with(|engine| {
-        if let Some(pool) = engine.pool() {
-            plan.stores_after.iter().for_each(|copy| pool.line(SlotIndex(copy.slot)).answer(0, true));
+fn device(description: &Description) -> Value {
+    json!({
+        "engine": description.engine,
+        "direct": description.direct,
+        "registered": description.registered,
+        "why": description.why,
+    })
+}
+
+/// What the numbers depend on: never where the directory is.
+pub(super) fn surroundings(dir: &Path, load_before: &str) -> Value {
+    let magic = nix::sys::statfs::statfs(dir).map(|found| found.filesystem_type().0);
+    let file_system = match magic {
+        Ok(0xef53) => "ext4".to_owned(),
+        Ok(0x5846_5342) => "xfs".to_owned(),
+        Ok(0x9123_683e) => "btrfs".to_owned(),
+        Ok(0x0102_1994) => "tmpfs".to_owned(),
+        Ok(other) => format!("{other:#x}"),
+        Err(errno) => errno.to_string(),
+    };
+    json!({ "file_system": file_system, "load_before": load_before, "load_after": load() })
+}
+
+/// The machine's load averages: what else ran beside the benchmark.
+pub(super) fn load() -> String {
+    std::fs::read_to_string("/proc/loadavg").unwrap_or_default().trim().to_owned()
+}
+
+/// Runs the measurements. `rival`: somebody else who takes his turn, if there is one; his turn at chain 0 of a size is not measured.
+///
+/// # Errors
+/// Those of pools, stores and disks; [`Error::DataLost`] when something else would be measured than is said.
+pub fn measure(options: &Options, mut rival: Option<&mut Rival<'_>>) -> Result<Outcome> {
+    if options.repetitions == 0 || options.sizes.is_empty() {
+        return Err(Error::config("--repetitions, --sizes", "there is nothing to do", "Write at least one"));
+    }
+    let (dir, pool_dir) = (Scratch::new(&options.dir)?, Scratch::new(&options.pool_dir)?);
+    let load_before = load();
+    let rounds = options.sizes.len() as u64 * (u64::from(options.repetitions) + 1);
+    let bar = ProgressBar::new(rounds);
+    if let Ok(style) = ProgressStyle::with_template("{msg:24} {bar:30} {pos}/{len} {elapsed}") {
+        bar.set_style(style);
+    }
+    let mut table = Table::default();
+    let mut goals = Vec::new();
+    let mut disk = json!({});
+    for size in &options.sizes {
+        bar.set_message(format!("warming up {}", show(*size)));
+        let field = Field::open(options, *size, &dir.0, &pool_dir.0)?;
+        let start = field.warm_up()?;
+        if let Some(rival) = &mut rival {
+            rival(Turn { size: *size, blocks: field.blocks, way: Way::Write, chain: start - 1 })?;
         }
-    });
-    let watch = Stopwatch::start()?;
-    session.with(TierEngine::poll);
-    session.wait();
-    let write = watch.stop(bytes)?;
-    let written = session.with(|engine| engine.gauges().nvme_blocks);
-    mover::shut(&session.engine);
-    drop(session);
-    if written != u64::from(count) {
-        return Err(failed("the nvme tier", format!("{written} of {count} blocks were written")));
+        bar.inc(1);
+        bar.set_message(format!("measuring {}", show(*size)));
+        for repetition in 0..options.repetitions {
+            field.repeat(start + repetition, &mut rival, &mut table)?;
+            bar.inc(1);
+        }
+        goals.extend(table.goals(*size));
+        disk = json!({
+            "tier": device(field.tier.describe()),
+            "bare": device(&field.bare.describe()),
+            "tier_threads": device(field.threads.describe()),
+        });
     }
-    let session = Session::open(options, &dir.0, device, size, count)?;
-    let watch = session.with(|engine| {
-        engine.add_request("read", Controls::default(), "");
-        engine.add_hashes("read", &hashes);
-        let watch = Stopwatch::start();
-        engine.lookup("read", count * BLOCK_TOKENS + 1, 0);
-        engine.admit("read", count * BLOCK_TOKENS, &[(1..=count).collect()]);
-        watch
-    })?;
-    session.wait();
-    let read = watch.stop(bytes)?;
-    let restored = session.with(|engine| engine.counters().restored_blocks);
-    mover::shut(&session.engine);
-    if restored != u64::from(count) {
-        return Err(failed("the nvme tier", format!("{restored} of {count} blocks came back")));
+    bar.finish_and_clear();
+    disk["bytes"] = options.bytes.into();
+    disk["repetitions"] = options.repetitions.into();
+    disk["surroundings"] = surroundings(&dir.0, &load_before);
+    Ok(Outcome { results: table.results(), goals, disk })
+}
+
+/// Runs the benchmark and prints it.
+pub fn run(options: &Options) -> i32 {
+    let measured = match options.reopen {
+        Some(blocks) => reopen::measure(options, blocks),
+        None => measure(options, None),
+    };
+    let outcome = match measured {
+        Ok(outcome) => outcome,
+        Err(error) => {
+            eprintln!("kvcellar: {error}");
+            return 1;
+        }
+    };
+    if options.json {
+        println!("{:#}", outcome.report());
+        return 0;
     }
-    Ok([write, read])
+    println!("{:<32} {:>10} {:>10} {:>4}", "", "median", "spread", "n");
+    for Measured { name, value, unit, spread, n } in &outcome.results {
+        println!("{name:<32} {value:>10.4} {spread:>10.4} {n:>4} {unit}");
+    }
+    for goal in &outcome.goals {
+        println!("{} {}: {:.2} ({})", if goal.met { "met     " } else { "NOT MET " }, goal.name, goal.value, goal.goal);
+    }
+    0
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_tiny_run_measures_everything() {
-        let dir = tempfile::tempdir_in(".").expect("a directory");
-        let options = Options {
-            dir: dir.path().to_owned(),
-            pool_dir: PathBuf::from("/dev/shm"),
-            sizes: vec![64 << 10],
+    pub(super) fn options(dir: &Path) -> Options {
+        Options {
+            dir: dir.to_owned(),
+            sizes: vec![16 << 10, 256 << 10],
             bytes: 2 << 20,
-            repetitions: 1,
+            repetitions: 2,
+            reopen: None,
+            pool_dir: PathBuf::from("/dev/shm"),
             json: true,
+        }
+    }
+
+    fn target() -> tempfile::TempDir {
+        // Beside the test's binary: on a real disk.
+        let binary = std::env::current_exe().expect("a binary");
+        tempfile::tempdir_in(binary.parent().expect("a directory")).expect("a directory")
+    }
+
+    #[test]
+    fn a_tiny_run_measures_everybody_and_leaves_nothing() {
+        let dir = target();
+        let mut turns = Vec::new();
+        let mut rival = |turn: Turn| {
+            turns.push((turn.size, turn.way, turn.chain));
+            Ok(Reading { seconds: 1.0, cpu_s: 1.0 })
         };
-        let (results, goals) = measure(&options).expect("a run");
-        assert_eq!((results.len(), goals.len()), (12, 4));
-        assert!(results.iter().all(|result| result.value > 0.0), "{results:?}");
+        let outcome = measure(&options(dir.path()), Some(&mut rival)).expect("a measurement");
+        assert!(outcome.results.iter().all(|result| result.n == 2 && result.value.is_finite()));
+        // At each size and in each direction: four rates, five CPU times, three goals.
+        assert_eq!((outcome.results.len(), outcome.goals.len()), (2 * 2 * 9, 2 * 2 * 3));
+        assert!(outcome.results.iter().filter(|result| result.unit == "GB/s").all(|result| result.value > 0.0));
+        assert_eq!(turns.len(), 2 * (1 + 2 * 2));
+        // What is read is what was written a turn before.
+        let read = turns.iter().filter(|(_, way, _)| *way == Way::Read);
+        assert!(read.into_iter().all(|(size, _, chain)| turns.contains(&(*size, Way::Write, *chain))));
+        assert_eq!(std::fs::read_dir(dir.path()).expect("a directory").count(), 0);
+    }
+
+    #[test]
+    fn sizes_that_cannot_be_are_refused() {
+        for size in [4096, 10_000] {
+            assert!(geometry(size).is_err(), "{size}");
+        }
+        assert_eq!(geometry(65_536).expect("a geometry").slot_bytes, 65_536);
+    }
+
+    #[test]
+    fn a_tiny_store_is_reopened_both_ways() {
+        let dir = target();
+        let outcome = reopen::measure(&options(dir.path()), 3_000).expect("a measurement");
+        assert!(outcome.results.iter().all(|result| result.value > 0.0 && result.n == 2), "{:?}", outcome.results);
+        assert_eq!(outcome.goals.len(), 2);
+        assert_eq!(std::fs::read_dir(dir.path()).expect("a directory").count(), 0);
     }
 }

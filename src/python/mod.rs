@@ -13,7 +13,10 @@ mod worker;
 
 use pyo3::prelude::*;
 
+use crate::cli::bench_nvme::meter::{Reading, Way};
+use crate::cli::bench_nvme::{Options, Rival, Turn};
 use crate::config::{Config, Controls, UnsupportedGroups};
+use crate::error::Error;
 use errors::guarded;
 
 /// Typed configuration of one engine.
@@ -90,6 +93,41 @@ fn bench_lookup(py: Python<'_>, blocks: u32, request: u32, repetitions: usize) -
     })
 }
 
+/// `kvcellar bench nvme`, as JSON. `rival(size, blocks, write, chain)` takes its turn among the others and returns its seconds and CPU seconds.
+#[pyfunction]
+fn bench_nvme(
+    py: Python<'_>,
+    nvme_dir: std::path::PathBuf,
+    sizes: Vec<u64>,
+    total: u64,
+    repetitions: u32,
+    pool_dir: std::path::PathBuf,
+    rival: Option<Py<PyAny>>,
+) -> PyResult<String> {
+    let mut raised = None;
+    let outcome = py.detach(|| {
+        let mut turn = |turn: Turn| {
+            let call = |py: Python<'_>| -> PyResult<(f64, f64)> {
+                let rival = rival.as_ref().ok_or_else(|| errors::DataLostError::new_err("nobody takes this turn"))?;
+                rival.call1(py, (turn.size, turn.blocks, turn.way == Way::Write, turn.chain))?.extract(py)
+            };
+            Python::attach(call).map(|(seconds, cpu_s)| Reading { seconds, cpu_s }).map_err(|error| {
+                let text = error.to_string();
+                raised = Some(error);
+                Error::lost("benchmark", text)
+            })
+        };
+        let options = Options { dir: nvme_dir, sizes, bytes: total, repetitions, reopen: None, pool_dir, json: true };
+        let rival: Option<&mut Rival<'_>> = if rival.is_some() { Some(&mut turn) } else { None };
+        guarded(|| Ok(crate::cli::bench_nvme::measure(&options, rival)?.report().to_string()))
+    });
+    match raised {
+        // What the rival raised says more than that the benchmark ended.
+        Some(error) => Err(error),
+        None => outcome,
+    }
+}
+
 /// The extension module.
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -109,5 +147,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(check_controls, module)?)?;
     module.add_function(wrap_pyfunction!(run_command, module)?)?;
     module.add_function(wrap_pyfunction!(bench_lookup, module)?)?;
+    module.add_function(wrap_pyfunction!(bench_nvme, module)?)?;
     Ok(())
 }

@@ -127,11 +127,6 @@ impl Extents {
         self.free.push(extent.0);
     }
 
-    /// A new block needs no eviction.
-    pub fn has_room(&self) -> bool {
-        !self.free.is_empty()
-    }
-
     fn transition(&mut self, extent: ExtentIndex, change: Transition, events: &mut EventLog) {
         let at = slot(extent);
         match (self.table.record(at).state, change) {
@@ -219,25 +214,27 @@ impl Extents {
         run
     }
 
-    /// Takes an extent for a block that will be written, evicting the coldest when none is free. Returns it with the key of the evicted block. `None`: all are
-    /// being read or written.
-    pub fn reserve(
-        &mut self,
-        key: &BlockKey,
-        stamp: Stamp,
-        events: &mut EventLog,
-    ) -> Option<(ExtentIndex, Option<BlockKey>)> {
-        let mut evicted = None;
-        if self.free.is_empty() {
-            let victim = self.order.victim(&|_| true)?;
-            evicted = self.table.record(victim).key();
-            self.transition(ExtentIndex(victim.0), Transition::Remove, events);
-            self.free.push(victim.0);
-        }
+    /// Drops the coldest block to make one more extent free. Returns its key. `None`: all are being read or written.
+    pub fn evict(&mut self, events: &mut EventLog) -> Option<BlockKey> {
+        let victim = self.order.victim(&|_| true)?;
+        let evicted = self.table.record(victim).key();
+        self.transition(ExtentIndex(victim.0), Transition::Remove, events);
+        self.free.push(victim.0);
+        evicted
+    }
+
+    /// The next `count` extents to be reserved are handed out in ascending order, so that blocks written together lie together.
+    pub fn line_up(&mut self, count: usize) {
+        let from = self.free.len().saturating_sub(count);
+        self.free[from..].sort_unstable_by(|a, b| b.cmp(a));
+    }
+
+    /// Takes a free extent for a block that will be written.
+    pub fn reserve(&mut self, key: &BlockKey, stamp: Stamp, events: &mut EventLog) -> Option<ExtentIndex> {
         let extent = ExtentIndex(self.free.pop()?);
         self.transition(extent, Transition::Reserve(*key), events);
         self.stamps[extent.0 as usize] = stamp;
-        Some((extent, evicted))
+        Some(extent)
     }
 
     /// The write has ended well.

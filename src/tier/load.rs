@@ -171,6 +171,7 @@ impl TierEngine {
         if !load.doomed {
             // First what is here, so that making room for the rest cannot evict it.
             self.hold(&wanted, serial, &mut held);
+            parts.evicted = self.make_room(&wanted, serial);
             for (key, block, token) in &wanted {
                 match self.take(key, *token, id, serial, &held, &mut parts) {
                     Some((slot, generation, flags)) => {
@@ -229,6 +230,19 @@ impl TierEngine {
         }
     }
 
+    /// Empties slots for the blocks that only the disk has. What is gone from here is as recent on disk as it was here.
+    fn make_room(&mut self, wanted: &[(BlockKey, u32, u32)], serial: u32) -> Vec<BlockKey> {
+        let (Some(residency), Some(disk)) = (&self.residency, &self.disk) else { return Vec::new() };
+        let only_on_disk = |key: &BlockKey| residency.find_any(key).is_none() && disk.extents.find(key).is_some();
+        let of_disk = wanted.iter().filter(|(key, _, _)| only_on_disk(key)).count();
+        let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return Vec::new() };
+        let evicted = residency.make_room(of_disk, serial);
+        for extent in evicted.iter().filter_map(|gone| disk.extents.find(gone)).collect::<Vec<_>>() {
+            disk.extents.touch(extent);
+        }
+        evicted
+    }
+
     /// The slot, generation and flags of one block's copy order; plans its read when it lies on disk.
     fn take(
         &mut self,
@@ -248,8 +262,7 @@ impl TierEngine {
             return Some((slot, residency.generation(slot).0, follow | verify));
         }
         let Source::Extent(extent) = source else { return None };
-        let (part, evicted) = self.plan_read(key, extent, serial, id, token)?;
-        parts.evicted.extend(evicted);
+        let part = self.plan_read(key, extent, serial, id, token)?;
         let (slot, generation) = (part.slot, part.generation.0);
         if part.window {
             parts.window.push(*key);

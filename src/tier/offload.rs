@@ -145,9 +145,10 @@ impl TierEngine {
             lineages: Vec::with_capacity(missing.len()),
             stale: false,
         };
-        let mut evicted = Vec::new();
         let mut refused = None;
         let Some(residency) = &mut self.residency else { return };
+        let wanted = missing.len().min(limits::INFLIGHT_STORES_MAX.saturating_sub(self.inflight_stores));
+        let mut evicted = residency.make_room(wanted, serial);
         for candidate in missing {
             if self.inflight_stores + batch.slots.len() >= limits::INFLIGHT_STORES_MAX {
                 refused = Some(DropReason::QueueFull);

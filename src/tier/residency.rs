@@ -251,28 +251,7 @@ impl Residency {
     /// # Errors
     /// The reason why there is none: [`DropReason::NoSlot`], or [`DropReason::OwnPrefix`] when the victim was last used by the very request (`toucher`) that asks.
     pub fn reserve(&mut self, key: &BlockKey, toucher: u32) -> std::result::Result<Reserved, DropReason> {
-        let mut evicted = None;
-        if self.free.is_empty() {
-            let table = &self.table;
-            let may = |slot: SlotIndex| table.record(slot).flags & WRITING == 0;
-            let victim = self.policy.victim(&may).ok_or(DropReason::NoSlot)?;
-            let record = self.table.record(victim);
-            // A clean block of the same prefix stays on disk: it may make room for what follows it.
-            if record.toucher == toucher && record.flags & CLEAN == 0 {
-                return Err(DropReason::OwnPrefix);
-            }
-            evicted = record.key();
-            if self.dirty.is_some() && record.flags & CLEAN == 0 {
-                self.counters.dropped(DropReason::Unspilled, 1);
-            }
-            self.transition(victim, Transition::Remove);
-            self.counters.evicted_blocks += 1;
-            if let Some(next) = self.policy.victim(&|_| true) {
-                // The next victim is known now: fetch its record while this one is being filled.
-                self.table.prefetch(next);
-                self.policy.prefetch(next);
-            }
-        }
+        let evicted = if self.free.is_empty() { Some(self.evict(toucher)?) } else { None };
         let slot = SlotIndex(self.free.pop().ok_or(DropReason::NoSlot)?);
         self.transition(slot, Transition::Reserve(*key));
         let record = self.table.record_mut(slot);
@@ -280,6 +259,44 @@ impl Residency {
         let generation = Generation(record.generation);
         self.memory.prefetch(slot);
         Ok(Reserved { slot, generation, evicted })
+    }
+
+    /// Empties the slot that the policy chooses. Returns the key of the block that is gone.
+    fn evict(&mut self, toucher: u32) -> std::result::Result<BlockKey, DropReason> {
+        let table = &self.table;
+        let may = |slot: SlotIndex| table.record(slot).flags & WRITING == 0;
+        let victim = self.policy.victim(&may).ok_or(DropReason::NoSlot)?;
+        let record = self.table.record(victim);
+        // A clean block of the same prefix stays on disk: it may make room for what follows it.
+        if record.toucher == toucher && record.flags & CLEAN == 0 {
+            return Err(DropReason::OwnPrefix);
+        }
+        let evicted = record.key().ok_or(DropReason::NoSlot)?;
+        if self.dirty.is_some() && record.flags & CLEAN == 0 {
+            self.counters.dropped(DropReason::Unspilled, 1);
+        }
+        self.transition(victim, Transition::Remove);
+        self.counters.evicted_blocks += 1;
+        if let Some(next) = self.policy.victim(&|_| true) {
+            // The next victim is known now: fetch its record while this one is being filled.
+            self.table.prefetch(next);
+            self.policy.prefetch(next);
+        }
+        Ok(evicted)
+    }
+
+    /// Empties slots, the next victims first, until `count` are free or none may go. Returns what is gone. The next `count` slots that are reserved are handed out
+    /// in ascending order: what is read together lies together.
+    pub fn make_room(&mut self, count: usize, toucher: u32) -> Vec<BlockKey> {
+        let mut evicted = Vec::new();
+        while self.free.len() < count
+            && let Ok(gone) = self.evict(toucher)
+        {
+            evicted.push(gone);
+        }
+        let from = self.free.len().saturating_sub(count);
+        self.free[from..].sort_unstable_by(|a, b| b.cmp(a));
+        evicted
     }
 
     /// A block's bytes are all there: lookups find it from now on. It may be evicted after [`Self::settle`].

@@ -38,7 +38,7 @@ impl TierEngine {
         self.disk.as_ref()?.extents.find(key).map(Source::Extent)
     }
 
-    /// Plans the read of one block. Returns the part with its slot, and the block that was evicted for it.
+    /// Plans the read of one block, into a free slot if there is one.
     pub(super) fn plan_read(
         &mut self,
         key: &BlockKey,
@@ -46,7 +46,7 @@ impl TierEngine {
         serial: u32,
         request: &str,
         token: u32,
-    ) -> Option<(ReadPart, Option<BlockKey>)> {
+    ) -> Option<ReadPart> {
         let (residency, disk) = (self.residency.as_mut()?, self.disk.as_mut()?);
         let mut part = ReadPart {
             slot: SlotIndex(0),
@@ -60,10 +60,9 @@ impl TierEngine {
         // A block that is being offloaded has its slot already: it cannot have another.
         let reserved =
             if residency.find_any(key).is_some() { None } else { residency.reserve_restore(key, serial).ok() };
-        let mut evicted = None;
         let place = if let Some(reserved) = reserved {
+            debug_assert!(reserved.evicted.is_none(), "room is made before");
             (part.slot, part.generation) = (reserved.slot, reserved.generation);
-            evicted = reserved.evicted;
             residency.pin(part.slot, serial);
             None
         } else {
@@ -71,15 +70,11 @@ impl TierEngine {
             (part.slot, part.generation, part.window) = (slot, generation, true);
             Some(index)
         };
-        if let Some(gone) = evicted.and_then(|gone| disk.extents.find(&gone)) {
-            // Its only copy is on disk now: it is as recent there as it was here.
-            disk.extents.touch(gone);
-        }
         disk.extents.begin_read(extent);
         if let Some(index) = place {
             disk.window.enqueue(index, part.clone());
         }
-        Some((part, evicted))
+        Some(part)
     }
 
     /// Starts the reads of the window whose slots are free now.
@@ -143,7 +138,7 @@ impl TierEngine {
     ) {
         let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return };
         let Some(Read { parts, started, given_up }) = disk.reads.remove(&token) else { return };
-        let mut outage = false;
+        let mut failed_device = false;
         let (mut good, mut bad) = (Vec::new(), Vec::new());
         let seconds = started.elapsed().as_secs_f64();
         disk.rates.restored(parts.len() as u64 * disk.layout.extent_bytes, seconds);
@@ -156,8 +151,7 @@ impl TierEngine {
                 }
                 Err(trouble) => {
                     if trouble == Trouble::Device {
-                        residency.counters.disk_errors += 1;
-                        outage |= disk.health.failed(Instant::now());
+                        failed_device = true;
                     } else {
                         residency.counters.corrupt_extents += 1;
                     }
@@ -185,6 +179,11 @@ impl TierEngine {
             }
             wake.push(part.slot);
         }
+        let outage = failed_device && {
+            // One transfer failed, however many blocks it was for.
+            residency.counters.disk_errors += 1;
+            disk.health.failed(Instant::now())
+        };
         self.record(|_| trace::line("restored", &[("keys", names(good)), ("lost", names(bad))]));
         if outage {
             self.outage("reading failed repeatedly");

@@ -28,9 +28,9 @@ impl TierEngine {
     ///
     /// `all`: every dirty block, because the engine stops.
     pub(super) fn clean(&mut self, all: bool) {
-        let mut planned: Vec<(SlotIndex, ExtentIndex, BlockKey)> = Vec::new();
+        let mut chosen: Vec<(SlotIndex, BlockKey)> = Vec::new();
         let mut evicted: Vec<BlockKey> = Vec::new();
-        while let Some(Dirty { slot, reused, .. }) = self.next_dirty(all) {
+        while let Some(Dirty { slot, reused, .. }) = self.next_dirty(all, chosen.len() as u64) {
             let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return };
             let Some(key) = residency.key(slot) else { return };
             if let Some(extent) = disk.extents.find(&key) {
@@ -38,7 +38,7 @@ impl TierEngine {
                 residency.set_clean(slot, true);
                 continue;
             }
-            let room = disk.extents.has_room();
+            let room = disk.extents.free() > chosen.len() as u64;
             if disk.extents.knows(&key) || !disk.settings.admission.admits(Candidate { reused, room }) {
                 residency.pass_over(slot);
                 continue;
@@ -47,10 +47,8 @@ impl TierEngine {
                 self.grow();
                 break;
             }
-            let stamp = Stamp { sequence: disk.sequence, written_s: now_s() };
-            let Some((extent, gone)) = disk.extents.reserve(&key, stamp, &mut residency.events) else { break };
-            disk.sequence += 1;
-            if let Some(gone) = gone {
+            if !room {
+                let Some(gone) = disk.extents.evict(&mut residency.events) else { break };
                 residency.counters.nvme_evicted_blocks += 1;
                 if let Some(held) = residency.find(&gone) {
                     residency.set_clean(held, false);
@@ -58,24 +56,45 @@ impl TierEngine {
                 evicted.push(gone);
             }
             residency.begin_write(slot);
-            planned.push((slot, extent, key));
+            chosen.push((slot, key));
         }
-        if planned.is_empty() {
+        if chosen.is_empty() {
             return;
         }
         self.record(|_| {
-            let keys = names(planned.iter().map(|(_, _, key)| *key));
+            let keys = names(chosen.iter().map(|(_, key)| *key));
             trace::line("spill", &[("keys", keys), ("evicted", names(evicted))])
         });
-        planned.sort_by_key(|(slot, _, _)| slot.0);
+        // Chosen coldest first, but laid out as they lie in memory: neighbours there become neighbours on disk, and go in one transfer.
+        chosen.sort_by_key(|(slot, _)| slot.0);
+        let planned = self.place(chosen);
         self.write(planned);
         self.grow_ahead();
     }
 
+    /// Gives every chosen block its extent. As many are free.
+    fn place(&mut self, chosen: Vec<(SlotIndex, BlockKey)>) -> Vec<(SlotIndex, ExtentIndex, BlockKey)> {
+        let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return Vec::new() };
+        disk.extents.line_up(chosen.len());
+        let mut planned = Vec::with_capacity(chosen.len());
+        for (slot, key) in chosen {
+            let stamp = Stamp { sequence: disk.sequence, written_s: now_s() };
+            let Some(extent) = disk.extents.reserve(&key, stamp, &mut residency.events) else {
+                debug_assert!(false, "more blocks were chosen than extents are free");
+                residency.end_write(slot, false);
+                continue;
+            };
+            disk.sequence += 1;
+            planned.push((slot, extent, key));
+        }
+        planned
+    }
+
     /// The next dirty block to be written, if one has to be.
-    fn next_dirty(&self, all: bool) -> Option<Dirty> {
+    /// `chosen`: blocks that will be written beside those that are being written.
+    fn next_dirty(&self, all: bool, chosen: u64) -> Option<Dirty> {
         let (residency, disk) = (self.residency.as_ref()?, self.disk.as_ref()?);
-        if !disk.health.is_in() || disk.extents.writing() >= disk.writes_max() {
+        if !disk.health.is_in() || disk.extents.writing() + chosen >= disk.writes_max() {
             return None;
         }
         let census = residency.census();
