@@ -5,6 +5,22 @@ import sys
 from kvcellar import _native
 
 
+def _about_vllm() -> list[str]:
+    """What only Python knows: which vLLM is installed here, and whether this package was made for it."""
+    from kvcellar import UnsupportedError, window
+
+    try:
+        found = window.vllm_version()
+    except ImportError:
+        oldest, newest = (".".join(map(str, version)) for version in (window.OLDEST, window.NEWEST))
+        return ["--vllm-problem", f"Install vLLM {oldest} to {newest} into the same environment"]
+    try:
+        window.check(found)
+    except UnsupportedError as error:
+        return ["--vllm", found, "--vllm-problem", str(error)]
+    return ["--vllm", found]
+
+
 def main() -> None:
     """Run the command with the process's arguments and exit with its code."""
     args = sys.argv[1:]
@@ -18,6 +34,8 @@ def main() -> None:
         from kvcellar import bench_nvme
 
         sys.exit(bench_nvme.main(args[2:]))
+    if args[:1] == ["doctor"]:
+        args += _about_vllm()
     sys.exit(_native.run_command(args))
 
 

@@ -2,6 +2,7 @@
 
 pub mod bench_lookup;
 pub mod bench_nvme;
+pub mod doctor;
 pub mod pool;
 pub mod report;
 pub mod store;
@@ -26,6 +27,8 @@ enum Part {
     /// Stores of this user on disk: show, check and remove them.
     #[command(subcommand)]
     Store(StoreCommand),
+    /// Says whether this machine, and a directory meant as `nvme_dir`, suit KV Cellar. Exit code 1 when something does not work.
+    Doctor(doctor::Options),
     /// What this machine gives.
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -125,6 +128,7 @@ pub fn run(args: Vec<String>) -> i32 {
         Part::Store(StoreCommand::Stat { dir, names, json }) => store::stat(&dir, &names, json),
         Part::Store(StoreCommand::Verify { dir, names, repair, json }) => store::verify(&dir, &names, repair, json),
         Part::Store(StoreCommand::Drop { dir, names, yes }) => store::remove(&dir, &names, yes),
+        Part::Doctor(options) => doctor::run(&options),
         Part::Bench(BenchCommand::Lookup(options)) => bench_lookup::run(&options),
         Part::Bench(BenchCommand::Nvme(options)) => bench_nvme::run(&options),
     }

@@ -144,10 +144,7 @@ fn direct_works(file: &File) -> io::Result<bool> {
     }
 }
 
-/// Whether `io_uring` works here, and if not why, for `kvcellar doctor`.
-pub fn explain() -> String {
-    match ring::attempt() {
-        Ok(()) => "io_uring works here".to_owned(),
-        Err(error) => format!("io_uring does not work here: {}", ring::why_refused(&error)),
-    }
+/// Why `io_uring` does not work here, if so, for `kvcellar doctor`.
+pub fn refusal() -> Option<String> {
+    ring::attempt().err().map(|error| ring::why_refused(&error))
 }

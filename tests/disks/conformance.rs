@@ -249,12 +249,11 @@ fn fake(_: Arc<dyn Region>, completions: Arc<dyn Completions>) -> Arc<dyn Disk> 
 
 /// Whether this machine has `io_uring`; says so when it has not.
 pub(crate) fn has_ring() -> bool {
-    let answer = kvcellar::nvme::probe::explain();
-    let works = answer == "io_uring works here";
-    if !works {
-        println!("skipped: {answer}");
+    let refusal = kvcellar::nvme::probe::refusal();
+    if let Some(why) = &refusal {
+        println!("skipped: io_uring does not work here: {why}");
     }
-    works
+    refusal.is_none()
 }
 
 fn always() -> bool {

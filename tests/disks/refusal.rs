@@ -2,6 +2,7 @@
 //!
 //! Each scene runs in a process of its own (this test binary again, with one test and an environment variable), because its restrictions last.
 
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
@@ -59,7 +60,11 @@ fn a_refused_ring_becomes_threads_and_says_why() {
         let description = disk.describe();
         assert_eq!(description.engine, "threads");
         assert!(description.why.contains("io_uring is refused"), "{}", description.why);
-        assert!(probe::explain().contains("does not work here"), "{}", probe::explain());
+        let why = probe::refusal().expect("a reason");
+        assert!(!why.is_empty());
+        let findings = kvcellar::cli::doctor::machine::examine(Path::new("/dev/shm"));
+        let ring = findings.iter().find(|finding| finding.name == "io_uring").expect("a line about the ring");
+        assert!(ring.found.contains(&why) && ring.remedy.is_some(), "{ring:?}");
         disk.add_segment(segment(folder.path(), "s", 1)).expect("a segment");
         disk.submit(vec![read(1, 0, 0, 1)]);
         assert_eq!(inbox.one().outcome, Ok(()));
