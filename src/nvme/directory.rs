@@ -94,7 +94,8 @@ fn attempt(path: &Path, how: How, direct: i32) -> std::io::Result<File> {
         .open(path)
 }
 
-fn is_ours(found: &Metadata) -> bool {
+/// Whether it belongs to this user alone.
+pub fn is_ours(found: &Metadata) -> bool {
     // Six low bits clear: nothing for group and others.
     found.uid() == Uid::effective().as_raw() && found.mode().trailing_zeros() >= 6
 }

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from kvcellar import __main__ as command
 from kvcellar import window
 

@@ -20,7 +20,7 @@ use crate::tier::offload::{GroupOffer, Offer, Start};
 use crate::tier::opening::{self, Identity};
 
 /// How long one chain may take before the benchmark gives up.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_mins(2);
 /// How often writes are looked after: rarely enough to cost nothing.
 const LOOK: Duration = Duration::from_millis(1);
 

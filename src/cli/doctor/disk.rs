@@ -1,11 +1,9 @@
 //! The directory meant as `nvme_dir`: its file system, `O_DIRECT`, free space, rights.
 
-use std::fs::Metadata;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use nix::sys::statfs::statfs;
-use nix::unistd::Uid;
 
 use super::finding::{Finding, Status};
 use crate::config::size::show;
@@ -29,15 +27,11 @@ pub fn examine(dir: &Path) -> Vec<Finding> {
     vec![rights(dir), file_system(dir), free_space(dir), direct(dir)]
 }
 
-fn is_private(found: &Metadata) -> bool {
-    found.is_dir() && found.uid() == Uid::effective().as_raw() && found.mode() & 0o077 == 0
-}
-
 fn rights(dir: &Path) -> Finding {
     let name = "nvme_dir";
     let own = directory::path(dir);
     match std::fs::symlink_metadata(&own) {
-        Ok(found) if !is_private(&found) => Finding::new(
+        Ok(found) if !found.is_dir() || !directory::is_ours(&found) => Finding::new(
             Status::Problem,
             name,
             format!("{} is not a private directory of this user", own.display()),
