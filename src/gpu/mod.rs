@@ -4,6 +4,7 @@
 //! is submitted, never waited for (except for a fence, which vLLM's next forward pass depends on); every order is answered exactly once, also a
 //! failed one. Decides nothing about blocks.
 
+pub mod driver;
 pub mod follower;
 pub mod hasher;
 pub mod host;
