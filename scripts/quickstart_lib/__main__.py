@@ -1,9 +1,11 @@
 """The quickstart: server, load, comparison, report. Exit status 0 only when everything it claims was seen."""
 
+import shutil
 import signal
 import sys
 import tempfile
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -46,28 +48,42 @@ def run(arguments: Arguments) -> None:
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     writer = Writer(MODEL, arguments.seed)
     size = cache_size.plan(arguments, MODEL, writer)
-    with closing(Subscriber()) as subscriber, pool_folder() as pool_dir:
-        port = free_port()
-        connector = connector_flag(arguments.dram_size, pool_dir) if arguments.with_kvcellar else None
-        command_line = command(MODEL, port, size, subscriber.endpoint, connector)
-        console.print(f"starting vLLM (about 30 s); its log: {SERVER_LOG.name} in .cache")
-        with (
-            console.status("loading the model") as status,
-            Server(command_line, port, SERVER_LOG, lambda s: status.update(f"loading the model, {s:.0f} s")),
-        ):
-            status.stop()
-            with closing(Client(port, MODEL_NAME)) as client:
-                gpu_blocks = Metrics(client.metrics_text()).gpu_blocks() - cache_size.NULL_BLOCKS
-                facts = report.CacheFacts(gpu_blocks * cache_size.BLOCK_TOKENS, size.working_set_tokens)
-                if facts.ratio < WORKING_SET_RATIO_MIN:
-                    raise QuickstartError(
-                        f"vLLM took a larger KV cache than asked for: {facts.gpu_cache_tokens} tokens"
-                    )
-                load = Load(arguments, client, writer, console)
-                load.warm_up()
-                load.play_conversations(lambda: subscriber.removed_blocks("GPU"))
-                load.time_sources()
-                counters = Metrics(client.metrics_text()).with_prefix("vllm:kvcellar")
+    counters = []
+    with closing(Subscriber()) as subscriber, pool_folder() as pool_dir, nvme_folder(arguments) as nvme_dir:
+        connector = connector_flag(arguments, pool_dir, nvme_dir) if arguments.with_kvcellar else None
+
+        @contextmanager
+        def serve(log: Path) -> Iterator[Client]:
+            port = free_port()
+            command_line = command(MODEL, port, size, subscriber.endpoint, connector)
+            console.print(f"starting vLLM (about 30 s); its log: {log.name} in .cache")
+            with (
+                console.status("loading the model") as status,
+                Server(command_line, port, log, lambda s: status.update(f"loading the model, {s:.0f} s")),
+            ):
+                status.stop()
+                with closing(Client(port, MODEL_NAME)) as client:
+                    yield client
+
+        with serve(SERVER_LOG) as client:
+            gpu_blocks = Metrics(client.metrics_text()).gpu_blocks() - cache_size.NULL_BLOCKS
+            facts = report.CacheFacts(gpu_blocks * cache_size.BLOCK_TOKENS, size.working_set_tokens)
+            if facts.ratio < WORKING_SET_RATIO_MIN:
+                raise QuickstartError(f"vLLM took a larger KV cache than asked for: {facts.gpu_cache_tokens} tokens")
+            load = Load(arguments, client, writer, console)
+            load.warm_up(0)
+            load.play_conversations(lambda: subscriber.removed_blocks("GPU"))
+            load.time_sources()
+            if arguments.with_kvcellar:
+                load.time_nvme()
+            counters.append(Metrics(client.metrics_text()).with_prefix("vllm:kvcellar"))
+        if arguments.with_kvcellar:
+            remove_pool(Path(pool_dir))
+            with serve(SERVER_LOG.with_stem(SERVER_LOG.stem + "-restarted")) as client:
+                load.reconnect(client)
+                load.warm_up(1)
+                load.time_restarted()
+                counters.append(Metrics(client.metrics_text()).with_prefix("vllm:kvcellar"))
         events = subscriber.summary()
     result = report.build(arguments, load.measured, events, facts, counters)
     report.write(result, arguments.report)
@@ -85,26 +101,40 @@ def pool_folder() -> tempfile.TemporaryDirectory[str]:
     )
 
 
+def nvme_folder(arguments: Arguments) -> tempfile.TemporaryDirectory[str]:
+    """A folder on a disk, removed with all it holds."""
+    arguments.nvme_dir.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix="kvcellar-quickstart-", dir=arguments.nvme_dir.resolve())
+
+
+def remove_pool(pool_dir: Path) -> None:
+    """Remove what a server left of its memory: after a restart, only the disk can answer."""
+    for path in pool_dir.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def judge(arguments: Arguments, result: dict[str, Any], empty_hits: list[str]) -> None:
     """Check what the run must have shown.
 
     Raises:
         QuickstartError: names everything that was not shown.
     """
-    faults = []
-    if result["events"]["batches"] == 0:
-        faults.append("no KV event arrived at all")
-    if result["gpu_blocks_evicted"] == 0:
-        faults.append("the conversations evicted nothing from vLLM's cache")
+    events = result["events"]
+    checks = [
+        (events["batches"] > 0, "no KV event arrived at all"),
+        (result["gpu_blocks_evicted"] > 0, "the conversations evicted nothing from vLLM's cache"),
+    ]
     if arguments.with_kvcellar:
-        if result["dram_hit_tokens"] == 0:
-            faults.append("no token came from the DRAM tier")
-        if empty_hits:
-            faults.append("DRAM hits that were due did not come: " + "; ".join(empty_hits[:3]))
-        if result["differences"]:
-            faults.append("outputs differ: " + "; ".join(result["differences"][:2]))
-        if result["events"]["by_medium"].get("CPU", {}).get("events_stored", 0) == 0:
-            faults.append("no BlockStored event with medium CPU was seen")
+        checks += [
+            (result["dram_hit_tokens"] > 0, "no token came from the DRAM tier"),
+            (result["nvme_hit_tokens"] > 0, "no token came from the NVMe tier"),
+            (not empty_hits, "hits that were due did not come: " + "; ".join(empty_hits[:3])),
+            (not result["differences"], "outputs differ: " + "; ".join(result["differences"][:2])),
+        ]
+        for medium in ("CPU", "STORAGE"):
+            stored = events["by_medium"].get(medium, {}).get("events_stored", 0)
+            checks.append((stored > 0, f"no BlockStored event with medium {medium} was seen"))
+    faults = [fault for shown, fault in checks if not shown]
     if faults:
         raise QuickstartError("\n  - ".join(["not everything was shown:", *faults]))
 

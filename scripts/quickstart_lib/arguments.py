@@ -6,7 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / ".cache" / "model" / "smollm2-135m"
-SERVER_LOG = ROOT / ".cache" / "quickstart-server.log"
+CACHE = ROOT / ".cache"
+SERVER_LOG = CACHE / "quickstart-server.log"
 WORKING_SET_RATIO_MIN = 4.0
 
 
@@ -24,6 +25,8 @@ class Arguments:
     probe_tokens: int
     working_set_ratio: float
     dram_size: str
+    nvme_size: str
+    nvme_dir: Path
     seed: int
     with_kvcellar: bool
 
@@ -33,7 +36,8 @@ def parse(argv: list[str]) -> Arguments:
     parser = argparse.ArgumentParser(
         prog="scripts/quickstart",
         description="Start vLLM with KV Cellar, play conversations that do not fit its KV cache, and compare the time "
-        "to first token and the outputs of cold prompts, GPU-cache hits and DRAM hits. About 3 minutes on two cores.",
+        "to first token and the outputs of cold prompts, GPU-cache hits, DRAM hits and NVMe hits, also after a "
+        "restart. About 4 minutes on two cores.",
     )
     local = ROOT / "reports" / "local"
     parser.add_argument("--report", type=Path, default=local / "quickstart.json", help="JSON report to write")
@@ -42,7 +46,7 @@ def parse(argv: list[str]) -> Arguments:
     parser.add_argument("--turns", type=int, default=3, help="turns in each conversation (default 3)")
     parser.add_argument("--opening-tokens", type=int, default=480, help="length of each opening prompt (default 480)")
     parser.add_argument("--output-tokens", type=int, default=16, help="tokens generated per request (default 16)")
-    parser.add_argument("--probes", type=int, default=10, help="prompts timed cold, GPU hit and DRAM hit (default 10)")
+    parser.add_argument("--probes", type=int, default=10, help="prompts timed from every source (default 10)")
     parser.add_argument("--probe-tokens", type=int, default=1000, help="shortest of these prompts (default 1000)")
     parser.add_argument(
         "--working-set-ratio",
@@ -50,7 +54,14 @@ def parse(argv: list[str]) -> Arguments:
         default=5.0,
         help=f"conversations' KV over vLLM's KV cache (default 5, at least {WORKING_SET_RATIO_MIN:g})",
     )
-    parser.add_argument("--dram-size", default="1GiB", help="capacity of the DRAM tier (default 1GiB)")
+    parser.add_argument("--dram-size", default="256MiB", help="capacity of the DRAM tier (default 256MiB)")
+    parser.add_argument("--nvme-size", default="2GiB", help="capacity of the NVMe tier (default 2GiB)")
+    parser.add_argument(
+        "--nvme-dir",
+        type=Path,
+        default=CACHE,
+        help="directory on a local disk; the tier takes a folder of its own in it, removed at the end (default .cache)",
+    )
     parser.add_argument("--seed", type=int, default=7, help="seed of the synthetic text (default 7)")
     parser.add_argument(
         "--without-kvcellar",

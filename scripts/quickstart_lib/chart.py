@@ -8,14 +8,14 @@ from pathlib import Path
 from quickstart_lib.measurements import MEANINGS, Measurements, Samples
 
 WIDTH = 920
-LEFT = 350
+LEFT = 380
 RIGHT = 100
 TOP = 78
 ROW_HEIGHT = 46
 BAR_HEIGHT = 20
 BOTTOM = 56
 TICKS_WANTED = 5
-COMPUTED_COLOUR, GPU_COLOUR, DRAM_COLOUR = "#8a8f98", "#5b8def", "#1f9d6b"
+COMPUTED_COLOUR, GPU_COLOUR, DRAM_COLOUR, NVME_COLOUR = "#8a8f98", "#5b8def", "#1f9d6b", "#d9822b"
 
 
 def write(measured: Measurements, footnote: str, path: Path) -> None:
@@ -33,7 +33,8 @@ def write(measured: Measurements, footnote: str, path: Path) -> None:
         _text(
             24,
             54,
-            "Bar: median. Line: interquartile range. Dots: every request. Grey: computed. Blue: GPU hit. Green: DRAM.",
+            "Bar: median. Line: interquartile range. Dots: every request. "
+            "Grey: computed. Blue: GPU hit. Green: DRAM. Orange: NVMe.",
             colour="#5c636e",
         ),
         *_axis(end_ms, step_ms, len(rows)),
@@ -65,8 +66,8 @@ def _axis(end_ms: float, step_ms: float, rows: int) -> list[str]:
 
 
 def _colour(samples: Samples) -> str:
-    if samples.dram_tokens:
-        return DRAM_COLOUR
+    if samples.hits:
+        return NVME_COLOUR if samples.hits.nvme > samples.hits.dram else DRAM_COLOUR
     return GPU_COLOUR if samples.cached_tokens else COMPUTED_COLOUR
 
 

@@ -1,4 +1,4 @@
-"""The load: conversations that outgrow vLLM's cache, then single prompts timed from each source."""
+"""The load: conversations that outgrow vLLM's cache, then prompts timed from each source, also after a restart."""
 
 from collections.abc import Callable
 
@@ -6,12 +6,12 @@ from rich.console import Console
 
 from quickstart_lib import measurements as sources
 from quickstart_lib.arguments import Arguments
-from quickstart_lib.cache_size import conversation_label, probe_extra_tokens
+from quickstart_lib.cache_size import BLOCK_TOKENS, conversation_label, probe_extra_tokens
 from quickstart_lib.client import Answer, Client
 from quickstart_lib.conversations import Writer
 from quickstart_lib.failure import QuickstartError
 from quickstart_lib.measurements import Measurements
-from quickstart_lib.metrics import HitCounter
+from quickstart_lib.metrics import NO_HITS, HitCounter, Hits, Metrics
 from quickstart_lib.progress import Phase
 
 
@@ -25,11 +25,17 @@ class Load:
         self._console = console
         self._hits = HitCounter(client.metrics_text)
         self.measured = Measurements()
+        self._probes: list[tuple[list[int], Answer]] = []
 
-    def warm_up(self) -> None:
+    def reconnect(self, client: Client) -> None:
+        """Go on with another server."""
+        self._client = client
+        self._hits = HitCounter(client.metrics_text)
+
+    def warm_up(self, start: int) -> None:
         """Two unmeasured prompts: the first requests of a process pay for lazily made buffers."""
         for index in range(2):
-            self._send(self._writer.opening(f"W{index}", self._arguments.opening_tokens))
+            self._send(self._writer.opening(f"W{start}-{index}", self._arguments.opening_tokens))
 
     def play_conversations(self, gpu_blocks_removed: Callable[[], int]) -> None:
         """Turn by turn over all conversations; between two turns of one, the others push it out of vLLM's cache. Then
@@ -72,30 +78,54 @@ class Load:
                 if reference.cached_tokens == 0:
                     raise QuickstartError("a prompt sent twice did not hit vLLM's own prefix cache")
                 self.measured.record(sources.GPU_HIT, prompt, reference)
+                self._probes.append((prompt, reference))
                 phase.advance()
                 self._client.reset_prefix_cache()
                 self._ask_tier(f"probe {index}", prompt, reference, sources.DRAM_HIT)
                 phase.advance()
 
+    def time_nvme(self) -> None:
+        """The probes again, after prompts that fill the whole DRAM tier have pushed them out of it."""
+        arguments = self._arguments
+        blocks = Metrics(self._client.metrics_text()).slots()
+        count = -(-blocks * BLOCK_TOKENS // arguments.probe_tokens) + 1
+        with Phase(self._console, "NVMe hit", count + len(self._probes)) as phase:
+            for index in range(count):
+                self._send(self._writer.opening(f"F{index}", arguments.probe_tokens))
+                phase.advance()
+            self._ask_probes(sources.NVME_HIT, phase)
+
+    def time_restarted(self) -> None:
+        """The probes once more: the server is new, its memory was removed, what it knows came from the disk."""
+        with Phase(self._console, "hit after restart", len(self._probes)) as phase:
+            self._ask_probes(sources.RESTART_HIT, phase)
+
+    def _ask_probes(self, source: str, phase: Phase) -> None:
+        for index, (prompt, reference) in enumerate(self._probes):
+            self._client.reset_prefix_cache()
+            self._ask_tier(f"probe {index}", prompt, reference, source)
+            phase.advance()
+
     def _play_turn(self, prompt: list[int], turn: int) -> Answer:
         if turn == 0:
             return self._send_cold(prompt, source=sources.OPENING)
-        answer, dram_tokens = self._send_counting(prompt)
-        self.measured.record(sources.RESUMED, prompt, answer, dram_tokens)
+        answer, hits = self._send_counting(prompt)
+        self.measured.record(sources.RESUMED, prompt, answer, hits)
         return answer
 
     def _ask_tier(self, name: str, prompt: list[int], reference: Answer, source: str) -> None:
-        answer, dram_tokens = self._send_counting(prompt)
+        answer, hits = self._send_counting(prompt)
         if not self._arguments.with_kvcellar:
             recomputed = sources.RECOMPUTED if source == sources.DRAM_HIT else sources.EVICTED_RECOMPUTED
             self.measured.record(recomputed, prompt, answer)
             return
-        if dram_tokens == 0:
+        tier = "nvme" if source in (sources.NVME_HIT, sources.RESTART_HIT) else "dram"
+        if getattr(hits, tier) == 0:
             self.measured.empty_hits.append(
-                f"{name}: {answer.cached_tokens} tokens cached, none of them from the DRAM tier"
+                f"{name}, {source}: {answer.cached_tokens} tokens cached, none of them from the {tier} tier"
             )
             return
-        self.measured.record(source, prompt, answer, dram_tokens)
+        self.measured.record(source, prompt, answer, hits)
         self.measured.compare(name, reference, answer)
 
     def _send_cold(self, prompt: list[int], source: str = sources.COLD) -> Answer:
@@ -105,9 +135,9 @@ class Load:
         self.measured.record(source, prompt, answer)
         return answer
 
-    def _send_counting(self, prompt: list[int]) -> tuple[Answer, int]:
+    def _send_counting(self, prompt: list[int]) -> tuple[Answer, Hits]:
         if not self._arguments.with_kvcellar:
-            return self._send(prompt), 0
+            return self._send(prompt), NO_HITS
         self._hits.mark()
         answer = self._send(prompt)
         return answer, self._hits.tokens_since_last()

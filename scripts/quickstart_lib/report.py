@@ -25,7 +25,11 @@ class CacheFacts:
 
 
 def build(
-    arguments: Arguments, measured: Measurements, events: dict[str, Any], facts: CacheFacts, counters: dict[str, float]
+    arguments: Arguments,
+    measured: Measurements,
+    events: dict[str, Any],
+    facts: CacheFacts,
+    counters: list[dict[str, float]],
 ) -> dict[str, Any]:
     """The report as plain data. Times in seconds; spread is the interquartile range."""
     ttft = {
@@ -33,7 +37,12 @@ def build(
         for name, samples in measured.sources.items()
     }
     tokens = {
-        name: {"prompt": samples.prompt_tokens, "cached": samples.cached_tokens, "dram": samples.dram_tokens}
+        name: {
+            "prompt": samples.prompt_tokens,
+            "cached": samples.cached_tokens,
+            "dram": samples.hits.dram,
+            "nvme": samples.hits.nvme,
+        }
         for name, samples in measured.sources.items()
     }
     return {
@@ -44,7 +53,8 @@ def build(
         "pairs_compared": measured.pairs_compared,
         "logprobs_compared": measured.logprobs_compared,
         "differences": measured.differences,
-        "dram_hit_tokens": measured.dram_tokens,
+        "dram_hit_tokens": measured.hits.dram,
+        "nvme_hit_tokens": measured.hits.nvme,
         "ttft_s": ttft,
         "ttft_spread": "interquartile range",
         "tokens": tokens,
@@ -52,7 +62,8 @@ def build(
         "gpu_blocks_evicted": measured.gpu_blocks_evicted,
         "gpu_cache_tokens": facts.gpu_cache_tokens,
         "working_set_tokens": facts.working_set_tokens,
-        "counters": counters,
+        "counters": counters[0],
+        "counters_after_restart": counters[1] if len(counters) > 1 else None,
         "load": _load(arguments),
         "results": [
             {"name": f"ttft_{name}", "value": row["median"], "unit": "s", "spread": row["spread"], "n": row["n"]}
@@ -69,21 +80,41 @@ def write(report: dict[str, Any], path: Path) -> None:
 
 
 def _load(arguments: Arguments) -> dict[str, Any]:
-    names = ("conversations", "turns", "opening_tokens", "output_tokens", "probes", "probe_tokens", "dram_size", "seed")
+    names = (
+        "conversations",
+        "turns",
+        "opening_tokens",
+        "output_tokens",
+        "probes",
+        "probe_tokens",
+        "dram_size",
+        "nvme_size",
+        "seed",
+    )
     return {name: getattr(arguments, name) for name in names}
 
 
 def _goals(measured: Measurements, events: dict[str, Any], facts: CacheFacts) -> list[dict[str, Any]]:
     pairs_equal = measured.pairs_compared - len(measured.differences)
     cpu_stored = events["by_medium"].get("CPU", {}).get("events_stored", 0)
-    cold, dram = measured.sources.get(sources.COLD), measured.sources.get(sources.DRAM_HIT)
-    share = dram.median_seconds() / cold.median_seconds() if cold and dram else None
+    disk_stored = events["by_medium"].get("STORAGE", {}).get("events_stored", 0)
+
+    def share_of_cold(source: str) -> float | None:
+        cold, hit = measured.sources.get(sources.COLD), measured.sources.get(source)
+        return hit.median_seconds() / cold.median_seconds() if cold and hit else None
+
+    shares = {source: share_of_cold(source) for source in (sources.DRAM_HIT, sources.NVME_HIT, sources.RESTART_HIT)}
     checks = (
         ("identical_pairs", f"{measured.pairs_compared}", pairs_equal, measured.outputs_identical),
-        ("dram_hit_tokens", "> 0", measured.dram_tokens, measured.dram_tokens > 0),
+        ("dram_hit_tokens", "> 0", measured.hits.dram, measured.hits.dram > 0),
+        ("nvme_hit_tokens", "> 0", measured.hits.nvme, measured.hits.nvme > 0),
         ("expected_hits_missed", "0", len(measured.empty_hits), not measured.empty_hits),
         ("cpu_block_stored_events", "> 0", cpu_stored, cpu_stored > 0),
+        ("storage_block_stored_events", "> 0", disk_stored, disk_stored > 0),
         ("working_set_over_gpu_cache", ">= 4", facts.ratio, facts.ratio >= 4),
-        ("dram_hit_ttft_over_cold_ttft", "< 1", share, share is not None and share < 1),
+        *(
+            (f"{source}_ttft_over_cold_ttft", "< 1", share, share is not None and share < 1)
+            for source, share in shares.items()
+        ),
     )
     return [{"name": name, "goal": goal, "value": value, "met": met} for name, goal, value, met in checks]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from quickstart_lib.arguments import Arguments
 from quickstart_lib.cache_size import BLOCK_TOKENS, CacheSize
 from quickstart_lib.failure import QuickstartError, ServerTroubleError
 
@@ -21,15 +22,22 @@ STOP_SECONDS_MAX = 20.0
 TAIL_LINES = 40
 
 
-def connector_flag(dram_size: str, pool_dir: str) -> str:
-    """Value of `--kv-transfer-config`. The pool is not kept, and lies in a folder of this run alone: a second run must
-    find its cold prompts cold, and nothing may stay in memory afterwards.
+def connector_flag(arguments: Arguments, pool_dir: str, nvme_dir: str) -> str:
+    """Value of `--kv-transfer-config`. The pool is not kept: nothing may stay in memory after a server, so that only
+    the disk can answer after a restart. Both tiers lie in folders of this run alone: a second run must find its cold
+    prompts cold.
     """
     return json.dumps(
         {
             "kv_connector": "KVCellarConnector",
             "kv_role": "kv_both",
-            "kv_connector_extra_config": {"dram_size": dram_size, "keep_pool": False, "pool_dir": pool_dir},
+            "kv_connector_extra_config": {
+                "dram_size": arguments.dram_size,
+                "keep_pool": False,
+                "pool_dir": pool_dir,
+                "nvme_dir": nvme_dir,
+                "nvme_size": arguments.nvme_size,
+            },
         }
     )
 

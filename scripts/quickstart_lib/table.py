@@ -12,7 +12,7 @@ def show(console: Console, measured: Measurements, report: dict[str, Any]) -> No
     """Times by source, then events by medium, then whether the outputs were the same."""
     times = Table(title="Time to first token (TTFT)", title_justify="left")
     times.add_column("source", no_wrap=True)
-    for name in ("median", "IQR", "n", "prompt", "cached", "DRAM"):
+    for name in ("median", "IQR", "n", "prompt", "DRAM", "NVMe"):
         times.add_column(name, justify="right", no_wrap=True)
     shown = {name: measured.sources[name] for name in MEANINGS if name in measured.sources}
     for name, samples in shown.items():
@@ -22,12 +22,12 @@ def show(console: Console, measured: Measurements, report: dict[str, Any]) -> No
             f"{1000 * samples.spread_seconds():.0f} ms",
             str(len(samples.ttft_seconds)),
             f"{samples.prompt_tokens:,}",
-            f"{samples.cached_tokens:,}",
-            f"{samples.dram_tokens:,}",
+            f"{samples.hits.dram:,}",
+            f"{samples.hits.nvme:,}",
         )
     console.print()
     console.print(times)
-    console.print("IQR: interquartile range. Tokens are sums: sent, taken from any cache, supplied by the DRAM tier.")
+    console.print("IQR: interquartile range. Tokens are sums: sent, supplied by each tier.")
     for name in shown:
         console.print(f"  {name}: {MEANINGS[name]}")
     console.print()
@@ -41,7 +41,7 @@ def show(console: Console, measured: Measurements, report: dict[str, Any]) -> No
     if report["with_kvcellar"]:
         equal = measured.pairs_compared - len(measured.differences)
         console.print(
-            f"Outputs after DRAM hits against those after GPU-cache hits: {equal} of {measured.pairs_compared} pairs "
+            f"Outputs after hits in a tier against those after GPU hits: {equal} of {measured.pairs_compared} pairs "
             f"identical (text, token ids and {measured.logprobs_compared:,} logprobs, bit for bit)."
         )
     else:

@@ -1,4 +1,6 @@
-"""Runs a command without io_uring, or with little locked memory: `python confined.py no-ring|little-memlock COMMAND...`.
+"""Runs a command without io_uring, or with little locked memory.
+
+`python confined.py no-ring|little-memlock COMMAND...`
 
 The limits hold for the command and everything it starts. They cannot be lifted again, hence a process of its own.
 """
