@@ -1,4 +1,4 @@
-"""An independent model of the dram tier, and a replay that holds a real engine's operation log against it.
+"""An independent model of the tiers, and a replay that holds a real engine's operation log against it.
 
 The model knows nothing of the engine's code. It states the rules of the tier in plain Python:
 
@@ -12,6 +12,11 @@ The model knows nothing of the engine's code. It states the rules of the tier in
 - A stored key is visible only when its batch is filled.
 - A hit of a request ends at the last multiple of the block size that is at most `max_hit` and up to which every block
   from the local hit on is resident.
+- Beside a disk, a block that is only there is a hit too. A load gives each such block a free slot, after evicting as
+  for a store; one that gets none, or is being offloaded just then, streams through the window and stays on disk only.
+- A block on disk is not offloaded again. A block that is being written is no victim. A block that is on disk may be
+  evicted for its own request.
+- When writes and reads begin and end is the engine's affair; what they concern must be possible.
 
 One full-attention group; several groups are out of this model's scope.
 """
@@ -59,10 +64,18 @@ class DramTier:
     # Slots whose key is gone while a copy still uses them: each is free once its copy has ended.
     doomed_fills: set[str] = field(default_factory=set)
     doomed_pins: Counter[str] = field(default_factory=Counter)
+    # Blocks on disk, those on their way there, and those on their way back into a slot.
+    disk: set[str] = field(default_factory=set)
+    writing: set[str] = field(default_factory=set)
+    restoring: set[str] = field(default_factory=set)
 
     def resident(self, key: str) -> bool:
         """Whether a lookup sees the key."""
-        return key in self.order or key in self.pins
+        return key in self.order or (key in self.pins and key not in self.restoring)
+
+    def available(self, key: str) -> bool:
+        """Whether a lookup finds the key in any tier."""
+        return self.resident(key) or key in self.disk
 
     def unpinned(self, key: str) -> bool:
         """Whether the key is resident and no load holds it."""
@@ -71,18 +84,21 @@ class DramTier:
     def free(self) -> int:
         """Slots that hold nothing and are used by no copy."""
         doomed = len(self.doomed_fills) + len(self.doomed_pins)
-        return self.slots - len(self.order) - len(self.pins) - len(self.filling) - doomed
+        return self.slots - len(self.order) - len(self._held()) - len(self.filling) - len(self.restoring) - doomed
+
+    def _held(self) -> set[str]:
+        return set(self.pins) - self.restoring
 
     def counts(self) -> Counts:
         """Slots by state."""
-        filling = len(self.filling) + len(self.doomed_fills)
-        filled = len(self.order) + len(self.pins) + len(self.doomed_pins)
+        filling = len(self.filling) + len(self.restoring) + len(self.doomed_fills)
+        filled = len(self.order) + len(self._held()) + len(self.doomed_pins)
         return Counts(self.slots, self.free(), filling, filled, len(self.pins) + len(self.doomed_pins))
 
     def hit(self, keys: Sequence[str], local: int, max_hit: int, block_tokens: int) -> int:
         """Tokens beyond `local` that can be loaded."""
         end = local // block_tokens
-        while end < len(keys) and (end + 1) * block_tokens <= max_hit and self.resident(keys[end]):
+        while end < len(keys) and (end + 1) * block_tokens <= max_hit and self.available(keys[end]):
             end += 1
         return max(0, end * block_tokens - local)
 
@@ -104,7 +120,7 @@ class DramTier:
         for key in reversed(keys):
             if self.doomed_pins[key] > 0:
                 self._take(self.doomed_pins, key)
-            elif self._take(self.pins, key) == 0:
+            elif self._take(self.pins, key) == 0 and key not in self.restoring:
                 self.order[key] = None
 
     @staticmethod
@@ -121,14 +137,42 @@ class DramTier:
         evicted: list[str] = []
         for index, key in enumerate(missing):
             if self.free() <= 0:
-                victim = next(iter(self.order), None)
-                if victim is None or self.toucher.get(victim) == request:
+                victim = self.evict(request)
+                if victim is None:
                     return Placed(stored, evicted, list(missing[index:]))
-                del self.order[victim]
                 evicted.append(victim)
             self.filling[key] = request
             stored.append(key)
         return Placed(stored, evicted, [])
+
+    def evict(self, request: str) -> str | None:
+        """Empties the slot of the coldest key, if it may go."""
+        victim = next((key for key in self.order if key not in self.writing), None)
+        if victim is None or (self.toucher.get(victim) == request and victim not in self.disk):
+            return None
+        del self.order[victim]
+        return victim
+
+    def make_room(self, count: int, request: str) -> list[str]:
+        """Evicts until so many slots are free, or nothing may go."""
+        evicted = []
+        while self.free() < count and (victim := self.evict(request)) is not None:
+            evicted.append(victim)
+        return evicted
+
+    def restore(self, keys: Iterable[str], request: str) -> tuple[list[str], list[str]]:
+        """Gives slots, held for a load, to keys that only the disk has. Returns those with a slot and those without."""
+        placed: list[str] = []
+        streamed: list[str] = []
+        for key in keys:
+            if key in self.filling or self.free() <= 0:
+                streamed.append(key)
+                continue
+            self.restoring.add(key)
+            self.pins[key] += 1
+            self.toucher[key] = request
+            placed.append(key)
+        return placed, streamed
 
     def fill(self, keys: Sequence[str]) -> None:
         """Makes stored keys visible."""
@@ -174,6 +218,14 @@ class Replay:
     evicted_blocks: int = 0
     dropped_blocks: int = 0
     lost_blocks: int = 0
+    # Evicted without ever having been written, where there is a disk.
+    unspilled_blocks: int = 0
+    disk_hit_tokens: int = 0
+    spilled_blocks: int = 0
+    streamed_blocks: int = 0
+    has_disk: bool = False
+    # Blocks being read from disk, by how: into a slot of their own or through the window, the earliest first.
+    reads: dict[str, list[str]] = field(default_factory=dict)
     lookups: int = 0
     waits: int = 0
     states: int = 0
@@ -222,6 +274,16 @@ class Replay:
         match op["op"]:
             case "open":
                 self._open(op)
+            case "open_disk":
+                self._same("reopened blocks (their keys are not in the log)", 0, op["reopened"])
+                self.has_disk = True
+                self._tier().slots -= op["window"]
+            case "spill":
+                self._spill(op)
+            case "spilled":
+                self._spilled(op)
+            case "restored":
+                self._restored(op)
             case "lookup":
                 self._lookup(op)
             case "load":
@@ -269,14 +331,65 @@ class Replay:
         if op["external"] > self.promised.get(op["req"], 0):
             raise self._disagreement("tokens to load", self.promised.get(op["req"], 0), op["external"])
         self._same("blocks to load", op["external"] // self.block_tokens, len(op["keys"]))
-        absent = [key for key in op["keys"] if not tier.resident(key)]
+        absent = [key for key in op["keys"] if not tier.available(key)]
         self._same("keys to load that are not resident", [], absent)
         if op["req"] in self.loads:
             raise self._disagreement("loads in flight of this request", 0, 1)
-        self.loads[op["req"]] = list(op["keys"])
+        held = [key for key in op["keys"] if tier.resident(key) or key in tier.restoring]
+        tier.pin(held, op["req"])
+        if self.has_disk:
+            held += self._restore(op, [key for key in op["keys"] if key not in set(held)])
+        self.loads[op["req"]] = held
         self._uses(op["req"], op["keys"])
-        tier.pin(op["keys"], op["req"])
         self.hit_tokens += op["external"]
+
+    def _restore(self, op: Op, below: list[str]) -> list[str]:
+        """The part of a load that only the disk has. Returns the keys that got slots."""
+        tier = self._tier()
+        evicted = tier.make_room(sum(key not in tier.filling for key in below), op["req"])
+        self._same("evicted keys", evicted, op["evicted"])
+        self._evicts(evicted)
+        placed, streamed = tier.restore(below, op["req"])
+        self._same("keys restored into slots", placed, op["restore"])
+        self._same("keys streamed through the window", streamed, op["window"])
+        for keys, how in ((placed, "slot"), (streamed, "window")):
+            for key in keys:
+                self.reads.setdefault(key, []).append(how)
+        self.streamed_blocks += len(streamed)
+        self.disk_hit_tokens += len(below) * self.block_tokens
+        return placed
+
+    def _restored(self, op: Op) -> None:
+        tier = self._tier()
+        self._same("blocks that could not be read", [], op["lost"])
+        for key in op["keys"]:
+            how = self.reads.get(key, [])
+            if not how:
+                raise self._disagreement("reads of this key under way", 0, key)
+            if how.pop(0) == "slot":
+                tier.restoring.discard(key)
+
+    def _spill(self, op: Op) -> None:
+        tier = self._tier()
+        wrong = [key for key in op["keys"] if not tier.resident(key) or key in tier.disk or key in tier.writing]
+        self._same("keys to write that are absent, on disk or being written already", [], wrong)
+        tier.writing |= set(op["keys"])
+        absent = [key for key in op["evicted"] if key not in tier.disk or self.reads.get(key)]
+        self._same("keys evicted from disk that are not there or are being read", [], absent)
+        tier.disk -= set(op["evicted"])
+
+    def _spilled(self, op: Op) -> None:
+        tier = self._tier()
+        self._same("written keys that were not being written", [], [k for k in op["keys"] if k not in tier.writing])
+        tier.writing -= set(op["keys"])
+        if op["ok"]:
+            tier.disk |= set(op["keys"])
+            self.spilled_blocks += len(op["keys"])
+
+    def _evicts(self, keys: Sequence[str]) -> None:
+        self.evicted_blocks += len(keys)
+        if self.has_disk:
+            self.unspilled_blocks += sum(key not in self._tier().disk for key in keys)
 
     def _load_done(self, op: Op) -> None:
         keys = self.loads.pop(op["req"], [])
@@ -291,7 +404,7 @@ class Replay:
         absent = [key for key in op["touch"] if not tier.unpinned(key)]
         self._same("touched keys that are not resident or are pinned", [], absent)
         missing = op["keys"] + op["dropped"]
-        known = [key for key in missing if tier.resident(key) or key in tier.filling]
+        known = [key for key in missing if tier.available(key) or key in tier.filling or key in tier.restoring]
         self._same("keys to store that are resident or filling already", [], known)
         self._same("keys to store twice in one operation", len(set(missing)), len(missing))
         tier.touch(op["touch"], op["req"])
@@ -302,7 +415,7 @@ class Replay:
         self.batches.setdefault(op["batch"], []).extend(op["keys"])
         self._uses(op["req"], [*op["touch"], *op["keys"]])
         self.stored_blocks += len(placed.stored)
-        self.evicted_blocks += len(placed.evicted)
+        self._evicts(placed.evicted)
         self.dropped_blocks += len(placed.dropped)
 
     def _filled(self, op: Op) -> None:

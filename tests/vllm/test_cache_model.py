@@ -244,3 +244,87 @@ def test_a_dropped_block_is_a_miss() -> None:
         {"op": "drop", "keys": ["a2"], "reason": "bad"},
     ]
     replay([*ops, lookup("b", ["a1", "a2"], 4), state(2, 1, 0, 1)])
+
+
+def opened_disk(window: int = 1) -> Op:
+    return {"op": "open_disk", "extents": 8, "extents_max": 8, "reopened": 0, "window": window}
+
+
+def spill(*keys: str) -> list[Op]:
+    return [{"op": "spill", "keys": list(keys), "evicted": []}, {"op": "spilled", "keys": list(keys), "ok": True}]
+
+
+def restore(request: str, keys: list[str], own: list[str], window: list[str], evicted: list[str]) -> Op:
+    return {**load(request, keys), "restore": own, "window": window, "evicted": evicted}
+
+
+def restored(*keys: str) -> Op:
+    return {"op": "restored", "keys": list(keys), "lost": []}
+
+
+# Two slots and a window of one. a1 and a2 go to disk, b1 and b2 push them out of memory, then a1 and a2 come back: room
+# is made for both before either is read.
+DISK = [
+    opened(3),
+    opened_disk(),
+    store("a", 1, ["a1", "a2"]),
+    filled(1, ["a1", "a2"]),
+    *spill("a1", "a2"),
+    store("b", 2, ["b1", "b2"], evicted=["a2", "a1"]),
+    filled(2, ["b1", "b2"]),
+    *spill("b2"),
+    lookup("c", ["a1", "a2", "x"], 8),
+    restore("c", ["a1", "a2"], ["a1", "a2"], [], ["b2", "b1"]),
+    state(2, 0, 2, 0, pins=2),
+    restored("a1", "a2"),
+    state(2, 0, 0, 2, pins=2),
+    load_done("c", ["a1", "a2"]),
+    state(2, 0, 0, 2),
+]
+
+
+def test_blocks_come_back_from_disk() -> None:
+    result = replay(DISK)
+    assert (result.disk_hit_tokens, result.spilled_blocks, result.unspilled_blocks) == (8, 3, 1)
+    assert result.resident() == {"a1", "a2"}
+
+
+def test_what_finds_no_slot_streams_through_the_window() -> None:
+    held = [*DISK[:8], *spill("b1", "b2"), lookup("e", ["b1", "b2"], 8)]
+    held.append(restore("e", ["b1", "b2"], [], [], []))
+    streamed = restore("c", ["a1", "a2"], [], ["a1", "a2"], [])
+    ops = [*held, lookup("c", ["a1", "a2"], 8), streamed, restored("a1", "a2"), load_done("c", [])]
+    result = replay(ops)
+    assert (result.streamed_blocks, result.resident()) == (2, {"b1", "b2"})
+    with pytest.raises(Disagreement, match="restored into slots"):
+        replay([*ops[:-3], restore("c", ["a1", "a2"], ["a1"], ["a2"], [])])
+
+
+@pytest.mark.parametrize(
+    ("index", "values", "complaint"),
+    [
+        (1, {"reopened": 1}, "reopened"),
+        (4, {"keys": ["a1", "x"]}, "keys to write"),
+        (5, {"keys": ["a1", "x"]}, "were not being written"),
+        (5, {"ok": False}, "evicted keys|the hit"),
+        (6, {"keys": ["a1", "b2"]}, "resident or filling already"),
+        (10, {"hit": 4}, "the hit"),
+        (11, {"evicted": ["b1", "b2"]}, "evicted keys"),
+        (11, {"restore": ["a1"], "window": ["a2"]}, "restored into slots"),
+        (13, {"keys": ["a1", "b1"]}, "reads of this key"),
+        (13, {"keys": ["a1"], "lost": ["a2"]}, "could not be read"),
+        (12, {"filling": 0, "filled": 2}, "filling slots"),
+    ],
+)
+def test_a_wrong_log_of_a_disk_is_refused(index: int, values: dict[str, Any], complaint: str) -> None:
+    ops = copy.deepcopy(DISK)
+    ops[index].update(values)
+    with pytest.raises(Disagreement, match=complaint):
+        replay(ops)
+
+
+def test_a_block_being_written_is_no_victim() -> None:
+    begun = [*DISK[:4], {"op": "spill", "keys": ["a2"], "evicted": []}]
+    replay([*begun, store("b", 2, ["b1"], evicted=["a1"])])
+    with pytest.raises(Disagreement, match="evicted keys"):
+        replay([*begun, store("b", 2, ["b1"], evicted=["a2"])])

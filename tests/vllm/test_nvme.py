@@ -12,14 +12,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
 from tests.vllm.answers import Answer, assert_identical
+from tests.vllm.cache_model import Replay
 from tests.vllm.engines import Engine, open_engine
 from tests.vllm.metrics import Snapshot
 from tests.vllm.places import ROOT, temporary_pool_dir
-from tests.vllm.server import BLOCK_TOKENS
+from tests.vllm.processes import wait_until
+from tests.vllm.prompts import Conversation
+from tests.vllm.server import BLOCK_TOKENS, KV_BLOCKS
+from tests.vllm.subscriber import Subscriber
 
 NVME_BYTES = 2 << 30
 ANSWER_TOKENS = 4
@@ -240,6 +245,90 @@ def test_the_same_where_the_system_gives_less(limit: str, gauges: str) -> None:
         check=False,
     )
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_at_eight_conversations_the_replay_agrees(tmp_path: Path, seed: int) -> None:
+    """The recorded order of operations, fed to the model: every hit, eviction and restore, exactly."""
+    cellar = {"dram_size": "64MiB", "load_policy": "always", "nvme_size": NVME_BYTES, "namespace_salt": "nvme-eight"}
+    options: dict[str, Any] = {"num_gpu_blocks_override": KV_BLOCKS, "max_num_batched_tokens": 200}
+    with (
+        temporary_disk_dir() as disk,
+        temporary_pool_dir() as pool_dir,
+        open_engine(tmp_path, pool_dir, cellar={**cellar, "nvme_dir": str(disk)}, **options) as engine,
+    ):
+        for _ in range(2):
+            lanes = [Conversation(Random(f"{seed}-{lane}"), (120, 300), 1000) for lane in range(8)]
+            engine.converse(lanes, ANSWER_TOKENS)
+        after = settle(engine)
+        replay = Replay(BLOCK_TOKENS).run(engine.trace())
+    said = (
+        f"{replay.hit_tokens} hit tokens, {replay.disk_hit_tokens} from disk, {replay.streamed_blocks} blocks streamed"
+    )
+    said += f", {replay.spilled_blocks} spilled, {replay.unspilled_blocks} not in time, seed {seed}"
+    print(said)
+    assert hits(after) == (replay.hit_tokens - replay.disk_hit_tokens, replay.disk_hit_tokens), said
+    assert after.cellar("spilled_blocks_total") == replay.spilled_blocks > 0
+    assert after.cellar("stored_blocks_total") == replay.stored_blocks - replay.lost_blocks
+    assert after.cellar("evicted_blocks_total", tier="dram") == replay.evicted_blocks
+    assert after.cellar("dropped_blocks_total", reason="unspilled") == replay.unspilled_blocks
+    assert replay.disk_hit_tokens > 0 and replay.states > 0, said
+    assert not after.leftovers()
+
+
+def on_disk(subscriber: Subscriber) -> dict[int, tuple[int | None, tuple[int, ...]]]:
+    """Blocks of the nvme tier as an index would keep them: hash to parent and tokens."""
+    held: dict[int, tuple[int | None, tuple[int, ...]]] = {}
+    for event in list(subscriber.events):
+        if event.get("medium") != "STORAGE":
+            continue
+        if event["type"] == "BlockRemoved":
+            for name in event["block_hashes"]:
+                del held[name]
+            continue
+        assert len(event["token_ids"]) == BLOCK_TOKENS * len(event["block_hashes"]), "token ids do not cover the blocks"
+        parent = event["parent_block_hash"]
+        for index, name in enumerate(event["block_hashes"]):
+            assert name not in held, "stored twice"
+            tokens = event["token_ids"][index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
+            held[name] = (parent, tuple(tokens))
+            parent = name
+    return held
+
+
+def test_an_idle_engine_says_again_what_survived_a_restart(tmp_path: Path, seed: int) -> None:
+    """Nobody sends it a request; its subscriber is new too."""
+    from vllm.config.kv_events import KVEventsConfig
+
+    cellar = {"dram_size": "64MiB", "nvme_size": NVME_BYTES, "namespace_salt": "nvme-again", "write_through": True}
+    told: list[dict[int, tuple[int | None, tuple[int, ...]]]] = []
+    with temporary_disk_dir() as disk:
+        for part in range(2):
+            with (
+                temporary_pool_dir() as pool_dir,
+                Subscriber(f"ipc://{pool_dir}/events.sock") as subscriber,
+                open_engine(
+                    tmp_path,
+                    pool_dir,
+                    cellar={**cellar, "nvme_dir": str(disk)},
+                    name=f"again-{part}",
+                    kv_events_config=KVEventsConfig(
+                        enable_kv_cache_events=True, publisher="zmq", endpoint=subscriber.endpoint
+                    ),
+                ) as engine,
+            ):
+                if part == 0:
+                    for prompt in prompts(seed, 150):
+                        engine.complete(prompt, ANSWER_TOKENS)
+                    written = settle(engine).cellar("spilled_blocks_total")
+                    wait_until(lambda seen=subscriber, count=written: len(on_disk(seen)) >= count, "all events")
+                else:
+                    wait_until(lambda seen=subscriber: len(on_disk(seen)) >= len(told[0]), "the survivors' events")
+                    assert not engine.served
+                    assert subscriber.sequences == list(range(len(subscriber.sequences)))
+                    assert not subscriber.of("BlockStored", "CPU")
+                told.append(on_disk(subscriber))
+    assert len(told[0]) > 100
+    assert told[1] == told[0]
 
 
 @pytest.mark.soak
