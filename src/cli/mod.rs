@@ -1,5 +1,6 @@
 //! The `kvcellar` command. `src/bin/kvcellar.rs` and `python -m kvcellar` both call [`run`].
 
+pub mod bench_compression;
 pub mod bench_lookup;
 pub mod bench_nvme;
 pub mod doctor;
@@ -109,6 +110,8 @@ enum BenchCommand {
     Lookup(bench_lookup::Options),
     /// Blocks to disk and back through the whole nvme tier, beside a bare ring.
     Nvme(bench_nvme::Options),
+    /// Whether lossless compression would pay for the blocks in a store.
+    Compression(bench_compression::Options),
 }
 
 /// Runs the command with these arguments, without the program's name. Returns the exit code: 0 done, 1 refused or failed, 2 wrong usage.
@@ -131,5 +134,6 @@ pub fn run(args: Vec<String>) -> i32 {
         Part::Doctor(options) => doctor::run(&options),
         Part::Bench(BenchCommand::Lookup(options)) => bench_lookup::run(&options),
         Part::Bench(BenchCommand::Nvme(options)) => bench_nvme::run(&options),
+        Part::Bench(BenchCommand::Compression(options)) => bench_compression::run(&options),
     }
 }

@@ -32,6 +32,15 @@ pub fn sums(image: &[u8], geometry: &SlotGeometry, group: GroupIndex) -> Vec<u64
     geometry.parts.iter().map(sum).collect()
 }
 
+/// What each rank that writes one has put into an image of a block of `group`.
+pub fn parts<'a>(image: &'a [u8], geometry: &'a SlotGeometry, group: GroupIndex) -> impl Iterator<Item = &'a [u8]> {
+    let payload = &image[geometry.descriptor_bytes as usize..];
+    geometry.parts.iter().filter(|part| part.writer).map(move |part| {
+        let (offset, len) = part.spans[usize::from(group.0)];
+        &payload[offset as usize..(offset + len) as usize]
+    })
+}
+
 /// Checks the image that was read from an extent: it is of this store and generation, it is the expected block, and all its bytes are whole.
 ///
 /// # Errors

@@ -1,4 +1,4 @@
-//! A look at every extent of a store that no engine serves from, for `kvcellar store stat` and `verify`.
+//! A look at every extent of a store that no engine serves from, for `kvcellar store stat` and `verify` and `kvcellar bench compression`.
 //!
 //! Reads past the page cache where the filesystem can, so that it is the device that is judged. Changes nothing, unless damaged extents are to be
 //! dropped.
@@ -99,6 +99,31 @@ pub fn verify(path: &Path, repair: bool, progress: Progress<'_>) -> Result<Inspe
         directory::replace(path, superblock::NAME, &dirty.encode()?)?;
     }
     Ok(found)
+}
+
+/// Hands the payload of every whole block of a store to `see`, rank by rank one after another, until it says that it has seen enough.
+///
+/// # Errors
+/// [`Error::TryLater`] when an engine owns it; [`Error::DataLost`] without a whole superblock; [`Error::Io`]; those of `see`.
+pub fn payloads(path: &Path, see: &mut dyn FnMut(&[u8]) -> Result<bool>) -> Result<()> {
+    let _owned = registry::own(path)?;
+    let Superblock { store, cache_generation, geometry, .. } = Superblock::load(path)?;
+    let expected = Expected { store, cache_generation, key: None };
+    let mut image = Buffer::pages(geometry.slot_bytes as usize);
+    let mut payload = Vec::new();
+    for (_, file, extents) in files(path, geometry.slot_bytes)? {
+        for offset in (0..extents).map(|extent| extent * geometry.slot_bytes) {
+            let whole = file.read_exact_at(image.bytes_mut(), offset).ok();
+            // Empty, stale and damaged extents are `verify`'s affair.
+            let Some(Ok(key)) = whole.map(|()| extent::check(image.bytes(), &geometry, &expected)) else { continue };
+            payload.clear();
+            extent::parts(image.bytes(), &geometry, key.group).for_each(|part| payload.extend_from_slice(part));
+            if !see(&payload)? {
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
 }
 
 impl Inspected {

@@ -1,0 +1,52 @@
+"""Whether lossless compression would pay: KV of the real model over text, as `kvcellar bench compression` sees it.
+
+python -m tests.vllm.compression reports/bench-compression.json
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.vllm.engines import open_engine
+from tests.vllm.places import ROOT, real_model, temporary_pool_dir
+
+TEXTS = 12
+TOKENS = 900
+
+
+def prompts() -> list[list[int]]:
+    """The quickstart's text: random token ids would make KV that no conversation has."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from quickstart_lib.conversations import Writer
+
+    writer = Writer(real_model(), seed=7)
+    return [writer.opening(f"compression-{index}", TOKENS) for index in range(TEXTS)]
+
+
+def main() -> int:
+    """Fills a store, stops the engine, and measures what lies there."""
+    (ROOT / ".cache").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="compression-", dir=ROOT / ".cache") as name, temporary_pool_dir() as pool:
+        disk = Path(name) / "nvme"
+        disk.mkdir()
+        cellar = {"dram_size": "512MiB", "nvme_dir": str(disk), "nvme_size": "1GiB", "write_through": True}
+        with open_engine(Path(name), pool, cellar=cellar) as engine:
+            for tokens in prompts():
+                engine.complete(tokens, 4)
+            engine.settle()
+        done = subprocess.run(
+            [sys.executable, "-m", "kvcellar", "bench", "compression", str(disk), "--json"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    sys.stderr.write(done.stderr)
+    # vLLM logs to standard output too: the report goes to a file of its own.
+    if done.returncode == 0:
+        Path(sys.argv[1]).write_text(done.stdout)
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
