@@ -157,3 +157,33 @@ fn damage_is_found_told_and_dropped() {
     flip(&place, 0, "superblock", 9);
     assert_eq!(run(&place, &["verify"]), 1);
 }
+
+#[test]
+#[cfg(not(feature = "mutant-unchecked"))]
+fn payloads_are_those_of_whole_blocks() {
+    let place = Place::new();
+    let compress = |more: &[&str]| {
+        let dir = place.path().to_str().expect("text");
+        cli::run(["bench", "compression", dir].iter().chain(more).map(|word| (*word).to_owned()).collect())
+    };
+    assert_eq!(compress(&[]), 1, "there is no block");
+    let engine = filled(&place, 6);
+    let lengths = |most: usize| {
+        let mut seen = Vec::new();
+        let looked = inspection::payloads(&place.file(0, ""), &mut |payload| {
+            seen.push(payload.len());
+            Ok(seen.len() < most)
+        });
+        looked.map(|()| seen)
+    };
+    assert!(matches!(lengths(9), Err(Error::TryLater { .. })), "an engine owns it");
+    assert_eq!(compress(&[]), 1, "an engine owns it");
+    engine.close();
+    // The third rank has the first one's bytes and writes none.
+    assert_eq!(lengths(9).expect("looked"), [4000, 1600, 4000, 1600, 4000, 1600]);
+    assert_eq!(lengths(2).expect("looked"), [4000, 1600]);
+    flip(&place, 0, "segment-00000", 8192 + 4096 + 10);
+    assert_eq!(lengths(9).expect("looked"), [4000, 4000, 1600, 4000, 1600]);
+    assert_eq!(compress(&["--json", "--blocks", "3"]), 0);
+    assert_eq!(compress(&["--value-bytes", "0"]), 2);
+}
