@@ -275,7 +275,7 @@ impl TierEngine {
     fn store_gone(&mut self) {
         let Some(disk) = &mut self.disk else { return };
         if disk.health.lost() {
-            self.outage("its directory is gone; a restart makes a new one");
+            self.out_of_service("its directory is gone", "a restart makes a new one");
         }
     }
 

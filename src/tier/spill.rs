@@ -205,10 +205,15 @@ impl TierEngine {
 
     /// The disk goes out of service: its blocks are not to be had, and everybody is told.
     pub(super) fn outage(&mut self, why: &str) {
+        self.out_of_service(why, "the disk is tried again");
+    }
+
+    /// As [`Self::outage`]; `then`: what will become of the disk.
+    pub(super) fn out_of_service(&mut self, why: &str, then: &str) {
         let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return };
         disk.extents.withdraw(&mut residency.events);
         residency.counters.nvme_outages += 1;
-        eprintln!("kvcellar: the nvme tier is out of service: {why}. The dram tier goes on; the disk is tried again");
+        eprintln!("kvcellar: the nvme tier is out of service: {why}. The dram tier goes on; {then}");
         self.record(|_| trace::line("outage", &[]));
     }
 

@@ -335,3 +335,42 @@ def test_an_idle_engine_says_again_what_survived_a_restart(tmp_path: Path, seed:
 def test_a_working_set_of_a_gibibyte(tmp_path: Path, seed: int) -> None:
     """The same, with a working set of 1 GiB."""
     campaign(tmp_path, seed, 1480)
+
+
+def test_a_directory_removed_under_a_running_engine_costs_hits_only(tmp_path: Path, seed: int) -> None:
+    """Requests go on with the same answers; the tier says that it is gone, to the metrics and to subscribers."""
+    from vllm.config.kv_events import KVEventsConfig
+
+    work = prompts(seed, 120)
+    cellar = {"dram_size": "64MiB", "nvme_size": NVME_BYTES, "namespace_salt": "nvme-gone", "write_through": True}
+    with (
+        temporary_disk_dir() as disk,
+        temporary_pool_dir() as pool_dir,
+        Subscriber(f"ipc://{pool_dir}/events.sock") as subscriber,
+        open_engine(
+            tmp_path,
+            pool_dir,
+            cellar={**cellar, "nvme_dir": str(disk)},
+            kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=subscriber.endpoint),
+        ) as engine,
+    ):
+        expected = []
+        for prompt in work:
+            engine.complete(prompt, ANSWER_TOKENS)
+            settle(engine)
+            expected.append(engine.complete(prompt, ANSWER_TOKENS))
+        wait_until(lambda: bool(on_disk(subscriber)), "blocks on disk")
+        shutil.rmtree(disk)
+        wait_until(lambda: engine.settle().cellar("nvme_outages_total") == 1, "the outage")
+        gone = engine.settle()
+        # Each twice: computed again when memory had pushed it out, then from memory.
+        for number, prompt in [(number, prompt) for number, prompt in enumerate(work) for _ in range(2)]:
+            engine.reset_gpu_cache()
+            assert_identical(expected[number], engine.complete(prompt, ANSWER_TOKENS), f"prompt {number}")
+        after = engine.settle()
+        wait_until(lambda: not on_disk(subscriber), "the removal of every block on disk")
+        assert after.cellar("nvme_in_service") == 0
+        assert hits(after)[1] == hits(gone)[1], "a hit on a disk that is gone"
+        assert hits(after)[0] > hits(gone)[0], "memory served nothing"
+        assert after.cellar("load_failures_total") == 0
+        assert not after.leftovers()
