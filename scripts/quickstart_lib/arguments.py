@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / ".cache" / "model" / "smollm2-135m"
 CACHE = ROOT / ".cache"
+MODEL = CACHE / "model" / "smollm2-135m"
 SERVER_LOG = CACHE / "quickstart-server.log"
 WORKING_SET_RATIO_MIN = 4.0
 

@@ -145,10 +145,7 @@ pub fn run(options: &Options) -> i32 {
         println!("{:#}", report(&results, &[]));
         return 0;
     }
-    println!("{:<32} {:>10} {:>10} {:>5}", "", "median", "spread", "n");
-    for Measured { name, value, unit, spread, n } in &results {
-        println!("{name:<32} {value:>10.3} {spread:>10.3} {n:>5} {unit}");
-    }
+    super::report::print(&results, &[], 3);
     0
 }
 

@@ -200,13 +200,7 @@ pub fn run(options: &Options) -> i32 {
         println!("{:#}", report(&results, &goals));
         return 0;
     }
-    println!("{:<24} {:>10} {:>10} {:>4}", "", "median", "spread", "n");
-    for Measured { name, value, unit, spread, n } in &results {
-        println!("{name:<24} {value:>10.1} {spread:>10.1} {n:>4} {unit}");
-    }
-    for goal in &goals {
-        println!("{} {}: {:.2} ({})", if goal.met { "met     " } else { "NOT MET " }, goal.name, goal.value, goal.goal);
-    }
+    super::report::print(&results, &goals, 1);
     0
 }
 

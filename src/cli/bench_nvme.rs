@@ -338,13 +338,7 @@ pub fn run(options: &Options) -> i32 {
         println!("{:#}", outcome.report());
         return 0;
     }
-    println!("{:<32} {:>10} {:>10} {:>4}", "", "median", "spread", "n");
-    for Measured { name, value, unit, spread, n } in &outcome.results {
-        println!("{name:<32} {value:>10.4} {spread:>10.4} {n:>4} {unit}");
-    }
-    for goal in &outcome.goals {
-        println!("{} {}: {:.2} ({})", if goal.met { "met     " } else { "NOT MET " }, goal.name, goal.value, goal.goal);
-    }
+    super::report::print(&outcome.results, &outcome.goals, 4);
     0
 }
 

@@ -45,6 +45,17 @@ pub fn report(results: &[Measured], goals: &[Goal]) -> Value {
     json!({ "commit": commit(), "machine": machine(), "results": results, "goals": goals })
 }
 
+/// Prints the report for people: a table with `digits` after the point, then the goals.
+pub fn print(results: &[Measured], goals: &[Goal], digits: usize) {
+    println!("{:<40} {:>12} {:>12} {:>4}", "", "median", "spread", "n");
+    for Measured { name, value, unit, spread, n } in results {
+        println!("{name:<40} {value:>12.digits$} {spread:>12.digits$} {n:>4} {unit}");
+    }
+    for Goal { name, goal, value, met } in goals {
+        println!("{} {name}: {value:.2} ({goal})", if *met { "met     " } else { "NOT MET " });
+    }
+}
+
 fn commit() -> Value {
     let output = std::process::Command::new("git").args(["describe", "--always", "--dirty", "--abbrev=12"]).output();
     match output {

@@ -6,7 +6,7 @@
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::block::descriptor;
-use crate::block::{BlockKey, GroupIndex, SlotGeometry};
+use crate::block::{BlockKey, GroupIndex, RankPart, SlotGeometry};
 use crate::error::{Error, Result};
 
 /// What an extent has to be.
@@ -24,21 +24,18 @@ pub struct Expected {
 ///
 /// `image` is a whole slot of this geometry, and `group` one of its groups.
 pub fn sums(image: &[u8], geometry: &SlotGeometry, group: GroupIndex) -> Vec<u64> {
-    let payload = &image[geometry.descriptor_bytes as usize..];
-    let sum = |part: &crate::block::RankPart| {
-        let (offset, len) = part.spans[usize::from(group.0)];
-        if part.writer { xxh3_64(&payload[offset as usize..(offset + len) as usize]) } else { 0 }
-    };
+    let sum = |part: &RankPart| if part.writer { xxh3_64(share(image, geometry, part, group)) } else { 0 };
     geometry.parts.iter().map(sum).collect()
 }
 
 /// What each rank that writes one has put into an image of a block of `group`.
 pub fn parts<'a>(image: &'a [u8], geometry: &'a SlotGeometry, group: GroupIndex) -> impl Iterator<Item = &'a [u8]> {
-    let payload = &image[geometry.descriptor_bytes as usize..];
-    geometry.parts.iter().filter(|part| part.writer).map(move |part| {
-        let (offset, len) = part.spans[usize::from(group.0)];
-        &payload[offset as usize..(offset + len) as usize]
-    })
+    geometry.parts.iter().filter(|part| part.writer).map(move |part| share(image, geometry, part, group))
+}
+
+fn share<'a>(image: &'a [u8], geometry: &SlotGeometry, part: &RankPart, group: GroupIndex) -> &'a [u8] {
+    let (offset, len) = part.spans[usize::from(group.0)];
+    &image[geometry.descriptor_bytes as usize..][offset as usize..(offset + len) as usize]
 }
 
 /// Checks the image that was read from an extent: it is of this store and generation, it is the expected block, and all its bytes are whole.

@@ -3,6 +3,9 @@
 //! Byte 0 is the *owner* lock: exclusive, held by one `EngineCore` for as long as it uses the pool. Byte 1 is the *mappers* lock: shared, held by
 //! every process that maps the file, `EngineCore` included. Taking a pool over needs both exclusively: a dead owner does not prove that its
 //! workers have stopped writing. The kernel drops the locks with the last descriptor, also after SIGKILL.
+//!
+//! A child that was forked and has not yet called `exec` shares our descriptors. An owner that goes therefore gives its lock back by hand: else the
+//! next start would find it held by nobody in particular. The mappers lock stays until the last descriptor goes, as such a child shares the mapping.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -23,6 +26,17 @@ const MAPPERS: i64 = 1;
 #[derive(Debug)]
 pub struct PoolLocks {
     file: File,
+    /// The process that became the owner by these: a forked child that drops its copy must not give back what its parent holds.
+    owned_by: Option<u32>,
+}
+
+impl Drop for PoolLocks {
+    fn drop(&mut self) {
+        if self.owned_by == Some(std::process::id()) {
+            // Where this fails the kernel gives it back with the last descriptor.
+            let _ = lock_byte(&self.file, OWNER, libc::F_UNLCK);
+        }
+    }
 }
 
 fn lock_byte(file: &File, byte: i64, kind: i32) -> std::result::Result<(), Errno> {
@@ -57,7 +71,8 @@ impl PoolLocks {
     /// Tries to become the owner. `None`: another engine is, or the file was replaced meanwhile.
     pub fn own(file: File, path: &Path) -> Option<Self> {
         lock_byte(&file, OWNER, libc::F_WRLCK).ok()?;
-        names(path, &file).then_some(Self { file })
+        let locks = Self { file, owned_by: Some(std::process::id()) };
+        names(path, &locks.file).then_some(locks)
     }
 
     /// Owner: waits until no process of an earlier engine maps the file. `false`: some still do after `patience`.
@@ -90,7 +105,7 @@ impl PoolLocks {
     /// # Errors
     /// [`Error::TryLater`] when somebody is taking the pool over.
     pub fn attach(file: File, path: &Path) -> Result<Self> {
-        let locks = Self { file };
+        let locks = Self { file, owned_by: None };
         locks.share_mapping(path)?;
         Ok(locks)
     }
@@ -111,4 +126,34 @@ impl PoolLocks {
 pub fn holders(file: &File) -> (bool, bool) {
     debug_assert!(file.as_raw_fd() >= 0);
     (is_held(file, OWNER), is_held(file, MAPPERS))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_owner_that_goes_leaves_nothing_locked_in_a_forked_child() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let open = || File::options().write(true).open(file.path()).expect("opened");
+        let owner = PoolLocks::own(open(), file.path()).expect("nobody else does");
+        // What a child holds between fork and exec.
+        let shared = owner.file.try_clone().expect("cloned");
+        assert!(PoolLocks::own(open(), file.path()).is_none());
+        drop(owner);
+        let next = PoolLocks::own(open(), file.path()).expect("given back");
+        drop(shared);
+        assert!(PoolLocks::own(open(), file.path()).is_none(), "the next owner's lock went with the child");
+        drop(next);
+    }
+
+    #[test]
+    fn a_copy_in_another_process_gives_nothing_back() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let open = || File::options().write(true).open(file.path()).expect("opened");
+        let owner = PoolLocks::own(open(), file.path()).expect("nobody else does");
+        let copy = PoolLocks { file: owner.file.try_clone().expect("cloned"), owned_by: Some(std::process::id() + 1) };
+        drop(copy);
+        assert!(PoolLocks::own(open(), file.path()).is_none());
+    }
 }

@@ -5,11 +5,10 @@ python -m tests.vllm.compression reports/bench-compression.json
 
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from tests.vllm.engines import open_engine
-from tests.vllm.places import ROOT, real_model, temporary_pool_dir
+from tests.vllm.places import ROOT, real_model, temporary_disk_dir, temporary_pool_dir
 
 TEXTS = 12
 TOKENS = 900
@@ -26,12 +25,10 @@ def prompts() -> list[list[int]]:
 
 def main() -> int:
     """Fills a store, stops the engine, and measures what lies there."""
-    (ROOT / ".cache").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="compression-", dir=ROOT / ".cache") as name, temporary_pool_dir() as pool:
-        disk = Path(name) / "nvme"
-        disk.mkdir()
+    report = Path(sys.argv[1])
+    with temporary_disk_dir() as disk, temporary_pool_dir() as pool:
         cellar = {"dram_size": "512MiB", "nvme_dir": str(disk), "nvme_size": "1GiB", "write_through": True}
-        with open_engine(Path(name), pool, cellar=cellar) as engine:
+        with open_engine(pool, pool, cellar=cellar) as engine:
             for tokens in prompts():
                 engine.complete(tokens, 4)
             engine.settle()
@@ -44,7 +41,7 @@ def main() -> int:
     sys.stderr.write(done.stderr)
     # vLLM logs to standard output too: the report goes to a file of its own.
     if done.returncode == 0:
-        Path(sys.argv[1]).write_text(done.stdout)
+        report.write_text(done.stdout)
     return done.returncode
 
 

@@ -12,9 +12,10 @@ from typing import Any
 from tests.vllm import oplog
 from tests.vllm.answers import Answer
 from tests.vllm.metrics import Snapshot
-from tests.vllm.places import real_model
+from tests.vllm.places import real_model, temporary_pool_dir
 from tests.vllm.prompts import Conversation
 from tests.vllm.server import BLOCK_TOKENS, CHUNK_TOKENS, MAX_MODEL_LEN, SETTLE_ROUNDS, transfer_config
+from tests.vllm.subscriber import Subscriber
 
 # A request shorter than a block: it makes the engine step and touches no key.
 NUDGE = (1, 2, 3)
@@ -187,3 +188,15 @@ def open_engine(
             yield engine
         finally:
             engine.close()
+
+
+@contextlib.contextmanager
+def open_heard(work_dir: Path, *, cellar: Mapping[str, object], **options: Any) -> Iterator[tuple[Engine, Subscriber]]:
+    """`open_engine` with a pool directory of its own and a real subscriber to its KVEvents."""
+    from vllm.config.kv_events import KVEventsConfig
+
+    with temporary_pool_dir() as pool_dir, Subscriber(f"ipc://{pool_dir}/events.sock") as subscriber:
+        # vLLM would bind a TCP endpoint on all interfaces.
+        events = KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=subscriber.endpoint)
+        with open_engine(work_dir, pool_dir, cellar=cellar, kv_events_config=events, **options) as engine:
+            yield engine, subscriber

@@ -1,4 +1,4 @@
-"""Where things lie, and temporary pool directories that leave nothing behind."""
+"""Where things lie, and temporary directories that leave nothing behind."""
 
 import contextlib
 import shutil
@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SMOLLM2 = ROOT / ".cache" / "model" / "smollm2-135m"
+CACHE = ROOT / ".cache"
+SMOLLM2 = CACHE / "model" / "smollm2-135m"
 
 
 def real_model() -> Path:
@@ -26,6 +27,17 @@ def real_model() -> Path:
 def temporary_pool_dir() -> Iterator[Path]:
     """A directory on shared memory for one engine's pools, removed with everything in it at the end."""
     path = Path(tempfile.mkdtemp(prefix="kvcellar-test-", dir="/dev/shm"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def temporary_disk_dir() -> Iterator[Path]:
+    """A directory on a disk, not in shared memory."""
+    CACHE.mkdir(exist_ok=True)
+    path = Path(tempfile.mkdtemp(prefix="nvme-test-", dir=CACHE))
     try:
         yield path
     finally:

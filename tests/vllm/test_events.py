@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.vllm.cache_model import Replay
-from tests.vllm.engines import Engine, open_engine
-from tests.vllm.places import temporary_pool_dir
+from tests.vllm.engines import Engine, open_heard
 from tests.vllm.prompts import prompt
 from tests.vllm.server import BLOCK_TOKENS
 from tests.vllm.subscriber import Event, Subscriber
@@ -39,24 +38,19 @@ class Run:
 @pytest.fixture(scope="module")
 def run(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory, seed: int) -> Iterator[Run]:
     """Sixteen prompts through a pool that holds about half of their blocks, with loads in between."""
-    from vllm.config.kv_events import KVEventsConfig
-
     rng = random.Random(f"events-{seed}")
-    with temporary_pool_dir() as pool_dir, Subscriber(f"ipc://{pool_dir}/events.sock") as subscriber:
-        # vLLM would bind a TCP endpoint on all interfaces.
-        events = KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=subscriber.endpoint)
-        cellar = {"dram_size": "64MiB", "namespace_salt": "events"}
-        with open_engine(tmp_path_factory.mktemp("events"), pool_dir, cellar=cellar, kv_events_config=events) as engine:
-            run = Run(engine, subscriber)
-            prompts = [prompt(rng, rng.randint(150, 400)) for _ in range(PROMPTS)]
-            for index, tokens in enumerate(prompts):
-                engine.complete(tokens, 4)
-                engine.settle()
-                if index % 4 == 3:
-                    engine.reset_gpu_cache()
-                    engine.complete(prompts[index - 1] + prompt(rng, 50), 4)
-            run.catch_up()
-            yield run
+    cellar = {"dram_size": "64MiB", "namespace_salt": "events"}
+    with open_heard(tmp_path_factory.mktemp("events"), cellar=cellar) as (engine, subscriber):
+        run = Run(engine, subscriber)
+        prompts = [prompt(rng, rng.randint(150, 400)) for _ in range(PROMPTS)]
+        for index, tokens in enumerate(prompts):
+            engine.complete(tokens, 4)
+            engine.settle()
+            if index % 4 == 3:
+                engine.reset_gpu_cache()
+                engine.complete(prompts[index - 1] + prompt(rng, 50), 4)
+        run.catch_up()
+        yield run
 
 
 def block_hash(parent: bytes | None, tokens: tuple[int, ...]) -> bytes:

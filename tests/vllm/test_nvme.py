@@ -5,10 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -18,9 +16,9 @@ import pytest
 
 from tests.vllm.answers import Answer, assert_identical
 from tests.vllm.cache_model import Replay
-from tests.vllm.engines import Engine, open_engine
+from tests.vllm.engines import Engine, open_engine, open_heard
 from tests.vllm.metrics import Snapshot
-from tests.vllm.places import ROOT, temporary_pool_dir
+from tests.vllm.places import ROOT, temporary_disk_dir, temporary_pool_dir
 from tests.vllm.processes import wait_until
 from tests.vllm.prompts import Conversation
 from tests.vllm.server import BLOCK_TOKENS, KV_BLOCKS
@@ -35,18 +33,6 @@ EMPTY_BYTES_MAX = 64 << 10
 GAUGES = "KVCELLAR_TEST_NVME_GAUGES"
 
 pytestmark = pytest.mark.usefixtures("vllm_installed")
-
-
-@contextlib.contextmanager
-def temporary_disk_dir() -> Iterator[Path]:
-    """A directory on a disk, not in shared memory."""
-    home = ROOT / ".cache"
-    home.mkdir(exist_ok=True)
-    path = Path(tempfile.mkdtemp(prefix="nvme-test-", dir=home))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def bytes_on_disk(directory: Path) -> int:
@@ -298,25 +284,12 @@ def on_disk(subscriber: Subscriber) -> dict[int, tuple[int | None, tuple[int, ..
 
 def test_an_idle_engine_says_again_what_survived_a_restart(tmp_path: Path, seed: int) -> None:
     """Nobody sends it a request; its subscriber is new too."""
-    from vllm.config.kv_events import KVEventsConfig
-
     cellar = {"dram_size": "64MiB", "nvme_size": NVME_BYTES, "namespace_salt": "nvme-again", "write_through": True}
     told: list[dict[int, tuple[int | None, tuple[int, ...]]]] = []
     with temporary_disk_dir() as disk:
         for part in range(2):
-            with (
-                temporary_pool_dir() as pool_dir,
-                Subscriber(f"ipc://{pool_dir}/events.sock") as subscriber,
-                open_engine(
-                    tmp_path,
-                    pool_dir,
-                    cellar={**cellar, "nvme_dir": str(disk)},
-                    name=f"again-{part}",
-                    kv_events_config=KVEventsConfig(
-                        enable_kv_cache_events=True, publisher="zmq", endpoint=subscriber.endpoint
-                    ),
-                ) as engine,
-            ):
+            options = {**cellar, "nvme_dir": str(disk)}
+            with open_heard(tmp_path, cellar=options, name=f"again-{part}") as (engine, subscriber):
                 if part == 0:
                     for prompt in prompts(seed, 150):
                         engine.complete(prompt, ANSWER_TOKENS)
@@ -340,20 +313,11 @@ def test_a_working_set_of_a_gibibyte(tmp_path: Path, seed: int) -> None:
 
 def test_a_directory_removed_under_a_running_engine_costs_hits_only(tmp_path: Path, seed: int) -> None:
     """Requests go on with the same answers; the tier says that it is gone, to the metrics and to subscribers."""
-    from vllm.config.kv_events import KVEventsConfig
-
     work = prompts(seed, 120)
     cellar = {"dram_size": "64MiB", "nvme_size": NVME_BYTES, "namespace_salt": "nvme-gone", "write_through": True}
     with (
         temporary_disk_dir() as disk,
-        temporary_pool_dir() as pool_dir,
-        Subscriber(f"ipc://{pool_dir}/events.sock") as subscriber,
-        open_engine(
-            tmp_path,
-            pool_dir,
-            cellar={**cellar, "nvme_dir": str(disk)},
-            kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=subscriber.endpoint),
-        ) as engine,
+        open_heard(tmp_path, cellar={**cellar, "nvme_dir": str(disk)}) as (engine, subscriber),
     ):
         expected = []
         for prompt in work:
