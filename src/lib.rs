@@ -28,6 +28,7 @@ pub mod config;
 pub mod error;
 pub mod events;
 pub mod gpu;
+pub mod index;
 pub mod limits;
 pub mod metrics;
 pub mod nvme;

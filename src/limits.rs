@@ -183,3 +183,43 @@ const _: () = assert!(SEGMENTS_MAX <= 100_000, "segment files are numbered with 
 const _: () = assert!(EXTENTS_MAX < u32::MAX, "the number of extents fits beside their indices");
 const _: () = assert!(RING_STARTED_MAX + 1 < RING_ENTRIES as usize, "every transfer and the wake fit into the ring");
 const _: () = assert!(REGISTERED_PIECE_BYTES.is_multiple_of(SLOT_ALIGN as usize), "pieces end on page borders");
+
+// KVEvents and the index.
+
+/// Bytes of one published batch. Larger ones are refused.
+pub const EVENT_PAYLOAD_BYTES_MAX: usize = 64 << 20;
+
+/// Nesting of a msgpack value that is passed over. Deeper ones are refused.
+pub const MSGPACK_DEPTH_MAX: usize = 16;
+
+/// Batches, and their bytes, that may wait for the end of a replay. At the bound the oldest go: a replay has them, or they become a hole, which is seen.
+pub const HELD_BATCHES_MAX: usize = 16_384;
+/// Bytes of them.
+pub const HELD_BYTES_MAX: usize = 256 << 20;
+
+/// Batches whose fingerprints are kept, to tell a repeat from a restart.
+pub const RECENT_BATCHES: usize = 64;
+
+/// Replays in a row that may bring nothing. Then the publisher counts as one without replays until the next connection.
+pub const REPLAY_TRIES: u32 = 3;
+
+const _: () = assert!(EVENT_PAYLOAD_BYTES_MAX <= HELD_BYTES_MAX, "the largest batch can wait");
+
+/// Hashes without a holder that an engine's group may keep although it has fewer blocks than that. Beyond it, and beyond its number of blocks, the
+/// oldest are forgotten: a child stored later waits as an orphan.
+pub const GHOSTS_MIN: usize = 4096;
+
+/// Bytes of blocks that wait for their parent, all engines together. At the bound the oldest are dropped and counted: misses.
+pub const ORPHAN_BYTES_MAX: usize = 64 << 20;
+
+/// Smallest memory bound of an index.
+pub const INDEX_BYTES_MIN: usize = 128 << 20;
+
+/// Engines of one index at once. Further ones are refused.
+pub const ENGINES_MAX: usize = 65_536;
+
+/// Tokens of one question. Longer prompts are refused.
+pub const PROMPT_TOKENS_MAX: usize = 16 << 20;
+
+const _: () = assert!(2 * ORPHAN_BYTES_MAX <= INDEX_BYTES_MIN, "orphans leave room for blocks");
+const _: () = assert!(ENGINES_MAX * GROUPS_MAX <= 1 << 24, "a column's number fits beside its tiers");

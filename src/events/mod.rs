@@ -1,8 +1,13 @@
-//! What happened to blocks, in order, until vLLM takes it.
+//! What happened to blocks: an engine's own log of it, and KVEvents on the wire.
 //!
-//! Owns: the queue of events and the joining of neighbours. Promises: order is kept; a full queue loses new events, counts them, and never
-//! grows. Only the tier engine's transition function appends.
+//! [`log`]: the queue of one engine's events until vLLM takes them. [`wire`], [`decode`], [`encode`]: batches of a fleet's engines as they
+//! travel. [`follow`]: one publisher's numbered batches through losses and restarts. [`publisher`], [`subscriber`]: the sockets.
 
+pub mod decode;
+pub mod encode;
+pub mod follow;
 pub mod log;
+pub mod msgpack;
+pub mod wire;
 
 pub use log::{EventLog, Run};

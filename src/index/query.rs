@@ -1,0 +1,241 @@
+//! Who holds how much of a prompt, where: one pass over its blocks, without a lock and without memory for each block.
+//!
+//! Neighbouring blocks mostly have the same holders, so the pass goes over runs of equal sets. A group that needs whole prefixes counts as long as
+//! every block was there; one with a sliding window counts where its last blocks are there. What is found is a moment's truth: a block that
+//! changes hands during the pass may be seen either way.
+
+use super::roster::{EngineId, Need, Roster};
+use super::sets::{SetRef, Sets};
+use super::table::{Table, View};
+use super::tiers::{FleetTier, TIERS, Weights, unpack};
+
+/// Blocks that are looked for ahead of the one looked at.
+const AHEAD: usize = 16;
+
+/// Tries to read a set that changes at this moment.
+const TRIES: usize = 8;
+
+/// How much of its prefix an engine can use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Usable {
+    /// All of the longest prefix that its full-attention group holds.
+    Full,
+    /// Less than that: another group lacks what it needs at the end.
+    Partial,
+    /// Nothing.
+    None,
+}
+
+impl Usable {
+    /// Its name in answers.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Partial => "partial",
+            Self::None => "none",
+        }
+    }
+}
+
+/// What an engine has of a prompt.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Score {
+    /// Which engine.
+    pub engine: EngineId,
+    /// Blocks that it can use, from the first on.
+    pub blocks: u32,
+    /// Of those, how many it would take from each tier: the fastest that has the block.
+    pub tiers: [u32; TIERS],
+    /// Whether more is held than can be used.
+    pub usable: Usable,
+    /// The weighted share of the prompt: 1 when all blocks are worth 1.
+    pub score: f64,
+}
+
+/// One group's state within the pass.
+#[derive(Debug, Clone, Copy, Default)]
+struct Track {
+    /// Block after the last one that was there without a hole before it.
+    end: u32,
+    /// First block of that run.
+    start: u32,
+    tiers: [u32; TIERS],
+    /// Tiers at `end`'s last usable point, for engines with several groups.
+    seen: bool,
+}
+
+/// Reusable memory of passes.
+#[derive(Debug, Default)]
+pub struct Scorer {
+    tracks: Vec<Track>,
+    touched: Vec<u32>,
+    holders: Vec<u32>,
+    usable: Vec<(u32, [u32; TIERS])>,
+    scores: Vec<Score>,
+}
+
+impl Scorer {
+    /// Scores every engine that has anything of the prompt, or only `candidates`; best first, then by engine number.
+    pub fn score(
+        &mut self,
+        (table, sets, roster): (&Table, &Sets, &Roster),
+        keys: &[u64],
+        candidates: Option<&[EngineId]>,
+        weights: &Weights,
+    ) -> &[Score] {
+        self.begin(roster, candidates);
+        let mut view = table.view();
+        let several: Vec<&super::roster::EngineView> =
+            roster.engines.iter().flatten().filter(|engine| needs_care(&engine.columns)).collect();
+        self.usable.clear();
+        self.usable.resize(several.len(), (0, [0; TIERS]));
+        let windows_only = several.iter().any(|engine| engine.columns.iter().all(|(_, need)| *need != Need::Whole));
+        for key in keys.iter().take(AHEAD) {
+            view.announce(*key);
+        }
+        let mut block = 0;
+        let mut current = None;
+        let mut run_start = 0_u32;
+        for (number, key) in keys.iter().enumerate() {
+            if let Some(key) = keys.get(number + AHEAD) {
+                view.announce(*key);
+            }
+            block = number as u32;
+            let set = view.get(*key).unwrap_or(SetRef::NONE);
+            if current == Some(set) {
+                continue;
+            }
+            if current.is_some() {
+                let alive = self.close_run(run_start, block);
+                self.weigh(&several, block);
+                if !alive && !windows_only {
+                    current = None;
+                    break;
+                }
+            }
+            run_start = block;
+            current = Some(self.open_run(sets, &mut view, *key, set));
+        }
+        if current.is_some() {
+            self.close_run(run_start, block + 1);
+            self.weigh(&several, block + 1);
+        }
+        self.collect(roster, &several, keys.len(), weights)
+    }
+
+    fn begin(&mut self, roster: &Roster, candidates: Option<&[EngineId]>) {
+        self.tracks.clear();
+        self.touched.clear();
+        self.scores.clear();
+        let wanted = |engine: &EngineId| candidates.is_none_or(|wanted| wanted.contains(engine));
+        // A column that is not wanted is one whose prefix has ended before it began.
+        let track = |column: &Option<(EngineId, Need)>| Track {
+            end: if column.as_ref().is_some_and(|(engine, _)| wanted(engine)) { 0 } else { u32::MAX },
+            ..Track::default()
+        };
+        self.tracks.extend(roster.columns.iter().map(track));
+    }
+
+    /// Reads the holders of a run's first block.
+    fn open_run(&mut self, sets: &Sets, view: &mut View<'_>, key: u64, mut set: SetRef) -> SetRef {
+        for _ in 0..TRIES {
+            if sets.read(set, &mut self.holders) {
+                return set;
+            }
+            view.renew(key);
+            set = view.get(key).unwrap_or(SetRef::NONE);
+        }
+        // It changes all the time: a doubtful block is a miss.
+        self.holders.clear();
+        SetRef::NONE
+    }
+
+    /// Counts a run of blocks with the same holders. `false`: nobody holds every block so far.
+    fn close_run(&mut self, start: u32, end: u32) -> bool {
+        let mut alive = false;
+        for holder in &self.holders {
+            let (column, mask) = unpack(*holder);
+            let Some(track) = self.tracks.get_mut(column.0 as usize) else { continue };
+            if track.end == u32::MAX {
+                continue;
+            }
+            if !track.seen {
+                track.seen = true;
+                self.touched.push(column.0);
+                track.start = start;
+            } else if track.end != start {
+                track.start = start;
+            }
+            // Tiers count for the prefix only.
+            if track.start == 0 {
+                track.tiers[FleetTier::best(mask) as usize] += end - start;
+                alive = true;
+            }
+            track.end = end;
+        }
+        alive
+    }
+
+    /// For engines with several groups, or a window: is `end` a point up to which they can use the prefix?
+    fn weigh(&mut self, several: &[&super::roster::EngineView], end: u32) {
+        for (engine, usable) in several.iter().zip(&mut self.usable) {
+            let enough = engine.columns.iter().all(|(column, need)| {
+                let Some(track) = self.tracks.get(column.0 as usize) else { return false };
+                let run = if track.seen && track.end == end { end - track.start } else { 0 };
+                match need {
+                    Need::Whole => run == end,
+                    Need::Last(blocks) => run >= (*blocks).min(end),
+                }
+            });
+            if enough {
+                let first = engine.columns.first().and_then(|(column, _)| self.tracks.get(column.0 as usize));
+                *usable = (end, first.map_or([0; TIERS], |track| track.tiers));
+            }
+        }
+    }
+
+    fn collect(
+        &mut self,
+        roster: &Roster,
+        several: &[&super::roster::EngineView],
+        blocks: usize,
+        weights: &Weights,
+    ) -> &[Score] {
+        let score = |tiers: &[u32; TIERS], used: u32, held: u32, engine: EngineId| {
+            let worth: f64 = tiers.iter().zip(weights.0).map(|(blocks, weight)| f64::from(*blocks) * weight).sum();
+            let usable = match used {
+                0 => Usable::None,
+                used if used == held => Usable::Full,
+                _ => Usable::Partial,
+            };
+            Score { engine, blocks: used, tiers: *tiers, usable, score: worth / blocks.max(1) as f64 }
+        };
+        for (engine, (used, tiers)) in several.iter().zip(&self.usable) {
+            let held = engine.columns.iter().filter(|(_, need)| *need == Need::Whole).filter_map(|(column, _)| {
+                self.tracks
+                    .get(column.0 as usize)
+                    .map(|track| if track.seen && track.start == 0 { track.end } else { 0 })
+            });
+            let held = held.min().unwrap_or(*used);
+            if held > 0 {
+                self.scores.push(score(tiers, *used, held, engine.id));
+            }
+        }
+        for column in &self.touched {
+            let Some(Some((engine, _))) = roster.columns.get(*column as usize) else { continue };
+            let track = &self.tracks[*column as usize];
+            let used: u32 = track.tiers.iter().sum();
+            let careful = roster.get(*engine).is_none_or(|engine| needs_care(&engine.columns));
+            if used > 0 && !careful {
+                self.scores.push(score(&track.tiers, used, used, *engine));
+            }
+        }
+        self.scores.sort_by(|a, b| b.score.total_cmp(&a.score).then(a.engine.cmp(&b.engine)));
+        &self.scores
+    }
+}
+
+/// An engine whose usable prefix is not simply what its one group holds.
+fn needs_care(columns: &[(super::tiers::Column, Need)]) -> bool {
+    columns.len() > 1 || columns.iter().any(|(_, need)| *need != Need::Whole)
+}

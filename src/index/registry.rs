@@ -1,0 +1,147 @@
+//! Engines and their columns as the writer keeps them: who is there, under which number, with which groups.
+
+use std::sync::Arc;
+
+use hashbrown::HashMap;
+
+use super::column::{ColumnState, Ratio};
+use super::keys;
+use super::roster::{EngineId, EngineView, Need, Roster};
+use super::tiers::Column;
+use super::writer::Writer;
+use crate::error::{Error, Result};
+use crate::events::wire::Stored;
+use crate::limits;
+
+/// An engine: what readers see of it, and its columns by group.
+#[derive(Debug)]
+pub(super) struct Engine {
+    pub(super) view: EngineView,
+    by_group: HashMap<u32, Column>,
+}
+
+impl Writer {
+    /// Registers an engine, or finds it.
+    ///
+    /// # Errors
+    /// [`Error::TryLater`] when there are too many.
+    pub fn engine(&mut self, name: &str, model: &str) -> Result<EngineId> {
+        if let Some(found) = self.engines.iter().flatten().find(|engine| engine.view.name == name) {
+            return Ok(found.view.id);
+        }
+        let number = self.engines.iter().position(Option::is_none).unwrap_or(self.engines.len());
+        if number >= limits::ENGINES_MAX {
+            return Err(Error::TryLater {
+                what: "the index".to_owned(),
+                holder: format!("{number} engines are known"),
+            });
+        }
+        let id = EngineId(number as u32);
+        let view = EngineView { id, name: name.to_owned(), model: model.to_owned(), columns: Vec::new() };
+        let engine = Some(Engine { view, by_group: HashMap::new() });
+        if number == self.engines.len() {
+            self.engines.push(engine);
+        } else {
+            self.engines[number] = engine;
+        }
+        self.publish();
+        Ok(id)
+    }
+
+    /// Forgets an engine.
+    pub fn remove_engine(&mut self, id: EngineId) {
+        self.forget(id);
+        for column in self.columns_of(id) {
+            self.uncount(column);
+            self.columns[column.0 as usize] = None;
+        }
+        if let Some(engine) = self.engines.get_mut(id.0 as usize) {
+            *engine = None;
+        }
+        self.publish();
+    }
+
+    pub(super) fn publish(&self) {
+        let engines = self.engines.iter().map(|engine| engine.as_ref().map(|engine| engine.view.clone())).collect();
+        let columns =
+            self.columns.iter().map(|column| column.as_ref().map(|state| (state.engine, state.need))).collect();
+        self.roster.store(Arc::new(Roster { engines, columns }));
+    }
+
+    pub(super) fn columns_of(&self, id: EngineId) -> Vec<Column> {
+        let engine = self.engines.get(id.0 as usize).and_then(Option::as_ref);
+        engine.map_or_else(Vec::new, |engine| engine.view.columns.iter().map(|(column, _)| *column).collect())
+    }
+
+    pub(super) fn column(&self, column: Column) -> Option<&ColumnState> {
+        self.columns.get(column.0 as usize)?.as_ref()
+    }
+
+    pub(super) fn state(&mut self, column: Column) -> Option<&mut ColumnState> {
+        self.columns.get_mut(column.0 as usize)?.as_mut()
+    }
+
+    /// The column of an engine's group, made if need be. `None`: there is no such engine, or it has too many groups.
+    pub(super) fn column_of(&mut self, id: EngineId, group: u32) -> Option<Column> {
+        let engine = self.engines.get(id.0 as usize)?.as_ref()?;
+        if let Some(column) = engine.by_group.get(&group) {
+            return Some(*column);
+        }
+        if engine.by_group.len() >= limits::GROUPS_MAX {
+            return None;
+        }
+        let number = self.columns.iter().position(Option::is_none).unwrap_or(self.columns.len());
+        let column = Column(number as u32);
+        let state = Some(ColumnState::new(id, group));
+        if number == self.columns.len() {
+            self.columns.push(state);
+        } else {
+            self.columns[number] = state;
+        }
+        let engine = self.engines.get_mut(id.0 as usize)?.as_mut()?;
+        engine.by_group.insert(group, column);
+        engine.view.columns.push((column, Need::Whole));
+        self.publish();
+        Some(column)
+    }
+
+    /// Learns what a group needs and how large its blocks are.
+    pub(super) fn describe(&mut self, column: Column, stored: &Stored<'_>) {
+        let index_block = self.block_tokens;
+        let Some(state) = self.state(column) else { return };
+        if stored.block_size != 0 && !stored.tokens.is_empty() && state.block_tokens != stored.block_size {
+            // Another size means other blocks: whatever was known is of another engine life.
+            if state.block_tokens != 0 {
+                self.clear_column(column, u8::MAX);
+            }
+            if index_block == 0 {
+                self.block_tokens = stored.block_size;
+            }
+            let index_block = self.block_tokens;
+            let Some(state) = self.state(column) else { return };
+            state.block_tokens = stored.block_size;
+            state.ratio = Ratio::of(stored.block_size, index_block);
+        }
+        let index_block = self.block_tokens;
+        let Some(state) = self.state(column) else { return };
+        let need = Need::of(stored.kind, stored.window, index_block);
+        if stored.kind.is_some() && state.need != need {
+            state.need = need;
+            let id = state.engine;
+            if let Some(Some(engine)) = self.engines.get_mut(id.0 as usize) {
+                for (of, known) in &mut engine.view.columns {
+                    if *of == column {
+                        *known = need;
+                    }
+                }
+                engine.view.columns.sort_by_key(|(column, need)| (*need != Need::Whole, *column));
+            }
+            self.publish();
+        }
+    }
+
+    pub(super) fn root(&self, column: Column, stored: &Stored<'_>) -> u64 {
+        let engine = self.column(column).and_then(|state| self.engines.get(state.engine.0 as usize)?.as_ref());
+        keys::root(engine.map_or("", |engine| &engine.view.model), stored.lora_name)
+    }
+}

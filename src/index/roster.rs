@@ -1,0 +1,78 @@
+//! The engines of the fleet and their columns, as readers see them. Replaced as a whole when an engine comes, goes, or shows another group.
+
+use super::tiers::Column;
+
+/// An engine's number. Numbers of engines that are gone are used again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct EngineId(pub u32);
+
+/// What a group needs of a prefix to be usable at its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    /// All of it.
+    Whole,
+    /// So many of its last blocks, in blocks of the index.
+    Last(u32),
+}
+
+impl Need {
+    /// From what an event says of a group. `block`: tokens of an index block. What is not known needs the whole prefix.
+    pub fn of(kind: Option<&str>, window: Option<u32>, block: u32) -> Self {
+        match (kind, window) {
+            // A token attends to itself and the window - 1 tokens before it.
+            (Some("sliding_window" | "sliding_window_mla" | "chunked_local_attention"), Some(window)) => {
+                Self::Last(window.saturating_sub(1).div_ceil(block.max(1)).max(1))
+            }
+            (Some("mamba"), _) => Self::Last(1),
+            _ => Self::Whole,
+        }
+    }
+}
+
+/// One engine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EngineView {
+    /// Its number.
+    pub id: EngineId,
+    /// Its name.
+    pub name: String,
+    /// The model it serves.
+    pub model: String,
+    /// Its groups, the one that needs whole prefixes first where there is one.
+    pub columns: Vec<(Column, Need)>,
+}
+
+/// All engines.
+#[derive(Debug, Clone, Default)]
+pub struct Roster {
+    /// By number.
+    pub engines: Vec<Option<EngineView>>,
+    /// For every column: its engine's number and what it needs. `None` for numbers that are not in use.
+    pub columns: Vec<Option<(EngineId, Need)>>,
+}
+
+impl Roster {
+    /// An engine by name.
+    pub fn find(&self, name: &str) -> Option<&EngineView> {
+        self.engines.iter().flatten().find(|engine| engine.name == name)
+    }
+
+    /// An engine by number.
+    pub fn get(&self, id: EngineId) -> Option<&EngineView> {
+        self.engines.get(id.0 as usize)?.as_ref()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_group_needs() {
+        assert_eq!(Need::of(Some("full_attention"), None, 16), Need::Whole);
+        assert_eq!(Need::of(Some("something new"), Some(4), 16), Need::Whole);
+        assert_eq!(Need::of(Some("sliding_window"), Some(128), 16), Need::Last(8));
+        assert_eq!(Need::of(Some("sliding_window"), Some(1), 16), Need::Last(1));
+        assert_eq!(Need::of(Some("mamba"), None, 16), Need::Last(1));
+    }
+}
