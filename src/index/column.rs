@@ -5,6 +5,7 @@ use hashbrown::HashMap;
 use super::joined::Joined;
 use super::links::Links;
 use super::roster::{EngineId, Need};
+use super::split::Split;
 
 /// How an engine's blocks relate to those of the index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,8 +48,8 @@ pub struct ColumnState {
     pub ratio: Ratio,
     /// Its hashes.
     pub links: Links,
-    /// Keys before the last one, of blocks that are several of the index.
-    pub spans: HashMap<u64, Box<[u64]>>,
+    /// Blocks that are several of the index.
+    pub split: Split,
     /// Blocks that are pieces of one of the index.
     pub joined: Joined,
     /// Keys expected here after a decision, and until when, in ms.
@@ -67,7 +68,7 @@ impl ColumnState {
             block_tokens: 0,
             ratio: Ratio::Odd,
             links: Links::default(),
-            spans: HashMap::new(),
+            split: Split::default(),
             joined: Joined::default(),
             expected: HashMap::new(),
             counted: 0,
@@ -76,15 +77,7 @@ impl ColumnState {
 
     /// Bytes in memory.
     pub fn bytes(&self) -> usize {
-        let span = match self.ratio {
-            Ratio::Split(parts) => 16 + (parts - 1) * 8,
-            _ => 0,
-        };
-        self.links.bytes()
-            + self.spans.allocation_size()
-            + self.spans.len() * span
-            + self.joined.bytes()
-            + self.expected.allocation_size()
+        self.links.bytes() + self.split.bytes() + self.joined.bytes() + self.expected.allocation_size()
     }
 }
 

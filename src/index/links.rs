@@ -82,25 +82,26 @@ impl Links {
         (wanted * 8 / 7 + 1).next_power_of_two() * (size_of::<(u64, Link)>() + 1) + 64
     }
 
-    /// One more copy in a tier. `key` when it is known. Returns the link and the tiers that held it before.
+    /// One more copy in a tier. `key` when it is known. Returns the link, and whether its tiers or its key are new.
     #[inline]
-    pub fn store(&mut self, hash: u64, key: u64, tier: FleetTier) -> (Link, u8) {
+    pub fn store(&mut self, hash: u64, key: u64, tier: FleetTier) -> (Link, bool) {
         match self.links.entry(hash) {
             Entry::Occupied(mut entry) => {
                 let link = entry.get_mut();
                 let before = link.mask();
                 self.ghost_count -= usize::from(before == 0);
-                if link.key == UNKNOWN {
+                let named = link.key == UNKNOWN && key != UNKNOWN;
+                if named {
                     link.key = key;
                 }
                 link.counts[tier as usize] = link.counts[tier as usize].saturating_add(1);
-                (*link, before)
+                (*link, named || link.mask() != before)
             }
             Entry::Vacant(entry) => {
                 let mut link = Link { key, counts: [0; TOLD_TIERS], stamp: 0 };
                 link.counts[tier as usize] = 1;
                 entry.insert(link);
-                (link, 0)
+                (link, true)
             }
         }
     }
@@ -211,7 +212,7 @@ mod tests {
     fn copies_are_counted_in_each_tier() {
         let mut links = Links::default();
         links.store(7, 70, FleetTier::Gpu);
-        assert_eq!(links.store(7, 70, FleetTier::Gpu).1, FleetTier::Gpu.bit());
+        assert!(!links.store(7, 70, FleetTier::Gpu).1, "a second copy");
         links.store(7, 70, FleetTier::Cpu);
         assert_eq!(links.remove(7, FleetTier::Gpu).map(|(link, _)| link.mask()), Some(0b11));
         assert_eq!(links.remove(7, FleetTier::Gpu).map(|(link, _)| link.mask()), Some(0b10));

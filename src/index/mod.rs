@@ -20,6 +20,7 @@ pub mod query;
 pub mod registry;
 pub mod roster;
 pub mod sets;
+pub mod split;
 pub mod table;
 pub mod tiers;
 pub mod writer;

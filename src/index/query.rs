@@ -4,7 +4,7 @@
 //! every block was there; one with a sliding window counts where its last blocks are there. What is found is a moment's truth: a block that
 //! changes hands during the pass may be seen either way.
 
-use super::roster::{EngineId, Need, Roster};
+use super::roster::{EngineId, EngineView, Need, Roster};
 use super::sets::{SetRef, Sets};
 use super::table::{Table, View};
 use super::tiers::{FleetTier, TIERS, Weights, unpack};
@@ -59,8 +59,11 @@ struct Track {
     end: u32,
     /// First block of that run.
     start: u32,
+    /// Blocks of the prompt's beginning that were all there, and in which tiers.
+    prefix: u32,
     tiers: [u32; TIERS],
-    /// Tiers at `end`'s last usable point, for engines with several groups.
+    /// The tier of the run that ended last.
+    last: usize,
     seen: bool,
 }
 
@@ -85,8 +88,7 @@ impl Scorer {
     ) -> &[Score] {
         self.begin(roster, candidates);
         let mut view = table.view();
-        let several: Vec<&super::roster::EngineView> =
-            roster.engines.iter().flatten().filter(|engine| needs_care(&engine.columns)).collect();
+        let several: Vec<&EngineView> = roster.engines.iter().flatten().filter(|engine| engine.needs_care()).collect();
         self.usable.clear();
         self.usable.resize(several.len(), (0, [0; TIERS]));
         let windows_only = several.iter().any(|engine| engine.columns.iter().all(|(_, need)| *need != Need::Whole));
@@ -107,7 +109,7 @@ impl Scorer {
             }
             if current.is_some() {
                 let alive = self.close_run(run_start, block);
-                self.weigh(&several, block);
+                self.weigh(&several, run_start, block);
                 if !alive && !windows_only {
                     current = None;
                     break;
@@ -118,7 +120,7 @@ impl Scorer {
         }
         if current.is_some() {
             self.close_run(run_start, block + 1);
-            self.weigh(&several, block + 1);
+            self.weigh(&several, run_start, block + 1);
         }
         self.collect(roster, &several, keys.len(), weights)
     }
@@ -168,7 +170,9 @@ impl Scorer {
             }
             // Tiers count for the prefix only.
             if track.start == 0 {
-                track.tiers[FleetTier::best(mask) as usize] += end - start;
+                track.last = FleetTier::best(mask) as usize;
+                track.tiers[track.last] += end - start;
+                track.prefix = end;
                 alive = true;
             }
             track.end = end;
@@ -176,31 +180,32 @@ impl Scorer {
         alive
     }
 
-    /// For engines with several groups, or a window: is `end` a point up to which they can use the prefix?
-    fn weigh(&mut self, several: &[&super::roster::EngineView], end: u32) {
+    /// For engines that need care: can they use the prefix up to the last point of theirs within the run that has just ended?
+    fn weigh(&mut self, several: &[&EngineView], start: u32, end: u32) {
         for (engine, usable) in several.iter().zip(&mut self.usable) {
+            let point = end - end % engine.step.max(1);
+            if point <= start {
+                continue;
+            }
             let enough = engine.columns.iter().all(|(column, need)| {
-                let Some(track) = self.tracks.get(column.0 as usize) else { return false };
-                let run = if track.seen && track.end == end { end - track.start } else { 0 };
-                match need {
-                    Need::Whole => run == end,
-                    Need::Last(blocks) => run >= (*blocks).min(end),
-                }
+                let track = self.tracks.get(column.0 as usize).filter(|track| track.seen && track.end == end);
+                track.is_some_and(|track| match need {
+                    Need::Whole => track.start == 0,
+                    Need::Last(blocks) => point.saturating_sub(track.start) >= (*blocks).min(point),
+                })
             });
             if enough {
                 let first = engine.columns.first().and_then(|(column, _)| self.tracks.get(column.0 as usize));
-                *usable = (end, first.map_or([0; TIERS], |track| track.tiers));
+                let mut tiers = first.map_or([0; TIERS], |track| track.tiers);
+                if let Some(track) = first {
+                    tiers[track.last] = tiers[track.last].saturating_sub(end - point);
+                }
+                *usable = (point, tiers);
             }
         }
     }
 
-    fn collect(
-        &mut self,
-        roster: &Roster,
-        several: &[&super::roster::EngineView],
-        blocks: usize,
-        weights: &Weights,
-    ) -> &[Score] {
+    fn collect(&mut self, roster: &Roster, several: &[&EngineView], blocks: usize, weights: &Weights) -> &[Score] {
         let score = |tiers: &[u32; TIERS], used: u32, held: u32, engine: EngineId| {
             let worth: f64 = tiers.iter().zip(weights.0).map(|(blocks, weight)| f64::from(*blocks) * weight).sum();
             let usable = match used {
@@ -211,12 +216,10 @@ impl Scorer {
             Score { engine, blocks: used, tiers: *tiers, usable, score: worth / blocks.max(1) as f64 }
         };
         for (engine, (used, tiers)) in several.iter().zip(&self.usable) {
-            let held = engine.columns.iter().filter(|(_, need)| *need == Need::Whole).filter_map(|(column, _)| {
-                self.tracks
-                    .get(column.0 as usize)
-                    .map(|track| if track.seen && track.start == 0 { track.end } else { 0 })
-            });
-            let held = held.min().unwrap_or(*used);
+            let whole = engine.columns.iter().filter(|(_, need)| *need == Need::Whole);
+            let held =
+                whole.filter_map(|(column, _)| self.tracks.get(column.0 as usize).map(|track| track.prefix)).min();
+            let held = held.map_or(*used, |held| held - held % engine.step.max(1));
             if held > 0 {
                 self.scores.push(score(tiers, *used, held, engine.id));
             }
@@ -224,8 +227,8 @@ impl Scorer {
         for column in &self.touched {
             let Some(Some((engine, _))) = roster.columns.get(*column as usize) else { continue };
             let track = &self.tracks[*column as usize];
-            let used: u32 = track.tiers.iter().sum();
-            let careful = roster.get(*engine).is_none_or(|engine| needs_care(&engine.columns));
+            let used = track.prefix;
+            let careful = roster.get(*engine).is_none_or(EngineView::needs_care);
             if used > 0 && !careful {
                 self.scores.push(score(&track.tiers, used, used, *engine));
             }
@@ -233,9 +236,4 @@ impl Scorer {
         self.scores.sort_by(|a, b| b.score.total_cmp(&a.score).then(a.engine.cmp(&b.engine)));
         &self.scores
     }
-}
-
-/// An engine whose usable prefix is not simply what its one group holds.
-fn needs_care(columns: &[(super::tiers::Column, Need)]) -> bool {
-    columns.len() > 1 || columns.iter().any(|(_, need)| *need != Need::Whole)
 }

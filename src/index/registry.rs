@@ -37,7 +37,7 @@ impl Writer {
             });
         }
         let id = EngineId(number as u32);
-        let view = EngineView { id, name: name.to_owned(), model: model.to_owned(), columns: Vec::new() };
+        let view = EngineView { id, name: name.to_owned(), model: model.to_owned(), columns: Vec::new(), step: 1 };
         let engine = Some(Engine { view, by_group: HashMap::new() });
         if number == self.engines.len() {
             self.engines.push(engine);
@@ -101,6 +101,7 @@ impl Writer {
         let engine = self.engines.get_mut(id.0 as usize)?.as_mut()?;
         engine.by_group.insert(group, column);
         engine.view.columns.push((column, Need::Whole));
+        self.shares |= engine.view.columns.len() > 1;
         self.publish();
         Some(column)
     }
@@ -121,6 +122,12 @@ impl Writer {
             let Some(state) = self.state(column) else { return };
             state.block_tokens = stored.block_size;
             state.ratio = Ratio::of(stored.block_size, index_block);
+            if let (Ratio::Split(parts), id) = (state.ratio, state.engine)
+                && let Some(Some(engine)) = self.engines.get_mut(id.0 as usize)
+            {
+                engine.view.step = common_multiple(engine.view.step, parts as u32);
+                self.publish();
+            }
         }
         let index_block = self.block_tokens;
         let Some(state) = self.state(column) else { return };
@@ -144,4 +151,13 @@ impl Writer {
         let engine = self.column(column).and_then(|state| self.engines.get(state.engine.0 as usize)?.as_ref());
         keys::root(engine.map_or("", |engine| &engine.view.model), stored.lora_name)
     }
+}
+
+/// The least common multiple; the larger one where it would not fit.
+fn common_multiple(a: u32, b: u32) -> u32 {
+    let (mut x, mut y) = (a, b);
+    while y != 0 {
+        (x, y) = (y, x % y);
+    }
+    (a / x.max(1)).checked_mul(b).unwrap_or(a.max(b))
 }

@@ -40,6 +40,15 @@ pub struct EngineView {
     pub model: String,
     /// Its groups, the one that needs whole prefixes first where there is one.
     pub columns: Vec<(Column, Need)>,
+    /// Blocks of the index between two points up to which it can use a prefix: more than one where its own blocks are larger.
+    pub step: u32,
+}
+
+impl EngineView {
+    /// Its usable prefix is not simply what its one group holds.
+    pub fn needs_care(&self) -> bool {
+        self.step > 1 || self.columns.len() > 1 || self.columns.iter().any(|(_, need)| *need != Need::Whole)
+    }
 }
 
 /// All engines.

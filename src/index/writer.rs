@@ -61,6 +61,8 @@ pub struct Writer {
     pub(super) bytes_max: usize,
     pub(super) columns_bytes: usize,
     pub(super) counts: Counts,
+    /// Some engine has several groups, in which a hash may mean the same block.
+    pub(super) shares: bool,
     /// When the next expectation ends, in ms.
     pub(super) soonest_ms: u64,
     scratch: Scratch,
@@ -94,6 +96,7 @@ impl Writer {
             bytes_max,
             columns_bytes: 0,
             counts: Counts::default(),
+            shares: false,
             soonest_ms: u64::MAX,
             scratch: Scratch::default(),
         })
@@ -183,8 +186,8 @@ impl Writer {
     fn store_unnamed(&mut self, column: Column, hash: u64, tier: FleetTier) {
         let key = self.key_of(column, hash).unwrap_or(UNKNOWN);
         let Some(state) = self.state(column) else { return };
-        let (link, before) = state.links.store(hash, key, tier);
-        if link.mask() != before {
+        let (link, is_new) = state.links.store(hash, key, tier);
+        if is_new {
             self.show(column, hash, link.key, link.mask());
         }
     }
@@ -249,11 +252,11 @@ impl Writer {
     #[inline]
     fn store_key(&mut self, column: Column, hash: u64, key: u64, tier: FleetTier) {
         let Some(Some(state)) = self.columns.get_mut(column.0 as usize) else { return };
-        let (link, before) = state.links.store(hash, key, tier);
-        if link.mask() != before {
+        let (link, is_new) = state.links.store(hash, key, tier);
+        if is_new {
             self.show(column, hash, link.key, link.mask());
         }
-        if !self.orphans.is_empty() {
+        if !self.orphans.is_empty() || is_new && self.shares {
             self.adopt_children(column, hash);
         }
     }
@@ -300,7 +303,7 @@ impl Writer {
                     span.push(key);
                 }
                 span.pop();
-                state.spans.insert(hash, span.into());
+                state.split.name(hash, span);
                 Some(Before::Key(key))
             }
             (Ratio::Join(pieces), _) => match state.joined.add(before, hash, tokens, extra, pieces)? {
@@ -334,12 +337,19 @@ impl Writer {
         }
     }
 
-    /// Names the blocks that waited for this one, and those that waited for them.
-    pub(super) fn adopt_children(&mut self, column: Column, hash: u64) {
-        let Some(ratio) = self.column(column).map(|state| state.ratio) else { return };
-        let mut parents = vec![hash];
-        while let Some(parent) = parents.pop() {
+    /// Names the blocks that waited for this one, in any group that shares its hashes, and those that waited for them.
+    fn adopt_children(&mut self, column: Column, hash: u64) {
+        let mut parents: Vec<(Column, u64)> = self.sharing(column).into_iter().map(|column| (column, hash)).collect();
+        while let Some((column, parent)) = parents.pop() {
+            let Some(ratio) = self.column(column).map(|state| state.ratio) else { continue };
             let Some(before) = self.before(column, parent, ratio) else { continue };
+            // Another group may have been told of this very block without its tokens.
+            if let (Before::Key(key), Some(state)) = (before, self.state(column))
+                && state.links.get(parent).is_some_and(|link| link.key == UNKNOWN)
+                && let Some(link) = state.links.adopt(parent, key)
+            {
+                self.show(column, parent, key, link.mask());
+            }
             for orphan in self.orphans.take(column, parent) {
                 let after = self.name_block(column, before, orphan.hash, &orphan.tokens, orphan.extra, ratio);
                 let key = if let Some(Before::Key(key)) = after { key } else { UNKNOWN };
@@ -349,9 +359,22 @@ impl Writer {
                 let link = link.unwrap_or_else(|| state.links.restore(orphan.hash, key, [0; TOLD_TIERS]));
                 self.counts.adopted += 1;
                 self.show(column, orphan.hash, key, link.mask());
-                parents.push(orphan.hash);
+                parents.extend(self.sharing(column).into_iter().map(|column| (column, orphan.hash)));
             }
         }
+    }
+
+    /// Columns of the same engine in which a hash means the same block, this one included.
+    fn sharing(&self, column: Column) -> Vec<Column> {
+        let Some(state) = self.column(column) else { return Vec::new() };
+        let same = |other: &Column| {
+            self.column(*other).is_some_and(|it| it.block_tokens == state.block_tokens && it.ratio == Ratio::Same)
+        };
+        let mut columns = vec![column];
+        if state.ratio == Ratio::Same {
+            columns.extend(self.columns_of(state.engine).into_iter().filter(|other| *other != column && same(other)));
+        }
+        columns
     }
 
     /// What is known of the place after a block.
@@ -363,18 +386,13 @@ impl Writer {
         self.key_of(column, hash).map(Before::Key)
     }
 
-    /// The request key of an engine's hash, from any group with blocks of this size.
+    /// The request key of an engine's hash, from any group in which it means the same block.
     fn key_of(&self, column: Column, hash: u64) -> Option<u64> {
-        let state = self.column(column)?;
         let named = |state: &ColumnState| state.links.get(hash).map(|link| link.key).filter(|key| *key != UNKNOWN);
-        named(state).or_else(|| {
-            let engine = self.engines.get(state.engine.0 as usize)?.as_ref()?;
-            let others = engine.view.columns.iter().filter_map(|(column, _)| self.column(*column));
-            // Split blocks have keys that only their own group keeps.
-            others
-                .filter(|other| other.block_tokens == state.block_tokens && other.ratio == Ratio::Same)
-                .find_map(named)
-        })
+        if let Some(key) = named(self.column(column)?) {
+            return Some(key);
+        }
+        self.sharing(column).into_iter().filter_map(|column| self.column(column)).find_map(named)
     }
 
     fn removed(&mut self, id: EngineId, removed: &Removed<'_>, arena: &Arena) {
@@ -406,10 +424,10 @@ impl Writer {
                 }
             }
             Ratio::Split(_) => {
-                let Some(span) = state.spans.get(&hash).filter(|_| key != UNKNOWN) else { return };
-                for key in span.to_vec().into_iter().chain([key]) {
-                    self.mark(column, key, mask);
-                }
+                let mask_of = |hash| state.links.get(hash).map_or(0, super::links::Link::mask);
+                let shared = state.split.keys(hash).iter().map(|key| (*key, state.split.mask(*key, mask_of)));
+                let marks: Vec<(u64, u8)> = shared.chain((key != UNKNOWN).then_some((key, mask))).collect();
+                marks.into_iter().for_each(|(key, mask)| self.mark(column, key, mask));
             }
             Ratio::Join(_) => {
                 for key in state.joined.memberships(hash).to_vec() {
@@ -484,7 +502,7 @@ impl Writer {
     fn forget_buried(&mut self, column: Column) {
         let Some(Some(state)) = self.columns.get_mut(column.0 as usize) else { return };
         for hash in self.scratch.buried.drain(..) {
-            state.spans.remove(&hash);
+            state.split.forget(hash);
             state.joined.forget(hash);
         }
     }

@@ -27,6 +27,8 @@ const ROWS: &[(&str, Reach)] = &[
     ("policy", Only(&["block", "config", "error", "limits"])),
     ("events", Only(&["block", "error", "limits"])),
     ("tier", Only(&["gpu", "pool", "nvme", "policy", "events", "block", "config", "metrics", "error", "limits"])),
+    // `config` for sizes as people read them, in messages about memory.
+    ("index", Only(&["events", "block", "config", "error", "limits"])),
     ("cli", Anything),
     ("python", Anything),
     ("bin", Only(&["cli"])),

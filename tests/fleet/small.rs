@@ -1,0 +1,197 @@
+//! Behaviours one at a time.
+
+use kvcellar::events::wire::{Arena, Batch, Event, Hashes, Parent, Removed, Stored};
+use kvcellar::index::Index;
+use kvcellar::index::keys::{self, Extras};
+use kvcellar::index::query::Scorer;
+use kvcellar::index::roster::EngineId;
+use kvcellar::index::tiers::{FleetTier, Weights};
+use kvcellar::limits::INDEX_BYTES_MIN;
+
+const MODEL: &str = "model";
+
+/// An index and a way to tell it things.
+struct Told {
+    index: Index,
+    arena: Arena,
+}
+
+impl Told {
+    fn new(block: u32) -> Self {
+        Self { index: Index::new(block, INDEX_BYTES_MIN).expect("an index"), arena: Arena::default() }
+    }
+
+    fn engine(&self, name: &str) -> EngineId {
+        self.index.write().engine(name, MODEL).expect("room")
+    }
+
+    /// Blocks of two tokens, numbered from `first`, whose hashes are their numbers; block `n` holds tokens `2n` and `2n + 1`.
+    fn store(&mut self, id: EngineId, first: u64, count: u64, medium: &str) {
+        self.arena.clear();
+        self.arena.hashes.extend(first..first + count);
+        self.arena.tokens.extend((2 * first..2 * (first + count)).map(|token| token as u32));
+        let stored = Stored {
+            hashes: Hashes { range: 0..count as usize, digests: None },
+            tokens: 0..2 * count as usize,
+            block_size: 2,
+            parent: (first > 1).then_some(Parent::Number(first - 1)),
+            medium: Some(medium),
+            ..Stored::default()
+        };
+        self.tell(id, Event::Stored(Box::new(stored)));
+    }
+
+    fn remove(&mut self, id: EngineId, hash: u64, medium: &str) {
+        self.arena.clear();
+        self.arena.hashes.push(hash);
+        let hashes = Hashes { range: 0..1, digests: None };
+        self.tell(id, Event::Removed(Removed { hashes, medium: Some(medium), ..Removed::default() }));
+    }
+
+    fn tell(&mut self, id: EngineId, event: Event<'_>) {
+        let batch = Batch { events: vec![event], ..Batch::default() };
+        self.index.write().apply(id, &batch, &self.arena);
+    }
+
+    /// Keys of blocks 1 to `count`.
+    fn keys(count: u32) -> Vec<u64> {
+        let tokens: Vec<u32> = (2..2 * (count + 1)).collect();
+        let mut found = Vec::new();
+        keys::of_prompt(keys::root(MODEL, None), &tokens, 2, &Extras::default(), &mut found);
+        found
+    }
+
+    /// (engine, usable blocks, score) for blocks 1 to 8.
+    fn scores(&self) -> Vec<(u32, u32, f64)> {
+        let mut scorer = Scorer::default();
+        let scores = self.index.score(&mut scorer, &Self::keys(8), None, &Weights::default());
+        scores.iter().map(|score| (score.engine.0, score.blocks, score.score)).collect()
+    }
+}
+
+#[test]
+fn the_longest_prefix_wins_and_tiers_weigh() {
+    let mut told = Told::new(2);
+    let (one, two, three) = (told.engine("one"), told.engine("two"), told.engine("three"));
+    told.store(one, 1, 4, "GPU");
+    told.store(two, 1, 8, "CPU");
+    told.store(three, 1, 8, "HOLOGRAPHIC");
+    told.store(three, 5, 2, "GPU");
+    assert_eq!(told.scores(), [(1, 8, 0.8), (0, 4, 0.5), (2, 8, (2.0 + 6.0 * 0.2) / 8.0)]);
+    told.remove(two, 1, "CPU");
+    assert_eq!(
+        told.scores().iter().map(|score| score.0).collect::<Vec<_>>(),
+        [0, 2],
+        "a prefix without its start is none"
+    );
+}
+
+#[test]
+fn candidates_bound_the_answer() {
+    let mut told = Told::new(2);
+    let (one, two) = (told.engine("one"), told.engine("two"));
+    told.store(one, 1, 8, "GPU");
+    told.store(two, 1, 3, "GPU");
+    let mut scorer = Scorer::default();
+    let scores = told.index.score(&mut scorer, &Told::keys(8), Some(&[two]), &Weights::default());
+    assert_eq!(scores.iter().map(|score| (score.engine, score.blocks)).collect::<Vec<_>>(), [(two, 3)]);
+}
+
+#[test]
+fn a_child_that_comes_first_waits_for_its_parent() {
+    let mut told = Told::new(2);
+    let one = told.engine("one");
+    told.store(one, 5, 4, "GPU");
+    assert_eq!((told.scores(), told.index.write().orphans()), (vec![], 4));
+    told.store(one, 3, 2, "GPU");
+    assert_eq!(told.index.write().orphans(), 6);
+    told.store(one, 1, 2, "GPU");
+    assert_eq!((told.scores(), told.index.write().orphans()), (vec![(0, 8, 1.0)], 0));
+    assert_eq!(told.index.write().counts().adopted, 6);
+}
+
+#[test]
+fn a_parent_that_is_gone_is_still_a_parent() {
+    let mut told = Told::new(2);
+    let one = told.engine("one");
+    told.store(one, 1, 2, "GPU");
+    told.remove(one, 2, "GPU");
+    told.store(one, 3, 6, "GPU");
+    assert_eq!(told.scores(), [(0, 1, 0.125)]);
+    told.store(one, 2, 1, "CPU");
+    assert_eq!(told.scores()[0].1, 8);
+}
+
+#[test]
+fn copies_are_counted_and_clears_are_of_the_gpu_in_map_form() {
+    let mut told = Told::new(2);
+    let one = told.engine("one");
+    told.store(one, 1, 8, "GPU");
+    told.store(one, 1, 8, "GPU");
+    told.store(one, 1, 3, "CPU");
+    told.remove(one, 4, "GPU");
+    assert_eq!(told.scores()[0].1, 8, "a second copy is left");
+    told.remove(one, 4, "GPU");
+    assert_eq!(told.scores()[0].1, 3);
+    told.tell(one, Event::Cleared { map_form: true });
+    assert_eq!(told.scores(), [(0, 3, 3.0 * 0.8 / 8.0)]);
+    told.tell(one, Event::Cleared { map_form: false });
+    assert_eq!((told.scores(), told.index.write().sizes()), (vec![], (0, 0)));
+}
+
+#[test]
+fn an_engine_that_goes_takes_its_blocks_along() {
+    let mut told = Told::new(2);
+    let (one, two) = (told.engine("one"), told.engine("two"));
+    told.store(one, 1, 8, "GPU");
+    told.store(two, 1, 8, "GPU");
+    told.index.write().remove_engine(one);
+    assert_eq!(told.scores(), [(1, 8, 1.0)]);
+    let again = told.engine("three");
+    assert_eq!((again, told.scores().len()), (one, 1), "its number is used again, without its blocks");
+}
+
+#[test]
+fn what_is_expected_counts_until_it_is_over() {
+    let mut told = Told::new(2);
+    let one = told.engine("one");
+    told.index.write().expect(one, &Told::keys(4), 100);
+    assert_eq!(told.scores(), [(0, 4, 0.5)]);
+    told.store(one, 1, 2, "CPU");
+    told.index.write().expire(99);
+    assert_eq!(told.scores(), [(0, 4, (2.0 * 0.8 + 2.0) / 8.0)]);
+    assert_eq!(told.index.holders(Told::keys(1)[0])[0].1, [FleetTier::Cpu, FleetTier::Speculative]);
+    told.index.write().expire(100);
+    assert_eq!(told.scores(), [(0, 2, 0.2)]);
+    told.index.write().forget(one);
+    assert_eq!(told.index.write().sizes(), (0, 0));
+}
+
+#[test]
+fn memory_stays_under_its_bound_and_what_has_no_room_is_a_miss() {
+    let mut told = Told::new(2);
+    let engines: Vec<EngineId> = (0..64).map(|number| told.engine(&format!("{number}"))).collect();
+    let mut first = 1;
+    while told.index.write().counts().refused == 0 {
+        for id in &engines {
+            // Every engine its own prompts: each block has one holder, and no block is shared.
+            told.arena.clear();
+            told.arena.hashes.extend(first..first + 2000);
+            told.arena.tokens.extend((first..first + 2000).flat_map(|token| [token as u32, id.0]));
+            let stored = Stored {
+                hashes: Hashes { range: 0..2000, digests: None },
+                tokens: 0..4000,
+                block_size: 2,
+                ..Stored::default()
+            };
+            told.tell(*id, Event::Stored(Box::new(stored)));
+            let writer = told.index.write();
+            assert!(writer.bytes() <= writer.bytes_max(), "{} of {}", writer.bytes(), writer.bytes_max());
+        }
+        first += 2000;
+    }
+    let blocks = told.index.write().sizes().0;
+    assert!(blocks > 500_000, "{blocks} blocks in {INDEX_BYTES_MIN} bytes");
+    engines.iter().for_each(|id| told.index.write().forget(*id));
+    assert_eq!(told.index.write().sizes(), (0, 0));
+}
