@@ -1,6 +1,7 @@
 //! The `kvcellar` command. `src/bin/kvcellar.rs` and `python -m kvcellar` both call [`run`].
 
 pub mod bench_compression;
+pub mod bench_index;
 pub mod bench_lookup;
 pub mod bench_nvme;
 pub mod doctor;
@@ -110,6 +111,8 @@ enum BenchCommand {
     Lookup(bench_lookup::Options),
     /// Blocks to disk and back through the whole nvme tier, beside a bare ring.
     Nvme(bench_nvme::Options),
+    /// Events into the index and questions to it, beside a naive one.
+    Index(bench_index::Options),
     /// Whether lossless compression would pay for the blocks in a store.
     Compression(bench_compression::Options),
 }
@@ -134,6 +137,7 @@ pub fn run(args: Vec<String>) -> i32 {
         Part::Doctor(options) => doctor::run(&options),
         Part::Bench(BenchCommand::Lookup(options)) => bench_lookup::run(&options),
         Part::Bench(BenchCommand::Nvme(options)) => bench_nvme::run(&options),
+        Part::Bench(BenchCommand::Index(options)) => bench_index::run(&options),
         Part::Bench(BenchCommand::Compression(options)) => bench_compression::run(&options),
     }
 }
