@@ -223,3 +223,15 @@ pub const PROMPT_TOKENS_MAX: usize = 16 << 20;
 
 const _: () = assert!(2 * ORPHAN_BYTES_MAX <= INDEX_BYTES_MIN, "orphans leave room for blocks");
 const _: () = assert!(ENGINES_MAX * GROUPS_MAX <= 1 << 24, "a column's number fits beside its tiers");
+
+/// Batches of a publisher that wait for the replay socket's reader. Beyond it the replay waits.
+pub const REPLAY_QUEUE: usize = 1024;
+
+/// How long a publisher may take to answer a replay request, or to send its next batch, in ms. Then the replay has failed.
+pub const REPLAY_ANSWER_MS: u64 = 5_000;
+
+/// First and longest pause between tries to connect, in ms.
+pub const CONNECT_BACKOFF_MS: (u64, u64) = (100, 2_000);
+
+/// Streams (topics and data-parallel ranks) behind one address. Batches of further ones are dropped and counted.
+pub const STREAMS_MAX: usize = 256;

@@ -5,6 +5,10 @@ pub mod bench_index;
 pub mod bench_lookup;
 pub mod bench_nvme;
 pub mod doctor;
+#[cfg(feature = "serve")]
+pub mod events;
+#[cfg(feature = "serve")]
+pub mod index;
 pub mod pool;
 pub mod report;
 pub mod store;
@@ -31,6 +35,14 @@ enum Part {
     Store(StoreCommand),
     /// Says whether this machine, and a directory meant as `nvme_dir`, suit KV Cellar. Exit code 1 when something does not work.
     Doctor(doctor::Options),
+    /// An index of a fleet's KV blocks.
+    #[cfg(feature = "serve")]
+    #[command(subcommand)]
+    Index(IndexCommand),
+    /// Events of engines: watch, record, play again, make up.
+    #[cfg(feature = "serve")]
+    #[command(subcommand)]
+    Events(events::EventsCommand),
     /// What this machine gives.
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -105,6 +117,13 @@ enum StoreCommand {
     },
 }
 
+#[cfg(feature = "serve")]
+#[derive(Debug, Subcommand)]
+enum IndexCommand {
+    /// Follows engines' events and answers over HTTP who holds how much of a prompt.
+    Serve(index::Options),
+}
+
 #[derive(Debug, Subcommand)]
 enum BenchCommand {
     /// Lookup and allocation in the block table, beside a bare hash map.
@@ -134,10 +153,40 @@ pub fn run(args: Vec<String>) -> i32 {
         Part::Store(StoreCommand::Stat { dir, names, json }) => store::stat(&dir, &names, json),
         Part::Store(StoreCommand::Verify { dir, names, repair, json }) => store::verify(&dir, &names, repair, json),
         Part::Store(StoreCommand::Drop { dir, names, yes }) => store::remove(&dir, &names, yes),
+        #[cfg(feature = "serve")]
+        Part::Index(IndexCommand::Serve(options)) => index::serve(&options),
+        #[cfg(feature = "serve")]
+        Part::Events(command) => events::run(&command),
         Part::Doctor(options) => doctor::run(&options),
         Part::Bench(BenchCommand::Lookup(options)) => bench_lookup::run(&options),
         Part::Bench(BenchCommand::Nvme(options)) => bench_nvme::run(&options),
         Part::Bench(BenchCommand::Index(options)) => bench_index::run(&options),
         Part::Bench(BenchCommand::Compression(options)) => bench_compression::run(&options),
+    }
+}
+
+/// Runs a command that waits for a network.
+#[cfg(feature = "serve")]
+fn block_on<T>(work: impl Future<Output = crate::error::Result<T>>) -> crate::error::Result<T> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| crate::error::Error::io("starting", "threads", error, "Allow this process more threads"))?;
+    runtime.block_on(work)
+}
+
+/// Ends when the process is asked to stop: SIGINT or SIGTERM.
+#[cfg(feature = "serve")]
+async fn told_to_stop() {
+    use tokio::signal::unix::{SignalKind, signal};
+    match (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) {
+        (Ok(mut interrupt), Ok(mut terminate)) => {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+        }
+        // Without handlers the signals end the process by themselves.
+        _ => std::future::pending().await,
     }
 }

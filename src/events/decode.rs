@@ -21,6 +21,27 @@ pub fn decode<'a>(payload: &'a [u8], arena: &mut Arena) -> Result<Batch<'a>> {
     batch(payload, arena).map_err(|error| refuse(&error.to_string()))
 }
 
+/// The data-parallel rank of a batch, without reading its events where that is possible.
+///
+/// # Errors
+/// [`Error::DataLost`] when it is no batch.
+pub fn rank(payload: &[u8]) -> Result<Option<u32>> {
+    // As every publisher writes it: three fields, of which the last is nil or a small number, in one byte.
+    match payload {
+        [0x93, .., 0xc0] => return Ok(None),
+        [0x93, .., rank @ 0..=0x7f] => return Ok(Some((*rank).into())),
+        _ => {}
+    }
+    let read = || {
+        let mut cursor = Cursor::new(payload);
+        let fields = cursor.array()?;
+        cursor.skip()?;
+        cursor.skip()?;
+        if fields > 2 && !cursor.nil() { cursor.small().map(Some) } else { Ok(None) }
+    };
+    read().map_err(|error: Malformed| Error::lost("event batch", error.to_string()))
+}
+
 fn batch<'a>(payload: &'a [u8], arena: &mut Arena) -> std::result::Result<Batch<'a>, Malformed> {
     let mut cursor = Cursor::new(payload);
     let fields = cursor.array()?;

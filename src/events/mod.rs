@@ -8,6 +8,11 @@ pub mod encode;
 pub mod follow;
 pub mod log;
 pub mod msgpack;
+#[cfg(feature = "serve")]
+pub mod publisher;
+pub mod recording;
+#[cfg(feature = "serve")]
+pub mod subscriber;
 pub mod wire;
 
 pub use log::{EventLog, Run};

@@ -8,10 +8,14 @@
 //! Promises: no answer waits for a writer; every structure is bounded; what cannot be placed for certain is a miss. Knows nothing of sockets:
 //! [`fleet`] brings the events, [`api`] the questions.
 
+#[cfg(feature = "serve")]
+pub mod api;
 pub mod chains;
 pub mod chunked;
 pub mod column;
 pub mod expected;
+#[cfg(feature = "serve")]
+pub mod fleet;
 pub mod joined;
 pub mod keys;
 pub mod links;

@@ -1,0 +1,168 @@
+//! `kvcellar index serve`: an index of a fleet, asked over HTTP.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use clap::Args;
+
+use crate::config::size;
+use crate::error::{Error, Result};
+use crate::index::Index;
+use crate::index::api::{self, Limits, Service};
+use crate::index::fleet::Fleet;
+use crate::index::fleet::sources::{self, Source};
+use crate::index::tiers::Weights;
+
+/// Where engines are found.
+#[derive(Debug, Clone, Args)]
+pub struct Sources {
+    /// An engine: an address like tcp://10.0.0.1:5557, or endpoint=...,replay=...,name=...,model=...[,bind=true]. May be repeated.
+    #[arg(long = "engine", value_name = "ENGINE")]
+    pub engines: Vec<String>,
+    /// A JSON file with a list of engines, read again when it changes.
+    #[arg(long)]
+    pub engines_file: Option<PathBuf>,
+    /// A name that resolves to every engine (a headless service): host:port or host:port:replay-port. Resolved again every few seconds.
+    #[arg(long)]
+    pub dns: Option<String>,
+    /// The model of engines that do not name theirs.
+    #[arg(long)]
+    pub model: Option<String>,
+}
+
+impl Sources {
+    /// All engines there are now.
+    ///
+    /// # Errors
+    /// [`Error::Config`], [`Error::Io`], [`Error::TryLater`].
+    pub async fn look(&self) -> Result<Vec<Source>> {
+        let mut found = self.engines.iter().map(|text| sources::parse(text)).collect::<Result<Vec<_>>>()?;
+        if let Some(path) = &self.engines_file {
+            found.extend(sources::read(path)?);
+        }
+        if let Some(name) = &self.dns {
+            found.extend(sources::resolve(name, self.model.as_deref()).await?);
+        }
+        for source in &mut found {
+            source.model = source.model.take().or_else(|| self.model.clone());
+        }
+        Ok(found)
+    }
+
+    fn may_change(&self) -> bool {
+        self.engines_file.is_some() || self.dns.is_some()
+    }
+
+    fn stamp(&self) -> Option<SystemTime> {
+        self.engines_file.as_ref().and_then(|path| path.metadata().ok()?.modified().ok())
+    }
+
+    /// Keeps a fleet as it is found, for ever. What cannot be read leaves it as it is and is said once.
+    pub async fn keep(&self, fleet: &mut Fleet) {
+        let (mut stamp, mut said) = (self.stamp(), String::new());
+        loop {
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            if !self.may_change() || (self.dns.is_none() && self.stamp() == stamp) {
+                continue;
+            }
+            stamp = self.stamp();
+            match self.look().await {
+                Ok(found) => {
+                    said.clear();
+                    fleet.set(found);
+                }
+                Err(error) if error.to_string() != said => {
+                    said = error.to_string();
+                    eprintln!("kvcellar: {said}; the engines stay as they were");
+                }
+                Err(_) => {}
+            }
+        }
+    }
+}
+
+/// Options of the service.
+#[derive(Debug, Clone, Args)]
+pub struct Options {
+    /// Where engines are found.
+    #[command(flatten)]
+    pub sources: Sources,
+    /// Address of the HTTP service. Anything but loopback should have a token.
+    #[arg(long, default_value = "127.0.0.1:8090")]
+    pub listen: SocketAddr,
+    /// Bound of the index's memory.
+    #[arg(long, default_value = "1GiB")]
+    pub memory: String,
+    /// Tokens of a block of the index; unless given, those of the first engine's blocks.
+    #[arg(long, default_value_t = 0)]
+    pub block_tokens: u32,
+    /// A file with the token that requests must bear.
+    #[arg(long)]
+    pub token_file: Option<PathBuf>,
+    /// Requests a second; 0: no bound.
+    #[arg(long, default_value_t = 0)]
+    pub requests_per_second: u32,
+    /// Largest body of a request.
+    #[arg(long, default_value = "16MiB")]
+    pub body: String,
+}
+
+/// Runs the service until it is told to stop.
+pub fn serve(options: &Options) -> i32 {
+    let outcome = super::block_on(run(options));
+    match outcome {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("kvcellar: {error}");
+            1
+        }
+    }
+}
+
+async fn run(options: &Options) -> Result<()> {
+    let memory = size::parse("memory", &options.memory.as_str().into())?;
+    let body = size::parse("body", &options.body.as_str().into())?;
+    let token = options.token_file.as_ref().map(|path| {
+        let read = std::fs::read_to_string(path);
+        let text = read.map_err(|error| Error::io("reading", path, error, "Name a file with a token"))?;
+        match text.trim() {
+            "" => Err(Error::config("token-file", "it is empty", "Write a token into it")),
+            token => Ok(token.to_owned()),
+        }
+    });
+    let token = token.transpose()?;
+    let index = Arc::new(Index::new(options.block_tokens, memory as usize)?);
+    let found = options.sources.look().await?;
+    if found.is_empty() && !options.sources.may_change() {
+        return Err(Error::config("engine", "no engine is named", "Give --engine, --engines-file or --dns"));
+    }
+    if token.is_none() && !options.listen.ip().is_loopback() {
+        eprintln!("kvcellar: {} can be reached from elsewhere and asks for no token: see --token-file", options.listen);
+    }
+    let mut fleet = Fleet::new(Arc::clone(&index));
+    fleet.set(found);
+    let service = Arc::new(Service::new(index, fleet.states(), Weights::default()));
+    let limits = Limits { body_bytes_max: body as usize, requests_per_second: options.requests_per_second, token };
+    let listener = tokio::net::TcpListener::bind(options.listen).await.map_err(|error| {
+        Error::config("listen", format!("{}: {error}", options.listen), "Name a free address, e.g. 127.0.0.1:0")
+    })?;
+    if let Ok(address) = listener.local_addr() {
+        eprintln!("kvcellar: index at http://{address}");
+    }
+    let router = api::routes(Arc::clone(&service), limits);
+    let expiry = async {
+        loop {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            service.expire();
+        }
+    };
+    tokio::select! {
+        ended = api::serve(listener, router, super::told_to_stop()) => {
+            ended.map_err(|error| Error::io("serving", "http", error, "Look at the log"))
+        }
+        () = options.sources.keep(&mut fleet) => Ok(()),
+        () = expiry => Ok(()),
+    }
+}

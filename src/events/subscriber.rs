@@ -1,0 +1,281 @@
+//! Following the publishers behind one address: connection, replays, and whom a batch belongs to.
+//!
+//! One task an address. Several data-parallel ranks, or several topics, behind it are several streams, each with a [`Follower`] of its own. A line that
+//! breaks is made anew with growing pauses; what was missed comes by replay. The address may also be one that engines connect to.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use tokio::sync::mpsc;
+use tokio::time::{sleep, timeout};
+use zeromq::{DealerSocket, Socket, SocketEvent, SocketRecv, SocketSend, SubSocket};
+
+use super::decode;
+use super::follow::{Counts, Follower, Step, Why};
+use super::publisher::{END, frames};
+use crate::limits;
+
+/// Where a publisher is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Address {
+    /// Its PUB socket.
+    pub endpoint: String,
+    /// Its ROUTER socket for replays.
+    pub replay: Option<String>,
+    /// Publishers connect to `endpoint`, which is ours.
+    pub bind: bool,
+}
+
+/// One numbered row of batches.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Stream {
+    /// The topic.
+    pub topic: String,
+    /// The data-parallel rank.
+    pub rank: Option<u32>,
+}
+
+/// What happens to a stream, told to whoever wants it.
+pub trait Sink: Send {
+    /// The line is up or down.
+    fn connected(&mut self, up: bool);
+    /// A batch, in order and once.
+    fn apply(&mut self, stream: &Stream, payload: &[u8]);
+    /// All blocks of the stream are to be forgotten.
+    fn forget(&mut self, stream: &Stream, why: Why);
+    /// The state after a message: counts, and whether nothing is missing.
+    fn state(&mut self, stream: &Stream, counts: Counts, next: Option<u64>, live: bool);
+    /// A message that is none of this protocol.
+    fn garbage(&mut self);
+}
+
+enum Reply {
+    Batch(Stream, u64, Bytes),
+    Ended,
+    Failed,
+}
+
+/// Replies of one replay: those of earlier ones are of no interest any more.
+struct Replay {
+    stream: Stream,
+    number: u64,
+    task: tokio::task::JoinHandle<()>,
+}
+
+struct Follow<S> {
+    address: Address,
+    sink: S,
+    streams: HashMap<Stream, Follower<Bytes>>,
+    replays: HashMap<Stream, Replay>,
+    replay_number: u64,
+    replies: mpsc::Sender<(Stream, u64, Reply)>,
+}
+
+/// Follows an address for ever: dropping the future ends it.
+pub async fn follow<S: Sink>(address: Address, sink: S) {
+    let (replies, mut incoming) = mpsc::channel(limits::REPLAY_QUEUE);
+    let mut follow =
+        Follow { address, sink, streams: HashMap::new(), replays: HashMap::new(), replay_number: 0, replies };
+    let (first_ms, longest_ms) = limits::CONNECT_BACKOFF_MS;
+    let mut pause_ms = first_ms;
+    loop {
+        if follow.connection(&mut incoming).await {
+            pause_ms = first_ms;
+        }
+        follow.sink.connected(false);
+        sleep(Duration::from_millis(pause_ms)).await;
+        pause_ms = (2 * pause_ms).min(longest_ms);
+    }
+}
+
+impl<S: Sink> Follow<S> {
+    /// One connection, from its first try to its end. `true`: it was made.
+    async fn connection(&mut self, incoming: &mut mpsc::Receiver<(Stream, u64, Reply)>) -> bool {
+        let mut socket = SubSocket::new();
+        let mut events = socket.monitor();
+        if socket.subscribe("").await.is_err() {
+            return false;
+        }
+        let made = if self.address.bind {
+            socket.bind(&self.address.endpoint).await.is_ok()
+        } else {
+            let longest = Duration::from_millis(limits::REPLAY_ANSWER_MS);
+            matches!(timeout(longest, socket.connect(&self.address.endpoint)).await, Ok(Ok(())))
+        };
+        if !made {
+            return false;
+        }
+        self.sink.connected(true);
+        if !self.address.bind {
+            self.meet().await;
+        }
+        loop {
+            tokio::select! {
+                // Replies first: messages wait in the follower until a replay has ended.
+                biased;
+                Some((stream, number, reply)) = incoming.recv() => self.reply(&stream, number, reply),
+                message = socket.recv() => match message {
+                    Ok(message) => self.message(&message.into_vec()),
+                    Err(_) if self.address.bind => {}
+                    Err(_) => return true,
+                },
+                event = events.next() => match event {
+                    // A publisher that connects to us and goes is missed by nobody but its own stream, where a gap will tell.
+                    Some(SocketEvent::Disconnected(_)) if !self.address.bind => return true,
+                    Some(_) => {}
+                    None => return true,
+                },
+            }
+        }
+    }
+
+    /// After a connection: known streams are checked against the publisher; of an unknown publisher the first batch is asked for.
+    async fn meet(&mut self) {
+        if self.streams.is_empty()
+            && let Some(replay) = self.address.replay.clone()
+            && let Ok(Some(stream)) =
+                timeout(Duration::from_millis(limits::REPLAY_ANSWER_MS), first_stream(&replay)).await
+        {
+            self.stream(&stream);
+            return;
+        }
+        let streams: Vec<Stream> = self.streams.keys().cloned().collect();
+        for stream in streams {
+            self.tell(&stream, |follower, steps| follower.connected(steps));
+        }
+    }
+
+    /// Makes sure that a stream is followed. `false`: there are too many.
+    fn stream(&mut self, stream: &Stream) -> bool {
+        if self.streams.contains_key(stream) {
+            return true;
+        }
+        if self.streams.len() >= limits::STREAMS_MAX {
+            self.sink.garbage();
+            return false;
+        }
+        self.streams.insert(stream.clone(), Follower::new(self.address.replay.is_some()));
+        self.tell(stream, |follower, steps| follower.connected(steps));
+        true
+    }
+
+    fn message(&mut self, parts: &[Bytes]) {
+        match parse(parts) {
+            Some((stream, number, payload)) if self.stream(&stream) => {
+                self.tell(&stream, |follower, steps| follower.message(number, payload, steps));
+            }
+            Some(_) => {}
+            None => self.sink.garbage(),
+        }
+    }
+
+    fn reply(&mut self, asked: &Stream, number: u64, reply: Reply) {
+        if self.replays.get(asked).is_none_or(|replay| replay.number != number) {
+            return;
+        }
+        match reply {
+            Reply::Batch(stream, number, payload) if stream == *asked => {
+                self.tell(asked, |follower, steps| follower.replayed(number, payload, steps));
+            }
+            Reply::Batch(..) => {}
+            Reply::Ended => self.tell(asked, Follower::replay_ended),
+            Reply::Failed => self.tell(asked, Follower::replay_failed),
+        }
+    }
+
+    fn tell(&mut self, stream: &Stream, what: impl FnOnce(&mut Follower<Bytes>, &mut Vec<Step<Bytes>>)) {
+        let Some(follower) = self.streams.get_mut(stream) else { return };
+        let mut steps = Vec::new();
+        what(follower, &mut steps);
+        let (counts, next, live) = (follower.counts(), follower.next(), follower.is_live());
+        for step in steps {
+            match step {
+                Step::Apply(payload) => self.sink.apply(stream, &payload),
+                Step::Forget(why) => self.sink.forget(stream, why),
+                Step::Replay(from) => self.ask(stream, from),
+            }
+        }
+        self.sink.state(stream, counts, next, live);
+    }
+
+    fn ask(&mut self, stream: &Stream, from: u64) {
+        let Some(endpoint) = self.address.replay.clone() else { return };
+        self.replay_number += 1;
+        let number = self.replay_number;
+        let (asked, replies) = (stream.clone(), self.replies.clone());
+        let task = tokio::spawn(async move {
+            let last = replay(&endpoint, from, &asked, number, &replies).await;
+            // Nobody listens any more when the address is no longer followed.
+            drop(replies.send((asked, number, last)).await);
+        });
+        if let Some(earlier) = self.replays.insert(stream.clone(), Replay { stream: stream.clone(), number, task }) {
+            debug_assert_eq!(earlier.stream, *stream);
+            earlier.task.abort();
+        }
+    }
+}
+
+impl<S> Drop for Follow<S> {
+    fn drop(&mut self) {
+        self.replays.values().for_each(|replay| replay.task.abort());
+    }
+}
+
+/// Topic, number and payload; publishers before vLLM 0.26 send no topic in replays.
+fn parse(parts: &[Bytes]) -> Option<(Stream, u64, Bytes)> {
+    let (topic, number, payload) = match parts {
+        [topic, number, payload] => (topic.clone(), number, payload),
+        [number, payload] => (Bytes::new(), number, payload),
+        _ => return None,
+    };
+    let number = u64::from_be_bytes(<[u8; 8]>::try_from(number.as_ref()).ok()?);
+    let rank = decode::rank(payload).ok()?;
+    Some((Stream { topic: String::from_utf8_lossy(&topic).into_owned(), rank }, number, payload.clone()))
+}
+
+async fn request(endpoint: &str, from: u64) -> Option<DealerSocket> {
+    let mut socket = DealerSocket::new();
+    socket.connect(endpoint).await.ok()?;
+    socket.send(frames([Bytes::new(), Bytes::copy_from_slice(&from.to_be_bytes())])).await.ok()?;
+    Some(socket)
+}
+
+/// The stream that a publisher's first replayed batch belongs to.
+async fn first_stream(endpoint: &str) -> Option<Stream> {
+    let mut socket = request(endpoint, 0).await?;
+    let parts = socket.recv().await.ok()?.into_vec();
+    let (_, parts) = parts.split_first()?;
+    if is_end(parts) { None } else { parse(parts).map(|(stream, _, _)| stream) }
+}
+
+fn is_end(parts: &[Bytes]) -> bool {
+    matches!(parts, [.., number, payload] if number.as_ref() == END && payload.is_empty())
+}
+
+async fn replay(
+    endpoint: &str,
+    from: u64,
+    asked: &Stream,
+    number: u64,
+    replies: &mpsc::Sender<(Stream, u64, Reply)>,
+) -> Reply {
+    let longest = Duration::from_millis(limits::REPLAY_ANSWER_MS);
+    let Ok(Some(mut socket)) = timeout(longest, request(endpoint, from)).await else { return Reply::Failed };
+    loop {
+        let Ok(Ok(message)) = timeout(longest, socket.recv()).await else { return Reply::Failed };
+        let parts = message.into_vec();
+        let Some((_, parts)) = parts.split_first() else { return Reply::Failed };
+        if is_end(parts) {
+            return Reply::Ended;
+        }
+        let Some((mut stream, at, payload)) = parse(parts) else { continue };
+        if parts.len() == 2 {
+            stream.topic.clone_from(&asked.topic);
+        }
+        if replies.send((asked.clone(), number, Reply::Batch(stream, at, payload))).await.is_err() {
+            return Reply::Failed;
+        }
+    }
+}

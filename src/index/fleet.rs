@@ -1,0 +1,241 @@
+//! Bringing a fleet's events into the index: which engines there are, a subscription for each, and what is known of their state.
+
+pub mod sources;
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use serde::Serialize;
+use tokio::task::JoinHandle;
+
+use super::Index;
+use super::roster::EngineId;
+use crate::events::decode::decode;
+use crate::events::follow::{Counts, Why};
+use crate::events::subscriber::{self, Sink, Stream};
+use crate::events::wire::Arena;
+use sources::Source;
+
+/// What is known of one stream.
+#[derive(Debug, Clone, Serialize)]
+pub struct StreamState {
+    /// Its engine's name in the index.
+    pub engine: String,
+    /// Number of the next batch.
+    pub next: Option<u64>,
+    /// Nothing is missing.
+    pub live: bool,
+    /// Batches applied, repeats left out, holes, replays, restarts, and gaps that no replay closed.
+    pub applied: u64,
+    /// Batches that had come before.
+    pub repeated: u64,
+    /// Holes in the numbers.
+    pub holes: u64,
+    /// Replays asked for.
+    pub replays: u64,
+    /// Restarts.
+    pub restarts: u64,
+    /// Times that the engine was forgotten because of a hole.
+    pub gaps: u64,
+}
+
+/// What is known of one source.
+#[derive(Debug, Clone, Serialize)]
+pub struct SourceState {
+    /// Its address.
+    pub endpoint: String,
+    /// The line is up.
+    pub connected: bool,
+    /// Messages that were none of this protocol.
+    pub garbage: u64,
+    /// Its streams.
+    pub streams: Vec<StreamState>,
+    /// Since when the line is as it is.
+    #[serde(skip)]
+    pub since: Instant,
+}
+
+type States = Arc<Mutex<BTreeMap<String, SourceState>>>;
+
+fn lock(states: &States) -> MutexGuard<'_, BTreeMap<String, SourceState>> {
+    states.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// All subscriptions of one index.
+#[derive(Debug)]
+pub struct Fleet {
+    index: Arc<Index>,
+    states: States,
+    tasks: HashMap<String, (Source, JoinHandle<()>)>,
+}
+
+impl Fleet {
+    /// Nobody yet.
+    pub fn new(index: Arc<Index>) -> Self {
+        Self { index, states: States::default(), tasks: HashMap::new() }
+    }
+
+    /// What others may look at while engines come and go.
+    pub fn states(&self) -> FleetView {
+        FleetView { states: Arc::clone(&self.states) }
+    }
+
+    /// Follows exactly these engines from now on. One whose address has changed is another one.
+    pub fn set(&mut self, sources: Vec<Source>) {
+        let wanted: HashMap<String, Source> = sources.into_iter().map(|source| (source.name.clone(), source)).collect();
+        let gone: Vec<String> = self
+            .tasks
+            .iter()
+            .filter(|(name, (source, _))| wanted.get(*name) != Some(source))
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in gone {
+            if let Some((_, task)) = self.tasks.remove(&name) {
+                task.abort();
+            }
+            let state = lock(&self.states).remove(&name);
+            for stream in state.map_or_else(Vec::new, |state| state.streams) {
+                let found = self.index.roster().find(&stream.engine).map(|engine| engine.id);
+                if let Some(id) = found {
+                    self.index.write().remove_engine(id);
+                }
+            }
+        }
+        for (name, source) in wanted {
+            if self.tasks.contains_key(&name) {
+                continue;
+            }
+            let state = SourceState {
+                endpoint: source.address.endpoint.clone(),
+                connected: false,
+                garbage: 0,
+                streams: Vec::new(),
+                since: Instant::now(),
+            };
+            lock(&self.states).insert(name.clone(), state);
+            let sink = IndexSink {
+                index: Arc::clone(&self.index),
+                states: Arc::clone(&self.states),
+                source: source.clone(),
+                engines: HashMap::new(),
+                arena: Arena::default(),
+            };
+            let task = tokio::spawn(subscriber::follow(source.address.clone(), sink));
+            self.tasks.insert(name, (source, task));
+        }
+    }
+}
+
+impl Drop for Fleet {
+    fn drop(&mut self) {
+        self.tasks.values().for_each(|(_, task)| task.abort());
+    }
+}
+
+/// A look at the state of all subscriptions.
+#[derive(Debug, Clone)]
+pub struct FleetView {
+    states: States,
+}
+
+impl FleetView {
+    /// All sources, by name.
+    pub fn sources(&self) -> BTreeMap<String, SourceState> {
+        lock(&self.states).clone()
+    }
+
+    /// Every source is connected, and none of its streams lacks anything.
+    pub fn is_caught_up(&self) -> bool {
+        lock(&self.states).values().all(|source| source.connected && source.streams.iter().all(|stream| stream.live))
+    }
+}
+
+/// One source's way into the index.
+struct IndexSink {
+    index: Arc<Index>,
+    states: States,
+    source: Source,
+    engines: HashMap<Stream, Option<EngineId>>,
+    arena: Arena,
+}
+
+impl IndexSink {
+    fn name(&self, stream: &Stream) -> String {
+        let base = match (self.source.address.bind, stream.topic.as_str()) {
+            (true, topic) if !topic.is_empty() => topic,
+            _ => &self.source.name,
+        };
+        match stream.rank {
+            None | Some(0) => base.to_owned(),
+            Some(rank) => format!("{base}/dp{rank}"),
+        }
+    }
+
+    fn engine(&mut self, stream: &Stream) -> Option<EngineId> {
+        if let Some(known) = self.engines.get(stream) {
+            return *known;
+        }
+        // llm-d's topics name the model: kv@<ip:port>@<model>.
+        let told = stream.topic.strip_prefix("kv@").and_then(|rest| rest.split_once('@')).map(|(_, model)| model);
+        let model = self.source.model.as_deref().or(told).unwrap_or_default().to_owned();
+        let name = self.name(stream);
+        let made = self.index.write().engine(&name, &model);
+        if let Err(error) = &made {
+            eprintln!("kvcellar: {name}: {error}");
+        }
+        self.engines.insert(stream.clone(), made.as_ref().ok().copied());
+        made.ok()
+    }
+
+    fn change(&self, what: impl FnOnce(&mut SourceState)) {
+        if let Some(state) = lock(&self.states).get_mut(&self.source.name) {
+            what(state);
+        }
+    }
+}
+
+impl Sink for IndexSink {
+    fn connected(&mut self, up: bool) {
+        let name = &self.source.name;
+        self.change(|state| {
+            if state.connected != up {
+                eprintln!("kvcellar: {name}: {}", if up { "connected" } else { "connection lost, trying again" });
+                state.connected = up;
+                state.since = Instant::now();
+            }
+        });
+    }
+
+    fn apply(&mut self, stream: &Stream, payload: &[u8]) {
+        let Some(id) = self.engine(stream) else { return };
+        match decode(payload, &mut self.arena) {
+            Ok(batch) => self.index.write().apply(id, &batch, &self.arena),
+            Err(_) => self.garbage(),
+        }
+    }
+
+    fn forget(&mut self, stream: &Stream, why: Why) {
+        let Some(id) = self.engine(stream) else { return };
+        let what = match why {
+            Why::Restart => "it has restarted",
+            Why::Gap => "events are lost and cannot be replayed",
+        };
+        eprintln!("kvcellar: {}: {what}: its blocks are forgotten", self.name(stream));
+        self.index.write().forget(id);
+    }
+
+    fn state(&mut self, stream: &Stream, counts: Counts, next: Option<u64>, live: bool) {
+        let engine = self.name(stream);
+        let Counts { applied, repeated, holes, replays, restarts, gaps } = counts;
+        let now = StreamState { engine, next, live, applied, repeated, holes, replays, restarts, gaps };
+        self.change(|state| match state.streams.iter_mut().find(|known| known.engine == now.engine) {
+            Some(known) => *known = now,
+            None => state.streams.push(now),
+        });
+    }
+
+    fn garbage(&mut self) {
+        self.change(|state| state.garbage += 1);
+    }
+}
