@@ -179,8 +179,9 @@ impl<P: AsRef<[u8]>> Follower<P> {
     pub fn replay_ended(&mut self, steps: &mut Vec<Step<P>>) {
         let Phase::Replaying { proof, .. } = self.phase else { return };
         if proof.is_some() {
-            // It no longer has a batch that it had.
+            // It no longer has a batch that it had. What it has now is all to be asked for.
             self.forget(Why::Restart, steps);
+            return self.ask(steps);
         }
         self.phase = Phase::Live;
         self.next.get_or_insert(0);
@@ -404,6 +405,7 @@ mod tests {
             scene.restart();
             (0..unheard).for_each(|_| scene.publish(false));
             scene.tell(|follower, steps| follower.connected(steps));
+            assert_eq!(scene.known.len() as u64, unheard, "what was published before the line was up again");
             scene.publish(true);
             assert_eq!(scene.whys, [Why::Restart], "{unheard} unheard");
             assert_eq!(scene.known, (0..=unheard).map(|number| batch(2, number)).collect::<Vec<_>>());

@@ -65,6 +65,7 @@ pub fn routes(service: Arc<Service>, limits: Limits) -> Router {
     let guarded = Router::new()
         .route("/v1/score", post(score))
         .route("/v1/expect", post(expect))
+        .route("/v1/keys", post(keys_of))
         .route("/v1/engines", get(engines))
         .route("/v1/blocks/{key}", get(block))
         .route("/metrics", get(metrics::show))
@@ -194,6 +195,17 @@ async fn score(State(service): State<Arc<Service>>, body: Body<Question>) -> Res
     let answer = Answer { block_tokens, blocks: keys.len(), engines: scores.iter().filter_map(row).collect() };
     service.asked.add(started.elapsed());
     Json(answer).into_response()
+}
+
+async fn keys_of(State(service): State<Arc<Service>>, body: Body<Prompt>) -> Response {
+    let prompt = match body {
+        Ok(Json(prompt)) => prompt,
+        Err(error) => return refuse(error.status(), error.body_text()),
+    };
+    let block_tokens = service.index.write().block_tokens();
+    // As text: JSON's numbers lose 64 bits in many a reader.
+    let keys: Vec<String> = prompt.keys(block_tokens).iter().map(u64::to_string).collect();
+    Json(serde_json::json!({ "block_tokens": block_tokens, "keys": keys })).into_response()
 }
 
 #[derive(Debug, Deserialize)]

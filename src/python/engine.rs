@@ -11,7 +11,7 @@ use super::errors::guarded;
 use super::inputs::{self, OwnedOffer, PyOffer};
 use super::reports::{DiskReport, EngineStats, PoolReport, run_object};
 use crate::block::geometry::RankBytes;
-use crate::block::{Grouping, SlotGeometry};
+use crate::block::{BlockKey, Grouping, SlotGeometry, Tier};
 use crate::cli::bench_lookup::WarmTable;
 use crate::config::{Config, Controls};
 use crate::error::{Error, Result};
@@ -231,6 +231,18 @@ impl PyTierEngine {
     fn take_events(&self, py: Python<'_>, integers: bool) -> PyResult<Vec<Py<PyAny>>> {
         let runs = self.run(py, |engine| Ok(engine.take_events()))?;
         runs.into_iter().map(|run| run_object(py, run, integers)).collect()
+    }
+
+    /// Every block that a request could have from a tier of ours now: (`dram` or `nvme`, hash, group).
+    fn held(&self, py: Python<'_>) -> PyResult<Vec<(&'static str, Py<PyBytes>, u16)>> {
+        let held = self.run(py, |engine| Ok(engine.held()))?;
+        let name = |tier: Tier| match tier {
+            Tier::Dram => "dram",
+            Tier::Nvme => "nvme",
+        };
+        let row =
+            |(tier, key): (Tier, BlockKey)| (name(tier), PyBytes::new(py, key.hash.as_bytes()).unbind(), key.group.0);
+        Ok(held.into_iter().map(row).collect())
     }
 
     /// A step computed this many tokens in so many seconds: what `load_policy: auto` weighs a restore against.

@@ -278,7 +278,12 @@ impl DiskTier {
         }
     }
 
-    /// Extents that the store may have at most.
+    /// Blocks that could be restored now.
+    pub fn held(&self) -> impl Iterator<Item = BlockKey> + '_ {
+        self.extents.committed_in(0, self.extents.ready()).map(|(_, key, _)| key)
+    }
+
+    /// Extents that the store may have.
     pub fn extents_max(&self) -> u32 {
         self.extents.max()
     }

@@ -16,7 +16,7 @@ use super::residency::{Census, Residency};
 use super::trace::{self, Trace};
 use super::window::Window;
 use crate::block::plan::{BlockCopy, StepPlan};
-use crate::block::{BlockHash, BlockKey, ExtentIndex, Grouping, SlotIndex};
+use crate::block::{BlockHash, BlockKey, ExtentIndex, Grouping, SlotIndex, Tier};
 use crate::config::{Config, Controls};
 use crate::error::{Error, Result};
 use crate::events::{EventLog, Run};
@@ -371,6 +371,15 @@ impl TierEngine {
             clean_slots: census.clean,
             ..self.disk_gauges()
         }
+    }
+
+    /// Every block that a request could have from a tier of ours now.
+    pub fn held(&self) -> Vec<(Tier, BlockKey)> {
+        let dram = self.residency.iter().flat_map(|residency| {
+            residency.visible_slots().into_iter().filter_map(|slot| Some((Tier::Dram, residency.key(slot)?)))
+        });
+        let nvme = self.disk.iter().flat_map(DiskTier::held).map(|key| (Tier::Nvme, key));
+        dram.chain(nvme).collect()
     }
 
     /// Nothing is being read, written or made on disk.
