@@ -54,6 +54,14 @@ def _kills(seeds: int) -> list[Run]:
     return [Run((*CARGO_TEST, "--test", "spill", "kills"), {"KVCELLAR_SEEDS": str(seeds)})]
 
 
+def _fleet(seeds: int) -> list[Run]:
+    # The seeds are small fleets; the large one lives long enough for millions of events.
+    return [
+        Run((*CARGO_TEST, "--test", "fleet", "small_fleets"), {"KVCELLAR_SEEDS": str(seeds)}),
+        Run((*CARGO_TEST, "--test", "fleet", "a_fleet_of_256"), {"KVCELLAR_FLEET_STEPS": "1000"}),
+    ]
+
+
 def _vllm(seeds: int) -> list[Run]:
     command = (str(PYTHON), "-m", "pytest", "tests/vllm", "-m", "soak", "-o", "timeout=0")
     return [Run(command, {"KVCELLAR_TEST_SEED": str(FIRST_SEED + index)}) for index in range(seeds)]
@@ -64,5 +72,6 @@ CAMPAIGNS = {
     "slots": Campaign("the shared slot table under explored thread schedules", 20_000, False, _slots),
     "torn": Campaign("stores damaged in every way, reopened and read", 10_000, False, _torn),
     "kills": Campaign("engines with a disk killed under load, their stores reopened", 500, False, _kills),
+    "fleet": Campaign("an index of engines on bad lines against a naive one", 2_000, False, _fleet),
     "vllm": Campaign("real vLLM engines, the tests marked soak, once per seed", 3, True, _vllm),
 }

@@ -18,7 +18,7 @@ use crate::index::tiers::Weights;
 /// Where engines are found.
 #[derive(Debug, Clone, Args)]
 pub struct Sources {
-    /// An engine: an address like tcp://10.0.0.1:5557, or endpoint=...,replay=...,name=...,model=...[,bind=true]. May be repeated.
+    /// An engine: an address like `tcp://10.0.0.1:5557`, or endpoint=...,replay=...,name=...,model=...[,bind=true]. May be repeated.
     #[arg(long = "engine", value_name = "ENGINE")]
     pub engines: Vec<String>,
     /// A JSON file with a list of engines, read again when it changes.

@@ -1,4 +1,4 @@
-//! Bytes to batches: vLLM's map form, the array form of SGLang and of vLLM before 0.25.
+//! Bytes to batches: vLLM's map form, the array form of `SGLang` and of vLLM before 0.25.
 //!
 //! Tolerant where publishers differ: fields and elements that are not known are passed over, an event that is not understood is left out and
 //! counted, and the others of its batch stay. What is not msgpack, or no batch at all, is refused as a whole.

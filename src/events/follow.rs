@@ -324,7 +324,7 @@ mod tests {
                 known: Vec::new(),
                 whys: Vec::new(),
             };
-            scene.tell(|follower, steps| follower.connected(steps));
+            scene.tell(super::Follower::connected);
             scene
         }
 
@@ -404,7 +404,7 @@ mod tests {
             (0..5).for_each(|_| scene.publish(true));
             scene.restart();
             (0..unheard).for_each(|_| scene.publish(false));
-            scene.tell(|follower, steps| follower.connected(steps));
+            scene.tell(super::Follower::connected);
             assert_eq!(scene.known.len() as u64, unheard, "what was published before the line was up again");
             scene.publish(true);
             assert_eq!(scene.whys, [Why::Restart], "{unheard} unheard");
@@ -420,7 +420,7 @@ mod tests {
             for number in [4, 2, 0] {
                 scene.tell(|follower, steps| follower.message(number, batch(1, number), steps));
             }
-            scene.tell(|follower, steps| follower.connected(steps));
+            scene.tell(super::Follower::connected);
             scene.publish(true);
             assert_eq!((scene.known.len(), scene.whys.len()), (6, 0));
         }

@@ -86,7 +86,7 @@ impl Publisher {
                 kept.bytes -= oldest.len();
             }
         }
-        let message = frames([self.topic.clone(), Bytes::copy_from_slice(&number.to_be_bytes()), payload]);
+        let message = frames(&[self.topic.clone(), Bytes::copy_from_slice(&number.to_be_bytes()), payload]);
         self.socket.send(message).await.map_err(|error| Error::DeviceDead {
             device: format!("the socket {}", self.endpoint),
             problem: error.to_string(),
@@ -105,7 +105,7 @@ impl Drop for Publisher {
 }
 
 /// A message of these frames.
-pub(super) fn frames<const N: usize>(frames: [Bytes; N]) -> ZmqMessage {
+pub(super) fn frames<const N: usize>(frames: &[Bytes; N]) -> ZmqMessage {
     const { assert!(N > 0, "a message has a frame") };
     ZmqMessage::try_from(frames.to_vec()).unwrap_or_else(|_| ZmqMessage::from(Bytes::new()))
 }
@@ -123,15 +123,13 @@ async fn answer(mut router: RouterSocket, kept: Arc<Mutex<Kept>>, topic: Bytes) 
         };
         for (number, payload) in batches {
             let number = Bytes::copy_from_slice(&number.to_be_bytes());
-            let reply = frames([client.clone(), Bytes::new(), topic.clone(), number, payload]);
+            let reply = frames(&[client.clone(), Bytes::new(), topic.clone(), number, payload]);
             if router.send(reply).await.is_err() {
                 break;
             }
         }
-        let end = frames([client.clone(), Bytes::new(), Bytes::new(), Bytes::from_static(&END), Bytes::new()]);
-        if router.send(end).await.is_err() {
-            // The client has gone: nobody waits for this end.
-            continue;
-        }
+        let end = frames(&[client.clone(), Bytes::new(), Bytes::new(), Bytes::from_static(&END), Bytes::new()]);
+        // Where that fails the client has gone: nobody waits for this end.
+        let _ = router.send(end).await;
     }
 }

@@ -143,7 +143,7 @@ impl<S: Sink> Follow<S> {
         }
         let streams: Vec<Stream> = self.streams.keys().cloned().collect();
         for stream in streams {
-            self.tell(&stream, |follower, steps| follower.connected(steps));
+            self.tell(&stream, super::follow::Follower::connected);
         }
     }
 
@@ -157,7 +157,7 @@ impl<S: Sink> Follow<S> {
             return false;
         }
         self.streams.insert(stream.clone(), Follower::new(self.address.replay.is_some()));
-        self.tell(stream, |follower, steps| follower.connected(steps));
+        self.tell(stream, super::follow::Follower::connected);
         true
     }
 
@@ -238,7 +238,7 @@ fn parse(parts: &[Bytes]) -> Option<(Stream, u64, Bytes)> {
 async fn request(endpoint: &str, from: u64) -> Option<DealerSocket> {
     let mut socket = DealerSocket::new();
     socket.connect(endpoint).await.ok()?;
-    socket.send(frames([Bytes::new(), Bytes::copy_from_slice(&from.to_be_bytes())])).await.ok()?;
+    socket.send(frames(&[Bytes::new(), Bytes::copy_from_slice(&from.to_be_bytes())])).await.ok()?;
     Some(socket)
 }
 

@@ -1,4 +1,4 @@
-//! KVEvents as they travel: vLLM's and SGLang's batches of block events.
+//! KVEvents as they travel: vLLM's and `SGLang`'s batches of block events.
 //!
 //! Vocabulary only; `decode` and `encode` turn it from and into bytes. What repeats by the thousand, hashes and token ids, lies in an [`Arena`] that
 //! its owner uses again for the next batch; names and extra keys are borrowed from the payload.
@@ -49,7 +49,7 @@ pub enum Event<'a> {
     Removed(Removed<'a>),
     /// Everything is gone.
     Cleared {
-        /// Written as a map, as vLLM does since 0.25: the prefix cache in GPU memory alone. As an array (SGLang, earlier vLLM): all tiers.
+        /// Written as a map, as vLLM does since 0.25: the prefix cache in GPU memory alone. As an array (`SGLang`, earlier vLLM): all tiers.
         map_form: bool,
     },
 }

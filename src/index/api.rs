@@ -148,7 +148,7 @@ fn weights(defaults: Weights, wanted: &BTreeMap<String, f64>) -> Result<Weights,
         let Some(tier) = ALL.iter().find(|tier| tier.name() == name) else {
             return Err(format!(
                 "weights.{name}: there is no such tier. Write one of {}",
-                ALL.map(|it| it.name()).join(", ")
+                ALL.map(super::tiers::FleetTier::name).join(", ")
             ));
         };
         if !(0.0..=1.0).contains(weight) {

@@ -17,7 +17,9 @@ pub fn cbor_fnv(seed: &str, model: &str, tokens: &[u32], block: usize) -> Vec<u6
             None => bytes.push(CBOR_NULL),
             Some(tokens) => {
                 cbor_head(&mut bytes, 4, tokens.len() as u64);
-                tokens.iter().for_each(|token| cbor_head(&mut bytes, 0, (*token).into()));
+                for token in tokens {
+                    cbor_head(&mut bytes, 0, (*token).into());
+                }
             }
         }
         match extra {
@@ -39,7 +41,9 @@ pub fn xxh64_chain(seed: &str, model: &str, tokens: &[u32], block: usize) -> Vec
     let step = |parent: u64, tokens: &[u32], extra: Option<&str>| {
         let mut hash = Xxh64::new(0);
         hash.update(&parent.to_le_bytes());
-        tokens.iter().for_each(|token| hash.update(&token.to_le_bytes()));
+        for token in tokens {
+            hash.update(&token.to_le_bytes());
+        }
         if let Some(text) = extra {
             hash.update(&(text.len() as u64).to_le_bytes());
             hash.update(text.as_bytes());
@@ -84,17 +88,17 @@ fn cbor_head(bytes: &mut Vec<u8>, major: u8, value: u64) {
     let major = major << 5;
     match value {
         0..=23 => bytes.push(major | value as u8),
-        24..=0xff => bytes.extend([major | 24, value as u8]),
+        24..=0xff => bytes.extend([major | 0x18, value as u8]),
         0x100..=0xffff => {
-            bytes.push(major | 25);
+            bytes.push(major | 0x19);
             bytes.extend((value as u16).to_be_bytes());
         }
         0x1_0000..=0xffff_ffff => {
-            bytes.push(major | 26);
+            bytes.push(major | 0x1a);
             bytes.extend((value as u32).to_be_bytes());
         }
         _ => {
-            bytes.push(major | 27);
+            bytes.push(major | 0x1b);
             bytes.extend(value.to_be_bytes());
         }
     }

@@ -39,7 +39,7 @@ impl Link {
 /// All links of one engine's group.
 #[derive(Debug, Default)]
 pub struct Links {
-    links: HashMap<u64, Link>,
+    by_hash: HashMap<u64, Link>,
     ghosts: VecDeque<(u64, u16)>,
     ghost_count: usize,
     stamp: u16,
@@ -49,12 +49,12 @@ impl Links {
     /// What a hash stands for.
     #[inline]
     pub fn get(&self, hash: u64) -> Option<&Link> {
-        self.links.get(&hash)
+        self.by_hash.get(&hash)
     }
 
     /// Hashes with a holder.
     pub fn held(&self) -> usize {
-        self.links.len() - self.ghost_count
+        self.by_hash.len() - self.ghost_count
     }
 
     /// Hashes without.
@@ -64,18 +64,18 @@ impl Links {
 
     /// All of them.
     pub fn iter(&self) -> impl Iterator<Item = (u64, &Link)> {
-        self.links.iter().map(|(hash, link)| (*hash, link))
+        self.by_hash.iter().map(|(hash, link)| (*hash, link))
     }
 
     /// Bytes in memory.
     pub fn bytes(&self) -> usize {
-        self.links.allocation_size() + self.ghosts.capacity() * size_of::<(u64, u16)>()
+        self.by_hash.allocation_size() + self.ghosts.capacity() * size_of::<(u64, u16)>()
     }
 
     /// Bytes that so many more hashes may allocate, the present ones still being there.
     pub fn growth(&self, count: usize) -> usize {
-        let wanted = self.links.len() + count;
-        if wanted <= self.links.capacity() {
+        let wanted = self.by_hash.len() + count;
+        if wanted <= self.by_hash.capacity() {
             return 0;
         }
         // A power of two of buckets, an eighth of them free, each with its entry and a byte of control.
@@ -85,7 +85,7 @@ impl Links {
     /// One more copy in a tier. `key` when it is known. Returns the link, and whether its tiers or its key are new.
     #[inline]
     pub fn store(&mut self, hash: u64, key: u64, tier: FleetTier) -> (Link, bool) {
-        match self.links.entry(hash) {
+        match self.by_hash.entry(hash) {
             Entry::Occupied(mut entry) => {
                 let link = entry.get_mut();
                 let before = link.mask();
@@ -108,7 +108,7 @@ impl Links {
 
     /// One copy less in a tier. Returns the link as it is now and the tiers that held it before; `None` when the tier had no copy.
     pub fn remove(&mut self, hash: u64, tier: FleetTier) -> Option<(Link, u8)> {
-        let link = self.links.get_mut(&hash)?;
+        let link = self.by_hash.get_mut(&hash)?;
         let before = link.mask();
         let count = &mut link.counts[tier as usize];
         *count = count.checked_sub(1)?;
@@ -121,7 +121,7 @@ impl Links {
 
     /// No copy in these tiers any more.
     pub fn remove_all(&mut self, hash: u64, tiers: u8) {
-        let Some(link) = self.links.get_mut(&hash).filter(|link| link.mask() & tiers != 0) else { return };
+        let Some(link) = self.by_hash.get_mut(&hash).filter(|link| link.mask() & tiers != 0) else { return };
         for (tier, count) in link.counts.iter_mut().enumerate() {
             if tiers & 1 << tier != 0 {
                 *count = 0;
@@ -134,7 +134,7 @@ impl Links {
 
     /// The key of an orphan has become known. Returns the link; `None` when it is no longer there.
     pub fn adopt(&mut self, hash: u64, key: u64) -> Option<Link> {
-        let link = self.links.get_mut(&hash)?;
+        let link = self.by_hash.get_mut(&hash)?;
         link.key = key;
         Some(*link)
     }
@@ -142,7 +142,7 @@ impl Links {
     /// A link as another index knew it.
     pub fn restore(&mut self, hash: u64, key: u64, counts: [u8; TOLD_TIERS]) -> Link {
         let link = Link { key, counts, stamp: 0 };
-        if self.links.insert(hash, link).is_some_and(|before| before.mask() == 0) {
+        if self.by_hash.insert(hash, link).is_some_and(|before| before.mask() == 0) {
             self.ghost_count -= 1;
         }
         if link.mask() == 0 {
@@ -153,10 +153,10 @@ impl Links {
 
     fn lay_to_rest(&mut self, hash: u64) {
         self.stamp = self.stamp.wrapping_add(1);
-        let Some(link) = self.links.get_mut(&hash) else { return };
+        let Some(link) = self.by_hash.get_mut(&hash) else { return };
         // An orphan without a holder says nothing: its key is not known.
         if link.key == UNKNOWN {
-            self.links.remove(&hash);
+            self.by_hash.remove(&hash);
             return;
         }
         link.stamp = self.stamp;
@@ -170,7 +170,7 @@ impl Links {
         while self.ghost_count > most && self.bury_one(into) {}
         // Entries of ghosts that have come back are passed over one by one; where most are of that kind they go together.
         if self.ghosts.len() > 4 * self.ghost_count + limits::GHOSTS_MIN {
-            let links = &self.links;
+            let links = &self.by_hash;
             let is_ghost =
                 |hash: &u64, stamp: u16| links.get(hash).is_some_and(|it| it.mask() == 0 && it.stamp == stamp);
             self.ghosts.retain(|(hash, stamp)| is_ghost(hash, *stamp));
@@ -188,8 +188,8 @@ impl Links {
 
     fn bury_one(&mut self, into: &mut Vec<u64>) -> bool {
         while let Some((hash, stamp)) = self.ghosts.pop_front() {
-            if self.links.get(&hash).is_some_and(|link| link.mask() == 0 && link.stamp == stamp) {
-                self.links.remove(&hash);
+            if self.by_hash.get(&hash).is_some_and(|link| link.mask() == 0 && link.stamp == stamp) {
+                self.by_hash.remove(&hash);
                 self.ghost_count -= 1;
                 into.push(hash);
                 return true;
@@ -200,7 +200,7 @@ impl Links {
 
     /// Room for more hashes without growing.
     pub fn room(&self) -> usize {
-        self.links.capacity() - self.links.len()
+        self.by_hash.capacity() - self.by_hash.len()
     }
 }
 

@@ -1,6 +1,6 @@
 //! Which engine holds which prefix, in which tier, right now.
 //!
-//! An event's way: a subscriber hands a decoded batch to [`Index::apply`]; the [`writer`] finds the request keys ([`keys`]) of the engine's hashes
+//! An event's way: a subscriber hands a decoded batch to [`writer::Writer::apply`]; the [`writer`] finds the request keys ([`keys`]) of the engine's hashes
 //! ([`links`]), waits for parents that have not come ([`orphans`]), bridges block sizes ([`joined`]), and changes the block's holder set ([`sets`]) in
 //! the [`table`]. A question's way: [`Index::score`] turns tokens into keys and walks the table once ([`query`]), beside the writer and never
 //! behind it.

@@ -297,7 +297,9 @@ fn hash_of(sets: &Sets, set: u32) -> u64 {
         }
         return xxh3_64(bytemuck::cast_slice(&holders[..words.len()]));
     }
-    words.iter().for_each(|word| hash.update(&word.load(Ordering::Relaxed).to_le_bytes()));
+    for word in words {
+        hash.update(&word.load(Ordering::Relaxed).to_le_bytes());
+    }
     hash.digest()
 }
 

@@ -175,7 +175,9 @@ impl Writer {
         let ratio = self.column(column).map_or(Ratio::Odd, |state| state.ratio);
         if stored.tokens.is_empty() || ratio == Ratio::Odd {
             self.counts.unbridged += if stored.tokens.is_empty() { 0 } else { hashes.len() as u64 };
-            hashes.iter().for_each(|hash| self.store_unnamed(column, *hash, tier));
+            for hash in hashes {
+                self.store_unnamed(column, *hash, tier);
+            }
         } else {
             self.store_named(column, stored, hashes, &arena.tokens[stored.tokens.clone()], tier, ratio);
         }
@@ -211,7 +213,9 @@ impl Writer {
         if !readable || extras.len() < hashes.len() {
             // Without its extra keys a block's key would be another block's.
             self.counts.skipped += 1;
-            hashes.iter().for_each(|hash| self.store_unnamed(column, *hash, tier));
+            for hash in hashes {
+                self.store_unnamed(column, *hash, tier);
+            }
         } else {
             let blocks = hashes.iter().zip(tokens.chunks_exact(size)).zip(&extras);
             let blocks = blocks.map(|((hash, tokens), extra)| (*hash, tokens, *extra));
@@ -427,7 +431,9 @@ impl Writer {
                 let mask_of = |hash| state.links.get(hash).map_or(0, super::links::Link::mask);
                 let shared = state.split.keys(hash).iter().map(|key| (*key, state.split.mask(*key, mask_of)));
                 let marks: Vec<(u64, u8)> = shared.chain((key != UNKNOWN).then_some((key, mask))).collect();
-                marks.into_iter().for_each(|(key, mask)| self.mark(column, key, mask));
+                for (key, mask) in marks {
+                    self.mark(column, key, mask);
+                }
             }
             Ratio::Join(_) => {
                 for key in state.joined.memberships(hash).to_vec() {

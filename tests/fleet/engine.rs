@@ -153,10 +153,10 @@ impl SimEngine {
     }
 
     /// Publishes a batch; it arrives unless `lost`.
-    pub(crate) fn publish(&mut self, payload: Vec<u8>, lost: bool, twice: bool, run: &mut dyn FnMut(Step<Vec<u8>>)) {
+    pub(crate) fn publish(&mut self, payload: &[u8], lost: bool, twice: bool, run: &mut dyn FnMut(Step<Vec<u8>>)) {
         let number = self.number;
         self.number += 1;
-        self.buffer.push_back((number, payload.clone()));
+        self.buffer.push_back((number, payload.to_vec()));
         if self.buffer.len() > self.shape.replay.max(1) {
             self.buffer.pop_front();
         }
@@ -167,9 +167,9 @@ impl SimEngine {
             self.run(steps, run);
         }
         if !lost {
-            for _ in 0..1 + usize::from(twice) {
+            for _ in 0..=usize::from(twice) {
                 let mut steps = Vec::new();
-                self.follower.message(number, payload.clone(), &mut steps);
+                self.follower.message(number, payload.to_vec(), &mut steps);
                 self.run(steps, run);
             }
         }

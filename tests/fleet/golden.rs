@@ -56,7 +56,9 @@ fn pack(value: &serde_json::Value, out: &mut Vec<u8>) {
         String(it) => rmp::encode::write_str(out, it).expect("memory"),
         Array(items) => {
             rmp::encode::write_array_len(out, items.len() as u32).expect("memory");
-            items.iter().for_each(|item| pack(item, out));
+            for item in items {
+                pack(item, out);
+            }
         }
         Object(pairs) => {
             rmp::encode::write_map_len(out, pairs.len() as u32).expect("memory");
@@ -68,15 +70,15 @@ fn pack(value: &serde_json::Value, out: &mut Vec<u8>) {
     }
 }
 
-fn packed(value: serde_json::Value) -> Vec<u8> {
+fn packed(value: &serde_json::Value) -> Vec<u8> {
     let mut out = Vec::new();
-    pack(&value, &mut out);
+    pack(value, &mut out);
     out
 }
 
 #[test]
 fn the_array_form_of_sglang_and_of_older_vllm_is_read() {
-    let payload = packed(serde_json::json!([
+    let payload = packed(&serde_json::json!([
         1.0,
         [
             [
@@ -112,7 +114,7 @@ fn the_array_form_of_sglang_and_of_older_vllm_is_read() {
 
 #[test]
 fn what_is_not_understood_is_left_out_and_the_rest_stays() {
-    let payload = packed(serde_json::json!([
+    let payload = packed(&serde_json::json!([
         1,
         [
             {"type": "BlockMoved", "block_hashes": [1]},

@@ -52,7 +52,7 @@ impl Fleet {
         }
         let payload = engine.work(choices, prompts);
         let (lost, twice) = (noisy && choices.chance(5), noisy && choices.chance(5));
-        engine.publish(payload, lost, twice, &mut |step| {
+        engine.publish(&payload, lost, twice, &mut |step| {
             naive.run(&step);
             match step {
                 Step::Apply(payload) => {

@@ -192,6 +192,8 @@ fn memory_stays_under_its_bound_and_what_has_no_room_is_a_miss() {
     }
     let blocks = told.index.write().sizes().0;
     assert!(blocks > 500_000, "{blocks} blocks in {INDEX_BYTES_MIN} bytes");
-    engines.iter().for_each(|id| told.index.write().forget(*id));
+    for id in &engines {
+        told.index.write().forget(*id);
+    }
     assert_eq!(told.index.write().sizes(), (0, 0));
 }

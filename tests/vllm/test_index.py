@@ -64,7 +64,7 @@ class Publisher:
 
 
 def test_vllms_publisher_its_replays_and_its_restarts(vllm_installed: None) -> None:
-    """What was published before the index came, what is published while it listens, and another life on the same ports."""
+    """What was published before the index came, while it listens, and by another life on the same ports."""
     port = free_port()
     first = Publisher(port)
     for number in range(1, 21):
