@@ -158,7 +158,7 @@ impl Sink for Counter {
         self.change(&self.source, |told| told.connected = up);
     }
 
-    fn apply(&mut self, stream: &Stream, payload: &[u8]) {
+    fn apply(&mut self, stream: &Stream, _number: u64, payload: &[u8]) {
         let Ok(batch) = decode(payload, &mut self.arena) else { return self.garbage() };
         self.change(&engine_name(&self.source, stream), |told| {
             told.connected = true;
@@ -216,7 +216,7 @@ async fn tail(options: &TailOptions) -> Result<()> {
     let mut tasks = JoinSet::new();
     for source in engines(&options.sources).await? {
         let counter = Counter { source: source.name, board: Arc::clone(&board), arena: Arena::default() };
-        tasks.spawn(follow(source.address, counter));
+        tasks.spawn(follow(source.address, Vec::new(), counter));
     }
     let lines = options.json || !std::io::stdout().is_terminal();
     let show = async {
@@ -316,7 +316,7 @@ impl Recorder {
 impl Sink for Recorder {
     fn connected(&mut self, _up: bool) {}
 
-    fn apply(&mut self, stream: &Stream, payload: &[u8]) {
+    fn apply(&mut self, stream: &Stream, _number: u64, payload: &[u8]) {
         let at_ms = self.now_ms();
         let line = match decode(payload, &mut self.arena) {
             Ok(batch) => Line::of(at_ms, &engine_name(&self.source, stream), &batch, &self.arena),
@@ -350,7 +350,7 @@ async fn record(options: &RecordOptions) -> Result<()> {
             failed: Arc::clone(&failed),
             arena: Arena::default(),
         };
-        tasks.spawn(follow(source.address, recorder));
+        tasks.spawn(follow(source.address, Vec::new(), recorder));
     }
     until(options.seconds).await;
     tasks.shutdown().await;

@@ -101,6 +101,9 @@ pub struct Options {
     /// A file with the token that requests must bear.
     #[arg(long)]
     pub token_file: Option<PathBuf>,
+    /// Another index, e.g. `http://10.0.0.9:8090`, whose blocks this one takes over before it answers. The token is sent to it, too.
+    #[arg(long)]
+    pub catch_up: Option<String>,
     /// Requests a second; 0: no bound.
     #[arg(long, default_value_t = 0)]
     pub requests_per_second: u32,
@@ -142,6 +145,13 @@ async fn run(options: &Options) -> Result<()> {
         eprintln!("kvcellar: {} can be reached from elsewhere and asks for no token: see --token-file", options.listen);
     }
     let mut fleet = Fleet::new(Arc::clone(&index));
+    if let Some(other) = &options.catch_up {
+        // Without it engines are followed from their replays, as by the first index of all.
+        match catch_up(other, token.as_deref(), memory as usize).await.and_then(|snapshot| fleet.resume(&snapshot)) {
+            Ok(engines) => eprintln!("kvcellar: {engines} engines taken over from {other}"),
+            Err(error) => eprintln!("kvcellar: nothing is taken over from {other}: {error}"),
+        }
+    }
     fleet.set(found);
     let service = Arc::new(Service::new(index, fleet.states(), Weights::default()));
     let limits = Limits { body_bytes_max: body as usize, requests_per_second: options.requests_per_second, token };
@@ -165,4 +175,24 @@ async fn run(options: &Options) -> Result<()> {
         () = options.sources.keep(&mut fleet) => Ok(()),
         () = expiry => Ok(()),
     }
+}
+
+/// Another index's snapshot, of at most so many bytes.
+async fn catch_up(other: &str, token: Option<&str>, bytes_max: usize) -> Result<Vec<u8>> {
+    let later = |problem: String| Error::TryLater { what: other.to_owned(), holder: problem };
+    let client = reqwest::Client::builder().connect_timeout(Duration::from_secs(5)).build();
+    let mut request = client.map_err(|error| later(error.to_string()))?.get(format!("{other}/v1/snapshot"));
+    if let Some(token) = token {
+        request = request.bearer_auth(token);
+    }
+    let answer = request.send().await.and_then(reqwest::Response::error_for_status);
+    let mut answer = answer.map_err(|error| later(error.to_string()))?;
+    let mut snapshot = Vec::new();
+    while let Some(part) = answer.chunk().await.map_err(|error| later(error.to_string()))? {
+        if snapshot.len() + part.len() > bytes_max {
+            return Err(later(format!("its snapshot is larger than {bytes_max} bytes")));
+        }
+        snapshot.extend_from_slice(&part);
+    }
+    Ok(snapshot)
 }

@@ -9,6 +9,7 @@
 
 use std::collections::VecDeque;
 
+use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::limits;
@@ -25,8 +26,8 @@ pub enum Why {
 /// What the caller has to do, in this order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step<P> {
-    /// Apply this batch.
-    Apply(P),
+    /// Apply this batch, which has this number.
+    Apply(u64, P),
     /// Forget every block of this publisher.
     Forget(Why),
     /// Ask for all batches from this number on, instead of any replay that is under way.
@@ -48,6 +49,22 @@ pub struct Counts {
     pub restarts: u64,
     /// Times that everything was forgotten because of a hole.
     pub gaps: u64,
+}
+
+/// A batch that was applied, so that its publisher can be asked for what came after it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    /// Its number.
+    pub number: u64,
+    /// The fingerprint of its payload.
+    pub print: u64,
+}
+
+impl Position {
+    /// Of this batch.
+    pub fn of(number: u64, payload: &[u8]) -> Self {
+        Self { number, print: xxh3_64(payload) }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,9 +108,10 @@ impl<P: AsRef<[u8]>> Follower<P> {
         }
     }
 
-    /// Goes on where another index stood: the batches before `next` are known.
-    pub fn resume(replays: bool, next: u64) -> Self {
-        Self { next: Some(next), ..Self::new(replays) }
+    /// Goes on after a batch that somebody else has applied.
+    pub fn resume(replays: bool, last: Position) -> Self {
+        let recent = VecDeque::from([(last.number, last.print)]);
+        Self { next: Some(last.number + 1), recent, ..Self::new(replays) }
     }
 
     /// Number of the next batch; `None` before the first.
@@ -253,7 +271,7 @@ impl<P: AsRef<[u8]>> Follower<P> {
         }
         self.recent.push_back((number, print));
         self.counts.applied += 1;
-        steps.push(Step::Apply(payload));
+        steps.push(Step::Apply(number, payload));
     }
 
     fn apply_replayed(&mut self, number: u64, print: u64, payload: P, steps: &mut Vec<Step<P>>) {
@@ -334,7 +352,7 @@ mod tests {
             let mut steps = VecDeque::from(steps);
             while let Some(step) = steps.pop_front() {
                 match step {
-                    Step::Apply(payload) => self.known.push(payload),
+                    Step::Apply(_, payload) => self.known.push(payload),
                     Step::Forget(why) => {
                         self.known.clear();
                         self.whys.push(why);
@@ -441,6 +459,6 @@ mod tests {
             follower.replay_failed(&mut steps);
         }
         assert!(follower.is_live() && follower.held.is_empty() && follower.held_bytes == 0);
-        assert_eq!(steps.iter().filter(|step| matches!(step, Step::Apply(_))).count(), limits::HELD_BATCHES_MAX);
+        assert_eq!(steps.iter().filter(|step| matches!(step, Step::Apply(..))).count(), limits::HELD_BATCHES_MAX);
     }
 }

@@ -8,12 +8,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use zeromq::{DealerSocket, Socket, SocketEvent, SocketRecv, SocketSend, SubSocket};
 
 use super::decode;
-use super::follow::{Counts, Follower, Step, Why};
+use super::follow::{Counts, Follower, Position, Step, Why};
 use super::publisher::{END, frames};
 use crate::limits;
 
@@ -29,7 +30,7 @@ pub struct Address {
 }
 
 /// One numbered row of batches.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Stream {
     /// The topic.
     pub topic: String,
@@ -42,7 +43,7 @@ pub trait Sink: Send {
     /// The line is up or down.
     fn connected(&mut self, up: bool);
     /// A batch, in order and once.
-    fn apply(&mut self, stream: &Stream, payload: &[u8]);
+    fn apply(&mut self, stream: &Stream, number: u64, payload: &[u8]);
     /// All blocks of the stream are to be forgotten.
     fn forget(&mut self, stream: &Stream, why: Why);
     /// The state after a message: counts, and whether nothing is missing.
@@ -73,11 +74,12 @@ struct Follow<S> {
     replies: mpsc::Sender<(Stream, u64, Reply)>,
 }
 
-/// Follows an address for ever: dropping the future ends it.
-pub async fn follow<S: Sink>(address: Address, sink: S) {
+/// Follows an address for ever: dropping the future ends it. `known`: streams whose beginning somebody else has applied.
+pub async fn follow<S: Sink>(address: Address, known: Vec<(Stream, Position)>, sink: S) {
     let (replies, mut incoming) = mpsc::channel(limits::REPLAY_QUEUE);
-    let mut follow =
-        Follow { address, sink, streams: HashMap::new(), replays: HashMap::new(), replay_number: 0, replies };
+    let replays = address.replay.is_some();
+    let streams = known.into_iter().map(|(stream, last)| (stream, Follower::resume(replays, last))).collect();
+    let mut follow = Follow { address, sink, streams, replays: HashMap::new(), replay_number: 0, replies };
     let (first_ms, longest_ms) = limits::CONNECT_BACKOFF_MS;
     let mut pause_ms = first_ms;
     loop {
@@ -192,7 +194,7 @@ impl<S: Sink> Follow<S> {
         let (counts, next, live) = (follower.counts(), follower.next(), follower.is_live());
         for step in steps {
             match step {
-                Step::Apply(payload) => self.sink.apply(stream, &payload),
+                Step::Apply(number, payload) => self.sink.apply(stream, number, &payload),
                 Step::Forget(why) => self.sink.forget(stream, why),
                 Step::Replay(from) => self.ask(stream, from),
             }

@@ -68,6 +68,7 @@ pub fn routes(service: Arc<Service>, limits: Limits) -> Router {
         .route("/v1/keys", post(keys_of))
         .route("/v1/engines", get(engines))
         .route("/v1/blocks/{key}", get(block))
+        .route("/v1/snapshot", get(snapshot))
         .route("/metrics", get(metrics::show))
         .layer(middleware::from_fn_with_state(guard, limits::check));
     open.merge(guarded).layer(body).with_state(service)
@@ -272,6 +273,19 @@ async fn block(State(service): State<Arc<Service>>, Path(key): Path<String>) -> 
         .filter_map(|(engine, tiers)| Some(serde_json::json!({ "engine": roster.get(engine)?.name, "tiers": tiers })))
         .collect();
     Json(serde_json::json!({ "key": number.to_string(), "holders": holders })).into_response()
+}
+
+async fn snapshot(State(service): State<Arc<Service>>) -> Response {
+    let head = match service.index.write().snapshot_head() {
+        Ok(head) => head,
+        Err(error) => return refuse(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+    };
+    let ids: Vec<EngineId> = service.index.roster().engines.iter().flatten().map(|engine| engine.id).collect();
+    // One engine at a time: events of the others are applied meanwhile.
+    let parts = ids.into_iter().filter_map(move |id| service.index.write().snapshot_engine(id).transpose());
+    let body = futures_util::stream::iter(std::iter::once(Ok(head)).chain(parts));
+    ([(axum::http::header::CONTENT_TYPE, "application/octet-stream")], axum::body::Body::from_stream(body))
+        .into_response()
 }
 
 async fn health(State(service): State<Arc<Service>>) -> Response {

@@ -10,9 +10,11 @@ use serde::Serialize;
 use tokio::task::JoinHandle;
 
 use super::Index;
+use super::registry::Mark;
 use super::roster::EngineId;
+use crate::error::Result;
 use crate::events::decode::decode;
-use crate::events::follow::{Counts, Why};
+use crate::events::follow::{Counts, Position, Why};
 use crate::events::subscriber::{self, Sink, Stream};
 use crate::events::wire::Arena;
 use sources::Source;
@@ -68,12 +70,24 @@ pub struct Fleet {
     index: Arc<Index>,
     states: States,
     tasks: HashMap<String, (Source, JoinHandle<()>)>,
+    /// Where engines' events stand that came with a snapshot, by engine.
+    marks: HashMap<String, Mark>,
 }
 
 impl Fleet {
     /// Nobody yet.
     pub fn new(index: Arc<Index>) -> Self {
-        Self { index, states: States::default(), tasks: HashMap::new() }
+        Self { index, states: States::default(), tasks: HashMap::new(), marks: HashMap::new() }
+    }
+
+    /// Goes on from another index's snapshot. To be called before any engine is followed.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::DataLost`]; engines that were not taken over are followed from their replays.
+    pub fn resume(&mut self, snapshot: &[u8]) -> Result<usize> {
+        let marks = self.index.write().restore(snapshot)?;
+        self.marks = marks.into_iter().collect();
+        Ok(self.marks.len())
     }
 
     /// What others may look at while engines come and go.
@@ -121,9 +135,28 @@ impl Fleet {
                 engines: HashMap::new(),
                 arena: Arena::default(),
             };
-            let task = tokio::spawn(subscriber::follow(source.address.clone(), sink));
+            let known = self.known(&source);
+            let task = tokio::spawn(subscriber::follow(source.address.clone(), known, sink));
             self.tasks.insert(name, (source, task));
         }
+        // A snapshot's engines that nobody follows here would never change again.
+        for name in std::mem::take(&mut self.marks).into_keys() {
+            let found = self.index.roster().find(&name).map(|engine| engine.id);
+            if let Some(id) = found {
+                self.index.write().remove_engine(id);
+            }
+        }
+    }
+
+    /// Streams of a source that came with a snapshot.
+    fn known(&mut self, source: &Source) -> Vec<(Stream, Position)> {
+        let of_source = |name: &str, mark: &Mark| {
+            let stream = Stream { topic: mark.topic.clone(), rank: mark.rank };
+            (engine_name(source, &stream) == name).then_some((stream, mark.last))
+        };
+        let found: Vec<(String, (Stream, Position))> =
+            self.marks.iter().filter_map(|(name, mark)| Some((name.clone(), of_source(name, mark)?))).collect();
+        found.into_iter().map(|(name, known)| (self.marks.remove(&name), known).1).collect()
     }
 }
 
@@ -151,6 +184,18 @@ impl FleetView {
     }
 }
 
+/// A stream's engine.
+fn engine_name(source: &Source, stream: &Stream) -> String {
+    let base = match (source.address.bind, stream.topic.as_str()) {
+        (true, topic) if !topic.is_empty() => topic,
+        _ => &source.name,
+    };
+    match stream.rank {
+        None | Some(0) => base.to_owned(),
+        Some(rank) => format!("{base}/dp{rank}"),
+    }
+}
+
 /// One source's way into the index.
 struct IndexSink {
     index: Arc<Index>,
@@ -162,14 +207,7 @@ struct IndexSink {
 
 impl IndexSink {
     fn name(&self, stream: &Stream) -> String {
-        let base = match (self.source.address.bind, stream.topic.as_str()) {
-            (true, topic) if !topic.is_empty() => topic,
-            _ => &self.source.name,
-        };
-        match stream.rank {
-            None | Some(0) => base.to_owned(),
-            Some(rank) => format!("{base}/dp{rank}"),
-        }
+        engine_name(&self.source, stream)
     }
 
     fn engine(&mut self, stream: &Stream) -> Option<EngineId> {
@@ -207,11 +245,19 @@ impl Sink for IndexSink {
         });
     }
 
-    fn apply(&mut self, stream: &Stream, payload: &[u8]) {
+    fn apply(&mut self, stream: &Stream, number: u64, payload: &[u8]) {
         let Some(id) = self.engine(stream) else { return };
-        match decode(payload, &mut self.arena) {
-            Ok(batch) => self.index.write().apply(id, &batch, &self.arena),
-            Err(_) => self.garbage(),
+        let decoded = decode(payload, &mut self.arena);
+        let mut writer = self.index.write();
+        if let Ok(batch) = &decoded {
+            writer.apply(id, batch, &self.arena);
+        }
+        // Under the same lock: a snapshot must not tell of a batch before or after its blocks.
+        let last = Position::of(number, payload);
+        writer.set_mark(id, Mark { topic: stream.topic.clone(), rank: stream.rank, last });
+        drop(writer);
+        if decoded.is_err() {
+            self.garbage();
         }
     }
 

@@ -24,6 +24,7 @@ pub mod query;
 pub mod registry;
 pub mod roster;
 pub mod sets;
+pub mod snapshot;
 pub mod split;
 pub mod table;
 pub mod tiers;

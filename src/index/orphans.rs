@@ -90,6 +90,11 @@ impl Orphans {
         taken
     }
 
+    /// Some wait in this column.
+    pub fn any(&self, column: Column) -> bool {
+        self.count > 0 && self.waiting.keys().any(|(of, _)| *of == column)
+    }
+
     /// Forgets those of a column.
     pub fn clear(&mut self, column: Column) {
         if self.count == 0 {

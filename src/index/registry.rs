@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use hashbrown::HashMap;
+use serde::{Deserialize, Serialize};
 
 use super::column::{ColumnState, Ratio};
 use super::keys;
@@ -10,13 +11,27 @@ use super::roster::{EngineId, EngineView, Need, Roster};
 use super::tiers::Column;
 use super::writer::Writer;
 use crate::error::{Error, Result};
+use crate::events::follow::Position;
 use crate::events::wire::Stored;
 use crate::limits;
+
+/// Where an engine's events stand: the stream and its last batch.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mark {
+    /// The stream's topic.
+    pub topic: String,
+    /// Its data-parallel rank.
+    pub rank: Option<u32>,
+    /// The last batch applied.
+    pub last: Position,
+}
 
 /// An engine: what readers see of it, and its columns by group.
 #[derive(Debug)]
 pub(super) struct Engine {
     pub(super) view: EngineView,
+    /// The last batch applied, as its follower wants it to be kept.
+    pub(super) mark: Option<Mark>,
     by_group: HashMap<u32, Column>,
 }
 
@@ -38,7 +53,7 @@ impl Writer {
         }
         let id = EngineId(number as u32);
         let view = EngineView { id, name: name.to_owned(), model: model.to_owned(), columns: Vec::new(), step: 1 };
-        let engine = Some(Engine { view, by_group: HashMap::new() });
+        let engine = Some(Engine { view, mark: None, by_group: HashMap::new() });
         if number == self.engines.len() {
             self.engines.push(engine);
         } else {
@@ -46,6 +61,13 @@ impl Writer {
         }
         self.publish();
         Ok(id)
+    }
+
+    /// Keeps where an engine's events stand; to be called with the batch still being the last one.
+    pub fn set_mark(&mut self, id: EngineId, mark: Mark) {
+        if let Some(Some(engine)) = self.engines.get_mut(id.0 as usize) {
+            engine.mark = Some(mark);
+        }
     }
 
     /// Forgets an engine.
@@ -106,6 +128,16 @@ impl Writer {
         Some(column)
     }
 
+    /// A group as another index has learnt it.
+    pub(super) fn set_shape(&mut self, column: Column, need: Need, block_tokens: u32) {
+        let stored = Stored { block_size: block_tokens, tokens: 0..block_tokens as usize, ..Stored::default() };
+        self.describe(column, &stored);
+        if let Some(state) = self.state(column) {
+            state.need = need;
+        }
+        self.learn_need(column, need);
+    }
+
     /// Learns what a group needs and how large its blocks are.
     pub(super) fn describe(&mut self, column: Column, stored: &Stored<'_>) {
         let index_block = self.block_tokens;
@@ -134,17 +166,21 @@ impl Writer {
         let need = Need::of(stored.kind, stored.window, index_block);
         if stored.kind.is_some() && state.need != need {
             state.need = need;
-            let id = state.engine;
-            if let Some(Some(engine)) = self.engines.get_mut(id.0 as usize) {
-                for (of, known) in &mut engine.view.columns {
-                    if *of == column {
-                        *known = need;
-                    }
-                }
-                engine.view.columns.sort_by_key(|(column, need)| (*need != Need::Whole, *column));
-            }
-            self.publish();
+            self.learn_need(column, need);
         }
+    }
+
+    fn learn_need(&mut self, column: Column, need: Need) {
+        let Some(id) = self.column(column).map(|state| state.engine) else { return };
+        if let Some(Some(engine)) = self.engines.get_mut(id.0 as usize) {
+            for (of, known) in &mut engine.view.columns {
+                if *of == column {
+                    *known = need;
+                }
+            }
+            engine.view.columns.sort_by_key(|(column, need)| (*need != Need::Whole, *column));
+        }
+        self.publish();
     }
 
     pub(super) fn root(&self, column: Column, stored: &Stored<'_>) -> u64 {

@@ -1,5 +1,7 @@
 //! The engines of the fleet and their columns, as readers see them. Replaced as a whole when an engine comes, goes, or shows another group.
 
+use serde::{Deserialize, Serialize};
+
 use super::tiers::Column;
 
 /// An engine's number. Numbers of engines that are gone are used again.
@@ -7,7 +9,8 @@ use super::tiers::Column;
 pub struct EngineId(pub u32);
 
 /// What a group needs of a prefix to be usable at its end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Need {
     /// All of it.
     Whole,

@@ -515,6 +515,9 @@ impl Writer {
 
     /// Forgets everything of an engine, which stays known.
     pub fn forget(&mut self, id: EngineId) {
+        if let Some(Some(engine)) = self.engines.get_mut(id.0 as usize) {
+            engine.mark = None;
+        }
         self.clear(id, u8::MAX);
     }
 

@@ -24,7 +24,7 @@ impl Naive {
 
     pub(crate) fn run(&mut self, step: &Step<Vec<u8>>) {
         match step {
-            Step::Apply(payload) => self.apply(payload),
+            Step::Apply(_, payload) => self.apply(payload),
             Step::Forget(_) => *self = Self::new(self.shape),
             Step::Replay(_) => {}
         }

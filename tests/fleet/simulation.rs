@@ -55,7 +55,7 @@ impl Fleet {
         engine.publish(&payload, lost, twice, &mut |step| {
             naive.run(&step);
             match step {
-                Step::Apply(payload) => {
+                Step::Apply(_, payload) => {
                     let batch = decode(&payload, arena).expect("a batch");
                     *applied += arena.hashes.len() as u64;
                     index.write().apply(*id, &batch, arena);

@@ -1,9 +1,11 @@
 //! Behaviours one at a time.
 
+use kvcellar::events::follow::Position;
 use kvcellar::events::wire::{Arena, Batch, Event, Hashes, Parent, Removed, Stored};
 use kvcellar::index::Index;
 use kvcellar::index::keys::{self, Extras};
 use kvcellar::index::query::Scorer;
+use kvcellar::index::registry::Mark;
 use kvcellar::index::roster::EngineId;
 use kvcellar::index::tiers::{FleetTier, Weights};
 use kvcellar::limits::INDEX_BYTES_MIN;
@@ -196,4 +198,43 @@ fn memory_stays_under_its_bound_and_what_has_no_room_is_a_miss() {
         told.index.write().forget(*id);
     }
     assert_eq!(told.index.write().sizes(), (0, 0));
+}
+
+#[test]
+fn a_snapshot_makes_the_same_index_and_nonsense_makes_none() {
+    let mut told = Told::new(2);
+    let (one, two) = (told.engine("one"), told.engine("two"));
+    told.store(one, 1, 8, "GPU");
+    told.store(one, 1, 3, "CPU");
+    told.remove(one, 8, "GPU");
+    told.store(two, 1, 5, "CPU");
+    let (first, second) = (mark(7), mark(9));
+    told.index.write().set_mark(one, first.clone());
+    told.index.write().set_mark(two, second.clone());
+    let mut snapshot = told.index.write().snapshot_head().expect("a head");
+    for id in [one, two] {
+        snapshot.extend(told.index.write().snapshot_engine(id).expect("written").expect("an engine"));
+    }
+    let other = Told::new(0);
+    let marks = other.index.write().restore(&snapshot).expect("taken over");
+    assert_eq!(marks, [("one".to_owned(), first), ("two".to_owned(), second)]);
+    assert_eq!((other.scores(), other.index.write().sizes()), (told.scores(), told.index.write().sizes()));
+    assert_eq!(other.index.write().blocks_of(one), told.index.write().blocks_of(one), "the ghost, too");
+    for end in 0..snapshot.len() {
+        let cut = Told::new(2);
+        let taken = cut.index.write().restore(&snapshot[..end]);
+        assert!(taken.is_err() || taken.is_ok_and(|marks| marks.len() < 2), "cut at {end}");
+    }
+    for at in 0..snapshot.len() {
+        let mut damaged = snapshot.clone();
+        damaged[at] ^= 0x55;
+        let other = Told::new(2);
+        // Any answer but a panic: a flipped key is a block that nobody asks for.
+        let _ = other.index.write().restore(&damaged);
+        assert!(other.index.write().bytes() <= INDEX_BYTES_MIN);
+    }
+}
+
+fn mark(number: u64) -> Mark {
+    Mark { topic: "t".to_owned(), rank: Some(0), last: Position::of(number, b"payload") }
 }

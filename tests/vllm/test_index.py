@@ -88,6 +88,32 @@ def test_vllms_publisher_its_replays_and_its_restarts(vllm_installed: None) -> N
         second.close()
 
 
+def test_a_new_replica_takes_over_what_no_replay_has_any_more(vllm_installed: None) -> None:
+    """Then both follow the engine, each for itself."""
+    port = free_port()
+    publisher = Publisher(port, buffer_steps=20)
+    source = f"name=a,endpoint=tcp://127.0.0.1:{port},replay=tcp://127.0.0.1:{port + 1}"
+    with index_server("--engine", source) as first:
+        publisher.inner.publish(batch(1, 1))
+        wait_until(lambda: score(first, 80) == {"a": 1}, "the first block")
+        for number in range(2, 41):
+            publisher.inner.publish(batch(number, 1))
+        wait_until(lambda: score(first, 80) == {"a": 40}, "all blocks")
+        with index_server("--engine", source, "--catch-up", f"http://127.0.0.1:{first.port}") as second:
+            assert score(second, 80) == {"a": 40}, second.log
+            wait_until(lambda: second.request("GET", "/healthz")[0] == 200, "the replica's own subscription")
+            for number in range(41, 51):
+                publisher.inner.publish(batch(number, 1))
+            for server in (first, second):
+                wait_until(lambda server=server: score(server, 80) == {"a": 50}, "later blocks")
+            stream = second.get("/v1/engines")["sources"]["a"]["streams"][0]
+            assert (stream["gaps"], stream["restarts"]) == (0, 0)
+        with index_server("--engine", source) as late:
+            wait_until(lambda: late.request("GET", "/healthz")[0] == 200, "the replay's end")
+            assert score(late, 80) == {}, "the beginning is in no replay"
+    publisher.close()
+
+
 def test_without_replays_a_hole_clears_the_engine(vllm_installed: None) -> None:
     """A subscriber that has lost a batch says so and starts over."""
     with zmq.Context() as context, context.socket(zmq.PUB) as socket:
