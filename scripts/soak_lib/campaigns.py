@@ -62,6 +62,10 @@ def _fleet(seeds: int) -> list[Run]:
     ]
 
 
+def _kubernetes(seeds: int) -> list[Run]:
+    return [Run((*CARGO_TEST, "--features", "kubernetes", "--lib", "kubernetes"), {})] * seeds
+
+
 def _vllm(seeds: int) -> list[Run]:
     command = (str(PYTHON), "-m", "pytest", "tests/vllm", "-m", "soak", "-o", "timeout=0")
     return [Run(command, {"KVCELLAR_TEST_SEED": str(FIRST_SEED + index)}) for index in range(seeds)]
@@ -73,5 +77,8 @@ CAMPAIGNS = {
     "torn": Campaign("stores damaged in every way, reopened and read", 10_000, False, _torn),
     "kills": Campaign("engines with a disk killed under load, their stores reopened", 500, False, _kills),
     "fleet": Campaign("an index of engines on bad lines against a naive one", 2_000, False, _fleet),
+    "kubernetes": Campaign(
+        "discovery by pod labels, a feature that ordinary tests do not build", 1, False, _kubernetes
+    ),
     "vllm": Campaign("real vLLM engines, the tests marked soak, once per seed", 3, True, _vllm),
 }

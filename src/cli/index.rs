@@ -27,6 +27,18 @@ pub struct Sources {
     /// A name that resolves to every engine (a headless service): host:port or host:port:replay-port. Resolved again every few seconds.
     #[arg(long)]
     pub dns: Option<String>,
+    /// Running pods with these labels, e.g. `app=vllm`: every one is an engine. Listed again every few seconds.
+    #[cfg(feature = "kubernetes")]
+    #[arg(long)]
+    pub kubernetes_labels: Option<String>,
+    /// Their namespace, if it is not our own.
+    #[cfg(feature = "kubernetes")]
+    #[arg(long, requires = "kubernetes_labels")]
+    pub kubernetes_namespace: Option<String>,
+    /// Ports of their sockets: `port` or `port:replay-port`.
+    #[cfg(feature = "kubernetes")]
+    #[arg(long, default_value = "5557:5558")]
+    pub kubernetes_ports: String,
     /// The model of engines that do not name theirs.
     #[arg(long)]
     pub model: Option<String>,
@@ -45,14 +57,42 @@ impl Sources {
         if let Some(name) = &self.dns {
             found.extend(sources::resolve(name, self.model.as_deref()).await?);
         }
+        #[cfg(feature = "kubernetes")]
+        found.extend(self.pods().await?);
         for source in &mut found {
             source.model = source.model.take().or_else(|| self.model.clone());
         }
         Ok(found)
     }
 
+    #[cfg(feature = "kubernetes")]
+    async fn pods(&self) -> Result<Vec<Source>> {
+        let Some(labels) = self.kubernetes_labels.clone() else { return Ok(Vec::new()) };
+        let number = |text: &str| {
+            text.parse::<u16>().map_err(|_| {
+                let problem = format!("`{}` is no port", self.kubernetes_ports);
+                Error::config("kubernetes-ports", problem, "Write e.g. 5557:5558 (port:replay port)")
+            })
+        };
+        let (port, replay) = match self.kubernetes_ports.split_once(':') {
+            Some((port, replay)) => (number(port)?, Some(number(replay)?)),
+            None => (number(&self.kubernetes_ports)?, None),
+        };
+        let namespace = self.kubernetes_namespace.clone();
+        crate::index::fleet::kubernetes::Pods { labels, namespace, port, replay_port: replay }.look().await
+    }
+
+    /// Some engines are found anew every time.
+    fn is_asked_for(&self) -> bool {
+        #[cfg(feature = "kubernetes")]
+        let pods = self.kubernetes_labels.is_some();
+        #[cfg(not(feature = "kubernetes"))]
+        let pods = false;
+        self.dns.is_some() || pods
+    }
+
     fn may_change(&self) -> bool {
-        self.engines_file.is_some() || self.dns.is_some()
+        self.engines_file.is_some() || self.is_asked_for()
     }
 
     fn stamp(&self) -> Option<SystemTime> {
@@ -64,7 +104,7 @@ impl Sources {
         let (mut stamp, mut said) = (self.stamp(), String::new());
         loop {
             tokio::time::sleep(Duration::from_secs(2)).await;
-            if !self.may_change() || (self.dns.is_none() && self.stamp() == stamp) {
+            if !self.may_change() || (!self.is_asked_for() && self.stamp() == stamp) {
                 continue;
             }
             stamp = self.stamp();

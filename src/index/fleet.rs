@@ -1,5 +1,7 @@
 //! Bringing a fleet's events into the index: which engines there are, a subscription for each, and what is known of their state.
 
+#[cfg(feature = "kubernetes")]
+pub mod kubernetes;
 pub mod sources;
 
 use std::collections::{BTreeMap, HashMap};
