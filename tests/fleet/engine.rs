@@ -36,6 +36,8 @@ pub(crate) struct SimEngine {
     buffer: VecDeque<(u64, Vec<u8>)>,
     pub(crate) follower: Follower<Vec<u8>>,
     connected: bool,
+    /// A batch that is still on its way while later ones have arrived.
+    delayed: Option<(u64, Vec<u8>)>,
 }
 
 impl SimEngine {
@@ -49,6 +51,7 @@ impl SimEngine {
             buffer: VecDeque::new(),
             follower: Follower::new(shape.replay > 0),
             connected: false,
+            delayed: None,
         }
     }
 
@@ -152,7 +155,7 @@ impl SimEngine {
         self.connected = false;
     }
 
-    /// Publishes a batch; it arrives unless `lost`.
+    /// Publishes a batch. It arrives, and `twice`; or it is `lost`, or late: after the next one.
     pub(crate) fn publish(&mut self, payload: &[u8], lost: bool, twice: bool, run: &mut dyn FnMut(Step<Vec<u8>>)) {
         let number = self.number;
         self.number += 1;
@@ -166,10 +169,18 @@ impl SimEngine {
             self.follower.connected(&mut steps);
             self.run(steps, run);
         }
+        if lost && twice {
+            self.delayed = Some((number, payload.to_vec()));
+        }
         if !lost {
             for _ in 0..=usize::from(twice) {
                 let mut steps = Vec::new();
                 self.follower.message(number, payload.to_vec(), &mut steps);
+                self.run(steps, run);
+            }
+            if let Some((number, payload)) = self.delayed.take() {
+                let mut steps = Vec::new();
+                self.follower.message(number, payload, &mut steps);
                 self.run(steps, run);
             }
         }

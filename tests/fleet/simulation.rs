@@ -51,7 +51,7 @@ impl Fleet {
             engine.cut();
         }
         let payload = engine.work(choices, prompts);
-        let (lost, twice) = (noisy && choices.chance(5), noisy && choices.chance(5));
+        let (lost, twice) = (noisy && choices.chance(8), noisy && choices.chance(20));
         engine.publish(&payload, lost, twice, &mut |step| {
             naive.run(&step);
             match step {
@@ -136,7 +136,7 @@ fn run(seed: u64, engines: u64, steps: u64, prompts: u64) -> u64 {
     }
     // Quiet: every engine publishes twice more, and both arrive.
     for at in 0..fleet.engines.len() {
-        (0..2).for_each(|_| fleet.step(at, &mut choices, prompts, false));
+        (0..3).for_each(|_| fleet.step(at, &mut choices, prompts, false));
     }
     fleet.compare(prompts);
     fleet.applied
