@@ -218,9 +218,6 @@ pub const INDEX_BYTES_MIN: usize = 128 << 20;
 /// Engines of one index at once. Further ones are refused.
 pub const ENGINES_MAX: usize = 65_536;
 
-/// Tokens of one question. Longer prompts are refused.
-pub const PROMPT_TOKENS_MAX: usize = 16 << 20;
-
 const _: () = assert!(2 * ORPHAN_BYTES_MAX <= INDEX_BYTES_MIN, "orphans leave room for blocks");
 const _: () = assert!(ENGINES_MAX * GROUPS_MAX <= 1 << 24, "a column's number fits beside its tiers");
 

@@ -133,13 +133,6 @@ struct Told {
 
 type Board = Arc<Mutex<BTreeMap<String, Told>>>;
 
-fn engine_name(source: &str, stream: &Stream) -> String {
-    match stream.rank {
-        None | Some(0) => source.to_owned(),
-        Some(rank) => format!("{source}/dp{rank}"),
-    }
-}
-
 /// Counts what comes.
 struct Counter {
     source: String,
@@ -160,7 +153,7 @@ impl Sink for Counter {
 
     fn apply(&mut self, stream: &Stream, _number: u64, payload: &[u8]) {
         let Ok(batch) = decode(payload, &mut self.arena) else { return self.garbage() };
-        self.change(&engine_name(&self.source, stream), |told| {
+        self.change(&stream.engine(&self.source), |told| {
             told.connected = true;
             told.batches += 1;
             told.skipped += u64::from(batch.skipped);
@@ -181,7 +174,7 @@ impl Sink for Counter {
     fn forget(&mut self, _stream: &Stream, _why: Why) {}
 
     fn state(&mut self, stream: &Stream, counts: Counts, _next: Option<u64>, _live: bool) {
-        self.change(&engine_name(&self.source, stream), |told| told.counts = counts);
+        self.change(&stream.engine(&self.source), |told| told.counts = counts);
     }
 
     fn garbage(&mut self) {
@@ -319,14 +312,14 @@ impl Sink for Recorder {
     fn apply(&mut self, stream: &Stream, _number: u64, payload: &[u8]) {
         let at_ms = self.now_ms();
         let line = match decode(payload, &mut self.arena) {
-            Ok(batch) => Line::of(at_ms, &engine_name(&self.source, stream), &batch, &self.arena),
+            Ok(batch) => Line::of(at_ms, &stream.engine(&self.source), &batch, &self.arena),
             Err(_) => return,
         };
         self.write(&line);
     }
 
     fn forget(&mut self, stream: &Stream, _why: Why) {
-        let engine = engine_name(&self.source, stream);
+        let engine = stream.engine(&self.source);
         self.write(&Line { at_ms: self.now_ms(), engine, rank: stream.rank, events: vec![Entry::Forgotten] });
     }
 

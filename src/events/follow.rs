@@ -35,7 +35,7 @@ pub enum Step<P> {
 }
 
 /// What has become of batches.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Counts {
     /// Applied.
     pub applied: u64,
@@ -144,21 +144,32 @@ impl<P: AsRef<[u8]>> Follower<P> {
             return;
         }
         let print = xxh3_64(payload.as_ref());
-        match self.next {
-            Some(next) if number < next && self.recent.contains(&(number, print)) => self.counts.repeated += 1,
-            Some(next) if number != next => {
-                self.counts.holes += 1;
-                if self.replays {
-                    self.hold(number, payload);
-                    self.fruitless = 0;
-                    self.ask(steps);
-                } else {
-                    self.forget(if number < next { Why::Restart } else { Why::Gap }, steps);
-                    self.apply(number, print, payload, steps);
-                }
-            }
-            _ => self.apply(number, print, payload, steps),
+        let is_hole = self.next.is_some_and(|next| number != next) && !self.is_repeat(number, print);
+        self.counts.holes += u64::from(is_hole);
+        if is_hole && self.replays {
+            self.hold(number, payload);
+            self.fruitless = 0;
+            return self.ask(steps);
         }
+        self.accept(number, print, payload, steps);
+    }
+
+    fn is_repeat(&self, number: u64, print: u64) -> bool {
+        self.next.is_some_and(|next| number < next) && self.recent.contains(&(number, print))
+    }
+
+    /// Takes a batch as it comes, where no replay can help.
+    fn accept(&mut self, number: u64, print: u64, payload: P, steps: &mut Vec<Step<P>>) {
+        if self.is_repeat(number, print) {
+            self.counts.repeated += 1;
+            return;
+        }
+        match self.next {
+            Some(next) if number < next => self.forget(Why::Restart, steps),
+            Some(next) if number > next => self.forget(Why::Gap, steps),
+            _ => {}
+        }
+        self.apply(number, print, payload, steps);
     }
 
     /// A batch came by replay.
@@ -216,19 +227,7 @@ impl<P: AsRef<[u8]>> Follower<P> {
         self.phase = Phase::Live;
         // Without an answer a hole stays a hole; without a hole there is nothing to complain about.
         while let Some((number, payload)) = self.take_held() {
-            let print = xxh3_64(payload.as_ref());
-            match self.next {
-                Some(next) if number < next && self.recent.contains(&(number, print)) => self.counts.repeated += 1,
-                Some(next) if number < next => {
-                    self.forget(Why::Restart, steps);
-                    self.apply(number, print, payload, steps);
-                }
-                Some(next) if number > next => {
-                    self.forget(Why::Gap, steps);
-                    self.apply(number, print, payload, steps);
-                }
-                _ => self.apply(number, print, payload, steps),
-            }
+            self.accept(number, xxh3_64(payload.as_ref()), payload, steps);
         }
     }
 

@@ -38,6 +38,16 @@ pub struct Stream {
     pub rank: Option<u32>,
 }
 
+impl Stream {
+    /// The name of its engine, among those behind an address with this name.
+    pub fn engine(&self, base: &str) -> String {
+        match self.rank {
+            None | Some(0) => base.to_owned(),
+            Some(rank) => format!("{base}/dp{rank}"),
+        }
+    }
+}
+
 /// What happens to a stream, told to whoever wants it.
 pub trait Sink: Send {
     /// The line is up or down.

@@ -177,7 +177,7 @@ async fn score(State(service): State<Arc<Service>>, body: Body<Question>) -> Res
         // An engine that the index does not know holds nothing.
         names.iter().filter_map(|name| by_name.get(name.as_str()).copied()).collect::<Vec<_>>()
     });
-    let block_tokens = service.index.write().block_tokens();
+    let block_tokens = roster.block_tokens;
     let keys = question.prompt.keys(block_tokens);
     let mut scorer = Scorer::default();
     let scores = service.index.score(&mut scorer, &keys, candidates.as_deref(), &weights);
@@ -203,7 +203,7 @@ async fn keys_of(State(service): State<Arc<Service>>, body: Body<Prompt>) -> Res
         Ok(Json(prompt)) => prompt,
         Err(error) => return refuse(error.status(), error.body_text()),
     };
-    let block_tokens = service.index.write().block_tokens();
+    let block_tokens = service.index.roster().block_tokens;
     // As text: JSON's numbers lose 64 bits in many a reader.
     let keys: Vec<String> = prompt.keys(block_tokens).iter().map(u64::to_string).collect();
     Json(serde_json::json!({ "block_tokens": block_tokens, "keys": keys })).into_response()
@@ -229,12 +229,12 @@ async fn expect(State(service): State<Arc<Service>>, body: Body<Expectation>) ->
     if ttl_ms > TTL_MS_MAX {
         return refuse(StatusCode::BAD_REQUEST, format!("ttl_ms: {ttl_ms} is more than {TTL_MS_MAX}"));
     }
-    let Some(id) = service.index.roster().find(&wanted.engine).map(|engine| engine.id) else {
+    let roster = service.index.roster();
+    let Some(id) = roster.find(&wanted.engine).map(|engine| engine.id) else {
         return refuse(StatusCode::NOT_FOUND, format!("engine: `{}` is not known. See /v1/engines", wanted.engine));
     };
-    let mut writer = service.index.write();
-    let keys = wanted.prompt.keys(writer.block_tokens());
-    writer.expect(id, &keys, service.now_ms() + u64::from(ttl_ms));
+    let keys = wanted.prompt.keys(roster.block_tokens);
+    service.index.write().expect(id, &keys, service.now_ms() + u64::from(ttl_ms));
     Json(serde_json::json!({ "blocks": keys.len() })).into_response()
 }
 

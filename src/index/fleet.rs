@@ -30,18 +30,9 @@ pub struct StreamState {
     pub next: Option<u64>,
     /// Nothing is missing.
     pub live: bool,
-    /// Batches applied, repeats left out, holes, replays, restarts, and gaps that no replay closed.
-    pub applied: u64,
-    /// Batches that had come before.
-    pub repeated: u64,
-    /// Holes in the numbers.
-    pub holes: u64,
-    /// Replays asked for.
-    pub replays: u64,
-    /// Restarts.
-    pub restarts: u64,
-    /// Times that the engine was forgotten because of a hole.
-    pub gaps: u64,
+    /// What has become of its batches.
+    #[serde(flatten)]
+    pub counts: Counts,
 }
 
 /// What is known of one source.
@@ -192,10 +183,7 @@ fn engine_name(source: &Source, stream: &Stream) -> String {
         (true, topic) if !topic.is_empty() => topic,
         _ => &source.name,
     };
-    match stream.rank {
-        None | Some(0) => base.to_owned(),
-        Some(rank) => format!("{base}/dp{rank}"),
-    }
+    stream.engine(base)
 }
 
 /// One source's way into the index.
@@ -275,8 +263,7 @@ impl Sink for IndexSink {
 
     fn state(&mut self, stream: &Stream, counts: Counts, next: Option<u64>, live: bool) {
         let engine = self.name(stream);
-        let Counts { applied, repeated, holes, replays, restarts, gaps } = counts;
-        let now = StreamState { engine, next, live, applied, repeated, holes, replays, restarts, gaps };
+        let now = StreamState { engine, next, live, counts };
         self.change(|state| match state.streams.iter_mut().find(|known| known.engine == now.engine) {
             Some(known) => *known = now,
             None => state.streams.push(now),

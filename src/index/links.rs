@@ -52,6 +52,11 @@ impl Links {
         self.by_hash.get(&hash)
     }
 
+    /// Tiers that hold a block.
+    pub fn mask(&self, hash: u64) -> u8 {
+        self.get(hash).map_or(0, Link::mask)
+    }
+
     /// Hashes with a holder.
     pub fn held(&self) -> usize {
         self.by_hash.len() - self.ghost_count

@@ -87,7 +87,7 @@ impl Writer {
         let engines = self.engines.iter().map(|engine| engine.as_ref().map(|engine| engine.view.clone())).collect();
         let columns =
             self.columns.iter().map(|column| column.as_ref().map(|state| (state.engine, state.need))).collect();
-        self.roster.store(Arc::new(Roster { engines, columns }));
+        self.roster.store(Arc::new(Roster { block_tokens: self.block_tokens, engines, columns }));
     }
 
     pub(super) fn columns_of(&self, id: EngineId) -> Vec<Column> {
@@ -128,50 +128,44 @@ impl Writer {
         Some(column)
     }
 
-    /// A group as another index has learnt it.
-    pub(super) fn set_shape(&mut self, column: Column, need: Need, block_tokens: u32) {
-        let stored = Stored { block_size: block_tokens, tokens: 0..block_tokens as usize, ..Stored::default() };
-        self.describe(column, &stored);
-        if let Some(state) = self.state(column) {
-            state.need = need;
-        }
-        self.learn_need(column, need);
-    }
-
-    /// Learns what a group needs and how large its blocks are.
+    /// Learns from an event how large a group's blocks are and what it needs.
     pub(super) fn describe(&mut self, column: Column, stored: &Stored<'_>) {
-        let index_block = self.block_tokens;
-        let Some(state) = self.state(column) else { return };
-        if stored.block_size != 0 && !stored.tokens.is_empty() && state.block_tokens != stored.block_size {
-            // Another size means other blocks: whatever was known is of another engine life.
-            if state.block_tokens != 0 {
-                self.clear_column(column, u8::MAX);
-            }
-            if index_block == 0 {
-                self.block_tokens = stored.block_size;
-            }
-            let index_block = self.block_tokens;
-            let Some(state) = self.state(column) else { return };
-            state.block_tokens = stored.block_size;
-            state.ratio = Ratio::of(stored.block_size, index_block);
-            if let (Ratio::Split(parts), id) = (state.ratio, state.engine)
-                && let Some(Some(engine)) = self.engines.get_mut(id.0 as usize)
-            {
-                engine.view.step = common_multiple(engine.view.step, parts as u32);
-                self.publish();
-            }
+        if !stored.tokens.is_empty() {
+            self.learn_size(column, stored.block_size);
         }
-        let index_block = self.block_tokens;
-        let Some(state) = self.state(column) else { return };
-        let need = Need::of(stored.kind, stored.window, index_block);
-        if stored.kind.is_some() && state.need != need {
-            state.need = need;
-            self.learn_need(column, need);
+        if stored.kind.is_some() {
+            self.learn_need(column, Need::of(stored.kind, stored.window, self.block_tokens));
         }
     }
 
-    fn learn_need(&mut self, column: Column, need: Need) {
-        let Some(id) = self.column(column).map(|state| state.engine) else { return };
+    /// Learns how large a group's blocks are; 0 says nothing.
+    pub(super) fn learn_size(&mut self, column: Column, block_tokens: u32) {
+        let Some(known) = self.column(column).map(|state| state.block_tokens) else { return };
+        if block_tokens == 0 || known == block_tokens {
+            return;
+        }
+        // Another size means other blocks: whatever was known is of another engine life.
+        if known != 0 {
+            self.clear_column(column, u8::MAX);
+        }
+        if self.block_tokens == 0 {
+            self.block_tokens = block_tokens;
+        }
+        let ratio = Ratio::of(block_tokens, self.block_tokens);
+        let Some(state) = self.state(column) else { return };
+        (state.block_tokens, state.ratio) = (block_tokens, ratio);
+        let id = state.engine;
+        if let (Ratio::Split(parts), Some(Some(engine))) = (ratio, self.engines.get_mut(id.0 as usize)) {
+            engine.view.step = common_multiple(engine.view.step, parts as u32);
+        }
+        self.publish();
+    }
+
+    /// Learns what a group needs of a prefix.
+    pub(super) fn learn_need(&mut self, column: Column, need: Need) {
+        let Some(state) = self.state(column).filter(|state| state.need != need) else { return };
+        state.need = need;
+        let id = state.engine;
         if let Some(Some(engine)) = self.engines.get_mut(id.0 as usize) {
             for (of, known) in &mut engine.view.columns {
                 if *of == column {

@@ -57,6 +57,8 @@ impl EngineView {
 /// All engines.
 #[derive(Debug, Clone, Default)]
 pub struct Roster {
+    /// Tokens of a block of the index; 0 while that is not known.
+    pub block_tokens: u32,
     /// By number.
     pub engines: Vec<Option<EngineView>>,
     /// For every column: its engine's number and what it needs. `None` for numbers that are not in use.

@@ -112,6 +112,7 @@ impl Writer {
             return Err(wrong(&format!("its blocks have {} tokens, ours {}", head.block_tokens, self.block_tokens)));
         }
         self.block_tokens = head.block_tokens;
+        self.publish();
         let mut marks = Vec::new();
         while !rest.is_empty() {
             let engine: EngineHead = read_section(&mut rest)?;
@@ -128,7 +129,8 @@ impl Writer {
                 let (these, others) = links.split_at(group.links * RECORD);
                 links = others;
                 if let Some(column) = self.column_of(id, group.group) {
-                    self.set_shape(column, group.need, group.block_tokens);
+                    self.learn_size(column, group.block_tokens);
+                    self.learn_need(column, group.need);
                     self.restore_links(column, these);
                 }
             }

@@ -85,7 +85,7 @@ impl Writer {
             let least = crate::config::size::show(limits::INDEX_BYTES_MIN as u64);
             return Err(Error::config("memory", "too small for an index", format!("Give it at least {least}")));
         }
-        Ok(Self {
+        let writer = Self {
             table: TableWriter::new(),
             sets: SetWriter::new(),
             engines: Vec::new(),
@@ -99,7 +99,9 @@ impl Writer {
             shares: false,
             soonest_ms: u64::MAX,
             scratch: Scratch::default(),
-        })
+        };
+        writer.publish();
+        Ok(writer)
     }
 
     /// The two structures that readers look into.
@@ -110,11 +112,6 @@ impl Writer {
     /// What has happened so far.
     pub fn counts(&self) -> Counts {
         self.counts
-    }
-
-    /// Tokens of an index block; 0 while that is not known.
-    pub fn block_tokens(&self) -> u32 {
-        self.block_tokens
     }
 
     /// Bytes of everything that grows with blocks.
@@ -428,7 +425,7 @@ impl Writer {
                 }
             }
             Ratio::Split(_) => {
-                let mask_of = |hash| state.links.get(hash).map_or(0, super::links::Link::mask);
+                let mask_of = |hash| state.links.mask(hash);
                 let shared = state.split.keys(hash).iter().map(|key| (*key, state.split.mask(*key, mask_of)));
                 let marks: Vec<(u64, u8)> = shared.chain((key != UNKNOWN).then_some((key, mask))).collect();
                 for (key, mask) in marks {
@@ -438,8 +435,7 @@ impl Writer {
             Ratio::Join(_) => {
                 for key in state.joined.memberships(hash).to_vec() {
                     let Some(state) = self.column(column) else { return };
-                    let mask =
-                        state.joined.mask(key, |piece| state.links.get(piece).map_or(0, super::links::Link::mask));
+                    let mask = state.joined.mask(key, |piece| state.links.mask(piece));
                     self.mark(column, key, mask);
                 }
             }
@@ -543,7 +539,7 @@ impl Writer {
         for (hash, key) in held {
             let Some(state) = self.state(column) else { return };
             state.links.remove_all(hash, tiers);
-            let mask = state.links.get(hash).map_or(0, super::links::Link::mask);
+            let mask = state.links.mask(hash);
             self.show(column, hash, key, mask);
         }
         for key in expected {

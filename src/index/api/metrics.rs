@@ -81,7 +81,7 @@ pub(super) async fn show(State(service): State<Arc<Service>>) -> Response {
         for stream in source.streams {
             let labels = vec![("engine".to_owned(), stream.engine)];
             live.get_or_create(&labels).set(stream.live.into());
-            gaps.get_or_create(&labels).set(stream.gaps);
+            gaps.get_or_create(&labels).set(stream.counts.gaps);
         }
     }
     registry.register("source_connected", "The line to a source is up", connected);
