@@ -34,6 +34,8 @@ pub mod metrics;
 pub mod nvme;
 pub mod policy;
 pub mod pool;
+#[cfg(feature = "serve")]
+pub mod route;
 pub mod tier;
 
 #[cfg(feature = "python")]

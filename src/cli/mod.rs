@@ -11,6 +11,8 @@ pub mod events;
 pub mod index;
 pub mod pool;
 pub mod report;
+#[cfg(feature = "serve")]
+pub mod route;
 pub mod store;
 
 use std::path::PathBuf;
@@ -39,6 +41,9 @@ enum Part {
     #[cfg(feature = "serve")]
     #[command(subcommand)]
     Index(IndexCommand),
+    /// Sends each request of a fleet to the engine that saves the most work.
+    #[cfg(feature = "serve")]
+    Route(Box<route::Options>),
     /// Events of engines: watch, record, play again, make up.
     #[cfg(feature = "serve")]
     #[command(subcommand)]
@@ -155,6 +160,8 @@ pub fn run(args: Vec<String>) -> i32 {
         Part::Store(StoreCommand::Drop { dir, names, yes }) => store::remove(&dir, &names, yes),
         #[cfg(feature = "serve")]
         Part::Index(IndexCommand::Serve(options)) => index::serve(&options),
+        #[cfg(feature = "serve")]
+        Part::Route(options) => route::serve(&options),
         #[cfg(feature = "serve")]
         Part::Events(command) => events::run(&command),
         Part::Doctor(options) => doctor::run(&options),

@@ -29,6 +29,7 @@ const ROWS: &[(&str, Reach)] = &[
     ("tier", Only(&["gpu", "pool", "nvme", "policy", "events", "block", "config", "metrics", "error", "limits"])),
     // `config` for sizes as people read them, in messages about memory.
     ("index", Only(&["events", "block", "config", "error", "limits"])),
+    ("route", Only(&["index", "events", "block", "config", "error", "limits"])),
     ("cli", Anything),
     ("python", Anything),
     ("bin", Only(&["cli"])),

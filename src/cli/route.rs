@@ -1,0 +1,302 @@
+//! `kvcellar route`: sends each request to the engine that saves the most work.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, SystemTime};
+
+use axum::http::HeaderName;
+use clap::{Args, ValueEnum};
+
+use crate::config::size;
+use crate::error::{Error, Result};
+use crate::index::Index;
+use crate::index::fleet::Fleet;
+use crate::index::tiers::Weights;
+use crate::route::choose::Policy;
+use crate::route::cost::Cost;
+use crate::route::engine::Spec;
+use crate::route::engines::Engines;
+use crate::route::prompt::{Checked, Models};
+use crate::route::proxy::{self, Limits};
+use crate::route::router::{Mode, Router, Setup};
+use crate::route::scorers::Scorer;
+use crate::route::tokens::TokenModel;
+use crate::route::{admin, scrape, self_check};
+
+/// How engines are weighed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Weighing {
+    /// Weighted scorers, see --scorers.
+    Scorers,
+    /// The least predicted time to the first token.
+    Cost,
+    /// One after the other.
+    RoundRobin,
+    /// Any.
+    Random,
+}
+
+/// Options of the router.
+#[derive(Debug, Clone, Args)]
+pub struct Options {
+    /// Address of the HTTP front end: a reverse proxy for OpenAI's API.
+    #[arg(long)]
+    pub http: Option<SocketAddr>,
+    /// Address of metrics, health and /debug.
+    #[arg(long, default_value = "127.0.0.1:8092")]
+    pub admin: SocketAddr,
+    /// An engine: a URL like `http://10.0.0.1:8000`, or url=...[,events=tcp://...][,replay=tcp://...][,name=...][,draining=true]. May be repeated.
+    #[arg(long = "engine", value_name = "ENGINE")]
+    pub engines: Vec<String>,
+    /// A JSON file with a list of engines, read again when it changes.
+    #[arg(long)]
+    pub engines_file: Option<PathBuf>,
+    /// A name that resolves to every engine (a headless service): host:port, or host:port:events-port:replay-port. Resolved again every few seconds.
+    #[arg(long)]
+    pub dns: Option<String>,
+    /// Where prefixes are looked up. Precise needs engines' events, and a tokenizer for prompts that come as text.
+    #[arg(long, value_enum, default_value = "approximate")]
+    pub mode: Mode,
+    /// How engines are weighed.
+    #[arg(long, value_enum, default_value = "cost")]
+    pub policy: Weighing,
+    /// Weights of scorers, e.g. prefix=3,queue=2,kv-usage=2. Unless given, the field's usual ones.
+    #[arg(long, value_delimiter = ',')]
+    pub scorers: Vec<String>,
+    /// Directory with a model's `tokenizer.json` and chat template; MODEL=DIRECTORY where engines serve several. May be repeated.
+    #[arg(long = "tokenizer", value_name = "[MODEL=]DIRECTORY")]
+    pub tokenizers: Vec<String>,
+    /// Bound of the index's memory.
+    #[arg(long, default_value = "1GiB")]
+    pub memory: String,
+    /// Bound of the memory for texts that were tokenized lately, for each tokenizer.
+    #[arg(long, default_value = "256MiB")]
+    pub tokenizer_memory: String,
+    /// Largest body of a request.
+    #[arg(long, default_value = "32MiB")]
+    pub body: String,
+    /// Requests in flight at most; 0: no bound. Further ones are refused with 429.
+    #[arg(long, default_value_t = 0)]
+    pub in_flight: usize,
+    /// Time between two scrapes of an engine, in ms.
+    #[arg(long, default_value_t = 500)]
+    pub scrape_ms: u64,
+    /// How long an engine may send nothing, in s.
+    #[arg(long, default_value_t = 600)]
+    pub silence_s: u64,
+    /// Engines that a request may try before its first byte.
+    #[arg(long, default_value_t = 3)]
+    pub tries: usize,
+    /// Header that names a session, for the scorer `session`.
+    #[arg(long, default_value = "x-session-id")]
+    pub session_header: String,
+    /// Seed of the random numbers that settle ties.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// Runs the router until it is told to stop.
+pub fn serve(options: &Options) -> i32 {
+    match super::block_on(run(options)) {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("kvcellar: {error}");
+            1
+        }
+    }
+}
+
+impl Options {
+    /// All engines there are now.
+    async fn look(&self) -> Result<Vec<Spec>> {
+        let mut found = self.engines.iter().map(|text| Spec::parse(text)).collect::<Result<Vec<_>>>()?;
+        if let Some(path) = &self.engines_file {
+            found.extend(read(path)?);
+        }
+        if let Some(name) = &self.dns {
+            found.extend(resolve(name).await?);
+        }
+        Ok(found)
+    }
+
+    fn stamp(&self) -> Option<SystemTime> {
+        self.engines_file.as_ref().and_then(|path| path.metadata().ok()?.modified().ok())
+    }
+
+    /// Keeps the engines as they are found, for ever. What cannot be read leaves them as they are and is said once.
+    async fn keep(&self, engines: &Engines, fleet: &mut Option<Fleet>) {
+        let (mut stamp, mut said) = (None, String::new());
+        loop {
+            if self.dns.is_some() || stamp.is_none() || self.stamp() != stamp {
+                stamp = Some(self.stamp()).flatten().or(Some(SystemTime::UNIX_EPOCH));
+                match self.look().await {
+                    Ok(found) => {
+                        said.clear();
+                        if let Some(fleet) = fleet {
+                            fleet.set(found.iter().filter_map(Spec::source).collect());
+                        }
+                        engines.set(found);
+                    }
+                    Err(error) if error.to_string() != said => {
+                        said = error.to_string();
+                        eprintln!("kvcellar: {said}; the engines stay as they were");
+                    }
+                    Err(_) => {}
+                }
+            }
+            if self.engines_file.is_none() && self.dns.is_none() {
+                std::future::pending::<()>().await;
+            }
+            tokio::time::sleep(Duration::from_secs(2)).await;
+        }
+    }
+
+    fn policy(&self) -> Result<Policy> {
+        let weights = self.scorers.iter().map(|text| weight(text)).collect::<Result<Vec<_>>>()?;
+        if !weights.is_empty() && self.policy != Weighing::Scorers {
+            return Err(Error::config("scorers", "they are used by --policy scorers only", "Add --policy scorers"));
+        }
+        Ok(match self.policy {
+            Weighing::Cost => Policy::Cost(Cost::default()),
+            Weighing::RoundRobin => Policy::RoundRobin,
+            Weighing::Random => Policy::random(),
+            Weighing::Scorers if weights.is_empty() => Policy::field(),
+            Weighing::Scorers => Policy::Scorers(weights, crate::route::choose::Pick::Best),
+        })
+    }
+
+    fn models(&self) -> Result<Models> {
+        let memory = size::parse("tokenizer-memory", &self.tokenizer_memory.as_str().into())? as usize;
+        let mut named = BTreeMap::new();
+        for text in &self.tokenizers {
+            let (name, dir) = text.split_once('=').unwrap_or(("", text));
+            let model = TokenModel::open(Path::new(dir), memory)?;
+            let checked = Arc::new(Checked { model, differs: AtomicBool::new(false) });
+            if named.insert(name.to_owned(), checked).is_some() {
+                return Err(Error::config("tokenizer", format!("`{name}` has two"), "Write MODEL=DIRECTORY"));
+            }
+        }
+        Ok(Models { named })
+    }
+}
+
+fn weight(text: &str) -> Result<(Scorer, f64)> {
+    let names = || crate::route::scorers::ALL.map(Scorer::name).join(", ");
+    let wrong =
+        |problem: String| Error::config("scorers", problem, format!("Write NAME=WEIGHT with names of {}", names()));
+    let (name, value) = text.split_once('=').ok_or_else(|| wrong(format!("`{text}` has no `=`")))?;
+    let scorer = Scorer::named(name.trim()).ok_or_else(|| wrong(format!("there is no scorer `{name}`")))?;
+    let value = value.trim().parse::<f64>().ok().filter(|value| value.is_finite() && *value >= 0.0);
+    Ok((scorer, value.ok_or_else(|| wrong(format!("the weight of `{name}` is no number of 0 or more")))?))
+}
+
+/// The engines in a JSON file: a list of objects with the fields of the command line.
+fn read(path: &Path) -> Result<Vec<Spec>> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| Error::io("reading", path, error, "Name a file with a JSON list of engines"))?;
+    let specs: Vec<Spec> = serde_json::from_str(&text).map_err(|error| {
+        Error::config(
+            "engines-file",
+            error.to_string(),
+            r#"Write a list like [{"name": "a", "url": "http://10.0.0.1:8000"}]"#,
+        )
+    })?;
+    specs.into_iter().map(Spec::checked).collect()
+}
+
+/// The engines behind a name with one address for each of them.
+async fn resolve(name: &str) -> Result<Vec<Spec>> {
+    let wrong = || {
+        Error::config(
+            "dns",
+            format!("`{name}` is no host:port"),
+            "Write host:port or host:port:events-port:replay-port",
+        )
+    };
+    let parts: Vec<&str> = name.split(':').collect();
+    let number = |text: &&str| text.parse::<u16>().map_err(|_| wrong());
+    let ports = parts[1..].iter().map(number).collect::<Result<Vec<_>>>()?;
+    let (port, events) = match ports.as_slice() {
+        [port] => (*port, None),
+        [port, events, replay] => (*port, Some((*events, *replay))),
+        _ => return Err(wrong()),
+    };
+    let found = tokio::net::lookup_host((parts[0], port)).await;
+    let found =
+        found.map_err(|error| Error::TryLater { what: format!("the name {}", parts[0]), holder: error.to_string() })?;
+    let at = |ip: std::net::IpAddr, port: u16| format!("tcp://{}", SocketAddr::new(ip, port));
+    let spec = |address: SocketAddr| Spec {
+        name: address.to_string(),
+        url: format!("http://{address}"),
+        events: events.map(|(port, _)| at(address.ip(), port)),
+        replay: events.map(|(_, port)| at(address.ip(), port)),
+        draining: false,
+    };
+    Ok(found.map(spec).collect())
+}
+
+async fn listen(name: &'static str, address: SocketAddr) -> Result<tokio::net::TcpListener> {
+    let bound = tokio::net::TcpListener::bind(address).await;
+    bound.map_err(|error| Error::config(name, format!("{address}: {error}"), "Name a free address, e.g. 127.0.0.1:0"))
+}
+
+async fn run(options: &Options) -> Result<()> {
+    let found = options.look().await?;
+    if found.is_empty() && options.engines_file.is_none() && options.dns.is_none() {
+        return Err(Error::config("engine", "no engine is named", "Give --engine, --engines-file or --dns"));
+    }
+    let Some(http) = options.http else {
+        return Err(Error::config("http", "no front end is asked for", "Give --http, e.g. --http 127.0.0.1:8000"));
+    };
+    if options.mode == Mode::Precise && found.iter().all(|spec| spec.events.is_none()) && !found.is_empty() {
+        return Err(Error::config(
+            "mode",
+            "precise needs events, and no engine has any",
+            "Write events=tcp://...,replay=tcp://... for every engine, or --mode approximate",
+        ));
+    }
+    let memory = size::parse("memory", &options.memory.as_str().into())? as usize;
+    let body = size::parse("body", &options.body.as_str().into())? as usize;
+    let session_header = HeaderName::try_from(&options.session_header)
+        .map_err(|_| Error::config("session-header", "it is no name of a header", "Write e.g. x-session-id"))?;
+    let index = (options.mode == Mode::Precise).then(|| Index::new(0, memory)).transpose()?.map(Arc::new);
+    let mut fleet = index.as_ref().map(|index| Fleet::new(Arc::clone(index)));
+    let engines = Arc::new(Engines::default());
+    let setup = Setup {
+        mode: options.mode,
+        policy: options.policy()?,
+        weights: Weights::default(),
+        index,
+        models: options.models()?,
+        in_flight_max: options.in_flight,
+        seed: options.seed,
+    };
+    let router = Router::new(Arc::clone(&engines), setup)?;
+    let limits = Limits {
+        body_bytes_max: body,
+        connect: Duration::from_secs(2),
+        silence: Duration::from_secs(options.silence_s.max(1)),
+        tries: options.tries.max(1),
+        session_header,
+    };
+    let (http, shown) = (listen("http", http).await?, listen("admin", options.admin).await?);
+    for (what, listener) in [("router", &http), ("admin", &shown)] {
+        if let Ok(address) = listener.local_addr() {
+            eprintln!("kvcellar: {what} at http://{address}");
+        }
+    }
+    let checks = tokio::spawn(self_check::run(Arc::clone(&router)));
+    let front = crate::index::api::serve(http, proxy::routes(Arc::clone(&router), limits), super::told_to_stop());
+    let back = crate::index::api::serve(shown, admin::routes(Arc::clone(&router)), std::future::pending());
+    let outcome = tokio::select! {
+        ended = front => ended.map_err(|error| Error::io("serving", "http", error, "Look at the log")),
+        ended = back => ended.map_err(|error| Error::io("serving", "admin", error, "Look at the log")),
+        () = options.keep(&engines, &mut fleet) => Ok(()),
+        () = scrape::keep(Arc::clone(&engines), Duration::from_millis(options.scrape_ms.max(10))) => Ok(()),
+    };
+    checks.abort();
+    outcome
+}

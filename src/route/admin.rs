@@ -1,0 +1,83 @@
+//! What operators see of a router: health, metrics, the last decisions, engines, and the token ids of a request.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::{Path, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use serde_json::{Value as Json_, json};
+
+use super::prompt::Prompt;
+use super::request::{Kind, Request};
+use super::router::Router;
+
+/// The routes.
+pub fn routes(router: Arc<Router>) -> axum::Router {
+    axum::Router::new()
+        .route("/healthz", get(async || "ok"))
+        .route("/readyz", get(ready))
+        .route("/metrics", get(metrics))
+        .route("/debug/decisions", get(decisions))
+        .route("/debug/engines", get(engines))
+        .route("/debug/tokens/{kind}", post(tokens))
+        .layer(axum::extract::DefaultBodyLimit::max(64 << 20))
+        .with_state(router)
+}
+
+async fn ready(State(router): State<Arc<Router>>) -> Response {
+    let usable = router.engines.all().iter().filter(|engine| engine.is_usable()).count();
+    let status = if usable > 0 { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(json!({"usable_engines": usable}))).into_response()
+}
+
+async fn metrics(State(router): State<Arc<Router>>) -> Response {
+    match router.metrics.text(&router.engines) {
+        Some(text) => ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text)
+            .into_response(),
+        None => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+    }
+}
+
+async fn decisions(State(router): State<Arc<Router>>) -> Response {
+    Json(router.ring.all()).into_response()
+}
+
+async fn engines(State(router): State<Arc<Router>>) -> Response {
+    let row = |engine: &Arc<super::engine::Engine>| {
+        let told = engine.told.load();
+        let models: Vec<String> = engine.models.load().iter().map(|model| model.id.clone()).collect();
+        let (blocks, capacity) = engine.recent().sizes();
+        json!({
+            "name": engine.spec.name, "url": engine.spec.url, "health": engine.health(), "models": models,
+            "running": told.running, "waiting": told.waiting, "kv_usage": told.kv_usage, "kv_tokens": told.kv_tokens,
+            "remembered_blocks": blocks, "remembered_blocks_max": capacity, "prefill_tokens_per_second": engine.rates().prefill,
+        })
+    };
+    Json(router.engines.all().iter().map(row).collect::<Vec<_>>()).into_response()
+}
+
+/// The ids that a request becomes here, or why they are not known here; for chats the text as well.
+async fn tokens(State(router): State<Arc<Router>>, Path(kind): Path<String>, body: Bytes) -> Response {
+    let kind = match kind.as_str() {
+        "completion" => Kind::Completion,
+        "chat" => Kind::Chat,
+        _ => return (StatusCode::NOT_FOUND, "write /debug/tokens/completion or /debug/tokens/chat").into_response(),
+    };
+    let request = match Request::read(kind, &body) {
+        Ok(request) => request,
+        Err(refusal) => return (StatusCode::BAD_REQUEST, refusal.body()).into_response(),
+    };
+    let models = &router.setup.models;
+    let text = match kind {
+        Kind::Chat => models.of(request.model.as_deref()).and_then(|model| model.chat_text(&request.body)).ok(),
+        _ => None,
+    };
+    let answer: Json_ = match Prompt::ids(&request, models) {
+        Ok((ids, from)) => json!({"ids": ids, "from": from, "text": text}),
+        Err(inexact) => json!({"inexact": inexact.name(), "problem": inexact.to_string(), "text": text}),
+    };
+    Json(answer).into_response()
+}

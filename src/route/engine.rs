@@ -1,0 +1,350 @@
+//! One engine: where it is, what it said last, what was promised to it.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use arc_swap::ArcSwap;
+use serde::Deserialize;
+
+use super::approximate::Recent;
+use super::books::Books;
+use super::estimate;
+use super::view::{Adapter, Held, Look, Rates};
+use crate::error::{Error, Result};
+use crate::events::subscriber::Address;
+use crate::index::fleet::sources::Source;
+
+/// An engine as it is named in options and files.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spec {
+    /// Its name.
+    #[serde(default)]
+    pub name: String,
+    /// Where it answers, e.g. `http://10.0.0.1:8000`.
+    pub url: String,
+    /// Where it publishes its events, e.g. `tcp://10.0.0.1:5557`.
+    pub events: Option<String>,
+    /// Where it replays them.
+    pub replay: Option<String>,
+    /// It gets no new requests.
+    #[serde(default)]
+    pub draining: bool,
+}
+
+const REMEDY: &str = "Write e.g. url=http://10.0.0.1:8000,events=tcp://10.0.0.1:5557,replay=tcp://10.0.0.1:5558,name=a";
+
+impl Spec {
+    /// An engine as on the command line: `url=...[,events=...][,replay=...][,name=...][,draining=true]`, or a URL alone.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn parse(text: &str) -> Result<Self> {
+        if !text.contains('=') {
+            let bare = Self { name: String::new(), url: text.to_owned(), events: None, replay: None, draining: false };
+            return bare.checked();
+        }
+        let mut fields: BTreeMap<&str, String> = BTreeMap::new();
+        for part in text.split(',') {
+            let Some((name, value)) = part.split_once('=') else {
+                return Err(Error::config("engine", format!("`{part}` has no `=`"), REMEDY));
+            };
+            if fields.insert(name.trim(), value.trim().to_owned()).is_some() {
+                return Err(Error::config("engine", format!("`{name}` stands twice"), REMEDY));
+            }
+        }
+        let spec = Self {
+            name: fields.remove("name").unwrap_or_default(),
+            url: fields.remove("url").ok_or_else(|| Error::config("engine", "`url` is missing", REMEDY))?,
+            events: fields.remove("events"),
+            replay: fields.remove("replay"),
+            draining: fields.remove("draining").is_some_and(|value| value == "true"),
+        };
+        match fields.keys().next() {
+            Some(unknown) => Err(Error::config("engine", format!("`{unknown}` is not known"), REMEDY)),
+            None => spec.checked(),
+        }
+    }
+
+    /// With its name filled in.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn checked(mut self) -> Result<Self> {
+        let Some(authority) = self.url.strip_prefix("http://") else {
+            return Err(Error::config("url", format!("`{}` does not begin with http://", self.url), REMEDY));
+        };
+        let authority = authority.trim_end_matches('/').to_owned();
+        let has_port =
+            authority.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
+        if !has_port || authority.contains('/') {
+            return Err(Error::config("url", format!("`{}` is no http://host:port", self.url), REMEDY));
+        }
+        for (name, address) in [("events", &self.events), ("replay", &self.replay)] {
+            let told = address.as_ref().is_none_or(|it| it.starts_with("tcp://") || it.starts_with("ipc://"));
+            if !told {
+                return Err(Error::config(name, "it has no scheme", REMEDY));
+            }
+        }
+        if self.name.is_empty() {
+            self.name.clone_from(&authority);
+        }
+        self.url = format!("http://{authority}");
+        Ok(self)
+    }
+
+    /// Host and port.
+    pub fn authority(&self) -> &str {
+        self.url.strip_prefix("http://").unwrap_or(&self.url)
+    }
+
+    /// Its events, for the index.
+    pub fn source(&self) -> Option<Source> {
+        let endpoint = self.events.clone()?;
+        let address = Address { endpoint, replay: self.replay.clone(), bind: false };
+        // Keys do not name the model: an engine is only asked about requests for what it serves.
+        Some(Source { name: self.name.clone(), model: None, address })
+    }
+}
+
+/// A model that an engine serves.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Model {
+    /// Its name in requests.
+    pub id: String,
+    /// Of an adapter: its base model.
+    pub parent: Option<String>,
+}
+
+/// What an engine said last.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Told {
+    /// Requests that wait.
+    pub waiting: f64,
+    /// Requests that run.
+    pub running: f64,
+    /// Share of the KV cache in use.
+    pub kv_usage: f64,
+    /// Tokens that the KV cache holds; 0: not said.
+    pub kv_tokens: u64,
+    /// When its process began, in seconds since 1970.
+    pub started_s: f64,
+    /// Adapters: how many may be loaded, which run, which wait.
+    pub adapters: Option<(usize, Vec<String>, Vec<String>)>,
+    /// Computed prompt tokens and seconds of computing them since it began.
+    pub prefilled: (f64, f64),
+}
+
+/// An engine.
+#[derive(Debug)]
+pub struct Engine {
+    /// Where it is.
+    pub spec: Spec,
+    /// What was promised to it.
+    pub books: Books,
+    /// What it said last.
+    pub told: ArcSwap<Told>,
+    /// What it serves; empty: not known.
+    pub models: ArcSwap<Vec<Model>>,
+    /// When it got its last cold request.
+    pub cold_turn: AtomicU64,
+    recent: Mutex<Recent>,
+    rates: Mutex<Rates>,
+    /// Failures in a row; it is well at 0, and has not been seen yet at [`UNSEEN`].
+    failures: AtomicU32,
+}
+
+const UNSEEN: u32 = u32::MAX;
+
+/// Scrapes that may fail in a row before an engine gets no more requests.
+const FAILURES_MAX: u32 = 2;
+
+impl Engine {
+    /// One that has not been seen yet.
+    pub fn new(spec: Spec) -> Self {
+        Self {
+            spec,
+            books: Books::default(),
+            told: ArcSwap::default(),
+            models: ArcSwap::default(),
+            cold_turn: AtomicU64::new(0),
+            recent: Mutex::default(),
+            rates: Mutex::default(),
+            failures: AtomicU32::new(UNSEEN),
+        }
+    }
+
+    /// What it probably holds.
+    pub fn recent(&self) -> MutexGuard<'_, Recent> {
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// It may get requests.
+    pub fn is_usable(&self) -> bool {
+        !self.spec.draining && self.failures.load(Ordering::Relaxed) < FAILURES_MAX
+    }
+
+    /// `healthy`, `failing`, `unseen` or `draining`.
+    pub fn health(&self) -> &'static str {
+        match self.failures.load(Ordering::Relaxed) {
+            _ if self.spec.draining => "draining",
+            UNSEEN => "unseen",
+            failures if failures < FAILURES_MAX => "healthy",
+            _ => "failing",
+        }
+    }
+
+    /// A scrape has failed. Returns whether it has just become unusable.
+    pub fn failed(&self) -> bool {
+        let before = self.failures.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |failures| {
+            (failures != UNSEEN).then(|| (failures + 1).min(FAILURES_MAX))
+        });
+        before == Ok(FAILURES_MAX - 1)
+    }
+
+    /// A connection was refused: no more requests until it answers a scrape.
+    pub fn refused(&self) {
+        self.failures.fetch_max(FAILURES_MAX, Ordering::Relaxed);
+    }
+
+    /// It has answered a scrape. Returns whether it was unusable before.
+    pub fn heard(&self, told: Told) -> bool {
+        let before = self.told.load();
+        let restarted = before.started_s > 0.0 && told.started_s > before.started_s + 0.5;
+        if restarted {
+            self.recent().clear();
+        }
+        if told.kv_tokens > 0 {
+            self.recent().resize(told.kv_tokens as usize / estimate::BLOCK_TOKENS);
+        }
+        self.learn_prefill(&before, &told, restarted);
+        self.told.store(std::sync::Arc::new(told));
+        self.failures.swap(0, Ordering::Relaxed) >= FAILURES_MAX
+    }
+
+    /// The speed of computing prompts, from the engine's own counts between two scrapes.
+    fn learn_prefill(&self, before: &Told, now: &Told, restarted: bool) {
+        let (tokens, seconds) = (now.prefilled.0 - before.prefilled.0, now.prefilled.1 - before.prefilled.1);
+        // Few tokens say more about a step's fixed cost than about speed.
+        if restarted || before.started_s == 0.0 || tokens < 256.0 || seconds <= 0.0 {
+            return;
+        }
+        let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
+        rates.prefill += 0.2 * (tokens / seconds - rates.prefill);
+    }
+
+    /// A request has ended so long after its first token.
+    pub fn learn_residence(&self, seconds: f64) {
+        let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
+        rates.residence_s += 0.05 * (seconds - rates.residence_s);
+    }
+
+    /// Its speeds.
+    pub fn rates(&self) -> Rates {
+        *self.rates.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it serves a model; `true` where it has not said.
+    pub fn serves(&self, model: &str) -> bool {
+        let models = self.models.load();
+        models.is_empty() || models.iter().any(|it| it.id == model)
+    }
+
+    /// Whether a model is an adapter here.
+    pub fn is_adapter(&self, model: &str) -> bool {
+        self.models.load().iter().any(|it| it.id == model && it.parent.is_some())
+    }
+
+    /// How it is now, for a request of which it has so much.
+    pub fn look(&self, held: Held, adapter: Option<&str>, session: bool) -> Look {
+        let told = self.told.load();
+        Look {
+            waiting: told.waiting,
+            running: told.running,
+            kv_usage: told.kv_usage,
+            kv_tokens: told.kv_tokens,
+            our_requests: self.books.requests.load(Ordering::Relaxed),
+            our_unanswered: self.books.unanswered.load(Ordering::Relaxed),
+            our_tokens: self.books.tokens.load(Ordering::Relaxed),
+            our_uncomputed: self.books.uncomputed.load(Ordering::Relaxed),
+            held,
+            adapter: adapter.map_or(Adapter::Unasked, |name| told.adapter(name)),
+            session,
+            cold_turn: self.cold_turn.load(Ordering::Relaxed),
+            rates: self.rates(),
+        }
+    }
+}
+
+impl Told {
+    fn adapter(&self, name: &str) -> Adapter {
+        let Some((most, running, waiting)) = &self.adapters else { return Adapter::Room };
+        if running.iter().any(|it| it == name) {
+            Adapter::Loaded
+        } else if waiting.iter().any(|it| it == name) {
+            Adapter::Waiting
+        } else if running.len() + waiting.len() < *most {
+            Adapter::Room
+        } else {
+            Adapter::Full
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn engines_as_they_are_written() {
+        let spec = Spec::parse("http://h:8000/").expect("an engine");
+        assert_eq!((spec.name.as_str(), spec.authority()), ("h:8000", "h:8000"));
+        let spec = Spec::parse("url=http://h:1, name=a,events=tcp://h:2,replay=tcp://h:3").expect("an engine");
+        let source = spec.source().expect("events");
+        assert_eq!((source.name.as_str(), source.address.replay.as_deref()), ("a", Some("tcp://h:3")));
+        for wrong in [
+            "h:8000",
+            "https://h:1",
+            "http://h",
+            "url=http://h:1,x=1",
+            "name=a",
+            "url=http://h:1,url=http://h:2",
+            "url=http://h:1,events=h:2",
+        ] {
+            assert!(Spec::parse(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn health_follows_scrapes() {
+        let engine = Engine::new(Spec::parse("http://h:1").expect("an engine"));
+        assert!(!engine.is_usable(), "not seen yet");
+        assert!(!engine.failed() && !engine.is_usable());
+        assert!(engine.heard(Told::default()) && engine.is_usable());
+        assert!(!engine.failed() && engine.is_usable(), "one may fail");
+        assert!(engine.failed() && !engine.is_usable());
+        assert!(!engine.failed(), "said once");
+        assert!(engine.heard(Told::default()));
+        engine.refused();
+        assert_eq!(engine.health(), "failing");
+    }
+
+    #[test]
+    fn a_restarted_engine_holds_nothing() {
+        let engine = Engine::new(Spec::parse("http://h:1").expect("an engine"));
+        engine.heard(Told { started_s: 100.0, ..Told::default() });
+        engine.recent().used(&[1, 2, 3]);
+        engine.heard(Told { started_s: 100.0, ..Told::default() });
+        assert_eq!(engine.recent().held(&[1, 2, 3]), 3);
+        engine.heard(Told { started_s: 200.0, ..Told::default() });
+        assert_eq!(engine.recent().held(&[1, 2, 3]), 0);
+    }
+
+    #[test]
+    fn adapters() {
+        let told = Told { adapters: Some((2, vec!["a".to_owned()], vec!["b".to_owned()])), ..Told::default() };
+        assert_eq!(["a", "b", "c"].map(|name| told.adapter(name)), [Adapter::Loaded, Adapter::Waiting, Adapter::Full]);
+        assert_eq!(Told::default().adapter("a"), Adapter::Room);
+    }
+}

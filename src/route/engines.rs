@@ -1,0 +1,58 @@
+//! The engines there are: a list that readers share, replaced whole.
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+
+use super::engine::{Engine, Spec};
+
+/// All engines.
+#[derive(Debug, Default)]
+pub struct Engines {
+    list: ArcSwap<Vec<Arc<Engine>>>,
+}
+
+impl Engines {
+    /// The engines now.
+    pub fn all(&self) -> Arc<Vec<Arc<Engine>>> {
+        self.list.load_full()
+    }
+
+    /// Exactly these from now on. What is known of one stays as long as its address does; one that goes may end its requests.
+    pub fn set(&self, specs: Vec<Spec>) {
+        let before = self.all();
+        let place = |spec: Spec| {
+            let known = before.iter().find(|engine| engine.spec == spec);
+            known.map_or_else(|| Arc::new(Engine::new(spec)), Arc::clone)
+        };
+        let mut list: Vec<Arc<Engine>> = specs.into_iter().map(place).collect();
+        list.sort_by(|a, b| a.spec.name.cmp(&b.spec.name));
+        list.dedup_by(|a, b| a.spec.name == b.spec.name);
+        self.list.store(Arc::new(list));
+    }
+
+    /// The engine with this name.
+    pub fn find(&self, name: &str) -> Option<Arc<Engine>> {
+        let list = self.list.load();
+        list.binary_search_by(|engine| engine.spec.name.as_str().cmp(name)).ok().map(|at| Arc::clone(&list[at]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_known_of_an_engine_stays() {
+        let engines = Engines::default();
+        let spec = |text| Spec::parse(text).expect("an engine");
+        engines.set(vec![spec("url=http://h:2,name=b"), spec("url=http://h:1,name=a")]);
+        let a = engines.find("a").expect("a");
+        a.heard(super::super::engine::Told::default());
+        engines.set(vec![spec("url=http://h:1,name=a"), spec("url=http://h:3,name=b")]);
+        assert!(engines.find("a").expect("a").is_usable());
+        assert!(!engines.find("b").expect("b").is_usable(), "another address is another engine");
+        engines.set(Vec::new());
+        assert!(engines.find("a").is_none());
+    }
+}

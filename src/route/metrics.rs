@@ -1,0 +1,190 @@
+//! The router's numbers, in Prometheus's text format.
+
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+
+use super::answer::Usage;
+use super::engines::Engines;
+
+type Counts = Family<Vec<(String, String)>, Counter>;
+type Gauges = Family<Vec<(String, String)>, Gauge<f64, AtomicU64>>;
+
+/// Everything that is counted.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    decisions: Counts,
+    refused: Counts,
+    inexact: Counts,
+    outcomes: Counts,
+    retries: Counts,
+    predictions: Counts,
+    mismatched: Counter,
+    predicted: Counter,
+    reported: Counter,
+    dropped: Counter,
+    decide_seconds: Histogram,
+    ttft_seconds: Histogram,
+    engines: [(&'static str, &'static str, Gauges); 5],
+}
+
+fn labels<const N: usize>(pairs: [(&str, &str); N]) -> Vec<(String, String)> {
+    pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut registry = Registry::with_prefix("kvcellar_route");
+        let decide = [2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.5, 2.0];
+        let ttft = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0];
+        let gauges = [
+            ("engine_usable", "The engine may get requests"),
+            ("engine_in_flight", "Requests of ours that have not ended"),
+            ("engine_in_flight_tokens", "Their prompts' tokens"),
+            ("engine_prefill_rate", "Prompt tokens a second, as measured"),
+            ("engine_remembered_blocks", "Blocks that the engine is guessed to hold"),
+        ];
+        let metrics = Self {
+            decisions: Counts::default(),
+            refused: Counts::default(),
+            inexact: Counts::default(),
+            outcomes: Counts::default(),
+            retries: Counts::default(),
+            predictions: Counts::default(),
+            mismatched: Counter::default(),
+            predicted: Counter::default(),
+            reported: Counter::default(),
+            dropped: Counter::default(),
+            decide_seconds: Histogram::new(decide),
+            ttft_seconds: Histogram::new(ttft),
+            engines: gauges.map(|(name, help)| (name, help, Gauges::default())),
+            registry: Registry::default(),
+        };
+        registry.register(
+            "decisions",
+            "Decisions, by engine and by where prefixes were looked up",
+            metrics.decisions.clone(),
+        );
+        registry.register("refused", "Requests that were not passed on, by reason", metrics.refused.clone());
+        registry.register(
+            "inexact",
+            "Prompts whose ids this process could not say, by reason",
+            metrics.inexact.clone(),
+        );
+        registry.register("outcomes", "Requests that were passed on, by engine and end", metrics.outcomes.clone());
+        registry.register(
+            "retries",
+            "Requests that another engine got, by the engine that failed",
+            metrics.retries.clone(),
+        );
+        registry.register("predictions", "Predicted cached tokens against those reported", metrics.predictions.clone());
+        registry.register(
+            "prompts_mismatched",
+            "Prompts with another number of tokens than predicted exactly",
+            metrics.mismatched.clone(),
+        );
+        registry.register(
+            "predicted_cached_tokens",
+            "Cached tokens that were predicted, where the engine reported",
+            metrics.predicted.clone(),
+        );
+        registry.register("reported_cached_tokens", "Cached tokens that engines reported", metrics.reported.clone());
+        registry.register(
+            "expectations_dropped",
+            "Expectations that the index's writer was too busy for",
+            metrics.dropped.clone(),
+        );
+        registry.register("decide_seconds", "From the whole request to the decision", metrics.decide_seconds.clone());
+        registry.register(
+            "ttft_seconds",
+            "From the decision to the first byte of the answer's body",
+            metrics.ttft_seconds.clone(),
+        );
+        for (name, help, gauge) in &metrics.engines {
+            registry.register(*name, *help, gauge.clone());
+        }
+        Self { registry, ..metrics }
+    }
+}
+
+impl Metrics {
+    /// A decision was made.
+    pub fn decided(&self, engine: &str, prefix: &str, took: Duration) {
+        self.decisions.get_or_create(&labels([("engine", engine), ("prefix", prefix)])).inc();
+        self.decide_seconds.observe(took.as_secs_f64());
+    }
+
+    /// A request was not passed on.
+    pub fn refused(&self, reason: &str) {
+        self.refused.get_or_create(&labels([("reason", reason)])).inc();
+    }
+
+    /// A prompt's ids could not be said here.
+    pub fn inexact(&self, reason: &str) {
+        self.inexact.get_or_create(&labels([("reason", reason)])).inc();
+    }
+
+    /// Another engine got a request after this one failed.
+    pub fn retried(&self, engine: &str) {
+        self.retries.get_or_create(&labels([("engine", engine)])).inc();
+    }
+
+    /// An expectation did not reach the index.
+    pub fn dropped(&self) {
+        self.dropped.inc();
+    }
+
+    /// The first byte has come.
+    pub fn answered(&self, took: Duration) {
+        self.ttft_seconds.observe(took.as_secs_f64());
+    }
+
+    /// A request has ended.
+    pub fn ended(&self, engine: &str, outcome: &str) {
+        self.outcomes.get_or_create(&labels([("engine", engine), ("outcome", outcome)])).inc();
+    }
+
+    /// An engine has reported its usage. `exact`: the prompt's tokens were known.
+    pub fn reported(&self, prefix: &str, exact: bool, prompt: u32, predicted: u32, usage: Usage) {
+        if exact && usage.prompt != prompt {
+            self.mismatched.inc();
+        }
+        let Some(cached) = usage.cached else { return };
+        let how = match cached.cmp(&predicted) {
+            std::cmp::Ordering::Equal => "equal",
+            std::cmp::Ordering::Less => "less_than_predicted",
+            std::cmp::Ordering::Greater => "more_than_predicted",
+        };
+        self.predictions.get_or_create(&labels([("prefix", prefix), ("reported", how)])).inc();
+        self.predicted.inc_by(predicted.into());
+        self.reported.inc_by(cached.into());
+    }
+
+    /// All numbers as text.
+    pub fn text(&self, engines: &Engines) -> Option<String> {
+        use std::sync::atomic::Ordering::Relaxed;
+        self.engines.iter().for_each(|(_, _, gauge)| gauge.clear());
+        for engine in engines.all().iter() {
+            let values = [
+                f64::from(u8::from(engine.is_usable())),
+                f64::from(engine.books.requests.load(Relaxed)),
+                engine.books.tokens.load(Relaxed) as f64,
+                engine.rates().prefill,
+                engine.recent().sizes().0 as f64,
+            ];
+            for ((_, _, gauge), value) in self.engines.iter().zip(values) {
+                gauge.get_or_create(&labels([("engine", &engine.spec.name)])).set(value);
+            }
+        }
+        let mut text = String::new();
+        encode(&mut text, &self.registry).ok()?;
+        Some(text)
+    }
+}

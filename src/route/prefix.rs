@@ -1,0 +1,98 @@
+//! What each engine has of a prompt: asked of the index, or guessed from earlier decisions.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::approximate::Recent;
+use super::engine::Engine;
+use super::estimate::BLOCK_TOKENS;
+use super::view::Held;
+use crate::index::Index;
+use crate::index::query::Scorer;
+use crate::index::roster::EngineId;
+use crate::index::tiers::{TIERS, Weights};
+
+/// What one engine has, and which of its data-parallel ranks.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Found {
+    /// How much.
+    pub held: Held,
+    /// The engine's stream in the index that has it.
+    pub stream: Option<EngineId>,
+    /// Its data-parallel rank, where the engine has several.
+    pub rank: Option<u32>,
+}
+
+/// Tokens that vLLM takes from its cache at most: the last one of a prompt is always computed, so its block is, too.
+fn usable(tokens: u32, prompt: u32, block: u32) -> u32 {
+    tokens.min(prompt.saturating_sub(1) / block.max(1) * block.max(1))
+}
+
+/// Asks the index. Engines that it does not know have nothing.
+pub fn precise(index: &Index, keys: &[u64], prompt: u32, engines: &[Arc<Engine>], weights: &Weights) -> Vec<Found> {
+    let roster = index.roster();
+    let block = roster.block_tokens;
+    let places: HashMap<&str, usize> =
+        engines.iter().enumerate().map(|(at, engine)| (engine.spec.name.as_str(), at)).collect();
+    let mut found = vec![Found::default(); engines.len()];
+    let mut scorer = Scorer::default();
+    for score in index.score(&mut scorer, keys, None, weights) {
+        let Some(view) = roster.get(score.engine) else { continue };
+        let (base, rank) = split_rank(&view.name);
+        let Some(&at) = places.get(base) else { continue };
+        let tokens = usable(score.blocks * block, prompt, block);
+        if found[at].stream.is_some() && found[at].held.share >= score.score {
+            continue;
+        }
+        let mut tiers = [0; TIERS];
+        let mut left = tokens;
+        for (tier, blocks) in score.tiers.iter().enumerate() {
+            tiers[tier] = (blocks * block).min(left);
+            left -= tiers[tier];
+        }
+        let held = Held { tokens, tiers, share: score.score };
+        found[at] = Found { held, stream: Some(score.engine), rank };
+    }
+    found
+}
+
+/// The streams of an engine in the index: its first, or that of a rank.
+pub fn stream_of(index: &Index, engine: &Engine, rank: Option<u32>) -> Option<EngineId> {
+    let name = match rank {
+        None | Some(0) => engine.spec.name.clone(),
+        Some(rank) => format!("{}/dp{rank}", engine.spec.name),
+    };
+    index.roster().find(&name).map(|view| view.id)
+}
+
+/// An engine's name without the rank that its events carry.
+fn split_rank(name: &str) -> (&str, Option<u32>) {
+    let parts = name.rsplit_once("/dp").and_then(|(base, rank)| Some((base, rank.parse().ok()?)));
+    parts.map_or((name, None), |(base, rank)| (base, Some(rank)))
+}
+
+/// Guesses from what one engine was given.
+pub fn approximate(recent: &Recent, hashes: &[u64], prompt: u32) -> Found {
+    let blocks = recent.held(hashes);
+    let tokens = ((blocks * BLOCK_TOKENS) as u32).min(prompt.saturating_sub(1));
+    let mut tiers = [0; TIERS];
+    tiers[0] = tokens;
+    let held = Held { tokens, tiers, share: f64::from(tokens) / f64::from(prompt.max(1)) };
+    Found { held, ..Found::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_token_is_always_computed() {
+        assert_eq!([usable(64, 64, 16), usable(64, 65, 16), usable(32, 64, 16), usable(16, 0, 16)], [48, 64, 32, 0]);
+    }
+
+    #[test]
+    fn ranks_are_told_apart() {
+        assert_eq!(split_rank("a/dp3"), ("a", Some(3)));
+        assert_eq!(split_rank("a/dpx"), ("a/dpx", None));
+    }
+}

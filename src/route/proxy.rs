@@ -1,0 +1,291 @@
+//! The HTTP front end: a reverse proxy for OpenAI's API that decides for every request where it goes.
+//!
+//! Bodies of answers pass through untouched, chunk by chunk. A request is tried again elsewhere only as long as no byte of an answer has come. When a
+//! client goes away its request upstream is dropped, which cancels it there.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{Request as Incoming, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use http_body::{Body as _, Frame, SizeHint};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use tokio::time::{Instant, Sleep};
+
+use super::answer::Tail;
+use super::request::{Kind, Refusal, Request};
+use super::router::{Router, Ticket};
+
+/// Bounds of the front end.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Bytes of a body.
+    pub body_bytes_max: usize,
+    /// How long a connection to an engine may take.
+    pub connect: Duration,
+    /// How long an engine may send nothing: before its first byte, and between two.
+    pub silence: Duration,
+    /// Engines that a request may try.
+    pub tries: usize,
+    /// Header that names a session.
+    pub session_header: HeaderName,
+}
+
+/// What handlers share.
+#[derive(Debug)]
+pub struct Proxy {
+    router: Arc<Router>,
+    client: Client<HttpConnector, Full<Bytes>>,
+    limits: Limits,
+}
+
+/// Headers that belong to one connection.
+const HOP_BY_HOP: [HeaderName; 8] = [
+    header::CONNECTION,
+    header::PROXY_AUTHENTICATE,
+    header::PROXY_AUTHORIZATION,
+    header::TE,
+    header::TRAILER,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+    HeaderName::from_static("keep-alive"),
+];
+
+/// Asks for the decision in the answer's headers.
+pub const DEBUG: HeaderName = HeaderName::from_static("x-kvcellar-debug");
+
+/// The routes.
+pub fn routes(router: Arc<Router>, limits: Limits) -> axum::Router {
+    let mut connector = HttpConnector::new();
+    connector.set_connect_timeout(Some(limits.connect));
+    connector.set_nodelay(true);
+    let client = Client::builder(TokioExecutor::new()).pool_idle_timeout(Duration::from_secs(4)).build(connector);
+    let proxy = Arc::new(Proxy { router, client, limits });
+    axum::Router::new().fallback(pass).with_state(proxy)
+}
+
+fn refuse(refusal: &Refusal) -> Response {
+    let status = StatusCode::from_u16(refusal.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let mut response = (status, [(header::CONTENT_TYPE, "application/json")], refusal.body()).into_response();
+    if matches!(refusal, Refusal::Shed(_) | Refusal::NoEngine(_)) {
+        response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    }
+    response
+}
+
+async fn pass(State(proxy): State<Arc<Proxy>>, incoming: Incoming) -> Response {
+    match proxy.pass(incoming).await {
+        Ok(response) => response,
+        Err(refusal) => refuse(&refusal),
+    }
+}
+
+impl Proxy {
+    async fn pass(&self, incoming: Incoming) -> Result<Response, Refusal> {
+        let (parts, body) = incoming.into_parts();
+        let body = self.read(body).await.inspect_err(|refusal| self.router.metrics.refused(refusal.name()))?;
+        let kind = if parts.method == Method::POST { Kind::of(parts.uri.path()) } else { Kind::Other };
+        if parts.method == Method::GET && parts.uri.path() == "/v1/models" {
+            if let Some(response) = self.models() {
+                return Ok(response);
+            }
+        }
+        // Tokenizing a long prompt takes this thread for milliseconds.
+        let mut request =
+            Request::read(kind, &body).inspect_err(|refusal| self.router.metrics.refused(refusal.name()))?;
+        let session = parts.headers.get(&self.limits.session_header).and_then(|value| value.to_str().ok());
+        request.session = session.map(str::to_owned);
+        let mut ticket = self.router.route(&request).await?;
+        drop(request);
+        let debug = parts.headers.contains_key(&DEBUG);
+        for _ in 0..self.limits.tries {
+            let upstream = self.upstream(&parts.method, &parts.uri, &parts.headers, &body, &ticket)?;
+            match tokio::time::timeout(self.limits.silence, self.client.request(upstream)).await {
+                Ok(Ok(response)) => return Ok(self.answer(response, ticket, debug)),
+                Ok(Err(error)) => {
+                    let name = ticket.engine().spec.name.clone();
+                    eprintln!("kvcellar: {name}: {error}: trying another engine");
+                    if !ticket.next(error.is_connect()) {
+                        ticket.end("failed", None);
+                        return Err(Refusal::Upstream(format!("{name}: {error}")));
+                    }
+                }
+                Err(_) => {
+                    ticket.end("timeout", None);
+                    return Err(Refusal::Timeout(self.limits.silence.as_secs()));
+                }
+            }
+        }
+        ticket.end("failed", None);
+        Err(Refusal::Upstream(format!("{} engines were tried", self.limits.tries)))
+    }
+
+    async fn read(&self, body: Body) -> Result<Bytes, Refusal> {
+        let most = self.limits.body_bytes_max;
+        let read = tokio::time::timeout(self.limits.silence, Limited::new(body, most).collect()).await;
+        match read {
+            Ok(Ok(collected)) => Ok(collected.to_bytes()),
+            Ok(Err(error)) if error.is::<LengthLimitError>() => Err(Refusal::TooLarge(most)),
+            Ok(Err(error)) => Err(Refusal::BadRequest(format!("the body could not be read: {error}"))),
+            Err(_) => Err(Refusal::BadRequest("the body did not come".to_owned())),
+        }
+    }
+
+    /// All models of engines that serve different ones; `None`: any engine's answer does.
+    fn models(&self) -> Option<Response> {
+        let all = self.router.engines.all();
+        let lists: Vec<_> =
+            all.iter().filter(|engine| engine.is_usable()).map(|engine| engine.models.load_full()).collect();
+        if lists.windows(2).all(|pair| pair[0] == pair[1]) {
+            return None;
+        }
+        let mut models: Vec<_> = lists.iter().flat_map(|list| list.iter()).collect();
+        models.sort_by(|a, b| a.id.cmp(&b.id));
+        models.dedup();
+        let row = |model: &&super::engine::Model| serde_json::json!({"id": model.id, "object": "model", "owned_by": "vllm", "parent": model.parent});
+        let list: Vec<_> = models.iter().map(row).collect();
+        Some(axum::Json(serde_json::json!({"object": "list", "data": list})).into_response())
+    }
+
+    fn upstream(
+        &self,
+        method: &Method,
+        uri: &Uri,
+        headers: &HeaderMap,
+        body: &Bytes,
+        ticket: &Ticket,
+    ) -> Result<hyper::Request<Full<Bytes>>, Refusal> {
+        let path = uri.path_and_query().map_or("/", |it| it.as_str());
+        let target = format!("{}{path}", ticket.engine().spec.url);
+        let mut request = hyper::Request::builder().method(method).uri(target).body(Full::new(body.clone()));
+        if let Ok(request) = &mut request {
+            let passed = headers.iter().filter(|(name, _)| {
+                passes(name, headers) && **name != header::HOST && **name != header::CONTENT_LENGTH
+            });
+            for (name, value) in passed {
+                request.headers_mut().append(name, value.clone());
+            }
+            if let Some(rank) = ticket.rank() {
+                request.headers_mut().insert("x-data-parallel-rank", rank.into());
+            }
+        }
+        request.map_err(|error| Refusal::BadRequest(error.to_string()))
+    }
+
+    fn answer(&self, response: hyper::Response<hyper::body::Incoming>, ticket: Ticket, debug: bool) -> Response {
+        let (parts, body) = response.into_parts();
+        let mut out = Response::new(Body::empty());
+        *out.status_mut() = parts.status;
+        for (name, value) in parts.headers.iter().filter(|(name, _)| passes(name, &parts.headers)) {
+            out.headers_mut().append(name, value.clone());
+        }
+        if debug {
+            let shown =
+                serde_json::to_string(ticket.decision()).ok().and_then(|text| HeaderValue::from_str(&text).ok());
+            out.headers_mut().insert("x-kvcellar-decision", shown.unwrap_or(HeaderValue::from_static("{}")));
+            if let Ok(name) = HeaderValue::from_str(&ticket.engine().spec.name) {
+                out.headers_mut().insert("x-kvcellar-engine", name);
+            }
+        }
+        let outcome = if parts.status.is_server_error() { "engine_error" } else { "done" };
+        let silence = self.limits.silence;
+        let observed = Observed {
+            inner: body,
+            ticket: Some(ticket),
+            tail: Tail::default(),
+            outcome,
+            silence,
+            alarm: Box::pin(tokio::time::sleep(silence)),
+        };
+        *out.body_mut() = Body::new(observed);
+        out
+    }
+}
+
+fn passes(name: &HeaderName, headers: &HeaderMap) -> bool {
+    let named = headers.get(header::CONNECTION).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    !HOP_BY_HOP.contains(name) && !named.split(',').any(|it| it.trim().eq_ignore_ascii_case(name.as_str()))
+}
+
+/// An answer's body on its way, watched but not changed. Dropped before its end, it cancels the request upstream.
+struct Observed {
+    inner: hyper::body::Incoming,
+    ticket: Option<Ticket>,
+    tail: Tail,
+    outcome: &'static str,
+    silence: Duration,
+    alarm: Pin<Box<Sleep>>,
+}
+
+impl http_body::Body for Observed {
+    type Data = Bytes;
+    type Error = axum::BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::BoxError>>> {
+        let this = &mut *self;
+        match Pin::new(&mut this.inner).poll_frame(context) {
+            Poll::Ready(Some(Ok(frame))) => {
+                if let Some(bytes) = frame.data_ref() {
+                    this.tail.push(bytes);
+                    this.ticket.iter().for_each(Ticket::answered);
+                    this.alarm.as_mut().reset(Instant::now() + this.silence);
+                }
+                if this.inner.is_end_stream() {
+                    this.end(this.outcome);
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Poll::Ready(Some(Err(error))) => {
+                this.end("broken");
+                Poll::Ready(Some(Err(error.into())))
+            }
+            Poll::Ready(None) => {
+                this.end(this.outcome);
+                Poll::Ready(None)
+            }
+            Poll::Pending => match this.alarm.as_mut().poll(context) {
+                Poll::Ready(()) => {
+                    this.end("timeout");
+                    Poll::Ready(Some(Err("the engine fell silent".into())))
+                }
+                Poll::Pending => Poll::Pending,
+            },
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+impl Observed {
+    fn end(&mut self, outcome: &'static str) {
+        if let Some(ticket) = self.ticket.take() {
+            ticket.end(outcome, self.tail.usage());
+        }
+    }
+}
+
+impl Drop for Observed {
+    fn drop(&mut self) {
+        // With a known length the server may not ask for the end.
+        if self.inner.is_end_stream() {
+            self.end(self.outcome);
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! A request as a front end got it, as far as deciding needs it; and why one is refused.
+
+use serde_json::{Map, Value as Json};
+
+/// What a request asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// `/v1/completions`.
+    Completion,
+    /// `/v1/chat/completions`.
+    Chat,
+    /// Anything else: passed on by load alone.
+    Other,
+}
+
+impl Kind {
+    /// Of a path, without its query.
+    pub fn of(path: &str) -> Self {
+        match path.split('?').next().unwrap_or_default() {
+            "/v1/completions" => Self::Completion,
+            "/v1/chat/completions" => Self::Chat,
+            _ => Self::Other,
+        }
+    }
+}
+
+/// Why a request is not passed on.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// It cannot be understood.
+    #[error("{0}")]
+    BadRequest(String),
+    /// No engine serves its model.
+    #[error("the model `{0}` is served by no engine here; GET /v1/models lists those that are")]
+    ModelNotFound(String),
+    /// It is too large.
+    #[error("the request's body is larger than {0} bytes")]
+    TooLarge(usize),
+    /// More is in flight than may be.
+    #[error("{0} requests are in flight already; try again later")]
+    Shed(usize),
+    /// Nobody can take it.
+    #[error("no engine is available: {0}")]
+    NoEngine(&'static str),
+    /// The engine broke off before its first byte, and so did all others that were tried.
+    #[error("the engine did not answer: {0}")]
+    Upstream(String),
+    /// The engine took too long.
+    #[error("the engine sent nothing for {0} s")]
+    Timeout(u64),
+}
+
+impl Refusal {
+    /// Its HTTP status.
+    pub fn status(&self) -> u16 {
+        match self {
+            Self::BadRequest(_) => 400,
+            Self::ModelNotFound(_) => 404,
+            Self::TooLarge(_) => 413,
+            Self::Shed(_) => 429,
+            Self::NoEngine(_) => 503,
+            Self::Upstream(_) => 502,
+            Self::Timeout(_) => 504,
+        }
+    }
+
+    /// A short name for metrics.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::BadRequest(_) => "bad_request",
+            Self::ModelNotFound(_) => "model_not_found",
+            Self::TooLarge(_) => "too_large",
+            Self::Shed(_) => "shed",
+            Self::NoEngine(_) => "no_engine",
+            Self::Upstream(_) => "upstream",
+            Self::Timeout(_) => "timeout",
+        }
+    }
+
+    /// Its body, as OpenAI's clients read it.
+    pub fn body(&self) -> String {
+        serde_json::json!({"error": {"message": self.to_string(), "type": self.name(), "param": null, "code": self.status()}}).to_string()
+    }
+}
+
+/// A request.
+#[derive(Debug)]
+pub struct Request {
+    /// What it asks for.
+    pub kind: Kind,
+    /// Its body, where deciding reads it.
+    pub body: Map<String, Json>,
+    /// The model it names.
+    pub model: Option<String>,
+    /// What enters the blocks' hashes beside the tokens.
+    pub cache_salt: Option<String>,
+    /// Who else's requests it follows.
+    pub session: Option<String>,
+    /// Addresses that alone may take it.
+    pub subset: Option<Vec<String>>,
+    /// Bytes of the body.
+    pub bytes: usize,
+}
+
+impl Request {
+    /// Reads a request's body. Other kinds than prompts are not read.
+    ///
+    /// # Errors
+    /// [`Refusal::BadRequest`].
+    pub fn read(kind: Kind, body: &[u8]) -> Result<Self, Refusal> {
+        let fields = match kind {
+            Kind::Other => Map::new(),
+            _ => match serde_json::from_slice(body) {
+                Ok(Json::Object(fields)) => fields,
+                Ok(_) => return Err(Refusal::BadRequest("the body is not a JSON object".to_owned())),
+                Err(error) => return Err(Refusal::BadRequest(format!("the body is not JSON: {error}"))),
+            },
+        };
+        let needed = match kind {
+            Kind::Completion if !fields.contains_key("prompt") && !fields.contains_key("prompt_embeds") => {
+                Some("prompt")
+            }
+            Kind::Chat if !fields.get("messages").is_some_and(Json::is_array) => Some("messages"),
+            _ => None,
+        };
+        if let Some(name) = needed {
+            return Err(Refusal::BadRequest(format!("`{name}` is missing or of the wrong type")));
+        }
+        let text =
+            |name: &str| fields.get(name).and_then(Json::as_str).filter(|text| !text.is_empty()).map(str::to_owned);
+        let (model, cache_salt) = (text("model"), text("cache_salt"));
+        Ok(Self { kind, model, cache_salt, session: None, subset: None, bytes: body.len(), body: fields })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bad_requests_name_what_is_wrong() {
+        let problem = |kind, body: &str| {
+            Request::read(kind, body.as_bytes()).err().map(|refusal| refusal.to_string()).unwrap_or_default()
+        };
+        assert!(problem(Kind::Chat, "{").contains("not JSON"));
+        assert!(problem(Kind::Chat, "[]").contains("not a JSON object"));
+        assert!(problem(Kind::Chat, r#"{"messages": 1}"#).contains("`messages`"));
+        assert!(problem(Kind::Completion, "{}").contains("`prompt`"));
+        assert_eq!(problem(Kind::Other, "anything"), "");
+        assert_eq!(Kind::of("/v1/completions?x=1"), Kind::Completion);
+    }
+
+    #[test]
+    fn refusals_are_json_with_a_status() {
+        let body: Json = serde_json::from_str(&Refusal::ModelNotFound("m\"".to_owned()).body()).expect("JSON");
+        assert_eq!(body["error"]["code"], 404);
+    }
+}

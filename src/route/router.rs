@@ -1,0 +1,414 @@
+//! The decision core that both front ends share: from a request to an engine, and what becomes of it.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use lru::LruCache;
+use tokio::sync::mpsc;
+
+use super::answer::Usage;
+use super::books::Booking;
+use super::choose::{Choice, Policy, choose};
+use super::engine::Engine;
+use super::engines::Engines;
+use super::estimate;
+use super::metrics::Metrics;
+use super::prefix::{self, Found};
+use super::prompt::{Models, Prompt};
+use super::remote::Remote;
+use super::request::{Kind, Refusal, Request};
+use super::see::{Considered, Decision, Ring};
+use super::view::View;
+use crate::error::Result;
+use crate::index::Index;
+use crate::index::roster::EngineId;
+use crate::index::tiers::Weights;
+use crate::limits;
+
+/// Where prefixes are looked up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Mode {
+    /// Nowhere: load alone.
+    None,
+    /// In a guess from earlier decisions.
+    Approximate,
+    /// In the index that engines' events feed.
+    Precise,
+}
+
+/// How a router is set up.
+#[derive(Debug)]
+pub struct Setup {
+    /// Where prefixes are looked up.
+    pub mode: Mode,
+    /// How engines are weighed.
+    pub policy: Policy,
+    /// What blocks are worth in each tier.
+    pub weights: Weights,
+    /// The index, in precise mode.
+    pub index: Option<Arc<Index>>,
+    /// Tokenizers.
+    pub models: Models,
+    /// Requests in flight at most; 0: no bound.
+    pub in_flight_max: usize,
+    /// Of the random numbers that settle ties.
+    pub seed: u64,
+}
+
+type Expectation = (EngineId, Vec<u64>);
+
+/// The router.
+#[derive(Debug)]
+pub struct Router {
+    /// The engines.
+    pub engines: Arc<Engines>,
+    /// Its numbers.
+    pub metrics: Metrics,
+    /// Its last decisions.
+    pub ring: Ring,
+    /// How it is set up.
+    pub setup: Setup,
+    /// Asks engines for ids.
+    pub remote: Remote,
+    sessions: Mutex<LruCache<String, String>>,
+    random: Mutex<fastrand::Rng>,
+    turn: AtomicU64,
+    in_flight: AtomicU64,
+    expect: Option<mpsc::Sender<Expectation>>,
+}
+
+impl Router {
+    /// A router. To be made within a runtime: in precise mode it starts the task that tells the index what to expect.
+    ///
+    /// # Errors
+    /// Those of [`Remote::new`].
+    pub fn new(engines: Arc<Engines>, setup: Setup) -> Result<Arc<Self>> {
+        let expect = setup.index.clone().map(|index| {
+            let (sender, receiver) = mpsc::channel(limits::EXPECT_QUEUE);
+            tokio::spawn(tell(index, receiver));
+            sender
+        });
+        let sessions = std::num::NonZeroUsize::new(limits::SESSIONS_MAX).unwrap_or(std::num::NonZeroUsize::MIN);
+        Ok(Arc::new(Self {
+            engines,
+            metrics: Metrics::default(),
+            ring: Ring::default(),
+            remote: Remote::new()?,
+            sessions: Mutex::new(LruCache::new(sessions)),
+            random: Mutex::new(fastrand::Rng::with_seed(setup.seed)),
+            turn: AtomicU64::new(0),
+            in_flight: AtomicU64::new(0),
+            expect,
+            setup,
+        }))
+    }
+
+    /// Decides where a request goes, and books it there.
+    ///
+    /// # Errors
+    /// [`Refusal`], which is counted.
+    pub async fn route(self: &Arc<Self>, request: &Request) -> std::result::Result<Ticket, Refusal> {
+        let started = Instant::now();
+        let outcome = self.decide(request, started).await;
+        if let Err(refusal) = &outcome {
+            self.metrics.refused(refusal.name());
+        }
+        outcome
+    }
+
+    async fn decide(self: &Arc<Self>, request: &Request, started: Instant) -> std::result::Result<Ticket, Refusal> {
+        let open = self.in_flight.load(Ordering::Relaxed) as usize;
+        if self.setup.in_flight_max > 0 && open >= self.setup.in_flight_max {
+            return Err(Refusal::Shed(open));
+        }
+        let engines = self.candidates(request)?;
+        let prompt = self.prompt(request, &engines).await;
+        let (found, prefix_from) = self.found(&prompt, &engines);
+        let adapter = request.model.as_deref().filter(|model| engines.iter().any(|engine| engine.is_adapter(model)));
+        let session = request.session.as_ref().and_then(|name| self.lock_sessions().get(name).cloned());
+        let looks: Vec<_> = engines
+            .iter()
+            .zip(&found)
+            .map(|(engine, found)| engine.look(found.held, adapter, session.as_deref() == Some(&engine.spec.name)))
+            .collect();
+        let view = View { prompt_tokens: prompt.tokens, engines: &looks };
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let choice = {
+            let mut random = self.random.lock().unwrap_or_else(PoisonError::into_inner);
+            choose(&self.setup.policy, &view, turn, &mut random)
+        };
+        let choice = choice.ok_or(Refusal::NoEngine("none is known"))?;
+        let chosen = &engines[choice.chosen];
+        if found.iter().all(|it| it.held.tokens == 0) && prompt.tokens > 0 {
+            chosen.cold_turn.store(turn + 1, Ordering::Relaxed);
+        }
+        if let Some(name) = &request.session {
+            self.lock_sessions().put(name.clone(), chosen.spec.name.clone());
+        }
+        let took = started.elapsed();
+        self.metrics.decided(&chosen.spec.name, prefix_from, took);
+        let decision = describe(turn, request, &prompt, prefix_from, &engines, &found, &choice, took);
+        let order = choice.order.iter().map(|at| (Arc::clone(&engines[*at]), found[*at])).collect();
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        let mut ticket = Ticket {
+            router: Arc::clone(self),
+            order,
+            at: 0,
+            booking: None,
+            prompt,
+            age: 0,
+            decision,
+            decided: Instant::now(),
+            first_byte: OnceLock::new(),
+        };
+        ticket.promise();
+        Ok(ticket)
+    }
+
+    fn lock_sessions(&self) -> std::sync::MutexGuard<'_, LruCache<String, String>> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Engines that may take a request.
+    fn candidates(&self, request: &Request) -> std::result::Result<Vec<Arc<Engine>>, Refusal> {
+        let all = self.engines.all();
+        let in_subset = |engine: &Engine| {
+            request
+                .subset
+                .as_ref()
+                .is_none_or(|subset| subset.iter().any(|it| it == engine.spec.authority() || *it == engine.spec.name))
+        };
+        let usable: Vec<_> = all.iter().filter(|engine| engine.is_usable() && in_subset(engine)).cloned().collect();
+        if usable.is_empty() {
+            let why = match (all.is_empty(), request.subset.is_some()) {
+                (true, _) => "none is known",
+                (_, true) => "none of the wanted subset is healthy",
+                _ => "none is healthy",
+            };
+            return Err(Refusal::NoEngine(why));
+        }
+        let Some(model) = &request.model else { return Ok(usable) };
+        let serving: Vec<_> = usable.iter().filter(|engine| engine.serves(model)).cloned().collect();
+        if !serving.is_empty() {
+            return Ok(serving);
+        }
+        if all.iter().any(|engine| !engine.is_usable() && engine.serves(model)) {
+            return Err(Refusal::NoEngine("those that serve the model are not healthy"));
+        }
+        Err(Refusal::ModelNotFound(model.clone()))
+    }
+
+    /// Reads the prompt as exactly as the mode needs.
+    async fn prompt(&self, request: &Request, engines: &[Arc<Engine>]) -> Prompt {
+        if request.kind == Kind::Other {
+            return Prompt::default();
+        }
+        if self.setup.mode != Mode::Precise {
+            return Prompt::estimate(request);
+        }
+        let ids = Prompt::ids(request, &self.setup.models);
+        let (ids, from, inexact) = match ids {
+            Ok((ids, from)) => (Some(ids), from, None),
+            Err(reason) => {
+                self.metrics.inexact(reason.name());
+                let place = fastrand::usize(..engines.len());
+                (self.remote.ids(&engines[place], request.kind, &request.body).await, "remote", Some(reason.name()))
+            }
+        };
+        let Some(ids) = ids else { return Prompt { inexact, ..Prompt::estimate(request) } };
+        let adapter = request.model.as_deref().filter(|model| engines.iter().any(|engine| engine.is_adapter(model)));
+        let block = self.setup.index.as_ref().map_or(0, |index| index.roster().block_tokens);
+        Prompt { inexact, ..Prompt::exact(request, &ids, from, adapter, block) }
+    }
+
+    /// What every engine has of a prompt.
+    fn found(&self, prompt: &Prompt, engines: &[Arc<Engine>]) -> (Vec<Found>, &'static str) {
+        match (&self.setup.index, self.setup.mode) {
+            (_, Mode::None) => (vec![Found::default(); engines.len()], "none"),
+            _ if prompt.tokens == 0 => (vec![Found::default(); engines.len()], "none"),
+            (Some(index), Mode::Precise) if prompt.is_exact => {
+                (prefix::precise(index, &prompt.keys, prompt.tokens, engines, &self.setup.weights), "precise")
+            }
+            _ => {
+                let guess = |engine: &Arc<Engine>| prefix::approximate(&engine.recent(), &prompt.hashes, prompt.tokens);
+                (engines.iter().map(guess).collect(), "approximate")
+            }
+        }
+    }
+}
+
+/// Tells the index what to expect, beside decisions: its writer may be busy.
+async fn tell(index: Arc<Index>, mut receiver: mpsc::Receiver<Expectation>) {
+    let started = Instant::now();
+    let now_ms = || started.elapsed().as_millis() as u64;
+    let mut tick = tokio::time::interval(Duration::from_millis(50));
+    loop {
+        tokio::select! {
+            told = receiver.recv() => match told {
+                Some((engine, keys)) => index.write().expect(engine, &keys, now_ms() + limits::EXPECT_MS),
+                None => return,
+            },
+            _ = tick.tick() => index.write().expire(now_ms()),
+        }
+    }
+}
+
+#[expect(clippy::too_many_arguments, reason = "everything that a decision was made from")]
+fn describe(
+    id: u64,
+    request: &Request,
+    prompt: &Prompt,
+    prefix_from: &'static str,
+    engines: &[Arc<Engine>],
+    found: &[Found],
+    choice: &Choice,
+    took: Duration,
+) -> Decision {
+    // Of a large fleet the first few say enough.
+    let considered = choice.order.iter().take(16).map(|at| Considered {
+        engine: engines[*at].spec.name.clone(),
+        held_tokens: found[*at].held.tokens,
+        total: choice.totals[*at],
+        parts: choice.parts.iter().map(|(name, scores)| (*name, scores[*at])).collect(),
+    });
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    Decision {
+        id,
+        at_ms: now.map_or(0, |since| since.as_millis() as u64),
+        model: request.model.clone(),
+        prompt_tokens: prompt.tokens,
+        tokens_from: prompt.from,
+        inexact: prompt.inexact,
+        prefix_from,
+        engine: engines[choice.chosen].spec.name.clone(),
+        predicted_cached: found[choice.chosen].held.tokens,
+        considered: considered.collect(),
+        took_us: took.as_micros() as u64,
+        outcome: "open",
+        reported_prompt: None,
+        reported_cached: None,
+    }
+}
+
+/// A request that was decided on. Dropped without an end it counts as aborted; what it booked is given back in any case.
+#[derive(Debug)]
+pub struct Ticket {
+    router: Arc<Router>,
+    order: Vec<(Arc<Engine>, Found)>,
+    at: usize,
+    booking: Option<Booking>,
+    prompt: Prompt,
+    /// Age of the prompt's first block on the engine, as guessed.
+    age: u64,
+    decision: Decision,
+    decided: Instant,
+    first_byte: OnceLock<Instant>,
+}
+
+impl Ticket {
+    /// The engine it goes to.
+    pub fn engine(&self) -> &Arc<Engine> {
+        &self.order[self.at].0
+    }
+
+    /// Engines to try if that one fails, best first.
+    pub fn fallbacks(&self) -> impl Iterator<Item = &Arc<Engine>> {
+        self.order[self.at + 1..].iter().map(|(engine, _)| engine)
+    }
+
+    /// The data-parallel rank that has the prefix, where the engine has several.
+    pub fn rank(&self) -> Option<u32> {
+        self.order[self.at].1.rank
+    }
+
+    /// The decision, as it is shown.
+    pub fn decision(&self) -> &Decision {
+        &self.decision
+    }
+
+    /// Books it at its engine, and takes the engine to hold the prompt from now on.
+    fn promise(&mut self) {
+        let (engine, found) = &self.order[self.at];
+        self.booking = Some(Booking::new(Arc::clone(engine), self.prompt.tokens, found.held.tokens));
+        if !self.prompt.hashes.is_empty() {
+            let mut recent = engine.recent();
+            self.age = recent.age(&self.prompt.hashes);
+            recent.used(&self.prompt.hashes);
+        }
+        let (Some(index), Some(expect)) = (&self.router.setup.index, &self.router.expect) else { return };
+        let stream = found.stream.or_else(|| prefix::stream_of(index, engine, found.rank));
+        if let Some(stream) = stream.filter(|_| !self.prompt.keys.is_empty())
+            && expect.try_send((stream, self.prompt.keys.clone())).is_err()
+        {
+            self.router.metrics.dropped();
+        }
+    }
+
+    /// Its engine could not be reached, or broke off before its first byte: moves on. `false`: nobody is left.
+    pub fn next(&mut self, refused: bool) -> bool {
+        self.router.metrics.retried(&self.engine().spec.name);
+        if refused {
+            self.engine().refused();
+        }
+        self.booking = None;
+        while self.at + 1 < self.order.len() {
+            self.at += 1;
+            if self.engine().is_usable() {
+                self.decision.engine.clone_from(&self.order[self.at].0.spec.name);
+                self.decision.predicted_cached = self.order[self.at].1.held.tokens;
+                self.promise();
+                return true;
+            }
+        }
+        false
+    }
+
+    /// The first byte of the answer's body has come. Said once or often.
+    pub fn answered(&self) {
+        self.first_byte.get_or_init(|| {
+            self.router.metrics.answered(self.decided.elapsed());
+            Instant::now()
+        });
+        if let Some(booking) = &self.booking {
+            booking.answered();
+        }
+    }
+
+    /// It has ended.
+    pub fn end(mut self, outcome: &'static str, usage: Option<Usage>) {
+        self.decision.outcome = outcome;
+        if let Some(first) = self.first_byte.get() {
+            self.engine().learn_residence(first.elapsed().as_secs_f64());
+        }
+        let Some(usage) = usage else { return };
+        self.decision.reported_prompt = Some(usage.prompt);
+        self.decision.reported_cached = usage.cached;
+        let predicted = self.decision.predicted_cached;
+        self.router.metrics.reported(
+            self.decision.prefix_from,
+            self.prompt.is_exact,
+            self.prompt.tokens,
+            predicted,
+            usage,
+        );
+        if let (Some(cached), "approximate") = (usage.cached, self.decision.prefix_from) {
+            let blocks = |tokens: u32| tokens as usize / estimate::BLOCK_TOKENS;
+            // The estimate of tokens is off by some; a third less is an eviction.
+            let expected = blocks(predicted);
+            let found = if cached * 3 < predicted * 2 { blocks(cached) } else { expected };
+            self.engine().recent().learn(expected, found, self.age);
+        }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if self.decision.outcome == "open" {
+            self.decision.outcome = "aborted";
+        }
+        self.router.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.router.metrics.ended(&self.decision.engine, self.decision.outcome);
+        self.router.ring.push(self.decision.clone());
+    }
+}

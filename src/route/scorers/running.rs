@@ -1,0 +1,9 @@
+//! Few unfinished requests: what the engine said last, or ours where those are more.
+
+use crate::route::view::View;
+
+pub(super) fn score(view: &View<'_>) -> Vec<f64> {
+    super::fewest(
+        view.engines.iter().map(|engine| (engine.running + engine.waiting).max(f64::from(engine.our_requests))),
+    )
+}

@@ -1,0 +1,167 @@
+//! What engines say of themselves: `/metrics` now and then, `/v1/models` less often. Jittered, bounded in time and size.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::engine::{Engine, Model, Told};
+use super::engines::Engines;
+use crate::limits;
+
+/// Scrapes between two looks at the models.
+const MODELS_EVERY: u32 = 20;
+
+#[derive(Deserialize)]
+struct Models {
+    data: Vec<Model>,
+}
+
+/// Keeps asking all engines, for ever.
+pub async fn keep(engines: Arc<Engines>, every: Duration) {
+    let built = reqwest::Client::builder().timeout(Duration::from_millis(limits::SCRAPE_TIMEOUT_MS)).no_proxy().build();
+    let Ok(client) = built else {
+        eprintln!("kvcellar: no HTTP client for scrapes: engines stay unseen");
+        return;
+    };
+    let mut tasks: Vec<(Arc<Engine>, tokio::task::JoinHandle<()>)> = Vec::new();
+    loop {
+        let list = engines.all();
+        tasks.retain(|(engine, task)| {
+            let stays = list.iter().any(|it| Arc::ptr_eq(it, engine));
+            if !stays {
+                task.abort();
+            }
+            stays
+        });
+        for engine in list.iter() {
+            if !tasks.iter().any(|(known, _)| Arc::ptr_eq(known, engine)) {
+                tasks.push((Arc::clone(engine), tokio::spawn(follow(Arc::clone(engine), client.clone(), every))));
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+async fn follow(engine: Arc<Engine>, client: reqwest::Client, every: Duration) {
+    let mut turn = 0;
+    loop {
+        match metrics(&engine, &client).await {
+            Some(told) => {
+                if turn % MODELS_EVERY == 0 || engine.models.load().is_empty() {
+                    if let Some(models) = models(&engine, &client).await {
+                        engine.models.store(Arc::new(models));
+                    }
+                }
+                turn += 1;
+                if engine.heard(told) {
+                    eprintln!("kvcellar: {}: answers", engine.spec.name);
+                }
+            }
+            None if engine.failed() => eprintln!("kvcellar: {}: does not answer", engine.spec.name),
+            None => {}
+        }
+        tokio::time::sleep(every.mul_f64(0.8 + 0.4 * fastrand::f64())).await;
+    }
+}
+
+async fn get(engine: &Engine, client: &reqwest::Client, path: &str) -> Option<Vec<u8>> {
+    let answer = client.get(format!("{}{path}", engine.spec.url)).send().await.ok()?;
+    let mut answer = answer.error_for_status().ok()?;
+    let mut body = Vec::new();
+    while let Some(part) = answer.chunk().await.ok()? {
+        if body.len() + part.len() > limits::SCRAPE_BYTES_MAX {
+            return None;
+        }
+        body.extend_from_slice(&part);
+    }
+    Some(body)
+}
+
+async fn metrics(engine: &Engine, client: &reqwest::Client) -> Option<Told> {
+    Some(read(&String::from_utf8_lossy(&get(engine, client, "/metrics").await?)))
+}
+
+async fn models(engine: &Engine, client: &reqwest::Client) -> Option<Vec<Model>> {
+    let body = get(engine, client, "/v1/models").await?;
+    Some(serde_json::from_slice::<Models>(&body).ok()?.data)
+}
+
+/// Reads vLLM's metrics. Data-parallel ranks behind one address are added up.
+pub fn read(text: &str) -> Told {
+    let mut told = Told::default();
+    let (mut usages, mut newest) = (0_u32, f64::NEG_INFINITY);
+    for line in text.lines().filter(|line| !line.starts_with('#')) {
+        let Some((head, value)) = line.rsplit_once(' ') else { continue };
+        let Ok(value) = value.parse::<f64>() else { continue };
+        let (name, labels) = head.split_once('{').unwrap_or((head, ""));
+        match name {
+            "vllm:num_requests_running" => told.running += value,
+            "vllm:num_requests_waiting" => told.waiting += value,
+            "vllm:kv_cache_usage_perc" | "vllm:gpu_cache_usage_perc" => {
+                told.kv_usage += value;
+                usages += 1;
+            }
+            "vllm:cache_config_info" => {
+                let number = |name| label(labels, name).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
+                told.kv_tokens += number("num_gpu_blocks") * number("block_size");
+            }
+            "process_start_time_seconds" => told.started_s = value,
+            "vllm:prompt_tokens_total" => told.prefilled.0 += value,
+            "vllm:prefix_cache_hits_total" | "vllm:external_prefix_cache_hits_total" => told.prefilled.0 -= value,
+            "vllm:request_prefill_time_seconds_sum" => told.prefilled.1 += value,
+            // One line for every state there was; its value is when that was.
+            "vllm:lora_requests_info" if value > newest => {
+                newest = value;
+                let names = |name| {
+                    let text = label(labels, name).unwrap_or_default();
+                    text.split(',').map(str::trim).filter(|it| !it.is_empty()).map(str::to_owned).collect()
+                };
+                let most = label(labels, "max_lora").and_then(|text| text.parse().ok()).unwrap_or(0);
+                told.adapters = Some((most, names("running_lora_adapters"), names("waiting_lora_adapters")));
+            }
+            _ => {}
+        }
+    }
+    told.kv_usage /= f64::from(usages.max(1));
+    told
+}
+
+fn label<'t>(labels: &'t str, name: &str) -> Option<&'t str> {
+    let mut rest = labels;
+    while let Some(at) = rest.find(name) {
+        let before = rest[..at].bytes().last();
+        let after = &rest[at + name.len()..];
+        if let (None | Some(b',' | b'{'), Some(value)) = (before, after.strip_prefix("=\"")) {
+            return value.split('"').next();
+        }
+        rest = after;
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vllms_metrics_are_read() {
+        let text = r#"# HELP vllm:num_requests_running x
+vllm:num_requests_running{engine="0",model_name="m"} 3.0
+vllm:num_requests_running{engine="1",model_name="m"} 2.0
+vllm:num_requests_waiting{engine="0",model_name="m"} 1.0
+vllm:kv_cache_usage_perc{engine="0"} 0.5
+vllm:kv_cache_usage_perc{engine="1"} 0.3
+vllm:cache_config_info{block_size="16",mamba_block_size="None",num_gpu_blocks="100"} 1.0
+process_start_time_seconds 1.7e+09
+vllm:lora_requests_info{max_lora="2",running_lora_adapters="a",waiting_lora_adapters=""} 5.0
+vllm:lora_requests_info{max_lora="2",running_lora_adapters="a,b",waiting_lora_adapters="c"} 6.0
+nonsense
+"#;
+        let told = read(text);
+        assert_eq!((told.running, told.waiting, told.kv_tokens, told.started_s), (5.0, 1.0, 1600, 1.7e9));
+        assert!((told.kv_usage - 0.4).abs() < 1e-9);
+        assert_eq!(told.adapters, Some((2, vec!["a".to_owned(), "b".to_owned()], vec!["c".to_owned()])));
+        assert_eq!(label("mamba_block_size=\"None\",block_size=\"16\"", "block_size"), Some("16"));
+    }
+}
