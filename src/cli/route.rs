@@ -24,7 +24,7 @@ use crate::route::proxy::{self, Limits};
 use crate::route::router::{Mode, Router, Setup};
 use crate::route::scorers::Scorer;
 use crate::route::tokens::TokenModel;
-use crate::route::{admin, scrape, self_check};
+use crate::route::{admin, ext_proc, scrape, self_check};
 
 /// How engines are weighed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -45,6 +45,18 @@ pub struct Options {
     /// Address of the HTTP front end: a reverse proxy for OpenAI's API.
     #[arg(long)]
     pub http: Option<SocketAddr>,
+    /// Address of the Envoy front end: an endpoint picker for the filter `ext_proc`, over gRPC.
+    #[arg(long)]
+    pub ext_proc: Option<SocketAddr>,
+    /// Engines beside the chosen one in the header that names it, for gateways that try them in turn.
+    #[arg(long, default_value_t = 0)]
+    pub ext_proc_fallbacks: usize,
+    /// Certificate chain of the Envoy front end, PEM.
+    #[arg(long, requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// Its private key, PEM.
+    #[arg(long, requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
     /// Address of metrics, health and /debug.
     #[arg(long, default_value = "127.0.0.1:8092")]
     pub admin: SocketAddr,
@@ -248,9 +260,13 @@ async fn run(options: &Options) -> Result<()> {
     if found.is_empty() && options.engines_file.is_none() && options.dns.is_none() {
         return Err(Error::config("engine", "no engine is named", "Give --engine, --engines-file or --dns"));
     }
-    let Some(http) = options.http else {
-        return Err(Error::config("http", "no front end is asked for", "Give --http, e.g. --http 127.0.0.1:8000"));
-    };
+    if options.http.is_none() && options.ext_proc.is_none() {
+        return Err(Error::config(
+            "http",
+            "no front end is asked for",
+            "Give --http 127.0.0.1:8000, --ext-proc 127.0.0.1:9002 or both",
+        ));
+    }
     if options.mode == Mode::Precise && found.iter().all(|spec| spec.events.is_none()) && !found.is_empty() {
         return Err(Error::config(
             "mode",
@@ -282,21 +298,69 @@ async fn run(options: &Options) -> Result<()> {
         tries: options.tries.max(1),
         session_header,
     };
-    let (http, shown) = (listen("http", http).await?, listen("admin", options.admin).await?);
-    for (what, listener) in [("router", &http), ("admin", &shown)] {
-        if let Ok(address) = listener.local_addr() {
-            eprintln!("kvcellar: {what} at http://{address}");
-        }
-    }
+    let pick = ext_proc::Limits {
+        body_bytes_max: body,
+        fallbacks: options.ext_proc_fallbacks,
+        session_header: options.session_header.to_lowercase(),
+    };
+    let shown = listen("admin", options.admin).await?;
+    say("admin at http://", &shown);
     let checks = tokio::spawn(self_check::run(Arc::clone(&router)));
-    let front = crate::index::api::serve(http, proxy::routes(Arc::clone(&router), limits), super::told_to_stop());
     let back = crate::index::api::serve(shown, admin::routes(Arc::clone(&router)), std::future::pending());
     let outcome = tokio::select! {
-        ended = front => ended.map_err(|error| Error::io("serving", "http", error, "Look at the log")),
+        ended = fronts(options, &router, limits, pick) => ended,
         ended = back => ended.map_err(|error| Error::io("serving", "admin", error, "Look at the log")),
         () = options.keep(&engines, &mut fleet) => Ok(()),
         () = scrape::keep(Arc::clone(&engines), Duration::from_millis(options.scrape_ms.max(10))) => Ok(()),
     };
     checks.abort();
     outcome
+}
+
+fn say(what: &str, listener: &tokio::net::TcpListener) {
+    if let Ok(address) = listener.local_addr() {
+        eprintln!("kvcellar: {what}{address}");
+    }
+}
+
+/// The front ends that were asked for, until the process is told to stop.
+async fn fronts(options: &Options, router: &Arc<Router>, limits: Limits, pick: ext_proc::Limits) -> Result<()> {
+    let http = async {
+        let Some(address) = options.http else { return std::future::pending().await };
+        let listener = listen("http", address).await?;
+        say("router at http://", &listener);
+        let ended =
+            crate::index::api::serve(listener, proxy::routes(Arc::clone(router), limits), super::told_to_stop()).await;
+        ended.map_err(|error| Error::io("serving", "http", error, "Look at the log"))
+    };
+    let picker = async {
+        let Some(address) = options.ext_proc else { return std::future::pending().await };
+        let listener = listen("ext-proc", address).await?;
+        say("ext_proc at ", &listener);
+        let (health, service) = tonic_health::server::health_reporter();
+        health.set_service_status("", tonic_health::ServingStatus::Serving).await;
+        let mut server = tonic::transport::Server::builder().tcp_nodelay(true);
+        if let (Some(cert), Some(key)) = (&options.tls_cert, &options.tls_key) {
+            let read = |path: &PathBuf| {
+                std::fs::read(path).map_err(|error| Error::io("reading", path, error, "Name a PEM file"))
+            };
+            let identity = tonic::transport::Identity::from_pem(read(cert)?, read(key)?);
+            let tls = tonic::transport::ServerTlsConfig::new().identity(identity);
+            server = server
+                .tls_config(tls)
+                .map_err(|error| Error::config("tls-cert", error.to_string(), "Name a certificate and its key, PEM"))?;
+        }
+        let picker = ext_proc::service(Arc::clone(router), pick);
+        let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+        let ended = server
+            .add_service(service)
+            .add_service(picker)
+            .serve_with_incoming_shutdown(incoming, super::told_to_stop())
+            .await;
+        ended.map_err(|error| Error::io("serving", "ext_proc", std::io::Error::other(error), "Look at the log"))
+    };
+    tokio::select! {
+        ended = http => ended,
+        ended = picker => ended,
+    }
 }

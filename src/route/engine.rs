@@ -175,6 +175,15 @@ impl Engine {
         }
     }
 
+    /// Its address as a gateway wants it: numbers. A name is resolved every time.
+    pub async fn endpoint(&self) -> Option<String> {
+        let authority = self.spec.authority();
+        if authority.parse::<std::net::SocketAddr>().is_ok() {
+            return Some(authority.to_owned());
+        }
+        tokio::net::lookup_host(authority).await.ok()?.next().map(|address| address.to_string())
+    }
+
     /// What it probably holds.
     pub fn recent(&self) -> MutexGuard<'_, Recent> {
         self.recent.lock().unwrap_or_else(PoisonError::into_inner)

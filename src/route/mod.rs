@@ -1,6 +1,6 @@
 //! The router: which engine a request should go to, so that it saves the most work.
 //!
-//! A request's way: a front end reads it and hands it to [`router::Router::route`]; [`request`] reads the body, [`tokens`] finds the
+//! A request's way: a front end ([`proxy`] or [`ext_proc`]) reads it and hands it to [`router::Router::route`]; [`request`] reads the body, [`tokens`] finds the
 //! ids vLLM will see, [`prefix`] says what each engine has of them (the [`crate::index`], or its own guess, [`approximate`]), [`choose`] weighs that
 //! against load with the [`scorers`] or the [`cost`] model, and the [`books`] keep what was promised until the answer has ended ([`answer`]).
 //!
@@ -16,6 +16,7 @@ pub mod cost;
 pub mod engine;
 pub mod engines;
 pub mod estimate;
+pub mod ext_proc;
 pub mod metrics;
 pub mod prefix;
 pub mod prompt;

@@ -375,6 +375,19 @@ impl Ticket {
         }
     }
 
+    /// The gateway says where it went, which may be a fallback.
+    pub fn served_by(&mut self, endpoint: &str) {
+        let at = self.order.iter().position(|(engine, _)| engine.spec.authority() == endpoint);
+        if let Some(at) = at.filter(|at| *at != self.at) {
+            self.router.metrics.retried(&self.engine().spec.name);
+            self.booking = None;
+            self.at = at;
+            self.decision.engine.clone_from(&self.order[at].0.spec.name);
+            self.decision.predicted_cached = self.order[at].1.held.tokens;
+            self.promise();
+        }
+    }
+
     /// It has ended.
     pub fn end(mut self, outcome: &'static str, usage: Option<Usage>) {
         self.decision.outcome = outcome;

@@ -74,6 +74,7 @@ class Server:
     trace_file: Path
     pool_dir: Path
     client: httpx.Client
+    events_port: int | None = None
     _family: Family | None = None
 
     @property
@@ -177,9 +178,15 @@ def open_server(
     model: Path | None = None,
     kv_blocks: int = KV_BLOCKS,
     name: str = "server",
+    port: int | None = None,
+    events_port: int | None = None,
+    more: Sequence[str] = (),
 ) -> Iterator[Server]:
-    """Starts a server and ends all of its processes afterwards."""
-    port = free_port()
+    """Starts a server and ends all of its processes afterwards.
+
+    With `events_port` it publishes its events there and replays them one port above. `more`: further options of vLLM.
+    """
+    port = port or free_port()
     log = work_dir / f"{name}.log"
     trace_file = work_dir / f"{name}.trace.jsonl"
     config = transfer_config({"pool_dir": str(pool_dir), "trace_file": str(trace_file), **cellar})
@@ -189,13 +196,18 @@ def open_server(
     command += ["--kv-cache-memory-bytes", str(256 << 20), "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "8"]
     command += ["--max-num-batched-tokens", str(CHUNK_TOKENS), "--enable-prompt-tokens-details"]
     command += ["--kv-transfer-config", json.dumps(config)]
+    command += more
+    if events_port is not None:
+        endpoints = {"endpoint": f"tcp://127.0.0.1:{events_port}", "replay_endpoint": f"tcp://127.0.0.1:{events_port + 1}"}
+        events = {"enable_kv_cache_events": True, "publisher": "zmq", **endpoints}
+        command += ["--kv-events-config", json.dumps(events)]
     environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
     client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120.0, trust_env=False)
-    server = Server(process, port, log, trace_file, pool_dir, client)
+    server = Server(process, port, log, trace_file, pool_dir, client, events_port)
     try:
         server.wait_ready()
         yield server

@@ -20,9 +20,6 @@ use crate::error::{Error, Result};
 /// Bytes of a piece within a long text.
 const PIECE_BYTES: usize = 1 << 10;
 
-/// Looking for a place to cut ends here.
-const PIECE_BYTES_MAX: usize = 4 << 10;
-
 /// A model's way from requests to ids.
 #[derive(Debug)]
 pub struct TokenModel {
@@ -167,18 +164,9 @@ impl TokenModel {
 /// Where a long text may be cut: at a space between two ASCII letters after [`PIECE_BYTES`].
 fn cut(text: &str) -> usize {
     let bytes = text.as_bytes();
-    if bytes.len() <= PIECE_BYTES_MAX {
-        // The end of a short text is not a place where others would be cut.
-        return text.len().min(first_cut(bytes).unwrap_or(text.len()));
-    }
-    first_cut(bytes).unwrap_or(text.len())
-}
-
-fn first_cut(bytes: &[u8]) -> Option<usize> {
-    let windows = bytes.get(PIECE_BYTES..)?.windows(3);
-    let place =
-        windows.enumerate().find(|(_, it)| it[1] == b' ' && it[0].is_ascii_alphabetic() && it[2].is_ascii_alphabetic());
-    place.map(|(at, _)| PIECE_BYTES + at + 1)
+    let Some(late) = bytes.get(PIECE_BYTES..) else { return text.len() };
+    let between = |it: &[u8]| it[1] == b' ' && it[0].is_ascii_alphabetic() && it[2].is_ascii_alphabetic();
+    late.windows(3).position(between).map_or(text.len(), |at| PIECE_BYTES + at + 1)
 }
 
 /// Byte-level BPE whose pretokenizer is one of those that begin a word at a space.
@@ -245,11 +233,11 @@ mod tests {
 
     #[test]
     fn texts_are_cut_between_words_only() {
-        let text = format!("{} word after 12 34", "x".repeat(PIECE_BYTES - 1));
+        let text = format!("{} word after 12 34", "x".repeat(PIECE_BYTES + 1));
         let at = cut(&text);
         assert_eq!(&text[at..], " word after 12 34");
         assert_eq!(cut("short text"), "short text".len());
-        let digits = "1 ".repeat(PIECE_BYTES_MAX);
+        let digits = "1 ".repeat(PIECE_BYTES);
         assert_eq!(cut(&digits), digits.len(), "no letters, no cut");
     }
 }

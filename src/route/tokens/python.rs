@@ -137,15 +137,18 @@ pub fn tojson(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
 }
 
 /// `str()`.
-pub fn text(value: &Value) -> String {
+///
+/// # Errors
+/// Where Python's tables of printable characters would be needed to say.
+pub fn text(value: &Value) -> Result<String, Error> {
     match value.as_str() {
-        Some(text) => text.to_owned(),
+        Some(text) => Ok(text.to_owned()),
         None => repr(value),
     }
 }
 
-fn repr(value: &Value) -> String {
-    match value.kind() {
+fn repr(value: &Value) -> Result<String, Error> {
+    let text = match value.kind() {
         ValueKind::Undefined => String::new(),
         ValueKind::None => "None".to_owned(),
         ValueKind::Bool => if value.is_true() { "True" } else { "False" }.to_owned(),
@@ -163,27 +166,29 @@ fn repr(value: &Value) -> String {
                     '\r' => out.push_str("\\r"),
                     '\t' => out.push_str("\\t"),
                     char if char == quote => out.extend(['\\', char]),
-                    char => out.push(char),
+                    char if char.is_ascii_control() => out.push_str(&format!("\\x{:02x}", char as u32)),
+                    char if char.is_ascii() || char.is_alphanumeric() => out.push(char),
+                    _ => return Err(Error::new(ErrorKind::InvalidOperation, "a character that Python may escape")),
                 }
             }
             out.push(quote);
             out
         }
         ValueKind::Seq | ValueKind::Iterable => {
-            let items: Vec<String> =
-                value.try_iter().map(|items| items.map(|it| repr(&it)).collect()).unwrap_or_default();
+            let items: Vec<String> = value.try_iter()?.map(|item| repr(&item)).collect::<Result<_, _>>()?;
             format!("[{}]", items.join(", "))
         }
         ValueKind::Map => {
             let field = |name: Value| {
-                let item = value.get_item(&name).unwrap_or_default();
-                format!("{}: {}", repr(&name), repr(&item))
+                let item = value.get_item(&name)?;
+                Ok::<_, Error>(format!("{}: {}", repr(&name)?, repr(&item)?))
             };
-            let fields: Vec<String> = value.try_iter().map(|names| names.map(field).collect()).unwrap_or_default();
+            let fields: Vec<String> = value.try_iter()?.map(field).collect::<Result<_, _>>()?;
             format!("{{{}}}", fields.join(", "))
         }
         _ => value.to_string(),
-    }
+    };
+    Ok(text)
 }
 
 #[cfg(test)]
@@ -215,6 +220,7 @@ mod tests {
     #[test]
     fn values_as_python_prints_them() {
         let value = Value::from(minijinja::value::Serde(json!({"a": [true, null, 1.0, "it's"]})));
-        assert_eq!(text(&value), "{'a': [True, None, 1.0, \"it's\"]}");
+        assert_eq!(text(&value).expect("printable"), "{'a': [True, None, 1.0, \"it's\"]}");
+        assert!(text(&Value::from(vec!["\u{200b}"])).is_err());
     }
 }

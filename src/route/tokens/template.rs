@@ -30,7 +30,7 @@ impl Template {
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.set_formatter(|out, _, value| {
-            std::fmt::Write::write_str(out, &python::text(value)).map_err(|_| Error::from(ErrorKind::WriteFailure))
+            std::fmt::Write::write_str(out, &python::text(value)?).map_err(|_| Error::from(ErrorKind::WriteFailure))
         });
         environment.add_filter("tojson", |value: Value, kwargs| python::tojson(&value, kwargs));
         environment.add_filter("string", |value: Value| python::text(&value));

@@ -1,0 +1,325 @@
+//! One request's conversation with Envoy: messages in, answers out.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use envoy_types::pb::envoy::config::core::v3::header_value_option::HeaderAppendAction;
+use envoy_types::pb::envoy::config::core::v3::{HeaderMap, HeaderValue, HeaderValueOption, Metadata};
+use envoy_types::pb::envoy::extensions::filters::http::ext_proc::v3::processing_mode::BodySendMode;
+use envoy_types::pb::envoy::service::ext_proc::v3::body_mutation::Mutation;
+use envoy_types::pb::envoy::service::ext_proc::v3::processing_request::Request as Message;
+use envoy_types::pb::envoy::service::ext_proc::v3::processing_response::Response as Answer;
+use envoy_types::pb::envoy::service::ext_proc::v3::{
+    BodyMutation, BodyResponse, CommonResponse, HeaderMutation, HeadersResponse, HttpBody, HttpHeaders,
+    ImmediateResponse, ProcessingRequest, ProcessingResponse, StreamedBodyResponse, TrailersResponse,
+};
+use envoy_types::pb::envoy::r#type::v3::HttpStatus;
+use envoy_types::pb::google::protobuf::value::Kind as ValueKind;
+use envoy_types::pb::google::protobuf::{Struct, Value};
+
+use super::Limits;
+use crate::route::answer::Tail;
+use crate::route::request::{Kind, Refusal, Request};
+use crate::route::router::{Router, Ticket};
+
+/// Where the gateway reads the address.
+const DESTINATION: &str = "x-gateway-destination-endpoint";
+const SUBSET: (&str, &str) = ("envoy.lb.subset_hint", "x-gateway-destination-endpoint-subset");
+const SERVED: (&str, &str) = ("envoy.lb", "x-gateway-destination-endpoint-served");
+
+/// Envoy takes no larger pieces of a streamed body.
+const CHUNK_BYTES: usize = 62_000;
+
+/// A request's state: headers, then body, then the answer's headers and body, then over.
+#[derive(Debug)]
+pub(super) struct Session {
+    router: Arc<Router>,
+    limits: Arc<Limits>,
+    request_mode: BodySendMode,
+    response_mode: BodySendMode,
+    kind: Kind,
+    session: Option<String>,
+    subset: Option<Vec<String>>,
+    debug: bool,
+    body: Vec<u8>,
+    ticket: Option<Ticket>,
+    tail: Tail,
+    failed: bool,
+    over: bool,
+}
+
+impl Session {
+    pub(super) fn new(router: Arc<Router>, limits: Arc<Limits>) -> Self {
+        Self {
+            router,
+            limits,
+            request_mode: BodySendMode::FullDuplexStreamed,
+            response_mode: BodySendMode::FullDuplexStreamed,
+            kind: Kind::Other,
+            session: None,
+            subset: None,
+            debug: false,
+            body: Vec::new(),
+            ticket: None,
+            tail: Tail::default(),
+            failed: false,
+            over: false,
+        }
+    }
+
+    /// Nothing more will be answered.
+    pub(super) fn is_over(&self) -> bool {
+        self.over
+    }
+
+    /// A message, and what is to be answered.
+    pub(super) async fn take(&mut self, message: ProcessingRequest) -> Vec<ProcessingResponse> {
+        if let Some(config) = &message.protocol_config {
+            self.request_mode = BodySendMode::try_from(config.request_body_mode).unwrap_or(self.request_mode);
+            self.response_mode = BodySendMode::try_from(config.response_body_mode).unwrap_or(self.response_mode);
+        }
+        let metadata = message.metadata_context;
+        match message.request {
+            Some(Message::RequestHeaders(headers)) => self.request_headers(&headers, metadata.as_ref()).await,
+            Some(Message::RequestBody(body)) => self.request_body(body).await,
+            Some(Message::RequestTrailers(_)) => self.request_trailers().await,
+            Some(Message::ResponseHeaders(headers)) => vec![self.response_headers(&headers, metadata.as_ref())],
+            Some(Message::ResponseBody(body)) => vec![self.response_body(body)],
+            Some(Message::ResponseTrailers(_)) => {
+                self.end();
+                vec![answer(Answer::ResponseTrailers(TrailersResponse::default()))]
+            }
+            // A message of a kind that this version does not know asks for nothing.
+            None => Vec::new(),
+        }
+    }
+
+    async fn request_headers(&mut self, headers: &HttpHeaders, metadata: Option<&Metadata>) -> Vec<ProcessingResponse> {
+        let fields = read(headers.headers.as_ref());
+        let field = |name: &str| fields.get(name).cloned();
+        let path = field(":path").unwrap_or_default();
+        self.kind = if field(":method").as_deref() == Some("POST") { Kind::of(&path) } else { Kind::Other };
+        self.session = field(&self.limits.session_header);
+        self.debug = fields.contains_key("x-kvcellar-debug");
+        let hint = text_of(metadata, SUBSET);
+        self.subset =
+            hint.map(|hint| hint.split(',').map(|it| it.trim().to_owned()).filter(|it| !it.is_empty()).collect());
+        match self.request_mode {
+            _ if headers.end_of_stream => self.decide_now().await,
+            // Without the body a prompt cannot be read.
+            BodySendMode::None => {
+                self.kind = Kind::Other;
+                self.decide_now().await
+            }
+            BodySendMode::FullDuplexStreamed => Vec::new(),
+            BodySendMode::Buffered | BodySendMode::BufferedPartial => {
+                vec![answer(Answer::RequestHeaders(HeadersResponse::default()))]
+            }
+            BodySendMode::Streamed | BodySendMode::Grpc => {
+                self.over = true;
+                vec![immediate(
+                    500,
+                    r#"{"error":{"message":"the filter's request_body_mode is not supported: use FULL_DUPLEX_STREAMED or BUFFERED","type":"configuration","code":500}}"#,
+                )]
+            }
+        }
+    }
+
+    /// A request that has no body to wait for.
+    async fn decide_now(&mut self) -> Vec<ProcessingResponse> {
+        if self.kind != Kind::Other {
+            let refusal = Refusal::BadRequest("the request has no body".to_owned());
+            return self.refuse(&refusal);
+        }
+        match self.decide().await {
+            Ok((common, metadata)) => {
+                vec![with(Answer::RequestHeaders(HeadersResponse { response: Some(common) }), metadata)]
+            }
+            Err(refusal) => self.refuse_counted(&refusal),
+        }
+    }
+
+    async fn request_body(&mut self, body: HttpBody) -> Vec<ProcessingResponse> {
+        let most = self.limits.body_bytes_max;
+        if self.body.len() + body.body.len() > most {
+            return self.refuse(&Refusal::TooLarge(most));
+        }
+        if self.body.is_empty() {
+            self.body = body.body;
+        } else {
+            self.body.extend_from_slice(&body.body);
+        }
+        if !body.end_of_stream {
+            return Vec::new();
+        }
+        self.body_complete(true).await
+    }
+
+    /// The body has ended by trailers instead of its last chunk.
+    async fn request_trailers(&mut self) -> Vec<ProcessingResponse> {
+        let mut answers = if self.ticket.is_none() { self.body_complete(false).await } else { Vec::new() };
+        if !self.over {
+            answers.push(answer(Answer::RequestTrailers(TrailersResponse::default())));
+        }
+        answers
+    }
+
+    async fn body_complete(&mut self, ends: bool) -> Vec<ProcessingResponse> {
+        let (common, metadata) = match self.decide().await {
+            Ok(decided) => decided,
+            Err(refusal) => return self.refuse_counted(&refusal),
+        };
+        if self.request_mode != BodySendMode::FullDuplexStreamed {
+            return vec![with(Answer::RequestBody(BodyResponse { response: Some(common) }), metadata)];
+        }
+        let mut answers = vec![with(Answer::RequestHeaders(HeadersResponse { response: Some(common) }), metadata)];
+        let body = std::mem::take(&mut self.body);
+        let count = body.len().div_ceil(CHUNK_BYTES).max(1);
+        for number in 0..count {
+            let end = body.len().min((number + 1) * CHUNK_BYTES);
+            let piece = body[number * CHUNK_BYTES..end].to_vec();
+            answers.push(answer(Answer::RequestBody(streamed(piece, ends && number + 1 == count))));
+        }
+        answers
+    }
+
+    async fn decide(&mut self) -> Result<(CommonResponse, Struct), Refusal> {
+        let mut request =
+            Request::read(self.kind, &self.body).inspect_err(|refusal| self.router.metrics.refused(refusal.name()))?;
+        request.session = self.session.take();
+        request.subset = self.subset.take();
+        let ticket = self.router.route(&request).await?;
+        let mut places = Vec::new();
+        for engine in std::iter::once(ticket.engine()).chain(ticket.fallbacks().take(self.limits.fallbacks)) {
+            if let Some(place) = engine.endpoint().await {
+                places.push(place);
+            }
+        }
+        if places.is_empty() {
+            return Err(Refusal::NoEngine("the chosen engine's name cannot be resolved"));
+        }
+        let places = places.join(",");
+        let mut headers = vec![(DESTINATION, places.clone())];
+        if let Some(rank) = ticket.rank() {
+            headers.push(("x-data-parallel-rank", rank.to_string()));
+        }
+        self.ticket = Some(ticket);
+        let common = CommonResponse {
+            header_mutation: Some(set(headers)),
+            clear_route_cache: true,
+            ..CommonResponse::default()
+        };
+        let text = |text: String| Value { kind: Some(ValueKind::StringValue(text)) };
+        let lb = Struct { fields: HashMap::from([(DESTINATION.to_owned(), text(places))]) };
+        let lb = Value { kind: Some(ValueKind::StructValue(lb)) };
+        Ok((common, Struct { fields: HashMap::from([("envoy.lb".to_owned(), lb)]) }))
+    }
+
+    /// One that the router has not seen.
+    fn refuse(&mut self, refusal: &Refusal) -> Vec<ProcessingResponse> {
+        self.router.metrics.refused(refusal.name());
+        self.refuse_counted(refusal)
+    }
+
+    fn refuse_counted(&mut self, refusal: &Refusal) -> Vec<ProcessingResponse> {
+        self.over = true;
+        vec![immediate(refusal.status(), &refusal.body())]
+    }
+
+    fn response_headers(&mut self, headers: &HttpHeaders, metadata: Option<&Metadata>) -> ProcessingResponse {
+        let fields = read(headers.headers.as_ref());
+        let status: u16 = fields.get(":status").and_then(|text| text.parse().ok()).unwrap_or(0);
+        self.failed = status >= 500;
+        if let (Some(served), Some(ticket)) = (text_of(metadata, SERVED), &mut self.ticket) {
+            ticket.served_by(&served);
+        }
+        let mut mutation = None;
+        if let (true, Some(ticket)) = (self.debug, &self.ticket) {
+            let decision = serde_json::to_string(ticket.decision()).unwrap_or_default();
+            mutation = Some(set(vec![
+                ("x-kvcellar-engine", ticket.engine().spec.name.clone()),
+                ("x-kvcellar-decision", decision),
+            ]));
+        }
+        if headers.end_of_stream {
+            self.end();
+        }
+        let common = CommonResponse { header_mutation: mutation, ..CommonResponse::default() };
+        answer(Answer::ResponseHeaders(HeadersResponse { response: Some(common) }))
+    }
+
+    fn response_body(&mut self, body: HttpBody) -> ProcessingResponse {
+        self.tail.push(&body.body);
+        if !body.body.is_empty() {
+            self.ticket.iter().for_each(Ticket::answered);
+        }
+        if body.end_of_stream {
+            self.end();
+        }
+        let response = match self.response_mode {
+            BodySendMode::FullDuplexStreamed => streamed(body.body, body.end_of_stream),
+            _ => BodyResponse { response: Some(CommonResponse::default()) },
+        };
+        answer(Answer::ResponseBody(response))
+    }
+
+    fn end(&mut self) {
+        if let Some(ticket) = self.ticket.take() {
+            ticket.end(if self.failed { "engine_error" } else { "done" }, self.tail.usage());
+        }
+    }
+}
+
+fn answer(response: Answer) -> ProcessingResponse {
+    ProcessingResponse { response: Some(response), ..ProcessingResponse::default() }
+}
+
+fn with(response: Answer, metadata: Struct) -> ProcessingResponse {
+    ProcessingResponse { dynamic_metadata: Some(metadata), ..answer(response) }
+}
+
+fn streamed(body: Vec<u8>, end_of_stream: bool) -> BodyResponse {
+    let mutation = Mutation::StreamedResponse(StreamedBodyResponse { body, end_of_stream, ..Default::default() });
+    let body_mutation = Some(BodyMutation { mutation: Some(mutation) });
+    BodyResponse { response: Some(CommonResponse { body_mutation, ..CommonResponse::default() }) }
+}
+
+fn immediate(status: u16, body: &str) -> ProcessingResponse {
+    let headers = set(vec![("content-type", "application/json".to_owned())]);
+    answer(Answer::ImmediateResponse(ImmediateResponse {
+        status: Some(HttpStatus { code: status.into() }),
+        headers: Some(headers),
+        body: body.as_bytes().to_vec(),
+        ..ImmediateResponse::default()
+    }))
+}
+
+fn set(headers: Vec<(&str, String)>) -> HeaderMutation {
+    let option = |(key, value): (&str, String)| HeaderValueOption {
+        header: Some(HeaderValue { key: key.to_owned(), raw_value: value.into_bytes(), ..HeaderValue::default() }),
+        append_action: HeaderAppendAction::OverwriteIfExistsOrAdd.into(),
+        ..HeaderValueOption::default()
+    };
+    HeaderMutation { set_headers: headers.into_iter().map(option).collect(), remove_headers: Vec::new() }
+}
+
+fn read(headers: Option<&HeaderMap>) -> HashMap<String, String> {
+    let value = |it: &HeaderValue| {
+        if it.raw_value.is_empty() { it.value.clone() } else { String::from_utf8_lossy(&it.raw_value).into_owned() }
+    };
+    headers.map_or_else(HashMap::new, |map| map.headers.iter().map(|it| (it.key.to_lowercase(), value(it))).collect())
+}
+
+fn text_of(metadata: Option<&Metadata>, (space, name): (&str, &str)) -> Option<String> {
+    match metadata?.filter_metadata.get(space)?.fields.get(name)?.kind.as_ref()? {
+        ValueKind::StringValue(text) => Some(text.clone()),
+        ValueKind::ListValue(list) => {
+            let texts = list.values.iter().filter_map(|value| match &value.kind {
+                Some(ValueKind::StringValue(text)) => Some(text.as_str()),
+                _ => None,
+            });
+            Some(texts.collect::<Vec<_>>().join(","))
+        }
+        _ => None,
+    }
+}
