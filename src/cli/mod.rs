@@ -1,6 +1,8 @@
 //! The `kvcellar` command. `src/bin/kvcellar.rs` and `python -m kvcellar` both call [`run`].
 
 pub mod bench_compression;
+#[cfg(feature = "serve")]
+pub mod bench_fleet;
 pub mod bench_index;
 pub mod bench_lookup;
 pub mod bench_nvme;
@@ -137,6 +139,9 @@ enum BenchCommand {
     Nvme(bench_nvme::Options),
     /// Events into the index and questions to it, beside a naive one.
     Index(bench_index::Options),
+    /// Ways of routing side by side, over a simulated fleet.
+    #[cfg(feature = "serve")]
+    Fleet(bench_fleet::Options),
     /// Whether lossless compression would pay for the blocks in a store.
     Compression(bench_compression::Options),
 }
@@ -168,6 +173,8 @@ pub fn run(args: Vec<String>) -> i32 {
         Part::Bench(BenchCommand::Lookup(options)) => bench_lookup::run(&options),
         Part::Bench(BenchCommand::Nvme(options)) => bench_nvme::run(&options),
         Part::Bench(BenchCommand::Index(options)) => bench_index::run(&options),
+        #[cfg(feature = "serve")]
+        Part::Bench(BenchCommand::Fleet(options)) => bench_fleet::run(&options),
         Part::Bench(BenchCommand::Compression(options)) => bench_compression::run(&options),
     }
 }

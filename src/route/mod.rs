@@ -28,5 +28,6 @@ pub mod scorers;
 pub mod scrape;
 pub mod see;
 pub mod self_check;
+pub mod simulation;
 pub mod tokens;
 pub mod view;

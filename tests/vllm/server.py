@@ -198,7 +198,8 @@ def open_server(
     command += ["--kv-transfer-config", json.dumps(config)]
     command += more
     if events_port is not None:
-        endpoints = {"endpoint": f"tcp://127.0.0.1:{events_port}", "replay_endpoint": f"tcp://127.0.0.1:{events_port + 1}"}
+        # vLLM binds where an address has a star, and connects to it otherwise.
+        endpoints = {"endpoint": f"tcp://*:{events_port}", "replay_endpoint": f"tcp://*:{events_port + 1}"}
         events = {"enable_kv_cache_events": True, "publisher": "zmq", **endpoints}
         command += ["--kv-events-config", json.dumps(events)]
     environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
