@@ -6,8 +6,8 @@
 use clap::Args;
 use serde::Serialize;
 
-use super::report;
 use crate::error::Result;
+use crate::route::cost::Cost;
 use crate::route::simulation::load::Load;
 use crate::route::simulation::{Outcome, Plan, Way, run as simulate};
 
@@ -32,6 +32,12 @@ pub struct Options {
     /// Seed.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
+    /// The cost model's weights: of work, of each request (s), of memory (s).
+    #[arg(long, value_delimiter = ',', hide = true)]
+    pub cost: Vec<f64>,
+    /// Only the cost model.
+    #[arg(long, hide = true)]
+    pub only_cost: bool,
     /// JSON on standard output.
     #[arg(long)]
     pub json: bool,
@@ -55,9 +61,15 @@ pub fn measure(options: &Options) -> Result<Vec<Row>> {
     let loads = if options.load.is_empty() { Load::ALL.to_vec() } else { options.load.clone() };
     let bar = indicatif::ProgressBar::new((loads.len() * options.engines.len() * Way::ALL.len()) as u64);
     let mut rows = Vec::new();
+    let cost = match options.cost.as_slice() {
+        [work_weight, request_s, memory_s] => {
+            Cost { work_weight: *work_weight, request_s: *request_s, memory_s: *memory_s }
+        }
+        _ => Cost::default(),
+    };
     for load in loads {
         for engines in &options.engines {
-            for way in Way::ALL {
+            for way in Way::ALL.into_iter().filter(|way| !options.only_cost || *way == Way::CostModel) {
                 let plan = Plan {
                     load,
                     engines: *engines,
@@ -65,6 +77,7 @@ pub fn measure(options: &Options) -> Result<Vec<Row>> {
                     warm_s: options.warm,
                     rate: options.rate,
                     seed: options.seed,
+                    cost,
                 };
                 bar.set_message(format!("{} {engines} {}", load.name(), way.name()));
                 rows.push(Row { load: load.name(), engines: *engines, way: way.name(), outcome: simulate(plan, way)? });

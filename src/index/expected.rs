@@ -58,7 +58,7 @@ impl Writer {
     }
 
     /// Writes what is told and what is expected of a block.
-    fn remark(&mut self, column: Column, key: u64) {
+    pub(super) fn remark(&mut self, column: Column, key: u64) {
         let set = self.table.spot(key).found.unwrap_or(SetRef::NONE);
         let told = self.sets.mask(set, column) & !FleetTier::Speculative.bit();
         self.mark(column, key, told);

@@ -406,7 +406,13 @@ impl Writer {
             let Some(state) = self.state(column) else { return };
             match state.links.remove(*hash, tier) {
                 None => self.counts.unmatched += 1,
-                Some((link, before)) if link.mask() != before => self.show(column, *hash, link.key, link.mask()),
+                Some((link, before)) if link.mask() != before => {
+                    // What the engine says is newer than what was expected of it.
+                    if tier == FleetTier::Gpu {
+                        state.expected.remove(&link.key);
+                    }
+                    self.show(column, *hash, link.key, link.mask());
+                }
                 Some(_) => {}
             }
         }
@@ -534,8 +540,7 @@ impl Writer {
             .filter(|(_, link)| link.mask() & tiers != 0)
             .map(|(hash, link)| (hash, link.key))
             .collect();
-        let expected: Vec<u64> =
-            if tiers == u8::MAX { state.expected.drain().map(|(key, _)| key).collect() } else { Vec::new() };
+        let expected: Vec<u64> = state.expected.drain().map(|(key, _)| key).collect();
         for (hash, key) in held {
             let Some(state) = self.state(column) else { return };
             state.links.remove_all(hash, tiers);
@@ -543,7 +548,7 @@ impl Writer {
             self.show(column, hash, key, mask);
         }
         for key in expected {
-            self.mark(column, key, 0);
+            self.remark(column, key);
         }
         if tiers == u8::MAX {
             self.orphans.clear(column);

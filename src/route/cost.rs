@@ -11,11 +11,15 @@ use super::view::{Look, View};
 pub struct Cost {
     /// How much a second of computing counts beside a second of waiting.
     pub work_weight: f64,
+    /// Seconds that each of our unfinished requests on an engine counts for: it takes a part of every step.
+    pub request_s: f64,
+    /// Seconds that a KV cache full of our unfinished requests counts for: what else it holds will be evicted.
+    pub memory_s: f64,
 }
 
 impl Default for Cost {
     fn default() -> Self {
-        Self { work_weight: 0.5 }
+        Self { work_weight: 0.5, request_s: 0.0, memory_s: 0.0 }
     }
 }
 
@@ -46,7 +50,8 @@ impl Cost {
         let strangers = (engine.waiting - f64::from(engine.our_unanswered)).max(0.0);
         // Another router's request is taken to be like this one.
         let ahead = engine.our_uncomputed as f64 + strangers * uncached;
-        let mut wait_s = ahead / rates.prefill;
+        // Every unfinished request takes a part of each step.
+        let mut wait_s = ahead / rates.prefill + rates.overhead_s;
         if engine.kv_tokens > 0 {
             let wanted = engine.our_tokens as f64 + f64::from(prompt_tokens);
             let excess = (wanted / engine.kv_tokens as f64 - 1.0).max(0.0);
@@ -59,7 +64,12 @@ impl Cost {
     pub fn of(&self, view: &View<'_>) -> Vec<f64> {
         let cost = |engine: &Look| {
             let predicted = Self::predict(view.prompt_tokens, engine);
-            predicted.ttft_s() + self.work_weight * predicted.prefill_s
+            let memory = engine.our_tokens as f64 / engine.kv_tokens.max(1) as f64;
+            let memory = if engine.kv_tokens > 0 { memory } else { 0.0 };
+            predicted.ttft_s()
+                + self.work_weight * predicted.prefill_s
+                + self.request_s * f64::from(engine.our_requests)
+                + self.memory_s * memory
         };
         view.engines.iter().map(cost).collect()
     }

@@ -10,6 +10,7 @@ use serde::Deserialize;
 use super::approximate::Recent;
 use super::books::Books;
 use super::estimate;
+use super::speed::Speed;
 use super::view::{Adapter, Held, Look, Rates};
 use crate::error::{Error, Result};
 use crate::events::subscriber::Address;
@@ -132,8 +133,6 @@ pub struct Told {
     pub started_s: f64,
     /// Adapters: how many may be loaded, which run, which wait.
     pub adapters: Option<(usize, Vec<String>, Vec<String>)>,
-    /// Computed prompt tokens and seconds of computing them since it began.
-    pub prefilled: (f64, f64),
 }
 
 /// An engine.
@@ -150,7 +149,7 @@ pub struct Engine {
     /// When it got its last cold request.
     pub cold_turn: AtomicU64,
     recent: Mutex<Recent>,
-    rates: Mutex<Rates>,
+    speed: Mutex<Speed>,
     /// Failures in a row; it is well at 0, and has not been seen yet at [`UNSEEN`].
     failures: AtomicU32,
 }
@@ -170,7 +169,7 @@ impl Engine {
             models: ArcSwap::default(),
             cold_turn: AtomicU64::new(0),
             recent: Mutex::default(),
-            rates: Mutex::default(),
+            speed: Mutex::default(),
             failures: AtomicU32::new(UNSEEN),
         }
     }
@@ -227,31 +226,27 @@ impl Engine {
         if told.kv_tokens > 0 {
             self.recent().resize(told.kv_tokens as usize / estimate::BLOCK_TOKENS);
         }
-        self.learn_prefill(&before, &told, restarted);
         self.told.store(std::sync::Arc::new(told));
         self.failures.swap(0, Ordering::Relaxed) >= FAILURES_MAX
     }
 
-    /// The speed of computing prompts, from the engine's own counts between two scrapes.
-    fn learn_prefill(&self, before: &Told, now: &Told, restarted: bool) {
-        let (tokens, seconds) = (now.prefilled.0 - before.prefilled.0, now.prefilled.1 - before.prefilled.1);
-        // Few tokens say more about a step's fixed cost than about speed.
-        if restarted || before.started_s == 0.0 || tokens < 256.0 || seconds <= 0.0 {
-            return;
-        }
-        let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
-        rates.prefill += 0.2 * (tokens / seconds - rates.prefill);
+    fn speed(&self) -> MutexGuard<'_, Speed> {
+        self.speed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A first token came so long after the decision, when so many tokens were to be computed before it.
+    pub fn learn_ttft(&self, tokens: u64, seconds: f64) {
+        self.speed().answered(tokens, seconds);
     }
 
     /// A request has ended so long after its first token.
     pub fn learn_residence(&self, seconds: f64) {
-        let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
-        rates.residence_s += 0.05 * (seconds - rates.residence_s);
+        self.speed().ended(seconds);
     }
 
     /// Its speeds.
     pub fn rates(&self) -> Rates {
-        *self.rates.lock().unwrap_or_else(PoisonError::into_inner)
+        self.speed().rates()
     }
 
     /// Whether it serves a model; `true` where it has not said.

@@ -29,5 +29,6 @@ pub mod scrape;
 pub mod see;
 pub mod self_check;
 pub mod simulation;
+pub mod speed;
 pub mod tokens;
 pub mod view;

@@ -158,6 +158,7 @@ impl Router {
             booking: None,
             prompt,
             age: 0,
+            ahead: 0,
             decision,
             decided: Instant::now(),
             first_byte: OnceLock::new(),
@@ -299,6 +300,8 @@ pub struct Ticket {
     at: usize,
     booking: Option<Booking>,
     prompt: Prompt,
+    /// Tokens that its engine was to compute up to its first one.
+    ahead: u64,
     /// Age of the prompt's first block on the engine, as guessed.
     age: u64,
     decision: Decision,
@@ -331,6 +334,7 @@ impl Ticket {
     fn promise(&mut self) {
         let (engine, found) = &self.order[self.at];
         self.booking = Some(Booking::new(Arc::clone(engine), self.prompt.tokens, found.held.tokens));
+        self.ahead = engine.books.uncomputed.load(Ordering::Relaxed);
         if !self.prompt.hashes.is_empty() {
             let mut recent = engine.recent();
             self.age = recent.age(&self.prompt.hashes);
@@ -367,7 +371,9 @@ impl Ticket {
     /// The first byte of the answer's body has come. Said once or often.
     pub fn answered(&self) {
         self.first_byte.get_or_init(|| {
-            self.router.metrics.answered(self.decided.elapsed());
+            let took = self.decided.elapsed();
+            self.router.metrics.answered(took);
+            self.engine().learn_ttft(self.ahead, took.as_secs_f64());
             Instant::now()
         });
         if let Some(booking) = &self.booking {

@@ -107,9 +107,6 @@ pub fn read(text: &str) -> Told {
                 told.kv_tokens += number("num_gpu_blocks") * number("block_size");
             }
             "process_start_time_seconds" => told.started_s = value,
-            "vllm:prompt_tokens_total" => told.prefilled.0 += value,
-            "vllm:prefix_cache_hits_total" | "vllm:external_prefix_cache_hits_total" => told.prefilled.0 -= value,
-            "vllm:request_prefill_time_seconds_sum" => told.prefilled.1 += value,
             // One line for every state there was; its value is when that was.
             "vllm:lora_requests_info" if value > newest => {
                 newest = value;

