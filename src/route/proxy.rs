@@ -1,4 +1,4 @@
-//! The HTTP front end: a reverse proxy for OpenAI's API that decides for every request where it goes.
+//! The HTTP front end: a reverse proxy for the `OpenAI` API that decides for every request where it goes.
 //!
 //! Bodies of answers pass through untouched, chunk by chunk. A request is tried again elsewhere only as long as no byte of an answer has come. When a
 //! client goes away its request upstream is dropped, which cancels it there.
@@ -93,10 +93,11 @@ impl Proxy {
         let (parts, body) = incoming.into_parts();
         let body = self.read(body).await.inspect_err(|refusal| self.router.metrics.refused(refusal.name()))?;
         let kind = if parts.method == Method::POST { Kind::of(parts.uri.path()) } else { Kind::Other };
-        if parts.method == Method::GET && parts.uri.path() == "/v1/models" {
-            if let Some(response) = self.models() {
-                return Ok(response);
-            }
+        if parts.method == Method::GET
+            && parts.uri.path() == "/v1/models"
+            && let Some(response) = self.models()
+        {
+            return Ok(response);
         }
         // Tokenizing a long prompt takes this thread for milliseconds.
         let mut request =
@@ -107,7 +108,7 @@ impl Proxy {
         drop(request);
         let debug = parts.headers.contains_key(&DEBUG);
         for _ in 0..self.limits.tries {
-            let upstream = self.upstream(&parts.method, &parts.uri, &parts.headers, &body, &ticket)?;
+            let upstream = Self::upstream(&parts.method, &parts.uri, &parts.headers, &body, &ticket)?;
             match tokio::time::timeout(self.limits.silence, self.client.request(upstream)).await {
                 Ok(Ok(response)) => return Ok(self.answer(response, ticket, debug)),
                 Ok(Err(error)) => {
@@ -156,7 +157,6 @@ impl Proxy {
     }
 
     fn upstream(
-        &self,
         method: &Method,
         uri: &Uri,
         headers: &HeaderMap,

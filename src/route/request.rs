@@ -77,7 +77,7 @@ impl Refusal {
         }
     }
 
-    /// Its body, as OpenAI's clients read it.
+    /// Its body, as `OpenAI` clients read it.
     pub fn body(&self) -> String {
         serde_json::json!({"error": {"message": self.to_string(), "type": self.name(), "param": null, "code": self.status()}}).to_string()
     }

@@ -48,10 +48,10 @@ async fn follow(engine: Arc<Engine>, client: reqwest::Client, every: Duration) {
     loop {
         match metrics(&engine, &client).await {
             Some(told) => {
-                if turn % MODELS_EVERY == 0 || engine.models.load().is_empty() {
-                    if let Some(models) = models(&engine, &client).await {
-                        engine.models.store(Arc::new(models));
-                    }
+                if (turn % MODELS_EVERY == 0 || engine.models.load().is_empty())
+                    && let Some(models) = models(&engine, &client).await
+                {
+                    engine.models.store(Arc::new(models));
                 }
                 turn += 1;
                 if engine.heard(told) {

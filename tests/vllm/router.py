@@ -15,6 +15,7 @@ import httpx
 from tests.vllm.server import free_port
 
 READY_S = 60.0
+TYPES = "type.googleapis.com/envoy"
 
 
 @dataclass
@@ -137,7 +138,7 @@ def envoy_config(port: int, admin: int, picker: int, body_mode: str) -> dict[str
     }
     router = {"@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"}
     manager = {
-        "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "@type": f"{TYPES}.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "gateway",
         "route_config": {
             "virtual_hosts": [

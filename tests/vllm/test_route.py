@@ -17,7 +17,28 @@ from tests.vllm.processes import wait_until
 from tests.vllm.router import Router, open_envoy, open_router
 from tests.vllm.server import Server, free_port, open_server
 
-WORDS = "a the river stone light runs over under quiet morning bird answers slowly and then again of many small things".split()
+WORDS = [
+    "a",
+    "the",
+    "river",
+    "stone",
+    "light",
+    "runs",
+    "over",
+    "under",
+    "quiet",
+    "morning",
+    "bird",
+    "answers",
+    "slowly",
+    "and",
+    "then",
+    "again",
+    "of",
+    "many",
+    "small",
+    "things",
+]
 
 
 def words(random: Random, count: int) -> str:
@@ -98,7 +119,11 @@ def router(fleet: Fleet, tmp_path: Path) -> Iterator[Router]:
 
 def chat_body(content: str, *, stream: bool = False, max_tokens: int = 4) -> dict[str, Any]:
     """A chat request."""
-    body: dict[str, Any] = {"model": "model", "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens}
+    body: dict[str, Any] = {
+        "model": "model",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": max_tokens,
+    }
     body |= {"temperature": 0, "ignore_eos": True}
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
@@ -179,7 +204,9 @@ def check_abort(client: httpx.Client, router: Router, fleet: Fleet) -> None:
     assert router.metric("kvcellar_route_engine_in_flight") == 0
     assert router.metric("kvcellar_route_engine_in_flight_tokens") == 0
     for _, server in fleet.lives.values():
-        wait_until(lambda server=server: server.metrics().value("vllm:num_requests_running") == 0, "the engine's end of it")
+        wait_until(
+            lambda server=server: server.metrics().value("vllm:num_requests_running") == 0, "the engine's end of it"
+        )
 
 
 @pytest.fixture(params=["proxy", "duplex", "buffered"])
@@ -223,12 +250,14 @@ def test_an_engine_and_the_picker_come_and_go(fleet: Fleet, tmp_path: Path) -> N
         assert envoy.post("/v1/chat/completions", json=chat_body("nobody picks")).status_code >= 500
         with open_router(tmp_path, *flags, name="second", picker_port=picker) as router:
             router.wait_engines(2)
-            wait_until(lambda: envoy.post("/v1/chat/completions", json=chat_body("x")).status_code == 200, "Envoy's way back")
-    with open_router(tmp_path, "--engine", f"http://127.0.0.1:{free_port()}", name="third") as router:
-        with open_envoy(tmp_path, router.picker_port) as envoy:
-            for client in (router.client, envoy):
-                nobody = client.post("/v1/chat/completions", json=chat_body("x"))
-                assert nobody.status_code == 503 and "no engine is available" in nobody.text
+            wait_until(
+                lambda: envoy.post("/v1/chat/completions", json=chat_body("x")).status_code == 200, "Envoy's way back"
+            )
+    nobody = ["--engine", f"http://127.0.0.1:{free_port()}"]
+    with open_router(tmp_path, *nobody, name="third") as router, open_envoy(tmp_path, router.picker_port) as envoy:
+        for client in (router.client, envoy):
+            answer = client.post("/v1/chat/completions", json=chat_body("x"))
+            assert answer.status_code == 503 and "no engine is available" in answer.text
 
 
 def conversations(random: Random, count: int) -> list[list[dict[str, str]]]:
@@ -238,7 +267,7 @@ def conversations(random: Random, count: int) -> list[list[dict[str, str]]]:
 
 
 def play(router: Router, seed: int, *, count: int, turns: int) -> tuple[int, int]:
-    """Plays conversations one request at a time. Returns how many requests were predicted exactly, and how many there were."""
+    """Plays conversations one request at a time. Returns how many were predicted exactly, and how many there were."""
     random = Random(seed)
     talks = conversations(random, count)
     queue = [talk for talk in talks for _ in range(turns)]
@@ -266,7 +295,7 @@ def test_predictions_meet_the_engines_counts(fleet: Fleet, tmp_path: Path, mode:
         equal, requests = play(router, 21, count=24, turns=5)
         reported = router.metric("kvcellar_route_reported_cached_tokens_total")
         predicted = router.metric("kvcellar_route_predicted_cached_tokens_total")
-        print(f"{mode}: {equal} of {requests} predicted exactly; {predicted:.0f} tokens predicted, {reported:.0f} reported")
+        print(f"{mode}: {equal} of {requests} predicted exactly; {predicted:.0f} tokens, reported {reported:.0f}")
         assert router.metric("kvcellar_route_prompts_mismatched_total") == 0
         if mode == "precise":
             assert equal >= 0.99 * requests

@@ -1,7 +1,6 @@
 """Token ids and chat texts made in the router, beside vLLM's and transformers' own."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -13,6 +12,7 @@ from tests.vllm.places import real_model, temporary_pool_dir
 from tests.vllm.router import Router, open_router
 from tests.vllm.server import Server, open_server
 
+# ruff: noqa: RUF001 (characters that look alike are what a tokenizer must tell apart)
 ALPHABETS = [
     "the quick brown fox jumps over a lazy dog and then some more words",
     "Zażółć gęślą jaźń ÄÖÜß éèêë ñ ç İstanbul ﬁ e\u0301 a\u030a",
@@ -38,8 +38,13 @@ def text(random: Random, pieces: int) -> str:
 
 def tool(random: Random, number: int) -> dict[str, Any]:
     """A tool with a schema of some depth."""
-    fields = {f"field_{at}": {"type": random.choice(["string", "number"]), "description": text(random, 2)} for at in range(3)}
-    function: dict[str, Any] = {"name": f"tool_{number}", "parameters": {"type": "object", "properties": fields, "required": ["field_0"]}}
+    fields = {
+        f"field_{at}": {"type": random.choice(["string", "number"]), "description": text(random, 2)} for at in range(3)
+    }
+    function: dict[str, Any] = {
+        "name": f"tool_{number}",
+        "parameters": {"type": "object", "properties": fields, "required": ["field_0"]},
+    }
     if random.random() < 0.7:
         function["description"] = text(random, 3)
     if random.random() < 0.3:
@@ -142,7 +147,7 @@ def test_texts_are_transformers_own(tmp_path: Path) -> None:
         folder = tmp_path / name
         folder.mkdir()
         for file in ("tokenizer.json", "tokenizer_config.json"):
-            os.symlink(real_model() / file, folder / file)
+            (folder / file).symlink_to(real_model() / file)
         (folder / "chat_template.jinja").write_text(source)
         flags += ["--tokenizer", f"{name}={folder}"]
     random = Random(77)

@@ -38,7 +38,7 @@ pub(super) struct Session {
     request_mode: BodySendMode,
     response_mode: BodySendMode,
     kind: Kind,
-    session: Option<String>,
+    follows: Option<String>,
     subset: Option<Vec<String>>,
     debug: bool,
     body: Vec<u8>,
@@ -56,7 +56,7 @@ impl Session {
             request_mode: BodySendMode::FullDuplexStreamed,
             response_mode: BodySendMode::FullDuplexStreamed,
             kind: Kind::Other,
-            session: None,
+            follows: None,
             subset: None,
             debug: false,
             body: Vec::new(),
@@ -99,7 +99,7 @@ impl Session {
         let field = |name: &str| fields.get(name).cloned();
         let path = field(":path").unwrap_or_default();
         self.kind = if field(":method").as_deref() == Some("POST") { Kind::of(&path) } else { Kind::Other };
-        self.session = field(&self.limits.session_header);
+        self.follows = field(&self.limits.session_header);
         self.debug = fields.contains_key("x-kvcellar-debug");
         let hint = text_of(metadata, SUBSET);
         self.subset =
@@ -186,7 +186,7 @@ impl Session {
     async fn decide(&mut self) -> Result<(CommonResponse, Struct), Refusal> {
         let mut request =
             Request::read(self.kind, &self.body).inspect_err(|refusal| self.router.metrics.refused(refusal.name()))?;
-        request.session = self.session.take();
+        request.session = self.follows.take();
         request.subset = self.subset.take();
         let ticket = self.router.route(&request).await?;
         let mut places = Vec::new();

@@ -105,10 +105,10 @@ mod tests {
 
     #[test]
     fn least_load_is_best() {
-        let looks = [0.0, 5.0, 10.0].map(|load| Look {
-            waiting: load,
-            running: load,
-            our_tokens: load as u64,
+        let looks = [0_u32, 5, 10].map(|load| Look {
+            waiting: load.into(),
+            running: load.into(),
+            our_tokens: load.into(),
             ..Look::default()
         });
         for scorer in [Scorer::Queue, Scorer::Running, Scorer::TokensInFlight] {

@@ -1,5 +1,7 @@
 //! Made-up traffic: sessions that arrive at random, each a chain of prompts that begin like the one before.
 
+#![expect(clippy::cast_sign_loss, reason = "simulated times and shares are never below zero")]
+
 use fastrand::Rng;
 
 /// A kind of traffic.

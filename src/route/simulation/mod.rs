@@ -1,5 +1,7 @@
 //! A fleet in a computer's head: the router's real scorers, cost model, guesses and index against modelled engines. Seeded, so that a run repeats.
 
+#![expect(clippy::cast_sign_loss, reason = "simulated times and shares are never below zero")]
+
 pub mod engine;
 pub mod load;
 
@@ -193,7 +195,7 @@ pub fn run(plan: Plan, way: Way) -> Result<Outcome> {
     let model = Model::default();
     let rates = Rates { load: [1e9, model.load, 1e5, 1e4, 1e4, 1e9], ..Rates::default() };
     let look = Look { kv_tokens: model.gpu_blocks as u64 * u64::from(BLOCK), rates, ..Look::default() };
-    let known = || Known { look, speed: Speed::new(rates), recent: Recent::new(model.gpu_blocks), ..Known::default() };
+    let known = || Known { look, speed: Speed::new(rates), recent: Recent::new(model.gpu_blocks) };
     let mut world = World {
         plan,
         way,

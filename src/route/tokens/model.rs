@@ -118,13 +118,12 @@ impl TokenModel {
         while !text.is_empty() {
             let (piece, rest) = text.split_at(cut(text));
             let name = Memo::name(piece);
-            match self.memo.get(name) {
-                Some(ids) => out.extend_from_slice(&ids),
-                None => {
-                    let ids: Arc<[u32]> = self.whole(piece, false)?.into();
-                    out.extend_from_slice(&ids);
-                    self.memo.put(name, ids);
-                }
+            if let Some(ids) = self.memo.get(name) {
+                out.extend_from_slice(&ids);
+            } else {
+                let ids: Arc<[u32]> = self.whole(piece, false)?.into();
+                out.extend_from_slice(&ids);
+                self.memo.put(name, ids);
             }
             text = rest;
         }

@@ -89,6 +89,12 @@ fn container(
     out.push(close);
 }
 
+fn escape(mark: &str, width: usize, code: u32, out: &mut String) {
+    use std::fmt::Write;
+    // Writing into a text does not fail.
+    let _written = write!(out, "{mark}{code:0width$x}");
+}
+
 fn quoted(text: &str, ascii: bool, out: &mut String) {
     out.push('"');
     for char in text.chars() {
@@ -101,10 +107,10 @@ fn quoted(text: &str, ascii: bool, out: &mut String) {
             '\u{8}' => out.push_str("\\b"),
             '\u{c}' => out.push_str("\\f"),
             // Python's encoder leaves DEL alone unless it is asked for ASCII, and then it still does.
-            char if (char as u32) < 0x20 => out.push_str(&format!("\\u{:04x}", char as u32)),
+            char if (char as u32) < 0x20 => escape("\\u", 4, char as u32, out),
             char if ascii && !char.is_ascii() => {
                 let mut units = [0; 2];
-                char.encode_utf16(&mut units).iter().for_each(|unit| out.push_str(&format!("\\u{unit:04x}")));
+                char.encode_utf16(&mut units).iter().for_each(|unit| escape("\\u", 4, u32::from(*unit), out));
             }
             char => out.push(char),
         }
@@ -113,7 +119,7 @@ fn quoted(text: &str, ascii: bool, out: &mut String) {
 }
 
 /// The filter `tojson` as transformers defines it.
-pub fn tojson(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
+pub fn tojson(value: &Value, kwargs: &Kwargs) -> Result<Value, Error> {
     let wrong = |what: &'static str| Error::new(ErrorKind::InvalidOperation, what);
     let json = serde_json::to_value(value).map_err(|_| wrong("not JSON"))?;
     let mut layout = Layout::default();
@@ -121,7 +127,7 @@ pub fn tojson(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
         let width = usize::try_from(indent.clone()).ok();
         let text = width.map(|width| " ".repeat(width)).or_else(|| indent.as_str().map(str::to_owned));
         layout.indent = Some(text.ok_or_else(|| wrong("indent is neither a number nor text"))?);
-        layout.comma = ",".to_owned();
+        ",".clone_into(&mut layout.comma);
     }
     if let Some(separators) = kwargs.get::<Option<Value>>("separators")?.filter(|it| !it.is_none()) {
         let part = |at: usize| separators.get_item_by_index(at).ok().and_then(|it| it.as_str().map(str::to_owned));
@@ -166,7 +172,7 @@ fn repr(value: &Value) -> Result<String, Error> {
                     '\r' => out.push_str("\\r"),
                     '\t' => out.push_str("\\t"),
                     char if char == quote => out.extend(['\\', char]),
-                    char if char.is_ascii_control() => out.push_str(&format!("\\x{:02x}", char as u32)),
+                    char if char.is_ascii_control() => escape("\\x", 2, char as u32, &mut out),
                     char if char.is_ascii() || char.is_alphanumeric() => out.push(char),
                     _ => return Err(Error::new(ErrorKind::InvalidOperation, "a character that Python may escape")),
                 }

@@ -1,7 +1,7 @@
 //! Chat templates, rendered as transformers does.
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Serde;
+use minijinja::value::{Kwargs, Serde};
 use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior, Value, context};
 use serde_json::Value as Json;
 
@@ -32,7 +32,7 @@ impl Template {
         environment.set_formatter(|out, _, value| {
             std::fmt::Write::write_str(out, &python::text(value)?).map_err(|_| Error::from(ErrorKind::WriteFailure))
         });
-        environment.add_filter("tojson", |value: Value, kwargs| python::tojson(&value, kwargs));
+        environment.add_filter("tojson", |value: Value, kwargs: Kwargs| python::tojson(&value, &kwargs));
         environment.add_filter("string", |value: Value| python::text(&value));
         environment.add_test("iterable", |value: Value| value.as_str().is_some() || value.try_iter().is_ok());
         environment.add_test("sequence", |value: Value| value.as_str().is_some() || value.try_iter().is_ok());
