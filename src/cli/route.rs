@@ -60,7 +60,7 @@ pub struct Options {
     /// Address of metrics, health and /debug.
     #[arg(long, default_value = "127.0.0.1:8092")]
     pub admin: SocketAddr,
-    /// An engine: a URL like `http://10.0.0.1:8000`, or url=...[,events=tcp://...][,replay=tcp://...][,name=...][,draining=true]. May be repeated.
+    /// An engine: a URL like `http://10.0.0.1:8000`, or `url=...[,events=tcp://...][,replay=tcp://...][,name=...][,draining=true]`. May be repeated.
     #[arg(long = "engine", value_name = "ENGINE")]
     pub engines: Vec<String>,
     /// A JSON file with a list of engines, read again when it changes.
