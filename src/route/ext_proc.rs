@@ -8,6 +8,7 @@ mod session;
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use envoy_types::pb::envoy::service::ext_proc::v3::external_processor_server::{
     ExternalProcessor, ExternalProcessorServer,
@@ -34,6 +35,9 @@ pub struct Limits {
 
 /// Answers that may wait for Envoy to take them.
 const ANSWERS: usize = 64;
+
+/// How long Envoy may go on sending after a refusal.
+const DRAIN: Duration = Duration::from_secs(10);
 
 /// The service.
 #[derive(Debug)]
@@ -68,6 +72,9 @@ impl ExternalProcessor for Picker {
                     }
                 }
                 if session.is_over() {
+                    // Hanging up with a body on its way could overtake the refusal: the rest is read and dropped until Envoy hangs up.
+                    let rest = async { while let Ok(Some(_)) = messages.message().await {} };
+                    let _hung_up = tokio::time::timeout(DRAIN, rest).await;
                     return;
                 }
             }

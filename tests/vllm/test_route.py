@@ -110,8 +110,18 @@ def fleet(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture
 def router(fleet: Fleet, tmp_path: Path) -> Iterator[Router]:
-    """A precise router."""
-    flags = [*fleet.flags(), "--mode", "precise", "--tokenizer", str(real_model()), "--body", "8MiB"]
+    """A precise router. By scorers: what the cost model thinks of prompts this short depends on this machine's noise."""
+    flags = [
+        *fleet.flags(),
+        "--mode",
+        "precise",
+        "--policy",
+        "scorers",
+        "--tokenizer",
+        str(real_model()),
+        "--body",
+        "8MiB",
+    ]
     with open_router(tmp_path, *flags) as running:
         running.wait_engines(2)
         yield running
