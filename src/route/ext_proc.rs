@@ -48,7 +48,8 @@ pub struct Picker {
 
 /// The picker as a gRPC service.
 pub fn service(router: Arc<Router>, limits: Limits) -> ExternalProcessorServer<Picker> {
-    let most = limits.body_bytes_max + (1 << 20);
+    // Room for a body over the limit, so that it is refused by name; a gateway that buffers more has its own limit.
+    let most = limits.body_bytes_max.saturating_mul(2).saturating_add(32 << 20);
     let picker = Picker { router, limits: Arc::new(limits) };
     ExternalProcessorServer::new(picker).max_decoding_message_size(most).max_encoding_message_size(most)
 }

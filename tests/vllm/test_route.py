@@ -110,7 +110,7 @@ def fleet(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture
 def router(fleet: Fleet, tmp_path: Path) -> Iterator[Router]:
-    """A precise router. By scorers: what the cost model thinks of prompts this short depends on this machine's noise."""
+    """A precise router. By scorers: the cost model's view of short prompts depends on the machine's noise."""
     flags = [
         *fleet.flags(),
         "--mode",
