@@ -136,10 +136,7 @@ fn measure(options: &Options) -> Result<Vec<Measured>> {
 pub fn run(options: &Options) -> i32 {
     let results = match measure(options) {
         Ok(results) => results,
-        Err(error) => {
-            eprintln!("kvcellar: {error}");
-            return 1;
-        }
+        Err(error) => return super::refused(&error),
     };
     if options.json {
         println!("{:#}", report(&results, &[]));

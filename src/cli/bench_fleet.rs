@@ -93,10 +93,7 @@ pub fn measure(options: &Options) -> Result<Vec<Row>> {
 pub fn run(options: &Options) -> i32 {
     let rows = match measure(options) {
         Ok(rows) => rows,
-        Err(error) => {
-            eprintln!("kvcellar: {error}");
-            return 1;
-        }
+        Err(error) => return super::refused(&error),
     };
     if options.json {
         println!(

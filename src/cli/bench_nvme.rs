@@ -329,10 +329,7 @@ pub fn run(options: &Options) -> i32 {
     };
     let outcome = match measured {
         Ok(outcome) => outcome,
-        Err(error) => {
-            eprintln!("kvcellar: {error}");
-            return 1;
-        }
+        Err(error) => return super::refused(&error),
     };
     if options.json {
         println!("{:#}", outcome.report());

@@ -111,10 +111,7 @@ pub fn run(command: &EventsCommand) -> i32 {
     });
     match outcome {
         Ok(()) => 0,
-        Err(error) => {
-            eprintln!("kvcellar: {error}");
-            1
-        }
+        Err(error) => super::refused(&error),
     }
 }
 
@@ -199,7 +196,7 @@ async fn until(seconds: Option<f64>) {
 async fn engines(sources: &Sources) -> Result<Vec<crate::index::fleet::sources::Source>> {
     let found = sources.look().await?;
     if found.is_empty() {
-        return Err(Error::config("engine", "no engine is named", "Give --engine, --engines-file or --dns"));
+        return Err(super::discovery::nobody());
     }
     Ok(found)
 }

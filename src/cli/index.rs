@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use clap::Args;
 
@@ -95,31 +95,10 @@ impl Sources {
         self.engines_file.is_some() || self.is_asked_for()
     }
 
-    fn stamp(&self) -> Option<SystemTime> {
-        self.engines_file.as_ref().and_then(|path| path.metadata().ok()?.modified().ok())
-    }
-
-    /// Keeps a fleet as it is found, for ever. What cannot be read leaves it as it is and is said once.
+    /// Keeps a fleet as it is found, for ever.
     pub async fn keep(&self, fleet: &mut Fleet) {
-        let (mut stamp, mut said) = (self.stamp(), String::new());
-        loop {
-            tokio::time::sleep(Duration::from_secs(2)).await;
-            if !self.may_change() || (!self.is_asked_for() && self.stamp() == stamp) {
-                continue;
-            }
-            stamp = self.stamp();
-            match self.look().await {
-                Ok(found) => {
-                    said.clear();
-                    fleet.set(found);
-                }
-                Err(error) if error.to_string() != said => {
-                    said = error.to_string();
-                    eprintln!("kvcellar: {said}; the engines stay as they were");
-                }
-                Err(_) => {}
-            }
-        }
+        let look = async || self.look().await;
+        super::discovery::keep(self.engines_file.as_deref(), self.is_asked_for(), look, |found| fleet.set(found)).await;
     }
 }
 
@@ -157,10 +136,7 @@ pub fn serve(options: &Options) -> i32 {
     let outcome = super::block_on(run(options));
     match outcome {
         Ok(()) => 0,
-        Err(error) => {
-            eprintln!("kvcellar: {error}");
-            1
-        }
+        Err(error) => super::refused(&error),
     }
 }
 
@@ -179,7 +155,7 @@ async fn run(options: &Options) -> Result<()> {
     let index = Arc::new(Index::new(options.block_tokens, memory as usize)?);
     let found = options.sources.look().await?;
     if found.is_empty() && !options.sources.may_change() {
-        return Err(Error::config("engine", "no engine is named", "Give --engine, --engines-file or --dns"));
+        return Err(super::discovery::nobody());
     }
     if token.is_none() && !options.listen.ip().is_loopback() {
         eprintln!("kvcellar: {} can be reached from elsewhere and asks for no token: see --token-file", options.listen);
@@ -195,12 +171,7 @@ async fn run(options: &Options) -> Result<()> {
     fleet.set(found);
     let service = Arc::new(Service::new(index, fleet.states(), Weights::default()));
     let limits = Limits { body_bytes_max: body as usize, requests_per_second: options.requests_per_second, token };
-    let listener = tokio::net::TcpListener::bind(options.listen).await.map_err(|error| {
-        Error::config("listen", format!("{}: {error}", options.listen), "Name a free address, e.g. 127.0.0.1:0")
-    })?;
-    if let Ok(address) = listener.local_addr() {
-        eprintln!("kvcellar: index at http://{address}");
-    }
+    let listener = super::listen("listen", options.listen, "index at http://").await?;
     let router = api::routes(Arc::clone(&service), limits);
     let expiry = async {
         loop {

@@ -6,6 +6,8 @@ pub mod bench_fleet;
 pub mod bench_index;
 pub mod bench_lookup;
 pub mod bench_nvme;
+#[cfg(feature = "serve")]
+pub mod discovery;
 pub mod doctor;
 #[cfg(feature = "serve")]
 pub mod events;
@@ -177,6 +179,28 @@ pub fn run(args: Vec<String>) -> i32 {
         Part::Bench(BenchCommand::Fleet(options)) => bench_fleet::run(&options),
         Part::Bench(BenchCommand::Compression(options)) => bench_compression::run(&options),
     }
+}
+
+/// Says why a command did not do its work. The exit code.
+fn refused(error: &dyn std::fmt::Display) -> i32 {
+    eprintln!("kvcellar: {error}");
+    1
+}
+
+/// Listens at the address that the option `name` gives, and says where.
+#[cfg(feature = "serve")]
+async fn listen(
+    name: &'static str,
+    address: std::net::SocketAddr,
+    what: &str,
+) -> crate::error::Result<tokio::net::TcpListener> {
+    let listener = tokio::net::TcpListener::bind(address).await.map_err(|error| {
+        crate::error::Error::config(name, format!("{address}: {error}"), "Name a free address, e.g. 127.0.0.1:0")
+    })?;
+    if let Ok(address) = listener.local_addr() {
+        eprintln!("kvcellar: {what}{address}");
+    }
+    Ok(listener)
 }
 
 /// Runs a command that waits for a network.

@@ -9,12 +9,12 @@ use crate::pool::registry::{self, Entry};
 pub fn list(pool_dir: &Path, json: bool) -> i32 {
     let entries = match registry::list(pool_dir) {
         Ok(entries) => entries,
-        Err(error) => return refused(&error),
+        Err(error) => return super::refused(&error),
     };
     if json {
         match serde_json::to_string_pretty(&entries) {
             Ok(text) => println!("{text}"),
-            Err(error) => return refused(&error),
+            Err(error) => return super::refused(&error),
         }
         return 0;
     }
@@ -46,7 +46,7 @@ pub fn remove(pool_dir: &Path, names: &[String], all: bool) -> i32 {
     }
     let entries = match registry::list(pool_dir) {
         Ok(entries) => entries,
-        Err(error) => return refused(&error),
+        Err(error) => return super::refused(&error),
     };
     let mut code = 0;
     for name in names.iter().filter(|name| !entries.iter().any(|entry| entry.name == **name)) {
@@ -57,13 +57,8 @@ pub fn remove(pool_dir: &Path, names: &[String], all: bool) -> i32 {
     for entry in entries.iter().filter(wanted) {
         match registry::remove(entry) {
             Ok(()) => println!("removed {} ({})", entry.name, show(entry.bytes)),
-            Err(error) => code = refused(&error),
+            Err(error) => code = super::refused(&error),
         }
     }
     code
-}
-
-fn refused(error: &dyn std::fmt::Display) -> i32 {
-    eprintln!("kvcellar: {error}");
-    1
 }

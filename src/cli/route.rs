@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use axum::http::HeaderName;
 use clap::{Args, ValueEnum};
@@ -114,10 +114,7 @@ pub struct Options {
 pub fn serve(options: &Options) -> i32 {
     match super::block_on(run(options)) {
         Ok(()) => 0,
-        Err(error) => {
-            eprintln!("kvcellar: {error}");
-            1
-        }
+        Err(error) => super::refused(&error),
     }
 }
 
@@ -134,36 +131,11 @@ impl Options {
         Ok(found)
     }
 
-    fn stamp(&self) -> Option<SystemTime> {
-        self.engines_file.as_ref().and_then(|path| path.metadata().ok()?.modified().ok())
-    }
-
-    /// Keeps the engines as they are found, for ever. What cannot be read leaves them as they are and is said once.
+    /// Keeps the engines as they are found, for ever.
     async fn keep(&self, engines: &Engines, fleet: &mut Option<Fleet>) {
-        let (mut stamp, mut said) = (None, String::new());
-        loop {
-            if self.dns.is_some() || stamp.is_none() || self.stamp() != stamp {
-                stamp = Some(self.stamp()).flatten().or(Some(SystemTime::UNIX_EPOCH));
-                match self.look().await {
-                    Ok(found) => {
-                        said.clear();
-                        if let Some(fleet) = fleet {
-                            fleet.set(found.iter().filter_map(Spec::source).collect());
-                        }
-                        engines.set(found);
-                    }
-                    Err(error) if error.to_string() != said => {
-                        said = error.to_string();
-                        eprintln!("kvcellar: {said}; the engines stay as they were");
-                    }
-                    Err(_) => {}
-                }
-            }
-            if self.engines_file.is_none() && self.dns.is_none() {
-                std::future::pending::<()>().await;
-            }
-            tokio::time::sleep(Duration::from_secs(2)).await;
-        }
+        let look = async || self.look().await;
+        let set = |found| settle(engines, fleet, found);
+        super::discovery::keep(self.engines_file.as_deref(), self.dns.is_some(), look, set).await;
     }
 
     fn policy(&self) -> Result<Policy> {
@@ -250,15 +222,18 @@ async fn resolve(name: &str) -> Result<Vec<Spec>> {
     Ok(found.map(spec).collect())
 }
 
-async fn listen(name: &'static str, address: SocketAddr) -> Result<tokio::net::TcpListener> {
-    let bound = tokio::net::TcpListener::bind(address).await;
-    bound.map_err(|error| Error::config(name, format!("{address}: {error}"), "Name a free address, e.g. 127.0.0.1:0"))
+/// Routes to exactly these engines from now on, and follows their events where an index needs them.
+fn settle(engines: &Engines, fleet: &mut Option<Fleet>, found: Vec<Spec>) {
+    if let Some(fleet) = fleet {
+        fleet.set(found.iter().filter_map(Spec::source).collect());
+    }
+    engines.set(found);
 }
 
 async fn run(options: &Options) -> Result<()> {
     let found = options.look().await?;
     if found.is_empty() && options.engines_file.is_none() && options.dns.is_none() {
-        return Err(Error::config("engine", "no engine is named", "Give --engine, --engines-file or --dns"));
+        return Err(super::discovery::nobody());
     }
     if options.http.is_none() && options.ext_proc.is_none() {
         return Err(Error::config(
@@ -303,8 +278,8 @@ async fn run(options: &Options) -> Result<()> {
         fallbacks: options.ext_proc_fallbacks,
         session_header: options.session_header.to_lowercase(),
     };
-    let shown = listen("admin", options.admin).await?;
-    say("admin at http://", &shown);
+    let shown = super::listen("admin", options.admin, "admin at http://").await?;
+    settle(&engines, &mut fleet, found);
     let checks = tokio::spawn(self_check::run(Arc::clone(&router)));
     let back = crate::index::api::serve(shown, admin::routes(Arc::clone(&router)), std::future::pending());
     let outcome = tokio::select! {
@@ -317,26 +292,18 @@ async fn run(options: &Options) -> Result<()> {
     outcome
 }
 
-fn say(what: &str, listener: &tokio::net::TcpListener) {
-    if let Ok(address) = listener.local_addr() {
-        eprintln!("kvcellar: {what}{address}");
-    }
-}
-
 /// The front ends that were asked for, until the process is told to stop.
 async fn fronts(options: &Options, router: &Arc<Router>, limits: Limits, pick: ext_proc::Limits) -> Result<()> {
     let http = async {
         let Some(address) = options.http else { return std::future::pending().await };
-        let listener = listen("http", address).await?;
-        say("router at http://", &listener);
+        let listener = super::listen("http", address, "router at http://").await?;
         let ended =
             crate::index::api::serve(listener, proxy::routes(Arc::clone(router), limits), super::told_to_stop()).await;
         ended.map_err(|error| Error::io("serving", "http", error, "Look at the log"))
     };
     let picker = async {
         let Some(address) = options.ext_proc else { return std::future::pending().await };
-        let listener = listen("ext-proc", address).await?;
-        say("ext_proc at ", &listener);
+        let listener = super::listen("ext-proc", address, "ext_proc at ").await?;
         let (health, service) = tonic_health::server::health_reporter();
         health.set_service_status("", tonic_health::ServingStatus::Serving).await;
         let mut server = tonic::transport::Server::builder().tcp_nodelay(true);

@@ -27,7 +27,7 @@ struct Report<'a> {
 pub fn list(dir: &Path, json: bool) -> i32 {
     let entries = match registry::list(dir) {
         Ok(entries) => entries,
-        Err(error) => return refused(&error),
+        Err(error) => return super::refused(&error),
     };
     if json {
         return print_json(&entries);
@@ -72,7 +72,7 @@ fn examine(
 ) -> i32 {
     let (entries, mut code) = match chosen(dir, names) {
         Ok(chosen) => chosen,
-        Err(error) => return refused(&error),
+        Err(error) => return super::refused(&error),
     };
     let mut reports = Vec::new();
     for store in &entries {
@@ -138,7 +138,7 @@ fn print_table(reports: &[Report<'_>], code: i32) -> i32 {
 pub fn remove(dir: &Path, names: &[String], yes: bool) -> i32 {
     let (entries, mut code) = match chosen(dir, names) {
         Ok(chosen) => chosen,
-        Err(error) => return refused(&error),
+        Err(error) => return super::refused(&error),
     };
     // Named stores that are in use are refused one by one; without names they are simply left.
     let wanted = entries.iter().filter(|entry| !names.is_empty() || entry.state != "used").collect::<Vec<_>>();
@@ -152,7 +152,7 @@ pub fn remove(dir: &Path, names: &[String], yes: bool) -> i32 {
     for entry in wanted {
         match registry::remove(entry) {
             Ok(()) => println!("removed {} ({})", entry.name, show(entry.bytes)),
-            Err(error) => code = refused(&error),
+            Err(error) => code = super::refused(&error),
         }
     }
     code
@@ -204,12 +204,7 @@ fn age(then_s: Option<u64>) -> String {
 fn print_json(value: &impl Serialize) -> i32 {
     match serde_json::to_string_pretty(value) {
         Ok(text) => println!("{text}"),
-        Err(error) => return refused(&error),
+        Err(error) => return super::refused(&error),
     }
     0
-}
-
-fn refused(error: &dyn std::fmt::Display) -> i32 {
-    eprintln!("kvcellar: {error}");
-    1
 }

@@ -26,6 +26,9 @@ use super::roster::EngineId;
 use super::tiers::{ALL, TIERS, Weights};
 pub use limits::Limits;
 
+/// The content type of `/metrics`.
+pub const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
 /// What handlers share.
 #[derive(Debug)]
 pub struct Service {

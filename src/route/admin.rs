@@ -13,6 +13,7 @@ use serde_json::{Value as Json_, json};
 use super::prompt::Prompt;
 use super::request::{Kind, Request};
 use super::router::Router;
+use crate::index::api::METRICS_TYPE;
 
 /// The routes.
 pub fn routes(router: Arc<Router>) -> axum::Router {
@@ -35,8 +36,7 @@ async fn ready(State(router): State<Arc<Router>>) -> Response {
 
 async fn metrics(State(router): State<Arc<Router>>) -> Response {
     match router.metrics.text(&router.engines) {
-        Some(text) => ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text)
-            .into_response(),
+        Some(text) => ([(header::CONTENT_TYPE, METRICS_TYPE)], text).into_response(),
         None => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }
 }

@@ -59,8 +59,8 @@ impl Recent {
         }
     }
 
-    /// The engine said how much of a prompt it had, of which `expected` blocks were taken to be held. To be called before
-    /// [`Self::used`] counts for newer prompts; `ages`: what [`Self::age`] said at the decision.
+    /// The engine said how much of a prompt it had, of which `expected` blocks were taken to be held. `age`: what
+    /// [`Self::age`] said at the decision.
     pub fn learn(&mut self, expected: usize, found: usize, age: u64) {
         if found < expected && age >= BLOCKS_MIN {
             // It had evicted what was that old.

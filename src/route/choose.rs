@@ -123,7 +123,7 @@ mod tests {
         shares
             .iter()
             .map(|share| Look {
-                held: Held { share: *share, tokens: u32::from(*share > 0.0), ..Held::default() },
+                held: Held { share: *share, tokens: (share * 100.0) as u32, ..Held::default() },
                 ..Look::default()
             })
             .collect()

@@ -50,7 +50,6 @@ impl Cost {
         let strangers = (engine.waiting - f64::from(engine.our_unanswered)).max(0.0);
         // Another router's request is taken to be like this one.
         let ahead = engine.our_uncomputed as f64 + strangers * uncached;
-        // Every unfinished request takes a part of each step.
         let mut wait_s = ahead / rates.prefill + rates.overhead_s;
         if engine.kv_tokens > 0 {
             let wanted = engine.our_tokens as f64 + f64::from(prompt_tokens);

@@ -1,6 +1,5 @@
 //! One engine: where it is, what it said last, what was promised to it.
 
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -14,7 +13,7 @@ use super::speed::Speed;
 use super::view::{Adapter, Held, Look, Rates};
 use crate::error::{Error, Result};
 use crate::events::subscriber::Address;
-use crate::index::fleet::sources::Source;
+use crate::index::fleet::sources::{self, Source};
 
 /// An engine as it is named in options and files.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -46,26 +45,17 @@ impl Spec {
             let bare = Self { name: String::new(), url: text.to_owned(), events: None, replay: None, draining: false };
             return bare.checked();
         }
-        let mut fields: BTreeMap<&str, String> = BTreeMap::new();
-        for part in text.split(',') {
-            let Some((name, value)) = part.split_once('=') else {
-                return Err(Error::config("engine", format!("`{part}` has no `=`"), REMEDY));
-            };
-            if fields.insert(name.trim(), value.trim().to_owned()).is_some() {
-                return Err(Error::config("engine", format!("`{name}` stands twice"), REMEDY));
-            }
-        }
+        let mut fields = sources::fields(text, REMEDY)?;
+        let mut take = |name: &str| fields.remove(name).map(str::to_owned);
         let spec = Self {
-            name: fields.remove("name").unwrap_or_default(),
-            url: fields.remove("url").ok_or_else(|| Error::config("engine", "`url` is missing", REMEDY))?,
-            events: fields.remove("events"),
-            replay: fields.remove("replay"),
-            draining: fields.remove("draining").is_some_and(|value| value == "true"),
+            name: take("name").unwrap_or_default(),
+            url: take("url").ok_or_else(|| Error::config("engine", "`url` is missing", REMEDY))?,
+            events: take("events"),
+            replay: take("replay"),
+            draining: take("draining").is_some_and(|value| value == "true"),
         };
-        match fields.keys().next() {
-            Some(unknown) => Err(Error::config("engine", format!("`{unknown}` is not known"), REMEDY)),
-            None => spec.checked(),
-        }
+        sources::none_left(&fields, REMEDY)?;
+        spec.checked()
     }
 
     /// With its name filled in.

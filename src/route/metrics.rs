@@ -8,7 +8,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::registry::Registry;
+use prometheus_client::registry::{Metric, Registry};
 
 use super::answer::Usage;
 use super::engines::Engines;
@@ -32,7 +32,7 @@ pub struct Metrics {
     dropped: Counter,
     decide_seconds: Histogram,
     ttft_seconds: Histogram,
-    engines: [(&'static str, &'static str, Gauges); 5],
+    engines: [Gauges; 5],
 }
 
 fn labels<const N: usize>(pairs: [(&str, &str); N]) -> Vec<(String, String)> {
@@ -41,77 +41,90 @@ fn labels<const N: usize>(pairs: [(&str, &str); N]) -> Vec<(String, String)> {
 
 impl Default for Metrics {
     fn default() -> Self {
-        let mut registry = Registry::with_prefix("kvcellar_route");
+        let mut all = Registry::with_prefix("kvcellar_route");
+        let registry = &mut all;
         let decide = [2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.5, 2.0];
         let ttft = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0];
-        let gauges = [
-            ("engine_usable", "The engine may get requests"),
-            ("engine_in_flight", "Requests of ours that have not ended"),
-            ("engine_in_flight_tokens", "Their prompts' tokens"),
-            ("engine_prefill_rate", "Prompt tokens a second, as measured"),
-            ("engine_remembered_blocks", "Blocks that the engine is guessed to hold"),
+        let engines = [
+            add(registry, "engine_usable", "The engine may get requests", Gauges::default()),
+            add(registry, "engine_in_flight", "Requests of ours that have not ended", Gauges::default()),
+            add(registry, "engine_in_flight_tokens", "Their prompts' tokens", Gauges::default()),
+            add(registry, "engine_prefill_rate", "Prompt tokens a second, as measured", Gauges::default()),
+            add(registry, "engine_remembered_blocks", "Blocks that the engine is guessed to hold", Gauges::default()),
         ];
-        let metrics = Self {
-            decisions: Counts::default(),
-            refused: Counts::default(),
-            inexact: Counts::default(),
-            outcomes: Counts::default(),
-            retries: Counts::default(),
-            predictions: Counts::default(),
-            mismatched: Counter::default(),
-            predicted: Counter::default(),
-            reported: Counter::default(),
-            dropped: Counter::default(),
-            decide_seconds: Histogram::new(decide),
-            ttft_seconds: Histogram::new(ttft),
-            engines: gauges.map(|(name, help)| (name, help, Gauges::default())),
-            registry: Registry::default(),
-        };
-        registry.register(
-            "decisions",
-            "Decisions, by engine and by where prefixes were looked up",
-            metrics.decisions.clone(),
-        );
-        registry.register("refused", "Requests that were not passed on, by reason", metrics.refused.clone());
-        registry.register(
-            "inexact",
-            "Prompts whose ids this process could not say, by reason",
-            metrics.inexact.clone(),
-        );
-        registry.register("outcomes", "Requests that were passed on, by engine and end", metrics.outcomes.clone());
-        registry.register(
-            "retries",
-            "Requests that another engine got, by the engine that failed",
-            metrics.retries.clone(),
-        );
-        registry.register("predictions", "Predicted cached tokens against those reported", metrics.predictions.clone());
-        registry.register(
-            "prompts_mismatched",
-            "Prompts with another number of tokens than predicted exactly",
-            metrics.mismatched.clone(),
-        );
-        registry.register(
-            "predicted_cached_tokens",
-            "Cached tokens that were predicted, where the engine reported",
-            metrics.predicted.clone(),
-        );
-        registry.register("reported_cached_tokens", "Cached tokens that engines reported", metrics.reported.clone());
-        registry.register(
-            "expectations_dropped",
-            "Expectations that the index's writer was too busy for",
-            metrics.dropped.clone(),
-        );
-        registry.register("decide_seconds", "From the whole request to the decision", metrics.decide_seconds.clone());
-        registry.register(
-            "ttft_seconds",
-            "From the decision to the first byte of the answer's body",
-            metrics.ttft_seconds.clone(),
-        );
-        for (name, help, gauge) in &metrics.engines {
-            registry.register(*name, *help, gauge.clone());
+        Self {
+            engines,
+            decisions: add(
+                registry,
+                "decisions",
+                "Decisions, by engine and by where prefixes were looked up",
+                Counts::default(),
+            ),
+            refused: add(registry, "refused", "Requests that were not passed on, by reason", Counts::default()),
+            inexact: add(
+                registry,
+                "inexact",
+                "Prompts whose ids this process could not say, by reason",
+                Counts::default(),
+            ),
+            outcomes: add(registry, "outcomes", "Requests that were passed on, by engine and end", Counts::default()),
+            retries: add(
+                registry,
+                "retries",
+                "Requests that another engine got, by the engine that failed",
+                Counts::default(),
+            ),
+            predictions: add(
+                registry,
+                "predictions",
+                "Predicted cached tokens against those reported",
+                Counts::default(),
+            ),
+            mismatched: add(
+                registry,
+                "prompts_mismatched",
+                "Prompts with another number of tokens than predicted exactly",
+                Counter::default(),
+            ),
+            predicted: add(
+                registry,
+                "predicted_cached_tokens",
+                "Cached tokens that were predicted, where the engine reported",
+                Counter::default(),
+            ),
+            reported: add(
+                registry,
+                "reported_cached_tokens",
+                "Cached tokens that engines reported",
+                Counter::default(),
+            ),
+            dropped: add(
+                registry,
+                "expectations_dropped",
+                "Expectations that the index's writer was too busy for",
+                Counter::default(),
+            ),
+            decide_seconds: add(
+                registry,
+                "decide_seconds",
+                "From the whole request to the decision",
+                Histogram::new(decide),
+            ),
+            ttft_seconds: add(
+                registry,
+                "ttft_seconds",
+                "From the decision to the first byte of the answer's body",
+                Histogram::new(ttft),
+            ),
+            registry: all,
         }
-        Self { registry, ..metrics }
     }
+}
+
+/// A metric that the registry knows, too.
+fn add<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metric: M) -> M {
+    registry.register(name, help, metric.clone());
+    metric
 }
 
 impl Metrics {
@@ -170,7 +183,7 @@ impl Metrics {
     /// All numbers as text.
     pub fn text(&self, engines: &Engines) -> Option<String> {
         use std::sync::atomic::Ordering::Relaxed;
-        self.engines.iter().for_each(|(_, _, gauge)| gauge.clear());
+        self.engines.iter().for_each(Gauges::clear);
         for engine in engines.all().iter() {
             let values = [
                 f64::from(u8::from(engine.is_usable())),
@@ -179,7 +192,7 @@ impl Metrics {
                 engine.rates().prefill,
                 engine.recent().sizes().0 as f64,
             ];
-            for ((_, _, gauge), value) in self.engines.iter().zip(values) {
+            for (gauge, value) in self.engines.iter().zip(values) {
                 gauge.get_or_create(&labels([("engine", &engine.spec.name)])).set(value);
             }
         }

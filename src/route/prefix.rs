@@ -7,6 +7,7 @@ use super::approximate::Recent;
 use super::engine::Engine;
 use super::estimate::BLOCK_TOKENS;
 use super::view::Held;
+use crate::events::subscriber::Stream;
 use crate::index::Index;
 use crate::index::query::Scorer;
 use crate::index::roster::EngineId;
@@ -58,10 +59,7 @@ pub fn precise(index: &Index, keys: &[u64], prompt: u32, engines: &[Arc<Engine>]
 
 /// The streams of an engine in the index: its first, or that of a rank.
 pub fn stream_of(index: &Index, engine: &Engine, rank: Option<u32>) -> Option<EngineId> {
-    let name = match rank {
-        None | Some(0) => engine.spec.name.clone(),
-        Some(rank) => format!("{}/dp{rank}", engine.spec.name),
-    };
+    let name = Stream { topic: String::new(), rank }.engine(&engine.spec.name);
     index.roster().find(&name).map(|view| view.id)
 }
 

@@ -99,7 +99,6 @@ impl Proxy {
         {
             return Ok(response);
         }
-        // Tokenizing a long prompt takes this thread for milliseconds.
         let mut request =
             Request::read(kind, &body).inspect_err(|refusal| self.router.metrics.refused(refusal.name()))?;
         let session = parts.headers.get(&self.limits.session_header).and_then(|value| value.to_str().ok());

@@ -123,9 +123,9 @@ impl Router {
             return Err(Refusal::Shed(open));
         }
         let engines = self.candidates(request)?;
-        let prompt = self.prompt(request, &engines).await;
-        let (found, prefix_from) = self.found(&prompt, &engines);
         let adapter = request.model.as_deref().filter(|model| engines.iter().any(|engine| engine.is_adapter(model)));
+        let prompt = self.prompt(request, adapter, &engines).await;
+        let (found, prefix_from) = self.found(&prompt, &engines);
         let session = request.session.as_ref().and_then(|name| self.lock_sessions().get(name).cloned());
         let looks: Vec<_> = engines
             .iter()
@@ -201,7 +201,7 @@ impl Router {
     }
 
     /// Reads the prompt as exactly as the mode needs.
-    async fn prompt(&self, request: &Request, engines: &[Arc<Engine>]) -> Prompt {
+    async fn prompt(&self, request: &Request, adapter: Option<&str>, engines: &[Arc<Engine>]) -> Prompt {
         if request.kind == Kind::Other {
             return Prompt::default();
         }
@@ -218,7 +218,6 @@ impl Router {
             }
         };
         let Some(ids) = ids else { return Prompt { inexact, ..Prompt::estimate(request) } };
-        let adapter = request.model.as_deref().filter(|model| engines.iter().any(|engine| engine.is_adapter(model)));
         let block = self.setup.index.as_ref().map_or(0, |index| index.roster().block_tokens);
         Prompt { inexact, ..Prompt::exact(request, &ids, from, adapter, block) }
     }
@@ -356,16 +355,20 @@ impl Ticket {
             self.engine().refused();
         }
         self.booking = None;
-        while self.at + 1 < self.order.len() {
-            self.at += 1;
-            if self.engine().is_usable() {
-                self.decision.engine.clone_from(&self.order[self.at].0.spec.name);
-                self.decision.predicted_cached = self.order[self.at].1.held.tokens;
-                self.promise();
-                return true;
-            }
+        let next = (self.at + 1..self.order.len()).find(|at| self.order[*at].0.is_usable());
+        if let Some(at) = next {
+            self.move_to(at);
         }
-        false
+        next.is_some()
+    }
+
+    /// Another engine has it now.
+    fn move_to(&mut self, at: usize) {
+        self.at = at;
+        let (engine, found) = &self.order[at];
+        self.decision.engine.clone_from(&engine.spec.name);
+        self.decision.predicted_cached = found.held.tokens;
+        self.promise();
     }
 
     /// The first byte of the answer's body has come. Said once or often.
@@ -387,10 +390,7 @@ impl Ticket {
         if let Some(at) = at.filter(|at| *at != self.at) {
             self.router.metrics.retried(&self.engine().spec.name);
             self.booking = None;
-            self.at = at;
-            self.decision.engine.clone_from(&self.order[at].0.spec.name);
-            self.decision.predicted_cached = self.order[at].1.held.tokens;
-            self.promise();
+            self.move_to(at);
         }
     }
 

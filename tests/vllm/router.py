@@ -67,6 +67,15 @@ def wait_port(client: httpx.Client, path: str, process: subprocess.Popen[bytes],
         time.sleep(0.05)
 
 
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process as an operator would, then by force."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10.0)
+    process.kill()
+    process.wait()
+
+
 @contextlib.contextmanager
 def open_router(work_dir: Path, *flags: str, name: str = "router", picker_port: int | None = None) -> Iterator[Router]:
     """Starts a router with both front ends."""
@@ -85,11 +94,7 @@ def open_router(work_dir: Path, *flags: str, name: str = "router", picker_port: 
             wait_port(shown, "/healthz", process, log)
             yield Router(process, url, picker, shown, client, log)
         finally:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10.0)
-            process.kill()
-            process.wait()
+            stop(process)
 
 
 def address(port: int) -> dict[str, Any]:
@@ -193,8 +198,4 @@ def open_envoy(work_dir: Path, picker: int, body_mode: str = "FULL_DUPLEX_STREAM
             wait_port(shown, "/ready", process, log)
             yield client
         finally:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10.0)
-            process.kill()
-            process.wait()
+            stop(process)

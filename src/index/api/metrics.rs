@@ -91,5 +91,5 @@ pub(super) async fn show(State(service): State<Arc<Service>>) -> Response {
     if encode(&mut text, &registry).is_err() {
         return super::refuse(StatusCode::INTERNAL_SERVER_ERROR, "metrics could not be written");
     }
-    ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response()
+    ([(header::CONTENT_TYPE, super::METRICS_TYPE)], text).into_response()
 }

@@ -59,15 +59,7 @@ pub fn parse(text: &str) -> Result<Source> {
         let entry = Entry { name: None, endpoint: text.to_owned(), replay: None, model: None, bind: false };
         return entry.source();
     }
-    let mut fields: BTreeMap<&str, &str> = BTreeMap::new();
-    for part in text.split(',') {
-        let Some((name, value)) = part.split_once('=') else {
-            return Err(Error::config("engine", format!("`{part}` has no `=`"), REMEDY));
-        };
-        if fields.insert(name.trim(), value.trim()).is_some() {
-            return Err(Error::config("engine", format!("`{name}` stands twice"), REMEDY));
-        }
-    }
+    let mut fields = fields(text, REMEDY)?;
     let mut take = |name: &str| fields.remove(name).map(str::to_owned);
     let entry = Entry {
         name: take("name"),
@@ -76,9 +68,35 @@ pub fn parse(text: &str) -> Result<Source> {
         model: take("model"),
         bind: take("bind").is_some_and(|value| value == "true"),
     };
+    none_left(&fields, REMEDY)?;
+    entry.source()
+}
+
+/// The parts of `name=value,...`, each name once.
+///
+/// # Errors
+/// [`Error::Config`].
+pub fn fields<'t>(text: &'t str, remedy: &str) -> Result<BTreeMap<&'t str, &'t str>> {
+    let mut fields = BTreeMap::new();
+    for part in text.split(',') {
+        let Some((name, value)) = part.split_once('=') else {
+            return Err(Error::config("engine", format!("`{part}` has no `=`"), remedy));
+        };
+        if fields.insert(name.trim(), value.trim()).is_some() {
+            return Err(Error::config("engine", format!("`{name}` stands twice"), remedy));
+        }
+    }
+    Ok(fields)
+}
+
+/// Every part was known and taken.
+///
+/// # Errors
+/// [`Error::Config`].
+pub fn none_left(fields: &BTreeMap<&str, &str>, remedy: &str) -> Result<()> {
     match fields.keys().next() {
-        Some(unknown) => Err(Error::config("engine", format!("`{unknown}` is not known"), REMEDY)),
-        None => entry.source(),
+        Some(unknown) => Err(Error::config("engine", format!("`{unknown}` is not known"), remedy)),
+        None => Ok(()),
     }
 }
 

@@ -194,7 +194,7 @@ pub fn run(plan: Plan, way: Way) -> Result<Outcome> {
         (0..plan.engines).map(|number| index.write().engine(&number.to_string(), "")).collect::<Result<Vec<_>>>()?;
     let model = Model::default();
     let rates = Rates { load: [1e9, model.load, 1e5, 1e4, 1e4, 1e9], ..Rates::default() };
-    let look = Look { kv_tokens: model.gpu_blocks as u64 * u64::from(BLOCK), rates, ..Look::default() };
+    let look = Look { kv_tokens: model.gpu_blocks as u64 * u64::from(BLOCK), ..Look::default() };
     let known = || Known { look, speed: Speed::new(rates), recent: Recent::new(model.gpu_blocks) };
     let mut world = World {
         plan,
@@ -267,8 +267,12 @@ impl World {
         };
         let hashes: Vec<u64> = session.prompt.iter().map(next).collect();
         let held = self.held(&session.prompt, &hashes, tokens);
-        let looks: Vec<Look> =
-            self.known.iter().zip(&held).map(|(known, held)| Look { held: *held, ..known.look }).collect();
+        let looks: Vec<Look> = self
+            .known
+            .iter()
+            .zip(&held)
+            .map(|(known, held)| Look { held: *held, rates: known.speed.rates(), ..known.look })
+            .collect();
         let view = View { prompt_tokens: tokens, engines: &looks };
         let Some(choice) = choose(&self.policy, &view, self.turn, &mut self.ties) else { return };
         self.turn += 1;
@@ -346,7 +350,6 @@ impl World {
             look.our_uncomputed -= u64::from(open.uncomputed);
             let took_s = end_s - open.began_s;
             self.known[at].speed.answered(open.ahead, took_s);
-            self.known[at].look.rates = self.known[at].speed.rates();
         }
         for id in step.done {
             let open = &self.open[id];
@@ -355,7 +358,6 @@ impl World {
             look.our_requests -= 1;
             look.our_tokens -= u64::from(open.tokens);
             self.known[at].speed.ended(residence);
-            self.known[at].look.rates = self.known[at].speed.rates();
             if open.session.left > 0 {
                 let session = open.session.clone();
                 let pause = load::pause(&mut self.traffic, self.plan.load.shape().pause_s);
