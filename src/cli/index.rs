@@ -9,6 +9,8 @@ use clap::Args;
 
 use crate::config::size;
 use crate::error::{Error, Result};
+#[cfg(feature = "kubernetes")]
+use crate::events::subscriber::Address;
 use crate::index::Index;
 use crate::index::api::{self, Limits, Service};
 use crate::index::fleet::Fleet;
@@ -27,14 +29,10 @@ pub struct Sources {
     /// A name that resolves to every engine (a headless service): host:port or host:port:replay-port. Resolved again every few seconds.
     #[arg(long)]
     pub dns: Option<String>,
-    /// Running pods with these labels, e.g. `app=vllm`: every one is an engine. Listed again every few seconds.
+    /// Engines as pods.
     #[cfg(feature = "kubernetes")]
-    #[arg(long)]
-    pub kubernetes_labels: Option<String>,
-    /// Their namespace, if it is not our own.
-    #[cfg(feature = "kubernetes")]
-    #[arg(long, requires = "kubernetes_labels")]
-    pub kubernetes_namespace: Option<String>,
+    #[command(flatten)]
+    pub pods: Option<crate::index::fleet::kubernetes::Pods>,
     /// Ports of their sockets: `port` or `port:replay-port`.
     #[cfg(feature = "kubernetes")]
     #[arg(long, default_value = "5557:5558")]
@@ -67,7 +65,7 @@ impl Sources {
 
     #[cfg(feature = "kubernetes")]
     async fn pods(&self) -> Result<Vec<Source>> {
-        let Some(labels) = self.kubernetes_labels.clone() else { return Ok(Vec::new()) };
+        let Some(pods) = &self.pods else { return Ok(Vec::new()) };
         let number = |text: &str| {
             text.parse::<u16>().map_err(|_| {
                 let problem = format!("`{}` is no port", self.kubernetes_ports);
@@ -78,14 +76,19 @@ impl Sources {
             Some((port, replay)) => (number(port)?, Some(number(replay)?)),
             None => (number(&self.kubernetes_ports)?, None),
         };
-        let namespace = self.kubernetes_namespace.clone();
-        crate::index::fleet::kubernetes::Pods { labels, namespace, port, replay_port: replay }.look().await
+        let at = |address, port| format!("tcp://{}", SocketAddr::new(address, port));
+        let source = |(name, address)| Source {
+            name,
+            model: None,
+            address: Address { endpoint: at(address, port), replay: replay.map(|port| at(address, port)), bind: false },
+        };
+        Ok(pods.look().await?.into_iter().map(source).collect())
     }
 
     /// Some engines are found anew every time.
     fn is_asked_for(&self) -> bool {
         #[cfg(feature = "kubernetes")]
-        let pods = self.kubernetes_labels.is_some();
+        let pods = self.pods.is_some();
         #[cfg(not(feature = "kubernetes"))]
         let pods = false;
         self.dns.is_some() || pods

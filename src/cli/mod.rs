@@ -7,6 +7,8 @@ pub mod bench_index;
 pub mod bench_lookup;
 pub mod bench_nvme;
 #[cfg(feature = "serve")]
+pub mod bench_route;
+#[cfg(feature = "serve")]
 pub mod discovery;
 pub mod doctor;
 #[cfg(feature = "serve")]
@@ -144,6 +146,9 @@ enum BenchCommand {
     /// Ways of routing side by side, over a simulated fleet.
     #[cfg(feature = "serve")]
     Fleet(bench_fleet::Options),
+    /// Decisions, and the router's front ends beside the same with a fixed target.
+    #[cfg(feature = "serve")]
+    Route(bench_route::Options),
     /// Whether lossless compression would pay for the blocks in a store.
     Compression(bench_compression::Options),
 }
@@ -177,6 +182,8 @@ pub fn run(args: Vec<String>) -> i32 {
         Part::Bench(BenchCommand::Index(options)) => bench_index::run(&options),
         #[cfg(feature = "serve")]
         Part::Bench(BenchCommand::Fleet(options)) => bench_fleet::run(&options),
+        #[cfg(feature = "serve")]
+        Part::Bench(BenchCommand::Route(options)) => bench_route::run(&options),
         Part::Bench(BenchCommand::Compression(options)) => bench_compression::run(&options),
     }
 }

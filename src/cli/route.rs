@@ -19,12 +19,14 @@ use crate::route::choose::Policy;
 use crate::route::cost::Cost;
 use crate::route::engine::Spec;
 use crate::route::engines::Engines;
+use crate::route::picker_config::PickerConfig;
 use crate::route::prompt::{Checked, Models};
 use crate::route::proxy::{self, Limits};
 use crate::route::router::{Mode, Router, Setup};
 use crate::route::scorers::Scorer;
 use crate::route::tokens::TokenModel;
-use crate::route::{admin, ext_proc, scrape, self_check};
+use crate::route::traces::Traces;
+use crate::route::{admin, ext_proc, scrape, self_check, sources};
 
 /// How engines are weighed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -69,6 +71,14 @@ pub struct Options {
     /// A name that resolves to every engine (a headless service): host:port, or host:port:events-port:replay-port. Resolved again every few seconds.
     #[arg(long)]
     pub dns: Option<String>,
+    /// Engines as pods.
+    #[cfg(feature = "kubernetes")]
+    #[command(flatten)]
+    pub pods: Option<crate::index::fleet::kubernetes::Pods>,
+    /// Ports of their engines: `port` or `port:events-port:replay-port`.
+    #[cfg(feature = "kubernetes")]
+    #[arg(long, default_value = "8000:5557:5558")]
+    pub kubernetes_ports: String,
     /// Where prefixes are looked up. Precise needs engines' events, and a tokenizer for prompts that come as text.
     #[arg(long, value_enum, default_value = "approximate")]
     pub mode: Mode,
@@ -78,6 +88,9 @@ pub struct Options {
     /// Weights of scorers, e.g. prefix=3,queue=2,kv-usage=2. Unless given, the field's usual ones.
     #[arg(long, value_delimiter = ',')]
     pub scorers: Vec<String>,
+    /// A file of kind `EndpointPickerConfig`, instead of --mode, --policy, --scorers, --ext-proc-fallbacks and --session-header.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["mode", "policy", "scorers", "ext_proc_fallbacks", "session_header"])]
+    pub picker_config: Option<PathBuf>,
     /// Directory with a model's `tokenizer.json` and chat template; MODEL=DIRECTORY where engines serve several. May be repeated.
     #[arg(long = "tokenizer", value_name = "[MODEL=]DIRECTORY")]
     pub tokenizers: Vec<String>,
@@ -108,6 +121,9 @@ pub struct Options {
     /// Seed of the random numbers that settle ties.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+    /// A collector's gRPC endpoint for traces, e.g. `http://127.0.0.1:4317`. Sampled as `OTEL_TRACES_SAMPLER` says.
+    #[arg(long)]
+    pub otlp: Option<String>,
 }
 
 /// Runs the router until it is told to stop.
@@ -123,10 +139,15 @@ impl Options {
     async fn look(&self) -> Result<Vec<Spec>> {
         let mut found = self.engines.iter().map(|text| Spec::parse(text)).collect::<Result<Vec<_>>>()?;
         if let Some(path) = &self.engines_file {
-            found.extend(read(path)?);
+            found.extend(sources::read(path)?);
         }
         if let Some(name) = &self.dns {
-            found.extend(resolve(name).await?);
+            found.extend(sources::resolve(name).await?);
+        }
+        #[cfg(feature = "kubernetes")]
+        if let Some(pods) = &self.pods {
+            let ports = sources::Ports::parse("kubernetes-ports", &self.kubernetes_ports)?;
+            found.extend(pods.look().await?.into_iter().map(|(name, address)| ports.engine(Some(name), address)));
         }
         Ok(found)
     }
@@ -135,7 +156,16 @@ impl Options {
     async fn keep(&self, engines: &Engines, fleet: &mut Option<Fleet>) {
         let look = async || self.look().await;
         let set = |found| settle(engines, fleet, found);
-        super::discovery::keep(self.engines_file.as_deref(), self.dns.is_some(), look, set).await;
+        super::discovery::keep(self.engines_file.as_deref(), self.is_asked_for(), look, set).await;
+    }
+
+    /// Some engines are found anew every time.
+    fn is_asked_for(&self) -> bool {
+        #[cfg(feature = "kubernetes")]
+        let pods = self.pods.is_some();
+        #[cfg(not(feature = "kubernetes"))]
+        let pods = false;
+        self.dns.is_some() || pods
     }
 
     fn policy(&self) -> Result<Policy> {
@@ -177,51 +207,6 @@ fn weight(text: &str) -> Result<(Scorer, f64)> {
     Ok((scorer, value.ok_or_else(|| wrong(format!("the weight of `{name}` is no number of 0 or more")))?))
 }
 
-/// The engines in a JSON file: a list of objects with the fields of the command line.
-fn read(path: &Path) -> Result<Vec<Spec>> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| Error::io("reading", path, error, "Name a file with a JSON list of engines"))?;
-    let specs: Vec<Spec> = serde_json::from_str(&text).map_err(|error| {
-        Error::config(
-            "engines-file",
-            error.to_string(),
-            r#"Write a list like [{"name": "a", "url": "http://10.0.0.1:8000"}]"#,
-        )
-    })?;
-    specs.into_iter().map(Spec::checked).collect()
-}
-
-/// The engines behind a name with one address for each of them.
-async fn resolve(name: &str) -> Result<Vec<Spec>> {
-    let wrong = || {
-        Error::config(
-            "dns",
-            format!("`{name}` is no host:port"),
-            "Write host:port or host:port:events-port:replay-port",
-        )
-    };
-    let parts: Vec<&str> = name.split(':').collect();
-    let number = |text: &&str| text.parse::<u16>().map_err(|_| wrong());
-    let ports = parts[1..].iter().map(number).collect::<Result<Vec<_>>>()?;
-    let (port, events) = match ports.as_slice() {
-        [port] => (*port, None),
-        [port, events, replay] => (*port, Some((*events, *replay))),
-        _ => return Err(wrong()),
-    };
-    let found = tokio::net::lookup_host((parts[0], port)).await;
-    let found =
-        found.map_err(|error| Error::TryLater { what: format!("the name {}", parts[0]), holder: error.to_string() })?;
-    let at = |ip: std::net::IpAddr, port: u16| format!("tcp://{}", SocketAddr::new(ip, port));
-    let spec = |address: SocketAddr| Spec {
-        name: address.to_string(),
-        url: format!("http://{address}"),
-        events: events.map(|(port, _)| at(address.ip(), port)),
-        replay: events.map(|(_, port)| at(address.ip(), port)),
-        draining: false,
-    };
-    Ok(found.map(spec).collect())
-}
-
 /// Routes to exactly these engines from now on, and follows their events where an index needs them.
 fn settle(engines: &Engines, fleet: &mut Option<Fleet>, found: Vec<Spec>) {
     if let Some(fleet) = fleet {
@@ -230,9 +215,28 @@ fn settle(engines: &Engines, fleet: &mut Option<Fleet>, found: Vec<Spec>) {
     engines.set(found);
 }
 
+/// What is weighed how: from a file, else from flags.
+fn weighing(options: &Options) -> Result<PickerConfig> {
+    let Some(path) = &options.picker_config else {
+        return Ok(PickerConfig {
+            policy: options.policy()?,
+            mode: options.mode,
+            fallbacks: options.ext_proc_fallbacks,
+            session_header: None,
+            notes: Vec::new(),
+        });
+    };
+    let made = PickerConfig::open(path)?;
+    for note in &made.notes {
+        eprintln!("kvcellar: {}: {note}", path.display());
+    }
+    Ok(made)
+}
+
 async fn run(options: &Options) -> Result<()> {
+    let weighing = weighing(options)?;
     let found = options.look().await?;
-    if found.is_empty() && options.engines_file.is_none() && options.dns.is_none() {
+    if found.is_empty() && options.engines_file.is_none() && !options.is_asked_for() {
         return Err(super::discovery::nobody());
     }
     if options.http.is_none() && options.ext_proc.is_none() {
@@ -242,7 +246,7 @@ async fn run(options: &Options) -> Result<()> {
             "Give --http 127.0.0.1:8000, --ext-proc 127.0.0.1:9002 or both",
         ));
     }
-    if options.mode == Mode::Precise && found.iter().all(|spec| spec.events.is_none()) && !found.is_empty() {
+    if weighing.mode == Mode::Precise && found.iter().all(|spec| spec.events.is_none()) && !found.is_empty() {
         return Err(Error::config(
             "mode",
             "precise needs events, and no engine has any",
@@ -251,19 +255,21 @@ async fn run(options: &Options) -> Result<()> {
     }
     let memory = size::parse("memory", &options.memory.as_str().into())? as usize;
     let body = size::parse("body", &options.body.as_str().into())? as usize;
-    let session_header = HeaderName::try_from(&options.session_header)
+    let session_header = weighing.session_header.as_ref().unwrap_or(&options.session_header).to_lowercase();
+    let named_header = HeaderName::try_from(&session_header)
         .map_err(|_| Error::config("session-header", "it is no name of a header", "Write e.g. x-session-id"))?;
-    let index = (options.mode == Mode::Precise).then(|| Index::new(0, memory)).transpose()?.map(Arc::new);
+    let index = (weighing.mode == Mode::Precise).then(|| Index::new(0, memory)).transpose()?.map(Arc::new);
     let mut fleet = index.as_ref().map(|index| Fleet::new(Arc::clone(index)));
     let engines = Arc::new(Engines::default());
     let setup = Setup {
-        mode: options.mode,
-        policy: options.policy()?,
+        mode: weighing.mode,
+        policy: weighing.policy,
         weights: Weights::default(),
         index,
         models: options.models()?,
         in_flight_max: options.in_flight,
         seed: options.seed,
+        traces: options.otlp.as_deref().map(Traces::open).transpose()?,
     };
     let router = Router::new(Arc::clone(&engines), setup)?;
     let limits = Limits {
@@ -271,13 +277,9 @@ async fn run(options: &Options) -> Result<()> {
         connect: Duration::from_secs(2),
         silence: Duration::from_secs(options.silence_s.max(1)),
         tries: options.tries.max(1),
-        session_header,
+        session_header: named_header,
     };
-    let pick = ext_proc::Limits {
-        body_bytes_max: body,
-        fallbacks: options.ext_proc_fallbacks,
-        session_header: options.session_header.to_lowercase(),
-    };
+    let pick = ext_proc::Limits { body_bytes_max: body, fallbacks: weighing.fallbacks, session_header };
     let shown = super::listen("admin", options.admin, "admin at http://").await?;
     settle(&engines, &mut fleet, found);
     let checks = tokio::spawn(self_check::run(Arc::clone(&router)));
@@ -289,6 +291,11 @@ async fn run(options: &Options) -> Result<()> {
         () = scrape::keep(Arc::clone(&engines), Duration::from_millis(options.scrape_ms.max(10))) => Ok(()),
     };
     checks.abort();
+    if router.setup.traces.is_some() {
+        let close = move || router.setup.traces.iter().for_each(Traces::close);
+        // It has said so itself if it could not send.
+        let _closed = tokio::task::spawn_blocking(close).await;
+    }
     outcome
 }
 

@@ -119,11 +119,11 @@ mod tests {
     use super::super::view::{Held, Look};
     use super::*;
 
-    fn looks(shares: &[f64]) -> Vec<Look> {
+    fn looks(shares: &[u32]) -> Vec<Look> {
         shares
             .iter()
             .map(|share| Look {
-                held: Held { share: *share, tokens: (share * 100.0) as u32, ..Held::default() },
+                held: Held { share: f64::from(*share) / 100.0, tokens: *share, ..Held::default() },
                 ..Look::default()
             })
             .collect()
@@ -136,14 +136,14 @@ mod tests {
 
     #[test]
     fn the_longest_prefix_wins_among_equally_loaded() {
-        let engines = looks(&[0.1, 0.9, 0.5]);
+        let engines = looks(&[10, 90, 50]);
         assert_eq!(chosen(&Policy::field(), &engines, 0, 1), 1);
         assert_eq!(chosen(&Policy::Cost(Cost::default()), &engines, 0, 1), 1);
     }
 
     #[test]
     fn ties_are_shuffled_and_seeded() {
-        let engines = looks(&[0.5; 4]);
+        let engines = looks(&[50; 4]);
         let of = |seed| chosen(&Policy::field(), &engines, 0, seed);
         assert_eq!(of(7), of(7));
         assert!((0..64).map(of).collect::<std::collections::HashSet<_>>().len() == 4);
@@ -151,14 +151,14 @@ mod tests {
 
     #[test]
     fn round_robin_goes_round() {
-        let engines = looks(&[0.9, 0.0, 0.0]);
+        let engines = looks(&[90, 0, 0]);
         let turns: Vec<usize> = (0..5).map(|turn| chosen(&Policy::RoundRobin, &engines, turn, 1)).collect();
         assert_eq!(turns, [0, 1, 2, 0, 1]);
     }
 
     #[test]
     fn weighted_picks_follow_the_scores() {
-        let engines = looks(&[0.9, 0.1]);
+        let engines = looks(&[90, 10]);
         let policy = Policy::Scorers(vec![(Scorer::Prefix, 1.0)], Pick::Weighted);
         let first = (0..1000).filter(|seed| chosen(&policy, &engines, 0, *seed) == 0).count();
         assert!((850..950).contains(&first), "{first}");

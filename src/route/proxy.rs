@@ -23,6 +23,7 @@ use tokio::time::{Instant, Sleep};
 use super::answer::Tail;
 use super::request::{Kind, Refusal, Request};
 use super::router::{Router, Ticket};
+use super::traces;
 
 /// Bounds of the front end.
 #[derive(Debug, Clone)]
@@ -103,6 +104,10 @@ impl Proxy {
             Request::read(kind, &body).inspect_err(|refusal| self.router.metrics.refused(refusal.name()))?;
         let session = parts.headers.get(&self.limits.session_header).and_then(|value| value.to_str().ok());
         request.session = session.map(str::to_owned);
+        for name in traces::HEADERS {
+            let value = parts.headers.get(name).and_then(|value| value.to_str().ok());
+            request.trace.extend(value.map(|value| (name.to_owned(), value.to_owned())));
+        }
         let mut ticket = self.router.route(&request).await?;
         drop(request);
         let debug = parts.headers.contains_key(&DEBUG);
@@ -174,6 +179,11 @@ impl Proxy {
             }
             if let Some(rank) = ticket.rank() {
                 request.headers_mut().insert("x-data-parallel-rank", rank.into());
+            }
+            for (name, value) in ticket.trace_headers() {
+                if let (Ok(name), Ok(value)) = (HeaderName::try_from(name), HeaderValue::from_str(value)) {
+                    request.headers_mut().insert(name, value);
+                }
             }
         }
         request.map_err(|error| Refusal::BadRequest(error.to_string()))

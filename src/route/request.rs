@@ -1,5 +1,7 @@
 //! A request as a front end got it, as far as deciding needs it; and why one is refused.
 
+use std::collections::HashMap;
+
 use serde_json::{Map, Value as Json};
 
 /// What a request asks for.
@@ -98,6 +100,8 @@ pub struct Request {
     pub session: Option<String>,
     /// Addresses that alone may take it.
     pub subset: Option<Vec<String>>,
+    /// Headers of the caller's trace, if any.
+    pub trace: HashMap<String, String>,
     /// Bytes of the body.
     pub bytes: usize,
 }
@@ -129,7 +133,8 @@ impl Request {
         let text =
             |name: &str| fields.get(name).and_then(Json::as_str).filter(|text| !text.is_empty()).map(str::to_owned);
         let (model, cache_salt) = (text("model"), text("cache_salt"));
-        Ok(Self { kind, model, cache_salt, session: None, subset: None, bytes: body.len(), body: fields })
+        let trace = HashMap::new();
+        Ok(Self { kind, model, cache_salt, session: None, subset: None, trace, bytes: body.len(), body: fields })
     }
 }
 

@@ -19,6 +19,7 @@ use super::prompt::{Models, Prompt};
 use super::remote::Remote;
 use super::request::{Kind, Refusal, Request};
 use super::see::{Considered, Decision, Ring};
+use super::traces::{Trace, Traces};
 use super::view::View;
 use crate::error::Result;
 use crate::index::Index;
@@ -54,6 +55,8 @@ pub struct Setup {
     pub in_flight_max: usize,
     /// Of the random numbers that settle ties.
     pub seed: u64,
+    /// Where traces go.
+    pub traces: Option<Traces>,
 }
 
 type Expectation = (EngineId, Vec<u64>);
@@ -110,11 +113,20 @@ impl Router {
     /// [`Refusal`], which is counted.
     pub async fn route(self: &Arc<Self>, request: &Request) -> std::result::Result<Ticket, Refusal> {
         let started = Instant::now();
-        let outcome = self.decide(request, started).await;
-        if let Err(refusal) = &outcome {
-            self.metrics.refused(refusal.name());
+        let trace = self.setup.traces.as_ref().map(|traces| traces.begin(&request.trace, SystemTime::now()));
+        match self.decide(request, started).await {
+            Ok(mut ticket) => {
+                ticket.trace = trace;
+                Ok(ticket)
+            }
+            Err(refusal) => {
+                self.metrics.refused(refusal.name());
+                if let Some(trace) = trace {
+                    trace.refused(refusal.name());
+                }
+                Err(refusal)
+            }
         }
-        outcome
     }
 
     async fn decide(self: &Arc<Self>, request: &Request, started: Instant) -> std::result::Result<Ticket, Refusal> {
@@ -162,6 +174,7 @@ impl Router {
             decision,
             decided: Instant::now(),
             first_byte: OnceLock::new(),
+            trace: None,
         };
         ticket.promise();
         Ok(ticket)
@@ -306,6 +319,7 @@ pub struct Ticket {
     decision: Decision,
     decided: Instant,
     first_byte: OnceLock<Instant>,
+    trace: Option<Trace>,
 }
 
 impl Ticket {
@@ -322,6 +336,12 @@ impl Ticket {
     /// The data-parallel rank that has the prefix, where the engine has several.
     pub fn rank(&self) -> Option<u32> {
         self.order[self.at].1.rank
+    }
+
+    /// Headers that go with the request, so that the engine's trace is a part of its own.
+    pub fn trace_headers(&self) -> impl Iterator<Item = (&str, &str)> {
+        let headers = self.trace.iter().flat_map(Trace::headers);
+        headers.map(|(name, value)| (name.as_str(), value.as_str()))
     }
 
     /// The decision, as it is shown.
@@ -428,6 +448,10 @@ impl Drop for Ticket {
         }
         self.router.in_flight.fetch_sub(1, Ordering::Relaxed);
         self.router.metrics.ended(&self.decision.engine, self.decision.outcome);
+        if let Some(trace) = &mut self.trace {
+            let first = self.first_byte.get().map(|at| SystemTime::now() - at.elapsed());
+            trace.end(&self.decision, first);
+        }
         self.router.ring.push(self.decision.clone());
     }
 }

@@ -3,25 +3,23 @@
 //! The pods are listed anew every few seconds. Access is that of the process: its service account in a pod, `KUBECONFIG` elsewhere. Needs the right to
 //! list pods in the namespace.
 
+use std::net::IpAddr;
+
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, ListParams};
 use kube::{Client, Config};
 
-use super::sources::Source;
 use crate::error::{Error, Result};
-use crate::events::subscriber::Address;
 
-/// Which pods are engines, and where they publish.
-#[derive(Debug, Clone)]
+/// Which pods are engines.
+#[derive(Debug, Clone, clap::Args)]
 pub struct Pods {
-    /// A label selector, as `kubectl get pods -l` takes it.
+    /// Running pods with these labels, e.g. `app=vllm`: every one is an engine. Listed again every few seconds.
+    #[arg(long = "kubernetes-labels", value_name = "LABELS", required = false)]
     pub labels: String,
-    /// Their namespace; the process's own unless given.
+    /// Their namespace, if it is not our own.
+    #[arg(long = "kubernetes-namespace", value_name = "NAMESPACE", requires = "labels")]
     pub namespace: Option<String>,
-    /// Port of the PUB socket.
-    pub port: u16,
-    /// Port of the ROUTER socket.
-    pub replay_port: Option<u16>,
 }
 
 fn later(problem: impl std::fmt::Display) -> Error {
@@ -29,37 +27,31 @@ fn later(problem: impl std::fmt::Display) -> Error {
 }
 
 impl Pods {
-    /// The engines there are now.
+    /// Names and addresses of the pods there are now.
     ///
     /// # Errors
     /// [`Error::TryLater`] when the API cannot be reached or refuses.
-    pub async fn look(&self) -> Result<Vec<Source>> {
+    pub async fn look(&self) -> Result<Vec<(String, IpAddr)>> {
         let config = Config::infer().await.map_err(later)?;
         self.list(config).await
     }
 
-    async fn list(&self, config: Config) -> Result<Vec<Source>> {
+    async fn list(&self, config: Config) -> Result<Vec<(String, IpAddr)>> {
         let namespace = self.namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
         let client = Client::try_from(config).map_err(later)?;
         let pods: Api<Pod> = Api::namespaced(client, &namespace);
         let found = pods.list(&ListParams::default().labels(&self.labels)).await.map_err(later)?;
-        Ok(found.items.iter().filter_map(|pod| self.source(pod)).collect())
+        Ok(found.items.iter().filter_map(running).collect())
     }
+}
 
-    /// A pod that runs and has an address is an engine.
-    fn source(&self, pod: &Pod) -> Option<Source> {
-        let status = pod.status.as_ref().filter(|status| status.phase.as_deref() == Some("Running"))?;
-        if pod.metadata.deletion_timestamp.is_some() {
-            return None;
-        }
-        let address: std::net::IpAddr = status.pod_ip.as_ref()?.parse().ok()?;
-        let at = |port: u16| format!("tcp://{}", std::net::SocketAddr::new(address, port));
-        Some(Source {
-            name: pod.metadata.name.clone()?,
-            model: None,
-            address: Address { endpoint: at(self.port), replay: self.replay_port.map(at), bind: false },
-        })
+/// A pod that runs and has an address is an engine.
+fn running(pod: &Pod) -> Option<(String, IpAddr)> {
+    let status = pod.status.as_ref().filter(|status| status.phase.as_deref() == Some("Running"))?;
+    if pod.metadata.deletion_timestamp.is_some() {
+        return None;
     }
+    Some((pod.metadata.name.clone()?, status.pod_ip.as_ref()?.parse().ok()?))
 }
 
 #[cfg(test)]
@@ -96,16 +88,10 @@ mod tests {
     #[tokio::test]
     async fn running_pods_with_the_labels_are_engines() {
         let (config, asked) = api("200 OK", PODS).await;
-        let pods = Pods {
-            labels: "app=vllm".to_owned(),
-            namespace: Some("llm".to_owned()),
-            port: 5557,
-            replay_port: Some(5558),
-        };
+        let pods = Pods { labels: "app=vllm".to_owned(), namespace: Some("llm".to_owned()) };
         let found = pods.list(config).await.expect("a list");
-        let shown: Vec<_> = found.iter().map(|it| (it.name.as_str(), it.address.endpoint.as_str())).collect();
-        assert_eq!(shown, [("a", "tcp://10.0.0.1:5557"), ("c", "tcp://[fd00::1]:5557")]);
-        assert_eq!(found[0].address.replay.as_deref(), Some("tcp://10.0.0.1:5558"));
+        let shown: Vec<_> = found.iter().map(|(name, address)| (name.as_str(), address.to_string())).collect();
+        assert_eq!(shown, [("a", "10.0.0.1".to_owned()), ("c", "fd00::1".to_owned())]);
         let line = asked.await.expect("asked");
         assert!(line.contains("/api/v1/namespaces/llm/pods") && line.contains("labelSelector=app"), "{line}");
     }
@@ -113,7 +99,7 @@ mod tests {
     #[tokio::test]
     async fn a_refusal_is_said() {
         let (config, _asked) = api("403 Forbidden", r#"{"kind": "Status", "code": 403, "message": "no pods for you", "reason": "Forbidden", "status": "Failure"}"#).await;
-        let pods = Pods { labels: "app=vllm".to_owned(), namespace: None, port: 1, replay_port: None };
+        let pods = Pods { labels: "app=vllm".to_owned(), namespace: None };
         let error = pods.list(config).await.expect_err("refused").to_string();
         assert!(error.contains("Kubernetes"), "{error}");
     }

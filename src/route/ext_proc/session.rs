@@ -21,6 +21,7 @@ use super::Limits;
 use crate::route::answer::Tail;
 use crate::route::request::{Kind, Refusal, Request};
 use crate::route::router::{Router, Ticket};
+use crate::route::traces;
 
 /// Where the gateway reads the address.
 const DESTINATION: &str = "x-gateway-destination-endpoint";
@@ -40,6 +41,7 @@ pub(super) struct Session {
     kind: Kind,
     follows: Option<String>,
     subset: Option<Vec<String>>,
+    trace: HashMap<String, String>,
     debug: bool,
     body: Vec<u8>,
     ticket: Option<Ticket>,
@@ -58,6 +60,7 @@ impl Session {
             kind: Kind::Other,
             follows: None,
             subset: None,
+            trace: HashMap::new(),
             debug: false,
             body: Vec::new(),
             ticket: None,
@@ -100,6 +103,7 @@ impl Session {
         let path = field(":path").unwrap_or_default();
         self.kind = if field(":method").as_deref() == Some("POST") { Kind::of(&path) } else { Kind::Other };
         self.follows = field(&self.limits.session_header);
+        self.trace = traces::HEADERS.iter().filter_map(|name| Some(((*name).to_owned(), field(name)?))).collect();
         self.debug = fields.contains_key("x-kvcellar-debug");
         let hint = text_of(metadata, SUBSET);
         self.subset =
@@ -188,6 +192,7 @@ impl Session {
             Request::read(self.kind, &self.body).inspect_err(|refusal| self.router.metrics.refused(refusal.name()))?;
         request.session = self.follows.take();
         request.subset = self.subset.take();
+        request.trace = std::mem::take(&mut self.trace);
         let ticket = self.router.route(&request).await?;
         let mut places = Vec::new();
         for engine in std::iter::once(ticket.engine()).chain(ticket.fallbacks().take(self.limits.fallbacks)) {
@@ -203,12 +208,13 @@ impl Session {
         if let Some(rank) = ticket.rank() {
             headers.push(("x-data-parallel-rank", rank.to_string()));
         }
-        self.ticket = Some(ticket);
+        headers.extend(ticket.trace_headers().map(|(name, value)| (name, value.to_owned())));
         let common = CommonResponse {
             header_mutation: Some(set(headers)),
             clear_route_cache: true,
             ..CommonResponse::default()
         };
+        self.ticket = Some(ticket);
         let text = |text: String| Value { kind: Some(ValueKind::StringValue(text)) };
         let lb = Struct { fields: HashMap::from([(DESTINATION.to_owned(), text(places))]) };
         let lb = Value { kind: Some(ValueKind::StructValue(lb)) };

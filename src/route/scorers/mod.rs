@@ -1,12 +1,15 @@
 //! Scorers: each gives every engine a number between 0 and 1, larger is better. Pure functions of a [`View`].
 
+mod active_requests;
 mod adapter;
 mod cold;
 mod kv_usage;
+mod load_aware;
 mod prefix;
 mod queue;
 mod running;
 mod session;
+mod token_load;
 mod tokens_in_flight;
 
 use super::view::View;
@@ -30,10 +33,22 @@ pub enum Scorer {
     Adapter,
     /// Requests that nobody has anything of go round.
     Cold,
+    /// Few requests of ours, beside the busiest engine.
+    ActiveRequests,
+    /// Few waiting requests, on a fixed scale.
+    LoadAware {
+        /// Waiting requests that score 0.
+        waiting_max: u32,
+    },
+    /// Few tokens of ours in flight, on a fixed scale.
+    TokenLoad {
+        /// Tokens that score 0.
+        tokens_max: u64,
+    },
 }
 
-/// All scorers.
-pub const ALL: [Scorer; 8] = [
+/// All scorers, those on a scale with the field's usual one.
+pub const ALL: [Scorer; 11] = [
     Scorer::Prefix,
     Scorer::Queue,
     Scorer::Running,
@@ -42,6 +57,9 @@ pub const ALL: [Scorer; 8] = [
     Scorer::Session,
     Scorer::Adapter,
     Scorer::Cold,
+    Scorer::ActiveRequests,
+    Scorer::LoadAware { waiting_max: 128 },
+    Scorer::TokenLoad { tokens_max: 4 << 20 },
 ];
 
 impl Scorer {
@@ -56,6 +74,9 @@ impl Scorer {
             Self::Session => "session",
             Self::Adapter => "lora",
             Self::Cold => "cold",
+            Self::ActiveRequests => "active-requests",
+            Self::LoadAware { .. } => "load-aware",
+            Self::TokenLoad { .. } => "token-load",
         }
     }
 
@@ -75,6 +96,9 @@ impl Scorer {
             Self::Session => session::score(view),
             Self::Adapter => adapter::score(view),
             Self::Cold => cold::score(view),
+            Self::ActiveRequests => active_requests::score(view),
+            Self::LoadAware { waiting_max } => load_aware::score(view, waiting_max),
+            Self::TokenLoad { tokens_max } => token_load::score(view, tokens_max),
         }
     }
 }
@@ -145,6 +169,20 @@ mod tests {
     fn the_cold_go_round() {
         let looks = [7, 3, 9].map(|cold_turn| Look { cold_turn, ..Look::default() });
         close(&score(Scorer::Cold, &looks), &[0.5, 1.0, 0.0]);
+    }
+
+    #[test]
+    fn fixed_scales_do_not_depend_on_the_others() {
+        let looks = [0_u32, 32, 200].map(|load| Look {
+            waiting: load.into(),
+            our_requests: load / 2,
+            our_tokens: u64::from(load) * 10,
+            ..Look::default()
+        });
+        close(&score(Scorer::LoadAware { waiting_max: 64 }, &looks), &[0.5, 0.25, 0.0]);
+        close(&score(Scorer::TokenLoad { tokens_max: 640 }, &looks), &[1.0, 0.5, 0.0]);
+        close(&score(Scorer::ActiveRequests, &looks), &[1.0, 0.84, 0.0]);
+        close(&score(Scorer::ActiveRequests, &looks[..1]), &[1.0]);
     }
 
     #[test]
