@@ -9,6 +9,8 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 FIRST_SEED = 1
 
+ROUTE = "tests/vllm/test_route_soak.py"
+
 CARGO_TEST = ("cargo", "test", "--locked", "--release")
 
 
@@ -67,7 +69,16 @@ def _kubernetes(seeds: int) -> list[Run]:
 
 
 def _vllm(seeds: int) -> list[Run]:
-    command = (str(PYTHON), "-m", "pytest", "tests/vllm", "-m", "soak", "-o", "timeout=0")
+    return _soaks(seeds, "tests/vllm", f"--ignore={ROUTE}")
+
+
+def _route(seeds: int) -> list[Run]:
+    # Its numbers go to the log.
+    return _soaks(seeds, ROUTE, "-s")
+
+
+def _soaks(seeds: int, *arguments: str) -> list[Run]:
+    command = (str(PYTHON), "-m", "pytest", *arguments, "-m", "soak", "-o", "timeout=0")
     return [Run(command, {"KVCELLAR_TEST_SEED": str(FIRST_SEED + index)}) for index in range(seeds)]
 
 
@@ -80,5 +91,6 @@ CAMPAIGNS = {
     "kubernetes": Campaign(
         "discovery by pod labels, a feature that ordinary tests do not build", 1, False, _kubernetes
     ),
+    "route": Campaign("the router for half an hour of mixed load, fake engines coming and going", 1, True, _route),
     "vllm": Campaign("real vLLM engines, the tests marked soak, once per seed", 3, True, _vllm),
 }
