@@ -8,23 +8,31 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quickstart_lib.arguments import MODEL, SERVER_LOG, WORKING_SET_RATIO_MIN, Arguments, parse
 from quickstart_lib.failure import QuickstartError
+from quickstart_lib.fleet.arguments import FleetArguments
+from quickstart_lib.fleet.arguments import parse as parse_fleet
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def main() -> int:
     """Parse the command line first: `--help` needs none of the packages that the run imports."""
-    arguments = parse(sys.argv[1:])
+    arguments = parse_fleet(sys.argv[1:]) if "--fleet" in sys.argv[1:] else parse(sys.argv[1:])
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        run(arguments)
+        if isinstance(arguments, FleetArguments):
+            run_fleet(arguments)
+        else:
+            run(arguments)
     except QuickstartError as failure:
         print(f"\nquickstart failed: {failure}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nquickstart: interrupted; the server is stopped", file=sys.stderr)
+        print("\nquickstart: interrupted; every server is stopped", file=sys.stderr)
         return 130
     return 0
 
@@ -35,8 +43,6 @@ def run(arguments: Arguments) -> None:
     Raises:
         QuickstartError: something could not be measured, or what was measured is not what the project promises.
     """
-    from rich.console import Console
-
     from quickstart_lib import cache_size, chart, report, table
     from quickstart_lib.client import Client
     from quickstart_lib.conversations import Writer
@@ -45,17 +51,20 @@ def run(arguments: Arguments) -> None:
     from quickstart_lib.server import MODEL_NAME, Server, command, connector_flag, free_port
     from quickstart_lib.subscriber import Subscriber
 
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    console = open_console()
     writer = Writer(MODEL, arguments.seed)
     size = cache_size.plan(arguments, MODEL, writer)
     counters = []
     with closing(Subscriber()) as subscriber, pool_folder() as pool_dir, nvme_folder(arguments) as nvme_dir:
-        connector = connector_flag(arguments, pool_dir, nvme_dir) if arguments.with_kvcellar else None
+        # Both tiers lie in folders of this run alone: a second run must find its cold prompts cold. Nothing of the
+        # server stays in memory, so that only the disk can answer after a restart.
+        sizes = {"dram_size": arguments.dram_size, "nvme_size": arguments.nvme_size}
+        tiers = connector_flag(**sizes, pool_dir=pool_dir, nvme_dir=nvme_dir) if arguments.with_kvcellar else None
 
         @contextmanager
         def serve(log: Path) -> Iterator[Client]:
             port = free_port()
-            command_line = command(MODEL, port, size, subscriber.endpoint, connector)
+            command_line = command(MODEL, port, size, {"endpoint": subscriber.endpoint, "topic": "kv-events"}, tiers)
             console.print(f"starting vLLM (about 30 s); its log: {log.name} in .cache")
             with (
                 console.status("loading the model") as status,
@@ -91,6 +100,24 @@ def run(arguments: Arguments) -> None:
     table.show(console, load.measured, result)
     console.print(f"report: {arguments.report}\nchart:  {arguments.chart}")
     judge(arguments, result, load.measured.empty_hits)
+
+
+def run_fleet(arguments: FleetArguments) -> None:
+    """Compare three ways to route on two fresh engines, show and write what was measured, then judge it.
+
+    Raises:
+        QuickstartError: as `run`.
+    """
+    from quickstart_lib.fleet import verdict
+
+    verdict.run(arguments, open_console())
+
+
+def open_console() -> "Console":
+    """The terminal."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
 def pool_folder() -> tempfile.TemporaryDirectory[str]:

@@ -86,20 +86,20 @@ class Client:
         response = self._connection.getresponse()
         if response.status != 200:
             raise ServerTroubleError(f"completion refused with status {response.status}: {response.read(2000)!r}")
-        answer = _collect(_server_sent_events(response), started)
+        answer = _collect(server_sent_events(response), started)
         if len(answer.token_ids) != output_tokens or len(answer.top_logprobs) != output_tokens:
             raise QuickstartError(f"asked for {output_tokens} tokens with logprobs, got {len(answer.token_ids)}")
         return answer
 
-    def reset_prefix_cache(self) -> None:
-        """Empty vLLM's own prefix cache; the connector's tiers keep what they hold.
+    def reset_prefix_cache(self, *, external: bool = False) -> None:
+        """Empty vLLM's own prefix cache; the connector's tiers keep what they hold unless `external` is set.
 
         Raises:
             ServerTroubleError: the server kept refusing, which it does while blocks are still in use.
         """
         deadline = time.monotonic() + 10.0
         while time.monotonic() < deadline:
-            status, content = self._exchange("POST", "/reset_prefix_cache")
+            status, content = self._exchange("POST", f"/reset_prefix_cache?reset_external={str(external).lower()}")
             if status != 200:
                 raise ServerTroubleError(f"/reset_prefix_cache answered {status}: {content[:500]!r}")
             if json.loads(content)["success"]:
@@ -120,7 +120,12 @@ class Client:
         return response.status, response.read()
 
 
-def _server_sent_events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+def server_sent_events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+    """The chunks of a streamed answer, up to its end mark.
+
+    Raises:
+        ServerTroubleError: the stream broke off.
+    """
     for line in response:
         if not line.startswith(b"data: "):
             continue

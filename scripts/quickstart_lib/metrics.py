@@ -23,7 +23,9 @@ class Metrics:
     def total(self, name: str, **labels: str) -> float:
         """Sum of the samples called `name` that have these labels; 0 when there is none."""
         wanted = labels.items()
-        return sum(sample.value for sample in self._samples if sample.name == name and wanted <= sample.labels.items())
+        return float(
+            sum(sample.value for sample in self._samples if sample.name == name and wanted <= sample.labels.items())
+        )
 
     def slots(self) -> int:
         """Blocks that the DRAM tier holds."""

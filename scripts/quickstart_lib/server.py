@@ -1,4 +1,4 @@
-"""The vLLM server as a child process group: started, waited for, and always stopped."""
+"""A server (vLLM, or the router) as a child process group: started, waited for, and always stopped."""
 
 import http.client
 import json
@@ -8,11 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from quickstart_lib.arguments import Arguments
 from quickstart_lib.cache_size import BLOCK_TOKENS, CacheSize
 from quickstart_lib.failure import QuickstartError, ServerTroubleError
 
@@ -22,29 +21,25 @@ STOP_SECONDS_MAX = 20.0
 TAIL_LINES = 40
 
 
-def connector_flag(arguments: Arguments, pool_dir: str, nvme_dir: str) -> str:
-    """Value of `--kv-transfer-config`. The pool is not kept: nothing may stay in memory after a server, so that only
-    the disk can answer after a restart. Both tiers lie in folders of this run alone: a second run must find its cold
-    prompts cold.
+def connector_flag(**settings: object) -> str:
+    """Value of `--kv-transfer-config` with these settings of ours. The pool is not kept: nothing may stay in memory
+    after a server.
     """
     return json.dumps(
         {
             "kv_connector": "KVCellarConnector",
             "kv_role": "kv_both",
-            "kv_connector_extra_config": {
-                "dram_size": arguments.dram_size,
-                "keep_pool": False,
-                "pool_dir": pool_dir,
-                "nvme_dir": nvme_dir,
-                "nvme_size": arguments.nvme_size,
-            },
+            "kv_connector_extra_config": {"keep_pool": False, **settings},
         }
     )
 
 
-def command(model: Path, port: int, size: CacheSize, events_endpoint: str, connector: str | None) -> list[str]:
-    """The `vllm serve` command line. Eager mode: the CPU build would otherwise call a C++ compiler."""
-    events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": events_endpoint, "topic": "kv-events"}
+def command(model: Path, port: int, size: CacheSize, events: Mapping[str, str], connector: str | None) -> list[str]:
+    """The `vllm serve` command line. Eager mode: the CPU build would otherwise call a C++ compiler.
+
+    `events`: where KV events go, e.g. `endpoint`.
+    """
+    events_config = {"enable_kv_cache_events": True, "publisher": "zmq", **events}
     flags = {
         "--served-model-name": MODEL_NAME,
         "--host": "127.0.0.1",
@@ -55,7 +50,7 @@ def command(model: Path, port: int, size: CacheSize, events_endpoint: str, conne
         "--max-num-batched-tokens": "512",
         "--block-size": str(BLOCK_TOKENS),
         "--kv-cache-memory-bytes": str(size.gpu_bytes),
-        "--kv-events-config": json.dumps(events),
+        "--kv-events-config": json.dumps(events_config),
     }
     if connector is not None:
         flags["--kv-transfer-config"] = connector
@@ -73,16 +68,42 @@ def free_port() -> int:
 
 
 class Server:
-    """`with Server(...)`: inside, the server answers; afterwards, its whole process group is gone."""
+    """`with Server(...)`: inside, the server answers; afterwards, its whole process group is gone.
 
-    def __init__(self, command_line: list[str], port: int, log: Path, on_wait: Callable[[float], None]) -> None:
+    States: not started, started (after `start`), ready (after `wait_until_ready`), stopped (after `stop`).
+    """
+
+    def __init__(
+        self,
+        command_line: list[str],
+        port: int,
+        log: Path,
+        on_wait: Callable[[float], None],
+        *,
+        name: str = "vLLM",
+        health: str = "/health",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name = name
+        self.log = log
         self._command_line = command_line
         self._port = port
-        self._log = log
         self._on_wait = on_wait
+        self._health = health
+        self._environment = environment or {}
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "Server":
+        self.start()
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def start(self) -> None:
+        """Start the process; several may be started before the first is waited for."""
         environment = {
             **os.environ,
             "VLLM_SERVER_DEV_MODE": "1",
@@ -94,8 +115,9 @@ class Server:
         # The checkout's scripts are no part of the server's environment, nor is a KV cache size from the shell.
         for name in ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "VLLM_CPU_KVCACHE_SPACE"):
             environment.pop(name, None)
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("wb") as log:
+        environment |= self._environment
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 self._command_line,
                 stdin=subprocess.DEVNULL,
@@ -104,19 +126,13 @@ class Server:
                 env=environment,
                 start_new_session=True,
             )
-        try:
-            self._wait_until_ready()
-        except BaseException:
-            self.stop()
-            raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
         if isinstance(error, (OSError, http.client.HTTPException, ServerTroubleError)):
-            raise QuickstartError(f"vLLM failed while answering ({error}).\n{self._tail()}") from error
+            raise QuickstartError(f"{self.name} failed while answering ({error}).\n{self.tail()}") from error
 
     def stop(self) -> None:
         """End the server: the leader is asked first, so that it can close its children's pools and shared memory in
@@ -135,21 +151,36 @@ class Server:
             self._kill_group()
             self._process.wait()
 
-    def _wait_until_ready(self) -> None:
+    def wait_until_ready(self) -> None:
+        """Wait for the first healthy answer.
+
+        Raises:
+            QuickstartError: it ended before, or took too long; with the end of its log.
+        """
         started = time.monotonic()
         while not self._healthy():
             elapsed = time.monotonic() - started
-            if self._process is None or self._process.poll() is not None:
-                raise QuickstartError(f"vLLM ended before it was ready.\n{self._tail()}")
+            if not self.runs:
+                raise QuickstartError(f"{self.name} ended before it was ready.\n{self.tail()}")
             if elapsed > START_SECONDS_MAX:
-                raise QuickstartError(f"vLLM was not ready after {START_SECONDS_MAX:.0f} s.\n{self._tail()}")
+                raise QuickstartError(f"{self.name} was not ready after {START_SECONDS_MAX:.0f} s.\n{self.tail()}")
             self._on_wait(elapsed)
             time.sleep(0.5)
+
+    @property
+    def runs(self) -> bool:
+        """Whether its process was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    def tail(self) -> str:
+        """The last lines of its log, under the log's name."""
+        lines = self.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+        return "\n".join([f"--- end of {self.log}", *lines, "---"])
 
     def _healthy(self) -> bool:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5.0)
         try:
-            connection.request("GET", "/health")
+            connection.request("GET", self._health)
             return connection.getresponse().status == 200
         except (OSError, http.client.HTTPException):
             return False
@@ -171,7 +202,3 @@ class Server:
         except ProcessLookupError:
             return False
         return True
-
-    def _tail(self) -> str:
-        lines = self._log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-        return "\n".join([f"--- end of {self._log}", *lines, "---"])

@@ -1,0 +1,1 @@
+"""What `scripts/quickstart --fleet` runs: two engines behind the router, asked in three ways."""
