@@ -44,15 +44,17 @@ def write(measured: Measurements, footnote: str, path: Path) -> None:
     path.write_text(svg.document(WIDTH, bottom + BOTTOM, parts))
 
 
-def samples_row(axis: svg.Axis, middle: float, times_ms: list[float], colour: str) -> list[str]:
-    """A bar to the median, a line over the interquartile range, a dot for every sample, and the median's value."""
+def samples_row(axis: svg.Axis, middle: float, times_ms: list[float], colour: str, more: str = "") -> list[str]:
+    """A bar to the median, a line over the interquartile range, a dot for every sample, and the median's value, with
+    `more` after its number.
+    """
     median_ms = statistics.median(times_ms)
     parts = [svg.bar(axis.left, middle, axis.x(median_ms) - axis.left, BAR_HEIGHT, colour)]
     if len(times_ms) > 1:
         first, _, third = statistics.quantiles(times_ms, n=4, method="inclusive")
         parts.append(svg.line(axis.x(first), middle, axis.x(third), middle))
     parts += [svg.dot(axis.x(value), middle) for value in times_ms]
-    parts.append(svg.text(axis.x(max(times_ms)) + 8, middle + 4.5, f"{median_ms:.0f} ms", weight=600))
+    parts.append(svg.text(axis.x(max(times_ms)) + 8, middle + 4.5, f"{median_ms:.0f}{more} ms", weight=600))
     return parts
 
 

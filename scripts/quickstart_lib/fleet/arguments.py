@@ -23,6 +23,7 @@ class FleetArguments:
     concurrency: int
     kv_cache_share: float
     dram_share: float
+    policy: str
     rounds: int
     seed: int
 
@@ -53,6 +54,12 @@ def parse(argv: list[str]) -> FleetArguments:
     )
     parser.add_argument(
         "--dram-share", type=float, default=0.6, help="share that one engine's dram tier holds (default 0.6)"
+    )
+    parser.add_argument(
+        "--policy",
+        choices=("cost", "scorers"),
+        default="cost",
+        help="how approximate and precise weigh engines, as in `kvcellar route` (default cost)",
     )
     parser.add_argument("--rounds", type=int, default=1, help="how often all three ways are played (default 1)")
     parser.add_argument("--seed", type=int, default=7, help="seed of texts and of their order (default 7)")

@@ -6,9 +6,9 @@ from quickstart_lib import svg
 from quickstart_lib.chart import BAR_HEIGHT, COMPUTED_COLOUR, GPU_COLOUR, NVME_COLOUR, samples_row
 from quickstart_lib.fleet.measurements import NAMES, WAYS, Played
 
-WIDTH = 1180
+WIDTH = 1220
 TIMES_LEFT, TIMES_RIGHT = 360, 740
-TOKENS_LEFT, TOKENS_RIGHT = 850, 1150
+TOKENS_LEFT, TOKENS_RIGHT = 890, 1190
 TOP = 104
 ROW_HEIGHT = 58
 BOTTOM = 56
@@ -28,7 +28,8 @@ def write(played: dict[str, Played], footnote: str, path: Path) -> None:
         svg.text(
             24,
             54,
-            "Time to first token. Bar: median. Line: interquartile range. Mark: p90. Dots: every request.",
+            "Time to first token. Bar: median. Line: interquartile range. Mark: p90. Dots: every request. "
+            "Numbers: median / p90.",
             colour=svg.QUIET,
         ),
         *_legend(),
@@ -37,11 +38,13 @@ def write(played: dict[str, Played], footnote: str, path: Path) -> None:
     ]
     for index, (way, it) in enumerate(rows):
         middle = TOP + ROW_HEIGHT * (index + 0.5)
-        p90 = times.x(1000 * it.percentile_seconds(90))
+        p90_ms = 1000 * it.percentile_seconds(90)
+        p90 = times.x(p90_ms)
+        times_ms = [1000 * seconds for seconds in it.ttft_seconds]
         parts += [
             svg.text(TIMES_LEFT - 12, middle - 3, way.name, anchor="end", weight=600),
             svg.text(TIMES_LEFT - 12, middle + 12, way.meaning, anchor="end", size=10.5, colour=svg.QUIET),
-            *samples_row(times, middle, [1000 * seconds for seconds in it.ttft_seconds], TIME_COLOUR),
+            *samples_row(times, middle, times_ms, TIME_COLOUR, f" / {p90_ms:.0f}"),
             svg.line(p90, middle - BAR_HEIGHT / 2 - 4, p90, middle + BAR_HEIGHT / 2 + 4, colour=svg.INK),
             *_tokens(tokens, middle, it),
         ]

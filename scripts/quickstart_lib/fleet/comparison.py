@@ -73,7 +73,7 @@ class Comparison:
     def _play(self, way: Way, engines: Engines) -> None:
         arguments, played = self._arguments, self.played[way.name]
         log = LOG_STEM.with_name(f"{LOG_STEM.name}-router-{way.name.replace(' ', '-')}.log")
-        with Router(way, engines.addresses, MODEL, log) as router:
+        with Router(way, arguments.policy, engines.addresses, MODEL, log) as router:
             engines.empty()
             before = engines.dram_hit_tokens()
             play = Play(self._talks, self._order, lambda: Chat(router.port, MODEL_NAME, arguments.output_tokens))

@@ -9,18 +9,16 @@ from quickstart_lib.fleet.chat import Reply
 
 @dataclass(frozen=True)
 class Way:
-    """A way to choose an engine."""
+    """A way to choose an engine. `prefix_from`: the router's mode, and what it says of its decisions."""
 
     name: str
     meaning: str
     prefix_from: str
-    flags: tuple[str, ...]
 
 
-ROUND_ROBIN = Way("round robin", "one engine after the other", "none", ("--policy", "round-robin", "--mode", "none"))
-APPROXIMATE = Way("approximate", "least predicted cost; prefixes are guessed", "approximate", ("--mode", "approximate"))
-# The tokenizer's directory is added where the router is started.
-PRECISE = Way("precise", "least predicted cost; KV events tell prefixes", "precise", ("--mode", "precise"))
+ROUND_ROBIN = Way("round robin", "one engine after the other", "none")
+APPROXIMATE = Way("approximate", "guesses from its decisions who holds a prefix", "approximate")
+PRECISE = Way("precise", "knows from KV events who holds a prefix", "precise")
 # Of the engines.
 NAMES = ("a", "b")
 WAYS = (ROUND_ROBIN, APPROXIMATE, PRECISE)

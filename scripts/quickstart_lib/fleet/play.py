@@ -27,7 +27,7 @@ class Play:
         self.replies: list[list[Reply]] = [[] for _ in talks]
 
     def run(self, concurrency: int, on_reply: Callable[[], None]) -> None:
-        """Play everything; `on_reply` is called from several threads.
+        """Play everything; `on_reply` is called from one thread at a time.
 
         Raises:
             ServerTroubleError, OSError, http.client.HTTPException: a request failed; the others are not begun.
@@ -45,7 +45,8 @@ class Play:
             with closing(self._connect()) as chat:
                 while (index := self._take()) is not None:
                     self._turn(chat, index)
-                    on_reply()
+                    with self._changed:
+                        on_reply()
         finally:
             # Only the end of the order is an end without an error; nobody has anything to do then, either.
             self._stop()

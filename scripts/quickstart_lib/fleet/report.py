@@ -15,7 +15,7 @@ PRECISION_GOAL = 0.99
 def build(arguments: FleetArguments, played: dict[str, Played], texts: Texts, sizes: Sizes) -> dict[str, Any]:
     """The report as plain data. Times in seconds; spread is the interquartile range."""
     ways = {name: _way(it) for name, it in played.items()}
-    names = ("conversations", "turns", "systems", "output_tokens", "concurrency", "rounds", "seed")
+    names = ("conversations", "turns", "systems", "output_tokens", "concurrency", "policy", "rounds", "seed")
     return {
         "commit": machine.commit(),
         "machine": machine.describe(),

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from quickstart_lib.failure import QuickstartError
-from quickstart_lib.fleet.measurements import PRECISE, Way
+from quickstart_lib.fleet.measurements import PRECISE, ROUND_ROBIN, Way
 from quickstart_lib.metrics import Metrics
 from quickstart_lib.server import Server, free_port
 
@@ -18,24 +18,29 @@ READY_SECONDS_MAX = 60.0
 IDS_MADE_HERE = "made here"
 
 
-def command(way: Way, port: int, admin: int, engines: list[str], model: Path) -> list[str]:
+def flags(way: Way, policy: str, model: Path) -> list[str]:
+    """What makes this way. `policy`: of those that know prefixes."""
+    weighing = "round-robin" if way is ROUND_ROBIN else policy
+    tokenizer = ["--tokenizer", str(model)] if way is PRECISE else []
+    return ["--mode", way.prefix_from, "--policy", weighing, *tokenizer]
+
+
+def command(way_flags: list[str], port: int, admin: int, engines: list[str]) -> list[str]:
     """The `kvcellar route` command line. `engines`: values of `--engine`."""
     kvcellar = str(Path(sys.executable).with_name("kvcellar"))
-    flags = ["--http", f"127.0.0.1:{port}", "--admin", f"127.0.0.1:{admin}", *way.flags]
-    if way is PRECISE:
-        flags += ["--tokenizer", str(model)]
-    return [kvcellar, "route", *flags, *(word for engine in engines for word in ("--engine", engine))]
+    addresses = ["--http", f"127.0.0.1:{port}", "--admin", f"127.0.0.1:{admin}"]
+    return [kvcellar, "route", *addresses, *way_flags, *(word for engine in engines for word in ("--engine", engine))]
 
 
 class Router:
     """`with Router(...)`: inside, it knows all engines and their models; afterwards, it is gone."""
 
-    def __init__(self, way: Way, engines: list[str], model: Path, log: Path) -> None:
+    def __init__(self, way: Way, policy: str, engines: list[str], model: Path, log: Path) -> None:
         self._way = way
         self._engines = len(engines)
         self._admin = free_port()
         self.port = free_port()
-        line = command(way, self.port, self._admin, engines, model)
+        line = command(flags(way, policy, model), self.port, self._admin, engines)
         self._server = Server(line, self._admin, log, _wait, name="kvcellar route", health="/readyz")
 
     def __enter__(self) -> "Router":

@@ -19,6 +19,7 @@ def show(console: Console, report: dict[str, Any]) -> None:
     console.print("Exact: requests whose cached tokens the router knew to the token. Engines: a / b.")
     for way in WAYS:
         console.print(f"  {way.name}: {way.meaning}")
+    console.print(f"Approximate and precise weigh engines by `--policy {load['policy']}`.")
     console.print(
         f"All conversations: {engines['working_set_tokens']:,} tokens. Each of the {engines['count']} engines holds "
         f"{engines['kv_cache_tokens']:,} in its KV cache and {engines['dram_tokens']:,} in its dram tier; "

@@ -62,9 +62,9 @@ def judge(result: dict[str, Any], played: dict[str, Played]) -> list[str]:
 
 
 def _footnote(result: dict[str, Any]) -> str:
-    machine, engines = result["machine"], result["engines"]
+    machine, engines, policy = result["machine"], result["engines"], result["load"]["policy"]
+    shares = [engines[key] / engines["working_set_tokens"] for key in ("kv_cache_tokens", "dram_tokens")]
     return (
-        f"SmolLM2-135M, vLLM {machine['vllm']} on {machine['cores']} cores ({machine['cpu']}), no GPU; of all "
-        f"conversations' KV one engine holds {engines['kv_cache_tokens'] / engines['working_set_tokens']:.0%} in its "
-        f"KV cache and {engines['dram_tokens'] / engines['working_set_tokens']:.0%} in its dram tier"
+        f"SmolLM2-135M, vLLM {machine['vllm']}, {machine['cores']} cores ({machine['cpu']}), no GPU, policy {policy}. "
+        f"Of all conversations' KV one engine holds {shares[0]:.0%} in its KV cache, {shares[1]:.0%} in its dram tier."
     )
