@@ -132,6 +132,16 @@ def test_the_report_says_what_was_measured() -> None:
     assert str(ROOT) not in str(result)
 
 
+def test_overload_does_not_cancel_out_over_rounds() -> None:
+    def talks(busy: str, idle: str) -> list[list[Reply]]:
+        return [[reply(PRECISE, number, name, ttft_ms=1, cached=0) for number, name in enumerate((busy, busy, idle))]]
+
+    played = Played([talks("a", "b"), talks("b", "a")])
+    assert played.requests() == {"a": 3, "b": 3}
+    assert [share.requests for share in played.balance()] == [4, 2]
+    assert [share.computed_tokens for share in played.balance()] == [400, 200]
+
+
 def test_texts_that_differ_are_counted() -> None:
     played = canned()
     played[PRECISE.name].talks[0][1][1] = reply(PRECISE, 3, "b", ttft_ms=1, cached=0, text="y")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from quickstart_lib import svg
 from quickstart_lib.chart import BAR_HEIGHT, COMPUTED_COLOUR, GPU_COLOUR, NVME_COLOUR, samples_row
-from quickstart_lib.fleet.measurements import NAMES, WAYS, Played
+from quickstart_lib.fleet.measurements import WAYS, Played
 
 WIDTH = 1220
 TIMES_LEFT, TIMES_RIGHT = 360, 740
@@ -57,18 +57,17 @@ def _legend() -> list[str]:
     """What the colours on the right mean."""
     parts, x = [svg.text(TOKENS_LEFT, 54, "Prompt tokens:", colour=svg.QUIET)], float(TOKENS_LEFT)
     named = [("cached", CACHED_COLOUR)]
-    named += [(f"computed by {name}", colour) for name, colour in zip(NAMES, ENGINE_COLOURS, strict=True)]
+    named += list(zip(("computed by busier", "by other engine"), ENGINE_COLOURS, strict=True))
     for name, colour in named:
         parts += [svg.bar(x, 76, 12, 12, colour), svg.text(x + 17, 80, name, size=11, colour=svg.QUIET)]
-        x += 34 + 6.2 * len(name)
+        x += 30 + 6.1 * len(name)
     return parts
 
 
 def _tokens(axis: svg.Axis, middle: float, played: Played) -> list[str]:
-    """One bar of cached tokens, then those that each engine computed."""
-    computed = played.computed_tokens()
-    pieces = [(played.cached_tokens, CACHED_COLOUR)]
-    pieces += [(computed[name], colour) for name, colour in zip(NAMES, ENGINE_COLOURS, strict=True)]
+    """One bar of cached tokens, then those that the busier and the other engine computed."""
+    computed = [share.computed_tokens for share in played.balance()]
+    pieces = [(played.cached_tokens, CACHED_COLOUR), *zip(computed, ENGINE_COLOURS, strict=True)]
     parts, before = [], 0
     for count, colour in pieces:
         start = axis.x(before)

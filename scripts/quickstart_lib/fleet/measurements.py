@@ -33,6 +33,17 @@ class Sizes:
     working_set_tokens: int
 
 
+@dataclass(frozen=True, order=True)
+class Share:
+    """What one engine had to do; ordered by the prompt tokens it computed."""
+
+    computed_tokens: int
+    requests: int
+
+    def __add__(self, other: "Share") -> "Share":
+        return Share(self.computed_tokens + other.computed_tokens, self.requests + other.requests)
+
+
 @dataclass
 class Played:
     """All replies of one way, over all rounds.
@@ -90,6 +101,18 @@ class Played:
         for reply in self.replies:
             computed[reply.engine] += reply.computed_tokens
         return computed
+
+    def balance(self) -> list[Share]:
+        """What the busiest engine of each round had, summed over rounds, then the next one's: engines that take turns
+        in being overloaded do not cancel out.
+        """
+        found = [Share(0, 0)] * len(NAMES)
+        for talks in self.talks:
+            one = Played([talks])
+            requests, computed = one.requests(), one.computed_tokens()
+            shares = sorted((Share(computed[name], requests[name]) for name in NAMES), reverse=True)
+            found = [before + share for before, share in zip(found, shares, strict=True)]
+        return found
 
     def predicted_exactly(self) -> int:
         """Requests whose cached tokens the router knew to the token."""

@@ -10,6 +10,8 @@ from quickstart_lib.fleet.arguments import FleetArguments
 from quickstart_lib.fleet.measurements import APPROXIMATE, NAMES, PRECISE, ROUND_ROBIN, Played, Sizes, Texts
 
 PRECISION_GOAL = 0.99
+# Of two engines: half of the work each would be 0.5.
+BUSIEST_SHARE_GOAL = 0.65
 
 
 def build(arguments: FleetArguments, played: dict[str, Played], texts: Texts, sizes: Sizes) -> dict[str, Any]:
@@ -57,6 +59,7 @@ def _way(played: Played) -> dict[str, Any]:
         "cached_share_by_round": [Played([talks]).cached_share for talks in played.talks],
         "dram_tokens": played.dram_tokens,
         "engines": {name: {"requests": requests[name], "computed_tokens": computed[name]} for name in NAMES},
+        "busiest_first": [asdict(share) for share in played.balance()],
         "predicted_exactly": played.predicted_exactly(),
         "seconds": played.seconds,
         "router": dict(sorted(played.router.items())),
@@ -93,4 +96,8 @@ def _goals(played: dict[str, Played]) -> list[dict[str, Any]]:
             checks.append((f"precise_ttft_p{percent}_over_{key}", "<= 1", ratio, ratio <= 1))
     exact = precise.predicted_exactly() / len(precise.replies)
     checks.append(("precise_predictions_exact", f">= {PRECISION_GOAL}", exact, exact >= PRECISION_GOAL))
+    computed = [share.computed_tokens for share in precise.balance()]
+    busiest = computed[0] / max(1, sum(computed))
+    most = f"<= {BUSIEST_SHARE_GOAL}"
+    checks.append(("precise_busier_engines_share_of_computing", most, busiest, busiest <= BUSIEST_SHARE_GOAL))
     return [{"name": name, "goal": goal, "value": value, "met": met} for name, goal, value, met in checks]

@@ -16,7 +16,7 @@ def show(console: Console, report: dict[str, Any]) -> None:
     console.print()
     console.print(tokens(report))
     console.print("IQR: interquartile range. Cached: not computed by any engine, of that from the dram tiers.")
-    console.print("Exact: requests whose cached tokens the router knew to the token. Engines: a / b.")
+    console.print("Exact: requests whose cached tokens the router knew to the token. Balance: busier / other engine.")
     for way in WAYS:
         console.print(f"  {way.name}: {way.meaning}")
     console.print(f"Approximate and precise weigh engines by `--policy {load['policy']}`.")
@@ -50,7 +50,7 @@ def tokens(report: dict[str, Any]) -> Table:
     for name in ("cached", "dram", "exact", "requests", "computed tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, way in report["ways"].items():
-        engines = way["engines"].values()
+        engines = way["busiest_first"]
         table.add_row(
             name,
             f"{way['cached_share']:.0%}",
