@@ -313,7 +313,7 @@ async fn fronts(options: &Options, router: &Arc<Router>, limits: Limits, pick: e
         let listener = super::listen("ext-proc", address, "ext_proc at ").await?;
         let (health, service) = tonic_health::server::health_reporter();
         health.set_service_status("", tonic_health::ServingStatus::Serving).await;
-        let mut server = tonic::transport::Server::builder().tcp_nodelay(true);
+        let mut server = tonic::transport::Server::builder();
         if let (Some(cert), Some(key)) = (&options.tls_cert, &options.tls_key) {
             let read = |path: &PathBuf| {
                 std::fs::read(path).map_err(|error| Error::io("reading", path, error, "Name a PEM file"))
@@ -325,7 +325,10 @@ async fn fronts(options: &Options, router: &Arc<Router>, limits: Limits, pick: e
                 .map_err(|error| Error::config("tls-cert", error.to_string(), "Name a certificate and its key, PEM"))?;
         }
         let picker = ext_proc::service(Arc::clone(router), pick);
-        let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+        // Each answer leaves at once: Envoy waits for it with a request in hand.
+        let at_once =
+            |stream: std::io::Result<tokio::net::TcpStream>| stream.and_then(|it| it.set_nodelay(true).map(|()| it));
+        let incoming = tokio_stream::StreamExt::map(tokio_stream::wrappers::TcpListenerStream::new(listener), at_once);
         let ended = server
             .add_service(service)
             .add_service(picker)

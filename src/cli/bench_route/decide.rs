@@ -5,8 +5,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use indicatif::ProgressBar;
-use nix::sys::resource::{UsageWho, getrusage};
-use nix::sys::time::TimeValLike;
+use nix::time::{ClockId, clock_gettime};
 
 use super::prompts::Writer;
 use super::{Found, Options, fewer};
@@ -69,8 +68,9 @@ struct Place {
 }
 
 fn thread_cpu_s() -> Result<f64> {
-    let usage = getrusage(UsageWho::RUSAGE_THREAD).map_err(|errno| Error::lost("CPU time", errno.to_string()))?;
-    Ok((usage.user_time() + usage.system_time()).num_microseconds() as f64 / 1e6)
+    let now = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID);
+    let now = now.map_err(|errno| Error::lost("CPU time", errno.to_string()))?;
+    Ok(now.tv_sec() as f64 + now.tv_nsec() as f64 / 1e9)
 }
 
 impl Place {

@@ -91,6 +91,8 @@ async fn run(options: &Options, model: &TokenModel, bar: &ProgressBar, found: &m
         }
         let beginning = writer.text(tokens - TURN);
         for (front, plain, routed) in &mut pairs {
+            // The beginning is new to the router once.
+            load.send(&routed.url, turns(&mut writer, &beginning, 1), 1).await?;
             for _ in 0..options.repetitions {
                 bar.set_message(format!("{tokens} tokens, {front}"));
                 let count = fewer(options.requests, *tokens);

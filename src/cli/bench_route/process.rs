@@ -21,9 +21,6 @@ pub(super) struct Process {
     name: &'static str,
 }
 
-/// Linux shows CPU time in hundredths of a second on every machine (`USER_HZ`).
-const TICKS_PER_S: f64 = 100.0;
-
 impl Process {
     /// Starts it. What it writes to its standard output is dropped.
     ///
@@ -39,15 +36,15 @@ impl Process {
     /// # Errors
     /// [`Error::DeviceDead`] when it has ended.
     pub(super) fn cpu_s(&self) -> Result<f64> {
-        let path = format!("/proc/{}/stat", self.child.id());
-        let text = std::fs::read_to_string(path).map_err(|error| dead(self.name, error))?;
-        // The name in parentheses may hold anything; user and system time are the 12th and 13th fields after it.
-        let fields = text.rsplit_once(')').map(|(_, rest)| rest.split_whitespace()).into_iter().flatten();
-        let ticks: Vec<f64> = fields.skip(11).take(2).filter_map(|field| field.parse().ok()).collect();
-        match ticks.as_slice() {
-            [user, system] => Ok((user + system) / TICKS_PER_S),
-            _ => Err(dead(self.name, "its CPU time cannot be read")),
+        let threads =
+            std::fs::read_dir(format!("/proc/{}/task", self.child.id())).map_err(|error| dead(self.name, error))?;
+        let mut ns = 0.0;
+        for thread in threads.map_while(std::result::Result::ok) {
+            // A thread that has just ended is not missed: routers and Envoy keep theirs.
+            let text = std::fs::read_to_string(thread.path().join("schedstat")).unwrap_or_default();
+            ns += text.split_whitespace().next().and_then(|field| field.parse::<f64>().ok()).unwrap_or(0.0);
         }
+        if ns > 0.0 { Ok(ns / 1e9) } else { Err(dead(self.name, "its CPU time cannot be read")) }
     }
 }
 
@@ -74,7 +71,9 @@ impl RouterProcess {
     /// [`Error::DeviceDead`].
     pub(super) async fn start(flags: &[String], engines: usize) -> Result<Self> {
         const NAME: &str = "the router";
-        let program = std::env::current_exe().map_err(|error| dead(NAME, error))?;
+        // As this process was called: the file behind a virtual environment's interpreter would not find the package.
+        let program = std::env::args_os().next().ok_or_else(|| dead(NAME, "this process has no name"))?;
+        let program = std::path::PathBuf::from(program);
         let mut command = Command::new(&program);
         let is_ours = program.file_name().is_some_and(|name| name.to_string_lossy().starts_with("kvcellar"));
         if !is_ours {

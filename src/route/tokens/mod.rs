@@ -8,6 +8,7 @@ pub mod messages;
 pub mod model;
 pub mod python;
 pub mod template;
+pub mod words;
 
 pub use model::TokenModel;
 

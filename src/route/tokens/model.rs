@@ -1,8 +1,8 @@
 //! One model's tokenizer and chat template.
 //!
 //! A text is cut where the tokenizer certainly cuts it, too: at its added tokens, and within long texts at a space between two ASCII letters. Pieces
-//! are encoded one by one and remembered, so that of a conversation only the new turn costs. That holds for byte-level BPE, whose pretokenizers all
-//! begin a word at such a space; other tokenizers get the whole text every time.
+//! are remembered, so that of a conversation only the new turn costs; and of a piece that is new, words are ([`super::words`]). That holds for byte-level
+//! BPE, whose pretokenizers all begin a word at such a space; other tokenizers get the whole text every time.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use super::Inexact;
 use super::memo::Memo;
 use super::messages;
 use super::template::Template;
+use super::words::Words;
 use crate::error::{Error, Result};
 
 /// Bytes of a piece within a long text.
@@ -31,6 +32,7 @@ pub struct TokenModel {
     template: std::result::Result<Template, Inexact>,
     tool_template: Option<Template>,
     memo: Memo,
+    words: Words,
 }
 
 impl TokenModel {
@@ -72,6 +74,7 @@ impl TokenModel {
             template,
             tool_template,
             memo: Memo::new(memo_bytes),
+            words: Words::default(),
         };
         model.learn_specials().map_err(|problem| wrong("tokenizer.json", problem.to_string()))?;
         Ok(model)
@@ -121,9 +124,9 @@ impl TokenModel {
             if let Some(ids) = self.memo.get(name) {
                 out.extend_from_slice(&ids);
             } else {
-                let ids: Arc<[u32]> = self.whole(piece, false)?.into();
-                out.extend_from_slice(&ids);
-                self.memo.put(name, ids);
+                let from = out.len();
+                self.words.encode(piece, out, |word| self.whole(word, false))?;
+                self.memo.put(name, Arc::from(&out[from..]));
             }
             text = rest;
         }
