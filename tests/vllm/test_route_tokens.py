@@ -118,6 +118,27 @@ def test_prompts_that_repeat_keep_their_ids(engine: Server, router: Router) -> N
             assert router.admin.post("/debug/tokens/completion", json=body).json()["ids"] == theirs
 
 
+def real_texts() -> list[str]:
+    """What people wrote: this project's pages, a licence, and programs of the standard library."""
+    root = Path(__file__).resolve().parents[2]
+    pages = [root / name for name in ("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "LICENSE")]
+    library = Path(json.__file__).parents[1]
+    programs = [library / f"{name}.py" for name in ("argparse", "difflib", "textwrap", "this", "turtle", "typing")]
+    return [path.read_text(encoding="utf-8") for path in [*pages, *programs]]
+
+
+def test_real_texts_have_vllms_ids(engine: Server, router: Router) -> None:
+    """Whole pages and programs, cut anywhere, their words remembered from one to the next."""
+    random = Random(8)
+    for text in real_texts():
+        for _ in range(4):
+            start = random.randrange(max(1, len(text) - 2000))
+            body = {"prompt": text[start : start + random.choice([500, 5000, 60_000])], "model": "model"}
+            theirs = engine.client.post("/tokenize", json=body).json()["tokens"]
+            ours = router.admin.post("/debug/tokens/completion", json=body).json()
+            assert ours["from"] == "local" and ours["ids"] == theirs, body["prompt"][:80]
+
+
 def test_the_self_check_says_which_ids_are_used(router: Router) -> None:
     """It has run by now, and found no difference."""
     assert "made here" in router.log.read_text()
