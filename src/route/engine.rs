@@ -1,6 +1,6 @@
 //! One engine: where it is, what it said last, what was promised to it.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
@@ -28,7 +28,7 @@ pub struct Spec {
     pub events: Option<String>,
     /// Where it replays them.
     pub replay: Option<String>,
-    /// It gets no new requests.
+    /// It gets no new requests. A state of an engine, not a part of what tells it apart: see [`Spec::is_same`].
     #[serde(default)]
     pub draining: bool,
 }
@@ -85,6 +85,11 @@ impl Spec {
         Ok(self)
     }
 
+    /// The same engine, draining or not.
+    pub fn is_same(&self, other: &Self) -> bool {
+        (&self.name, &self.url, &self.events, &self.replay) == (&other.name, &other.url, &other.events, &other.replay)
+    }
+
     /// Host and port.
     pub fn authority(&self) -> &str {
         self.url.strip_prefix("http://").unwrap_or(&self.url)
@@ -138,6 +143,7 @@ pub struct Engine {
     pub models: ArcSwap<Vec<Model>>,
     /// When it got its last cold request.
     pub cold_turn: AtomicU64,
+    draining: AtomicBool,
     recent: Mutex<Recent>,
     speed: Mutex<Speed>,
     /// Failures in a row; it is well at 0, and has not been seen yet at [`UNSEEN`].
@@ -153,6 +159,7 @@ impl Engine {
     /// One that has not been seen yet.
     pub fn new(spec: Spec) -> Self {
         Self {
+            draining: AtomicBool::new(spec.draining),
             spec,
             books: Books::default(),
             told: ArcSwap::default(),
@@ -178,15 +185,20 @@ impl Engine {
         self.recent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether it gets no new requests from now on. What it has goes on, and what is known of it stays.
+    pub fn drain(&self, draining: bool) {
+        self.draining.store(draining, Ordering::Relaxed);
+    }
+
     /// It may get requests.
     pub fn is_usable(&self) -> bool {
-        !self.spec.draining && self.failures.load(Ordering::Relaxed) < FAILURES_MAX
+        !self.draining.load(Ordering::Relaxed) && self.failures.load(Ordering::Relaxed) < FAILURES_MAX
     }
 
     /// `healthy`, `failing`, `unseen` or `draining`.
     pub fn health(&self) -> &'static str {
         match self.failures.load(Ordering::Relaxed) {
-            _ if self.spec.draining => "draining",
+            _ if self.draining.load(Ordering::Relaxed) => "draining",
             UNSEEN => "unseen",
             failures if failures < FAILURES_MAX => "healthy",
             _ => "failing",

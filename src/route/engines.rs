@@ -22,8 +22,11 @@ impl Engines {
     pub fn set(&self, specs: Vec<Spec>) {
         let before = self.all();
         let place = |spec: Spec| {
-            let known = before.iter().find(|engine| engine.spec == spec);
-            known.map_or_else(|| Arc::new(Engine::new(spec)), Arc::clone)
+            let Some(known) = before.iter().find(|engine| engine.spec.is_same(&spec)) else {
+                return Arc::new(Engine::new(spec));
+            };
+            known.drain(spec.draining);
+            Arc::clone(known)
         };
         let mut list: Vec<Arc<Engine>> = specs.into_iter().map(place).collect();
         list.sort_by(|a, b| a.spec.name.cmp(&b.spec.name));
@@ -54,5 +57,22 @@ mod tests {
         assert!(!engines.find("b").expect("b").is_usable(), "another address is another engine");
         engines.set(Vec::new());
         assert!(engines.find("a").is_none());
+    }
+
+    #[test]
+    fn an_engine_that_drains_keeps_its_books_and_comes_back_as_it_was() {
+        let engines = Engines::default();
+        let spec = |more: &str| Spec::parse(&format!("url=http://h:1,name=a{more}")).expect("an engine");
+        engines.set(vec![spec("")]);
+        let a = engines.find("a").expect("a");
+        a.heard(super::super::engine::Told::default());
+        let booking = super::super::books::Booking::new(Arc::clone(&a), 100, 0);
+        engines.set(vec![spec(",draining=true")]);
+        let draining = engines.find("a").expect("a");
+        assert_eq!((draining.is_usable(), draining.health()), (false, "draining"));
+        assert_eq!(draining.books.tokens.load(std::sync::atomic::Ordering::Relaxed), 100, "its request goes on");
+        drop(booking);
+        engines.set(vec![spec("")]);
+        assert!(engines.find("a").expect("a").is_usable(), "without waiting for a scrape");
     }
 }

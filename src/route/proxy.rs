@@ -17,7 +17,7 @@ use http_body::{Body as _, Frame, SizeHint};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::time::{Instant, Sleep};
 
 use super::answer::Tail;
@@ -68,7 +68,11 @@ pub fn routes(router: Arc<Router>, limits: Limits) -> axum::Router {
     let mut connector = HttpConnector::new();
     connector.set_connect_timeout(Some(limits.connect));
     connector.set_nodelay(true);
-    let client = Client::builder(TokioExecutor::new()).pool_idle_timeout(Duration::from_secs(4)).build(connector);
+    // Without a timer idle connections would stay until somebody wants one.
+    let client = Client::builder(TokioExecutor::new())
+        .pool_idle_timeout(Duration::from_secs(4))
+        .pool_timer(TokioTimer::new())
+        .build(connector);
     let proxy = Arc::new(Proxy { router, client, limits });
     axum::Router::new().fallback(pass).with_state(proxy)
 }
@@ -111,17 +115,21 @@ impl Proxy {
         let mut ticket = self.router.route(&request).await?;
         drop(request);
         let debug = parts.headers.contains_key(&DEBUG);
-        for _ in 0..self.limits.tries {
+        for tries_left in (0..self.limits.tries).rev() {
             let upstream = Self::upstream(&parts.method, &parts.uri, &parts.headers, &body, &ticket)?;
             match tokio::time::timeout(self.limits.silence, self.client.request(upstream)).await {
                 Ok(Ok(response)) => return Ok(self.answer(response, ticket, debug)),
                 Ok(Err(error)) => {
                     let name = ticket.engine().spec.name.clone();
-                    eprintln!("kvcellar: {name}: {error}: trying another engine");
-                    if !ticket.next(error.is_connect()) {
+                    if error.is_connect() {
+                        ticket.engine().refused();
+                    }
+                    if tries_left == 0 || !ticket.next() {
+                        eprintln!("kvcellar: {name}: {error}: no other engine is tried");
                         ticket.end("failed", None);
                         return Err(Refusal::Upstream(format!("{name}: {error}")));
                     }
+                    eprintln!("kvcellar: {name}: {error}: trying another engine");
                 }
                 Err(_) => {
                     ticket.end("timeout", None);
@@ -130,7 +138,7 @@ impl Proxy {
             }
         }
         ticket.end("failed", None);
-        Err(Refusal::Upstream(format!("{} engines were tried", self.limits.tries)))
+        Err(Refusal::Upstream("no engine may be tried".to_owned()))
     }
 
     async fn read(&self, body: Body) -> Result<Bytes, Refusal> {

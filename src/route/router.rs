@@ -368,18 +368,14 @@ impl Ticket {
         }
     }
 
-    /// Its engine could not be reached, or broke off before its first byte: moves on. `false`: nobody is left.
-    pub fn next(&mut self, refused: bool) -> bool {
-        self.router.metrics.retried(&self.engine().spec.name);
-        if refused {
-            self.engine().refused();
-        }
-        self.booking = None;
+    /// Its engine could not be reached, or broke off before its first byte: moves on. `false`: nobody is left, and it stays where it failed.
+    pub fn next(&mut self) -> bool {
         let next = (self.at + 1..self.order.len()).find(|at| self.order[*at].0.is_usable());
-        if let Some(at) = next {
-            self.move_to(at);
-        }
-        next.is_some()
+        let Some(at) = next else { return false };
+        self.router.metrics.retried(&self.engine().spec.name);
+        self.booking = None;
+        self.move_to(at);
+        true
     }
 
     /// Another engine has it now.

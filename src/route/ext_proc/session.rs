@@ -201,6 +201,7 @@ impl Session {
             }
         }
         if places.is_empty() {
+            ticket.end("failed", None);
             return Err(Refusal::NoEngine("the chosen engine's name cannot be resolved"));
         }
         let places = places.join(",");
