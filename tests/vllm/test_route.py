@@ -108,20 +108,33 @@ def fleet(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
                 engines.stop(name)
 
 
+PICKER_CONFIG = """
+apiVersion: llm-d.ai/v1
+kind: EndpointPickerConfig
+plugins:
+- type: single-profile-handler
+- type: precise-prefix-cache-scorer
+- type: queue-scorer
+- type: kv-cache-utilization-scorer
+- type: no-hit-lru-scorer
+- type: max-score-picker
+schedulingProfiles:
+- name: default
+  plugins:
+  - {pluginRef: precise-prefix-cache-scorer, weight: 3}
+  - {pluginRef: queue-scorer, weight: 2}
+  - {pluginRef: kv-cache-utilization-scorer, weight: 2}
+  - {pluginRef: no-hit-lru-scorer, weight: 0.1}
+  - {pluginRef: max-score-picker}
+"""
+
+
 @pytest.fixture
 def router(fleet: Fleet, tmp_path: Path) -> Iterator[Router]:
-    """A precise router. By scorers: the cost model's view of short prompts depends on the machine's noise."""
-    flags = [
-        *fleet.flags(),
-        "--mode",
-        "precise",
-        "--policy",
-        "scorers",
-        "--tokenizer",
-        str(real_model()),
-        "--body",
-        "8MiB",
-    ]
+    """A precise router, as a file says. By scorers: what the cost model makes of short prompts depends on noise."""
+    config = tmp_path / "picker.yaml"
+    config.write_text(PICKER_CONFIG)
+    flags = [*fleet.flags(), "--picker-config", str(config), "--tokenizer", str(real_model()), "--body", "8MiB"]
     with open_router(tmp_path, *flags) as running:
         running.wait_engines(2)
         yield running
@@ -295,14 +308,21 @@ def play(router: Router, seed: int, *, count: int, turns: int) -> tuple[int, int
     return equal, len(queue)
 
 
-@pytest.mark.parametrize("mode", ["precise", "approximate"])
-def test_predictions_meet_the_engines_counts(fleet: Fleet, tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "count", "turns"),
+    [
+        ("precise", 12, 4),
+        pytest.param("precise", 40, 6, marks=pytest.mark.soak),
+        pytest.param("approximate", 40, 6, marks=pytest.mark.soak),
+    ],
+)
+def test_predictions_meet_the_engines_counts(fleet: Fleet, tmp_path: Path, mode: str, count: int, turns: int) -> None:
     """Cached tokens as predicted are those that the engine reports: nearly always when precise, reported when not."""
     fleet.reset()
     flags = [*fleet.flags(), "--mode", mode, "--tokenizer", str(real_model())]
     with open_router(tmp_path, *flags) as router:
         router.wait_engines(2)
-        equal, requests = play(router, 21, count=24, turns=5)
+        equal, requests = play(router, 21, count=count, turns=turns)
         reported = router.metric("kvcellar_route_reported_cached_tokens_total")
         predicted = router.metric("kvcellar_route_predicted_cached_tokens_total")
         print(f"{mode}: {equal} of {requests} predicted exactly; {predicted:.0f} tokens, reported {reported:.0f}")
