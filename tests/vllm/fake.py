@@ -83,7 +83,7 @@ class Fake:
         """Ends its life."""
         if self.process is not None:
             self.process.send_signal(how)
-            self.process.wait(10.0)
+            self.process.wait(30.0)
             self.process = None
 
     def close(self) -> None:

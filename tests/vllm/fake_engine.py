@@ -5,9 +5,9 @@ Run as a process of its own, so that it can be killed. What it computes takes ti
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -28,6 +28,7 @@ PREFILL_TOKENS_PER_S = 40_000
 STEP_S = 0.004
 SLOW_STEP_S = 0.08
 SEQUENCES_MAX = 16
+RETIRE_STEPS = 40
 
 
 class Gone(Exception):
@@ -57,6 +58,7 @@ class FakeEngine:
         for path, chat in (("/v1/completions", False), ("/v1/chat/completions", True)):
             app.router.add_post(path, self.handler(self.complete, chat=chat))
             app.router.add_post(f"{path}/render", self.handler(self.render, chat=chat))
+        app.router.add_post("/tokenize", self.tokenize)
         return app
 
     def private(self) -> web.Application:
@@ -71,14 +73,29 @@ class FakeEngine:
         return app
 
     async def serve(self) -> None:
-        """Runs for ever. A client that hangs up ends its request."""
+        """Runs until SIGINT. A client that hangs up ends its request."""
         self.public_runner = web.AppRunner(self.public(), handler_cancellation=True, access_log=None)
         private_runner = web.AppRunner(self.private(), access_log=None)
         await self.public_runner.setup()
         await private_runner.setup()
         await self.listen()
         await web.TCPSite(private_runner, "127.0.0.1", self.options.admin_port).start()
-        await self.publisher.answer_replays()
+        replays = asyncio.create_task(self.publisher.answer_replays())
+        told_to_stop = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, told_to_stop.set)
+        await told_to_stop.wait()
+        replays.cancel()
+        await self.retire()
+
+    async def retire(self) -> None:
+        """Ends as a server does that is told to: nobody new, and those that are here as far as they come in a while."""
+        self.mode.listening = False
+        await self.listen()
+        for _ in range(RETIRE_STEPS):
+            if not self.numbers.open:
+                break
+            await asyncio.sleep(0.05)
+        os._exit(0)
 
     async def listen(self) -> None:
         """Accepts connections, or no longer does; those that are open stay."""
@@ -206,6 +223,12 @@ class FakeEngine:
         """The ids of a prompt."""
         return self.answer({"token_ids": asked.tokens})
 
+    async def tokenize(self, request: web.Request) -> web.StreamResponse:
+        """The same by the other way to ask, for prompts and for messages."""
+        body = msgspec.json.decode(await request.read())
+        tokens = answers.tokens_of(body, chat="messages" in body)
+        return self.answer({"count": len(tokens), "max_model_len": answers.MODEL_LEN_MAX, "tokens": tokens})
+
     async def health(self, request: web.Request) -> web.StreamResponse:
         self.note(request, "seen")
         return web.Response(headers={"x-fake-engine": self.options.name})
@@ -269,5 +292,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(main())
+    asyncio.run(main())

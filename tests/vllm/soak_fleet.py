@@ -95,12 +95,12 @@ class Fleet:
         await asyncio.sleep(self.random.uniform(0.3, 4.0))
 
     async def _kill(self, engine: Fake) -> None:
-        engine.kill()
+        await asyncio.to_thread(engine.kill)
         await self._pause()
         await asyncio.to_thread(engine.start)
 
     async def _restart(self, engine: Fake) -> None:
-        engine.kill(signal.SIGINT)
+        await asyncio.to_thread(engine.kill, signal.SIGINT)
         await asyncio.to_thread(engine.start)
 
     async def _leave(self, engine: Fake) -> None:
@@ -173,4 +173,4 @@ class Fleet:
             self.write()
             self._disturbed.discard(guest.name)
             await asyncio.sleep(self.random.choice([0.0, 1.0]))
-            guest.close()
+            await asyncio.to_thread(guest.close)

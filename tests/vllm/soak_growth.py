@@ -29,8 +29,10 @@ class Growth:
 
     process: psutil.Process
     # A share of what it had, and MiB that its allocator may take before it is warm.
+    slack_mib: float
     share: float = 0.10
-    slack_mib: float = 8.0
+    # Idle connections that it may keep, beside those that it had at its first rest.
+    slack_fds: int = 4
     samples: list[Sample] = field(default_factory=list)
     at_rest: list[Sample] = field(default_factory=list)
 
@@ -59,8 +61,8 @@ class Growth:
         if last > third * (1 + self.share) + self.slack_mib:
             found.append(f"memory grew from {third:.1f} to {last:.1f} MiB")
         before, after = self.at_rest[0], self.at_rest[-1]
-        for name in ("fds", "threads"):
-            least, now = getattr(before, name), getattr(after, name)
-            if now > least + 4:
-                found.append(f"{name} at rest grew from {least} to {now}")
+        if after.fds > before.fds + self.slack_fds:
+            found.append(f"descriptors at rest grew from {before.fds} to {after.fds}")
+        if after.threads > before.threads + 4:
+            found.append(f"threads at rest grew from {before.threads} to {after.threads}")
         return found

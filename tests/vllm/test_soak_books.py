@@ -77,7 +77,7 @@ def test_growth_is_noticed() -> None:
     def growth(*mib: float, fds: int = 30, threads: int = 4) -> list[str]:
         samples = [Sample(int(value * MIB), 30, 4) for value in mib for _ in range(4)]
         # A process is needed for further looks only.
-        return Growth(None, samples=samples, at_rest=[samples[0], Sample(0, fds, threads)]).problems()  # type: ignore[arg-type]
+        return Growth(None, 8.0, samples=samples, at_rest=[samples[0], Sample(0, fds, threads)]).problems()  # type: ignore[arg-type]
 
     assert growth(30, 50, 60, 60, 60, 62) == []
     assert growth(30, 50, 60, 70, 80, 90)
