@@ -216,7 +216,10 @@ mod tests {
     #[test]
     fn everything_is_given_back() {
         let engine = Arc::new(Engine::new(Spec::parse("http://127.0.0.1:1").expect("an engine")));
-        let read = || (engine.books().requests(), engine.books().unanswered.len(), engine.books().tokens());
+        let read = || {
+            let books = engine.books();
+            (books.requests(), books.unanswered.len(), books.tokens())
+        };
         let first = Booking::new(Arc::clone(&engine), promise(100, 60));
         let second = Booking::new(Arc::clone(&engine), promise(10, 20));
         assert_eq!(read(), (2, 2, 110));

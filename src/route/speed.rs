@@ -9,11 +9,11 @@ use super::view::Rates;
 /// What is remembered of an answer after the next one.
 const KEPT: f64 = 0.99;
 
-/// As many answers as the default speed counts for.
-const PRIOR: f64 = 8.0;
+/// Answers that the default speed counts for, of tokens like those that were seen: neither long nor short prompts make it count for more.
+const PRIOR: f64 = 1.0;
 
-/// Tokens of those.
-const PRIOR_TOKENS: f64 = 2000.0;
+/// Seconds a token: no engine computes prompts faster or slower, whatever a few answers seem to say.
+const SLOPES: (f64, f64) = (2e-6, 0.1);
 
 /// Time in which an overhead that is not seen again fades, in s.
 const OVERHEAD_S: f64 = 30.0;
@@ -54,10 +54,11 @@ impl Speed {
         let sample = [1.0, x, seconds, x * x, x * seconds];
         self.sums.iter_mut().zip(sample).for_each(|(sum, part)| *sum = *sum * KEPT + part);
         let [n, sx, sy, sxx, sxy] = self.sums;
-        // The spread of tokens around their mean says the slope; the default slope counts as some answers with a spread of their own.
-        let spread = sxx - sx * sx / n + PRIOR * PRIOR_TOKENS * PRIOR_TOKENS;
-        let with = sxy - sx * sy / n + PRIOR * PRIOR_TOKENS * PRIOR_TOKENS / Rates::default().prefill;
-        let slope = (with / spread).clamp(1e-7, 1e-1);
+        // The spread of tokens around their mean says the slope; the default slope counts as one answer more.
+        let prior = PRIOR * (sxx / n).max(1.0);
+        let spread = sxx - sx * sx / n + prior;
+        let with = sxy - sx * sy / n + prior / Rates::default().prefill;
+        let slope = (with / spread).clamp(SLOPES.0, SLOPES.1);
         self.rates.prefill = 1.0 / slope;
         self.overhead_s += 0.2 * (seconds - x * slope - self.overhead_s);
         self.at_s = now_s;
@@ -83,6 +84,18 @@ mod tests {
         let rates = speed.rates(0.0);
         assert!((rates.prefill / 20_000.0 - 1.0).abs() < 0.1, "{rates:?}");
         assert!((rates.overhead_s - 0.03).abs() < 0.02, "{rates:?}");
+    }
+
+    #[test]
+    fn a_slow_engine_is_known_by_short_prompts() {
+        let mut speed = Speed::default();
+        for number in 0..40_u64 {
+            let tokens = number * 37 % 900;
+            speed.answered(0.0, tokens, 0.05 + tokens as f64 / 420.0);
+        }
+        let rates = speed.rates(0.0);
+        assert!((350.0..700.0).contains(&rates.prefill), "{rates:?}");
+        assert!(rates.overhead_s < 0.5, "{rates:?}");
     }
 
     #[test]
