@@ -241,6 +241,9 @@ pub const SCRAPE_BYTES_MAX: usize = 8 << 20;
 /// Sessions that a router remembers.
 pub const SESSIONS_MAX: usize = 100_000;
 
+/// Prefixes whose waiting a router remembers.
+pub const CREDITS_MAX: usize = 65_536;
+
 /// Decisions that a router shows.
 pub const DECISIONS_SHOWN: usize = 256;
 

@@ -16,7 +16,6 @@ use crate::index::Index;
 use crate::index::fleet::Fleet;
 use crate::index::tiers::Weights;
 use crate::route::choose::Policy;
-use crate::route::cost::Cost;
 use crate::route::engine::Spec;
 use crate::route::engines::Engines;
 use crate::route::picker_config::PickerConfig;
@@ -174,7 +173,7 @@ impl Options {
             return Err(Error::config("scorers", "they are used by --policy scorers only", "Add --policy scorers"));
         }
         Ok(match self.policy {
-            Weighing::Cost => Policy::Cost(Cost::default()),
+            Weighing::Cost => Policy::Cost,
             Weighing::RoundRobin => Policy::RoundRobin,
             Weighing::Random => Policy::random(),
             Weighing::Scorers if weights.is_empty() => Policy::field(),

@@ -1,6 +1,6 @@
 //! From a view to an engine: weighted scorers or the cost model, then a pick. Pure but for the seeded randomness it is given.
 
-use super::cost::Cost;
+use super::cost;
 use super::scorers::Scorer;
 use super::view::View;
 
@@ -22,7 +22,7 @@ pub enum Policy {
     /// Sum of weighted scorers.
     Scorers(Vec<(Scorer, f64)>, Pick),
     /// The least predicted cost.
-    Cost(Cost),
+    Cost,
     /// One after the other.
     RoundRobin,
 }
@@ -56,6 +56,8 @@ pub struct Choice {
     pub totals: Vec<f64>,
     /// Every scorer's part, unweighted, in the order of engines.
     pub parts: Vec<(&'static str, Vec<f64>)>,
+    /// The prefix's credit after the decision.
+    pub credit_s: f64,
 }
 
 /// Chooses. `None` without engines. `turn`: counts decisions, for those who go round.
@@ -64,6 +66,7 @@ pub fn choose(policy: &Policy, view: &View<'_>, turn: u64, random: &mut fastrand
     if count == 0 {
         return None;
     }
+    let mut costs = Vec::new();
     let (totals, parts, pick) = match policy {
         Policy::Scorers(weights, pick) => {
             let mut totals = vec![0.0; count];
@@ -75,9 +78,10 @@ pub fn choose(policy: &Policy, view: &View<'_>, turn: u64, random: &mut fastrand
             }
             (totals, parts, *pick)
         }
-        Policy::Cost(cost) => {
-            let costs = cost.of(view);
-            (costs.iter().map(|cost| -cost).collect(), vec![("cost", costs)], Pick::Best)
+        Policy::Cost => {
+            costs = cost::of(view);
+            let parts = vec![("cost", costs.iter().map(|it| it.cost_s).collect())];
+            (costs.iter().map(|it| -it.with(view.credit_s)).collect(), parts, Pick::Best)
         }
         Policy::RoundRobin => {
             let first = (turn % count as u64) as usize;
@@ -96,7 +100,9 @@ pub fn choose(policy: &Policy, view: &View<'_>, turn: u64, random: &mut fastrand
         order.retain(|at| *at != first);
         order.insert(0, first);
     }
-    Some(Choice { chosen: order[0], order, totals, parts })
+    let chosen = order[0];
+    let credit_s = if costs.is_empty() { 0.0 } else { cost::credit_after(&costs, chosen, view.credit_s) };
+    Some(Choice { chosen, order, totals, parts, credit_s })
 }
 
 fn weighted(totals: &[f64], random: &mut fastrand::Rng) -> usize {
@@ -115,6 +121,7 @@ fn weighted(totals: &[f64], random: &mut fastrand::Rng) -> usize {
 }
 
 #[cfg(test)]
+#[expect(clippy::cast_sign_loss, reason = "shares are never below zero")]
 mod tests {
     use super::super::view::{Held, Look};
     use super::*;
@@ -130,7 +137,7 @@ mod tests {
     }
 
     fn chosen(policy: &Policy, engines: &[Look], turn: u64, seed: u64) -> usize {
-        let view = View { prompt_tokens: 100, engines };
+        let view = View { prompt_tokens: 100, credit_s: 0.0, engines };
         choose(policy, &view, turn, &mut fastrand::Rng::with_seed(seed)).expect("engines").chosen
     }
 
@@ -138,7 +145,7 @@ mod tests {
     fn the_longest_prefix_wins_among_equally_loaded() {
         let engines = looks(&[10, 90, 50]);
         assert_eq!(chosen(&Policy::field(), &engines, 0, 1), 1);
-        assert_eq!(chosen(&Policy::Cost(Cost::default()), &engines, 0, 1), 1);
+        assert_eq!(chosen(&Policy::Cost, &engines, 0, 1), 1);
     }
 
     #[test]
@@ -166,7 +173,7 @@ mod tests {
 
     #[test]
     fn nobody_to_choose() {
-        let view = View { prompt_tokens: 1, engines: &[] };
+        let view = View { prompt_tokens: 1, credit_s: 0.0, engines: &[] };
         assert_eq!(choose(&Policy::field(), &view, 0, &mut fastrand::Rng::with_seed(1)), None);
     }
 }

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use serde::Deserialize;
@@ -9,7 +10,6 @@ use serde::Deserialize;
 use super::approximate::Recent;
 use super::books::Books;
 use super::estimate;
-use super::speed::Speed;
 use super::view::{Adapter, Held, Look, Rates};
 use crate::error::{Error, Result};
 use crate::events::subscriber::Address;
@@ -135,8 +135,6 @@ pub struct Told {
 pub struct Engine {
     /// Where it is.
     pub spec: Spec,
-    /// What was promised to it.
-    pub books: Books,
     /// What it said last.
     pub told: ArcSwap<Told>,
     /// What it serves; empty: not known.
@@ -145,7 +143,9 @@ pub struct Engine {
     pub cold_turn: AtomicU64,
     draining: AtomicBool,
     recent: Mutex<Recent>,
-    speed: Mutex<Speed>,
+    books: Mutex<Books>,
+    /// When its books begin.
+    since: Instant,
     /// Failures in a row; it is well at 0, and has not been seen yet at [`UNSEEN`].
     failures: AtomicU32,
 }
@@ -161,12 +161,12 @@ impl Engine {
         Self {
             draining: AtomicBool::new(spec.draining),
             spec,
-            books: Books::default(),
             told: ArcSwap::default(),
             models: ArcSwap::default(),
             cold_turn: AtomicU64::new(0),
             recent: Mutex::default(),
-            speed: Mutex::default(),
+            books: Mutex::default(),
+            since: Instant::now(),
             failures: AtomicU32::new(UNSEEN),
         }
     }
@@ -232,23 +232,19 @@ impl Engine {
         self.failures.swap(0, Ordering::Relaxed) >= FAILURES_MAX
     }
 
-    fn speed(&self) -> MutexGuard<'_, Speed> {
-        self.speed.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What was promised to it.
+    pub fn books(&self) -> MutexGuard<'_, Books> {
+        self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A first token came so long after the decision, when so many tokens were to be computed before it.
-    pub fn learn_ttft(&self, tokens: u64, seconds: f64) {
-        self.speed().answered(tokens, seconds);
-    }
-
-    /// A request has ended so long after its first token.
-    pub fn learn_residence(&self, seconds: f64) {
-        self.speed().ended(seconds);
+    /// The time in its books.
+    pub fn now_s(&self) -> f64 {
+        self.since.elapsed().as_secs_f64()
     }
 
     /// Its speeds.
     pub fn rates(&self) -> Rates {
-        self.speed().rates()
+        self.books().speed.rates(self.now_s())
     }
 
     /// Whether it serves a model; `true` where it has not said.
@@ -265,21 +261,18 @@ impl Engine {
     /// How it is now, for a request of which it has so much.
     pub fn look(&self, held: Held, adapter: Option<&str>, session: bool) -> Look {
         let told = self.told.load();
-        Look {
+        let look = Look {
             waiting: told.waiting,
             running: told.running,
             kv_usage: told.kv_usage,
             kv_tokens: told.kv_tokens,
-            our_requests: self.books.requests.load(Ordering::Relaxed),
-            our_unanswered: self.books.unanswered.load(Ordering::Relaxed),
-            our_tokens: self.books.tokens.load(Ordering::Relaxed),
-            our_uncomputed: self.books.uncomputed.load(Ordering::Relaxed),
             held,
             adapter: adapter.map_or(Adapter::Unasked, |name| told.adapter(name)),
             session,
             cold_turn: self.cold_turn.load(Ordering::Relaxed),
-            rates: self.rates(),
-        }
+            ..Look::default()
+        };
+        self.books().look(self.now_s(), look)
     }
 }
 

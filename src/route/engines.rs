@@ -43,6 +43,7 @@ impl Engines {
 
 #[cfg(test)]
 mod tests {
+    use super::super::books::{Booking, Promise};
     use super::*;
 
     #[test]
@@ -66,11 +67,12 @@ mod tests {
         engines.set(vec![spec("")]);
         let a = engines.find("a").expect("a");
         a.heard(super::super::engine::Told::default());
-        let booking = super::super::books::Booking::new(Arc::clone(&a), 100, 0);
+        let promise = Promise { tokens: 100, ..Promise::default() };
+        let booking = Booking::new(Arc::clone(&a), promise);
         engines.set(vec![spec(",draining=true")]);
         let draining = engines.find("a").expect("a");
         assert_eq!((draining.is_usable(), draining.health()), (false, "draining"));
-        assert_eq!(draining.books.tokens.load(std::sync::atomic::Ordering::Relaxed), 100, "its request goes on");
+        assert_eq!(draining.books().tokens(), 100, "its request goes on");
         drop(booking);
         engines.set(vec![spec("")]);
         assert!(engines.find("a").expect("a").is_usable(), "without waiting for a scrape");

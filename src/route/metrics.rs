@@ -182,13 +182,16 @@ impl Metrics {
 
     /// All numbers as text.
     pub fn text(&self, engines: &Engines) -> Option<String> {
-        use std::sync::atomic::Ordering::Relaxed;
         self.engines.iter().for_each(Gauges::clear);
         for engine in engines.all().iter() {
+            let (requests, tokens) = {
+                let books = engine.books();
+                (books.requests(), books.tokens())
+            };
             let values = [
                 f64::from(u8::from(engine.is_usable())),
-                f64::from(engine.books.requests.load(Relaxed)),
-                engine.books.tokens.load(Relaxed) as f64,
+                requests as f64,
+                tokens as f64,
                 engine.rates().prefill,
                 engine.recent().sizes().0 as f64,
             ];

@@ -13,6 +13,7 @@ pub mod approximate;
 pub mod books;
 pub mod choose;
 pub mod cost;
+pub mod credit;
 pub mod engine;
 pub mod engines;
 pub mod estimate;

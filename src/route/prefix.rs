@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::approximate::Recent;
 use super::engine::Engine;
 use super::estimate::BLOCK_TOKENS;
+use super::prompt::Prompt;
 use super::view::Held;
 use crate::events::subscriber::Stream;
 use crate::index::Index;
@@ -69,6 +70,17 @@ fn split_rank(name: &str) -> (&str, Option<u32>) {
     parts.map_or((name, None), |(base, rank)| (base, Some(rank)))
 }
 
+/// The key of the longest prefix that any engine has of a prompt, in the terms in which it was found. `block`: tokens of a block of the index.
+pub fn longest(prompt: &Prompt, from: &str, found: &[Found], block: u32) -> Option<u64> {
+    let (keys, block) = match from {
+        "precise" => (&prompt.keys, block.max(1)),
+        _ => (&prompt.hashes, BLOCK_TOKENS as u32),
+    };
+    let tokens = found.iter().map(|it| it.held.tokens).max()?;
+    let last = (tokens / block).checked_sub(1)?;
+    keys.get(last as usize).copied()
+}
+
 /// Guesses from what one engine was given.
 pub fn approximate(recent: &Recent, hashes: &[u64], prompt: u32) -> Found {
     let blocks = recent.held(hashes);
@@ -86,6 +98,15 @@ mod tests {
     #[test]
     fn the_last_token_is_always_computed() {
         assert_eq!([usable(64, 64, 16), usable(64, 65, 16), usable(32, 64, 16), usable(16, 0, 16)], [48, 64, 32, 0]);
+    }
+
+    #[test]
+    fn the_longest_prefix_has_a_key() {
+        let prompt = Prompt { keys: vec![1, 2, 3, 4], hashes: vec![9], ..Prompt::default() };
+        let found = [0, 32, 16].map(|tokens| Found { held: Held { tokens, ..Held::default() }, ..Found::default() });
+        assert_eq!(longest(&prompt, "precise", &found, 16), Some(2));
+        assert_eq!(longest(&prompt, "precise", &found[..1], 16), None);
+        assert_eq!(longest(&prompt, "approximate", &found, 16), None);
     }
 
     #[test]

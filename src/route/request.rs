@@ -107,6 +107,11 @@ pub struct Request {
 }
 
 impl Request {
+    /// Its answer is to come in parts, the first token as soon as it is there.
+    pub fn streams(&self) -> bool {
+        self.body.get("stream").and_then(Json::as_bool).unwrap_or(false)
+    }
+
     /// Reads a request's body. Other kinds than prompts are not read.
     ///
     /// # Errors

@@ -8,8 +8,9 @@ use lru::LruCache;
 use tokio::sync::mpsc;
 
 use super::answer::Usage;
-use super::books::Booking;
+use super::books::{Booking, Promise};
 use super::choose::{Choice, Policy, choose};
+use super::credit::Credits;
 use super::engine::Engine;
 use super::engines::Engines;
 use super::estimate;
@@ -75,6 +76,7 @@ pub struct Router {
     /// Asks engines for ids.
     pub remote: Remote,
     sessions: Mutex<LruCache<String, String>>,
+    credits: Mutex<Credits>,
     random: Mutex<fastrand::Rng>,
     turn: AtomicU64,
     in_flight: AtomicU64,
@@ -99,6 +101,7 @@ impl Router {
             ring: Ring::default(),
             remote: Remote::new()?,
             sessions: Mutex::new(LruCache::new(sessions)),
+            credits: Mutex::default(),
             random: Mutex::new(fastrand::Rng::with_seed(setup.seed)),
             turn: AtomicU64::new(0),
             in_flight: AtomicU64::new(0),
@@ -144,13 +147,18 @@ impl Router {
             .zip(&found)
             .map(|(engine, found)| engine.look(found.held, adapter, session.as_deref() == Some(&engine.spec.name)))
             .collect();
-        let view = View { prompt_tokens: prompt.tokens, engines: &looks };
+        let prefix = prefix::longest(&prompt, prefix_from, &found, self.block_tokens());
+        let credit_s = prefix.map_or(0.0, |prefix| self.lock_credits().of(prefix));
+        let view = View { prompt_tokens: prompt.tokens, credit_s, engines: &looks };
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
         let choice = {
             let mut random = self.random.lock().unwrap_or_else(PoisonError::into_inner);
             choose(&self.setup.policy, &view, turn, &mut random)
         };
         let choice = choice.ok_or(Refusal::NoEngine("none is known"))?;
+        if let Some(prefix) = prefix {
+            self.lock_credits().settle(prefix, choice.credit_s);
+        }
         let chosen = &engines[choice.chosen];
         if found.iter().all(|it| it.held.tokens == 0) && prompt.tokens > 0 {
             chosen.cold_turn.store(turn + 1, Ordering::Relaxed);
@@ -170,7 +178,7 @@ impl Router {
             booking: None,
             prompt,
             age: 0,
-            ahead: 0,
+            streams: request.streams(),
             decision,
             decided: Instant::now(),
             first_byte: OnceLock::new(),
@@ -178,6 +186,15 @@ impl Router {
         };
         ticket.promise();
         Ok(ticket)
+    }
+
+    fn lock_credits(&self) -> std::sync::MutexGuard<'_, Credits> {
+        self.credits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tokens of the index's blocks.
+    fn block_tokens(&self) -> u32 {
+        self.setup.index.as_ref().map_or(0, |index| index.roster().block_tokens)
     }
 
     fn lock_sessions(&self) -> std::sync::MutexGuard<'_, LruCache<String, String>> {
@@ -231,8 +248,7 @@ impl Router {
             }
         };
         let Some(ids) = ids else { return Prompt { inexact, ..Prompt::estimate(request) } };
-        let block = self.setup.index.as_ref().map_or(0, |index| index.roster().block_tokens);
-        Prompt { inexact, ..Prompt::exact(request, &ids, from, adapter, block) }
+        Prompt { inexact, ..Prompt::exact(request, &ids, from, adapter, self.block_tokens()) }
     }
 
     /// What every engine has of a prompt.
@@ -312,8 +328,8 @@ pub struct Ticket {
     at: usize,
     booking: Option<Booking>,
     prompt: Prompt,
-    /// Tokens that its engine was to compute up to its first one.
-    ahead: u64,
+    /// Its answer comes in parts.
+    streams: bool,
     /// Age of the prompt's first block on the engine, as guessed.
     age: u64,
     decision: Decision,
@@ -352,8 +368,8 @@ impl Ticket {
     /// Books it at its engine, and takes the engine to hold the prompt from now on.
     fn promise(&mut self) {
         let (engine, found) = &self.order[self.at];
-        self.booking = Some(Booking::new(Arc::clone(engine), self.prompt.tokens, found.held.tokens));
-        self.ahead = engine.books.uncomputed.load(Ordering::Relaxed);
+        let promise = Promise { tokens: self.prompt.tokens, held: found.held.tokens, streams: self.streams };
+        self.booking = Some(Booking::new(Arc::clone(engine), promise));
         if !self.prompt.hashes.is_empty() {
             let mut recent = engine.recent();
             self.age = recent.age(&self.prompt.hashes);
@@ -389,14 +405,9 @@ impl Ticket {
 
     /// The first byte of the answer's body has come. Said once or often.
     pub fn answered(&self) {
-        self.first_byte.get_or_init(|| {
-            let took = self.decided.elapsed();
-            self.router.metrics.answered(took);
-            self.engine().learn_ttft(self.ahead, took.as_secs_f64());
-            Instant::now()
-        });
-        if let Some(booking) = &self.booking {
-            booking.answered();
+        if self.first_byte.set(Instant::now()).is_ok() {
+            self.router.metrics.answered(self.decided.elapsed());
+            self.booking.iter().for_each(Booking::answered);
         }
     }
 
@@ -413,9 +424,6 @@ impl Ticket {
     /// It has ended.
     pub fn end(mut self, outcome: &'static str, usage: Option<Usage>) {
         self.decision.outcome = outcome;
-        if let Some(first) = self.first_byte.get() {
-            self.engine().learn_residence(first.elapsed().as_secs_f64());
-        }
         let Some(usage) = usage else { return };
         self.decision.reported_prompt = Some(usage.prompt);
         self.decision.reported_cached = usage.cached;

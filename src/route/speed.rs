@@ -1,8 +1,8 @@
 //! How fast an engine is, learned from its answers.
 //!
 //! Time to the first token is taken as an overhead plus the tokens that were to be computed before it, at some rate: a straight line through what was seen
-//! lately. The slope is learned slowly, since it is the hardware's; the overhead quickly, since it is the load's. An engine that was not asked for a
-//! while is taken to be less loaded again.
+//! lately. The slope is learned slowly, since it is the hardware's; the overhead quickly, since it is the load's; it fades, so that an engine that was
+//! slow once is asked again.
 
 use super::view::Rates;
 
@@ -15,11 +15,18 @@ const PRIOR: f64 = 8.0;
 /// Tokens of those.
 const PRIOR_TOKENS: f64 = 2000.0;
 
+/// Time in which an overhead that is not seen again fades, in s.
+const OVERHEAD_S: f64 = 30.0;
+
 /// An engine's speed.
 #[derive(Debug, Clone, Copy)]
 pub struct Speed {
     /// Weighted sums of answers: count, tokens, seconds, tokens squared, tokens times seconds.
     sums: [f64; 5],
+    /// The overhead may seem to be below zero for a while: answers scatter on both sides of the line.
+    overhead_s: f64,
+    /// When it was learned.
+    at_s: f64,
     rates: Rates,
 }
 
@@ -32,16 +39,17 @@ impl Default for Speed {
 impl Speed {
     /// That of an engine of which nothing is known but these.
     pub fn new(rates: Rates) -> Self {
-        Self { sums: [0.0; 5], rates }
+        Self { sums: [0.0; 5], overhead_s: 0.0, at_s: 0.0, rates }
     }
 
     /// Its speeds.
-    pub fn rates(&self) -> Rates {
-        self.rates
+    pub fn rates(&self, now_s: f64) -> Rates {
+        let faded = (-(now_s - self.at_s).max(0.0) / OVERHEAD_S).exp();
+        Rates { overhead_s: (self.overhead_s * faded).max(0.0), ..self.rates }
     }
 
-    /// A first token came `seconds` after the decision, with so many tokens to be computed before it.
-    pub fn answered(&mut self, tokens: u64, seconds: f64) {
+    /// A first token came now, `seconds` after the decision, with so many tokens to be computed before it.
+    pub fn answered(&mut self, now_s: f64, tokens: u64, seconds: f64) {
         let x = tokens as f64;
         let sample = [1.0, x, seconds, x * x, x * seconds];
         self.sums.iter_mut().zip(sample).for_each(|(sum, part)| *sum = *sum * KEPT + part);
@@ -51,8 +59,8 @@ impl Speed {
         let with = sxy - sx * sy / n + PRIOR * PRIOR_TOKENS * PRIOR_TOKENS / Rates::default().prefill;
         let slope = (with / spread).clamp(1e-7, 1e-1);
         self.rates.prefill = 1.0 / slope;
-        let beyond = (seconds - x * slope).max(0.0);
-        self.rates.overhead_s += 0.2 * (beyond - self.rates.overhead_s);
+        self.overhead_s += 0.2 * (seconds - x * slope - self.overhead_s);
+        self.at_s = now_s;
     }
 
     /// A request ended so long after its first token.
@@ -70,9 +78,9 @@ mod tests {
         let mut speed = Speed::default();
         for number in 0..500_u64 {
             let tokens = number * 37 % 8000;
-            speed.answered(tokens, 0.03 + tokens as f64 / 20_000.0);
+            speed.answered(0.0, tokens, 0.03 + tokens as f64 / 20_000.0);
         }
-        let rates = speed.rates();
+        let rates = speed.rates(0.0);
         assert!((rates.prefill / 20_000.0 - 1.0).abs() < 0.1, "{rates:?}");
         assert!((rates.overhead_s - 0.03).abs() < 0.02, "{rates:?}");
     }
@@ -80,9 +88,10 @@ mod tests {
     #[test]
     fn equal_answers_say_nothing_of_the_rate() {
         let mut speed = Speed::default();
-        (0..100).for_each(|_| speed.answered(100, 5.0));
-        let rates = speed.rates();
+        (0..100).for_each(|_| speed.answered(0.0, 100, 5.0));
+        let rates = speed.rates(0.0);
         assert!((rates.prefill / Rates::default().prefill - 1.0).abs() < 0.01, "{rates:?}");
         assert!(rates.overhead_s > 4.0);
+        assert!(speed.rates(60.0).overhead_s < 1.0, "it is asked again");
     }
 }

@@ -73,6 +73,10 @@ pub struct Look {
     pub our_tokens: u64,
     /// Tokens of ours that it has yet to compute before the next prompt's turn.
     pub our_uncomputed: u64,
+    /// Requests of ours that it got lately, each second.
+    pub our_rate: f64,
+    /// Tokens of ours that it was to compute lately, each second.
+    pub our_work: f64,
     /// What it has of the prompt.
     pub held: Held,
     /// How it stands to the request's adapter.
@@ -90,6 +94,8 @@ pub struct Look {
 pub struct View<'a> {
     /// Tokens of the prompt, exact or estimated.
     pub prompt_tokens: u32,
+    /// What requests for the longest prefix that any engine has of it have lost by waiting, in s ([`super::credit`]).
+    pub credit_s: f64,
     /// The engines.
     pub engines: &'a [Look],
 }

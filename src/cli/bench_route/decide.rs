@@ -14,7 +14,6 @@ use crate::events::wire::{Arena, Batch, Event, Hashes, Stored};
 use crate::index::Index;
 use crate::index::tiers::Weights;
 use crate::route::choose::Policy;
-use crate::route::cost::Cost;
 use crate::route::engine::{Spec, Told};
 use crate::route::engines::Engines;
 use crate::route::prompt::{Checked, Models, Prompt};
@@ -155,7 +154,7 @@ impl Place {
         let named = [(String::new(), Arc::new(Checked { model, differs: AtomicBool::new(false) }))].into();
         let setup = Setup {
             mode: if index.is_some() { Mode::Precise } else { Mode::Approximate },
-            policy: Policy::Cost(Cost::default()),
+            policy: Policy::Cost,
             weights: Weights::default(),
             index: index.clone(),
             models: Models { named },

@@ -117,7 +117,7 @@ mod tests {
     use super::*;
 
     fn score(scorer: Scorer, engines: &[Look]) -> Vec<f64> {
-        scorer.score(&View { prompt_tokens: 100, engines })
+        scorer.score(&View { prompt_tokens: 100, credit_s: 0.0, engines })
     }
 
     fn close(found: &[f64], wanted: &[f64]) {

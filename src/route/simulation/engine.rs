@@ -1,12 +1,13 @@
-//! A model of an engine: continuous batching with chunked prefill, a prefix cache in GPU memory with a tier in host memory behind it.
+//! A model of an engine: continuous batching with chunked prefill over a prefix cache with a tier in host memory behind it ([`Cache`]).
 //!
-//! A step takes a fixed time, a time for each prompt token it computes and each request it decodes, and the time of loads from host memory. Blocks of
-//! running requests are pinned; the others stay in recency order until their room is needed, then they go to host memory, whose oldest go for good.
+//! As in vLLM, a step spends a budget of tokens: one for each request that decodes, then chunks of prompts in the order they came; who gets nothing of it
+//! waits, and finds what others have computed meanwhile when its turn comes. A step takes a fixed time, a time for each prompt token it computes and
+//! each request it decodes, and the time of loads from host memory. Not modelled: preemption (a request's room is reserved up to its end), attention
+//! that grows with the context, failures.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 
-use lru::LruCache;
-
+use super::cache::Cache;
 use super::load::BLOCK;
 
 /// Speeds and sizes.
@@ -24,8 +25,8 @@ pub struct Model {
     pub decode_s: f64,
     /// Tokens a second from host memory.
     pub load: f64,
-    /// Prompt tokens of a step.
-    pub chunk: u32,
+    /// Tokens of a step.
+    pub budget: u32,
     /// Requests that run at once.
     pub slots: usize,
 }
@@ -40,44 +41,52 @@ impl Default for Model {
             prefill: 12_000.0,
             decode_s: 0.000_06,
             load: 400_000.0,
-            chunk: 2048,
+            budget: 2048,
             slots: 128,
         }
     }
 }
 
-/// What happens to a block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Change {
-    /// In GPU memory now; the block before it.
-    Stored(u64, Option<u64>, u32),
-    /// Out of GPU memory, into host memory.
-    Moved(u64),
-    /// Out of host memory.
-    Dropped(u64),
-}
-
 /// A request within the engine.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Job {
     /// Its number.
     pub id: usize,
-    /// Hashes of its prompt's blocks.
+    /// Hashes of its blocks: those of the prompt, then full ones of the answer.
     pub hashes: Vec<u64>,
     /// Their contents.
     pub contents: Vec<u32>,
+    /// How many are the prompt's.
+    pub prompt: usize,
     /// Tokens of its answer.
     pub answer: u32,
-    uncomputed: u32,
-    held: usize,
+    cached: u32,
+    computed: u32,
     decoded: u32,
-    private: usize,
 }
 
 impl Job {
-    /// A request.
-    pub fn new(id: usize, hashes: Vec<u64>, contents: Vec<u32>, answer: u32) -> Self {
-        Self { id, hashes, contents, answer, uncomputed: 0, held: 0, decoded: 0, private: 0 }
+    /// A request with a prompt of so many blocks.
+    pub fn new(id: usize, hashes: Vec<u64>, contents: Vec<u32>, prompt: usize, answer: u32) -> Self {
+        Self { id, hashes, contents, prompt, answer, cached: 0, computed: 0, decoded: 0 }
+    }
+
+    fn prompt_tokens(&self) -> u32 {
+        self.prompt as u32 * BLOCK
+    }
+
+    fn is_computed(&self) -> bool {
+        self.computed == self.prompt_tokens()
+    }
+
+    /// Blocks that are full.
+    fn full(&self) -> usize {
+        ((self.computed + self.decoded.saturating_sub(1)) / BLOCK) as usize
+    }
+
+    /// All it needs up to its end: the last block may not become full.
+    fn room(&self) -> usize {
+        self.hashes.len() + 1
     }
 }
 
@@ -98,16 +107,10 @@ pub struct SimEngine {
     model: Model,
     waiting: VecDeque<Job>,
     running: Vec<Job>,
-    /// In GPU memory, pinned by so many running requests.
-    pinned: HashMap<u64, u32>,
-    /// In GPU memory, unpinned.
-    free: LruCache<u64, ()>,
-    host: LruCache<u64, ()>,
-    private: usize,
-    /// What happened since it was last asked.
-    pub changes: Vec<Change>,
-    /// Seconds of all steps.
-    pub busy_s: f64,
+    /// Its blocks.
+    pub cache: Cache,
+    /// Seconds of all steps, less what a step takes that computes nothing.
+    pub work_s: f64,
     /// A step is under way.
     pub is_stepping: bool,
 }
@@ -119,20 +122,15 @@ impl SimEngine {
             model,
             waiting: VecDeque::new(),
             running: Vec::new(),
-            pinned: HashMap::new(),
-            free: LruCache::unbounded(),
-            host: LruCache::unbounded(),
-            private: 0,
-            changes: Vec::new(),
-            busy_s: 0.0,
+            cache: Cache::new(model.gpu_blocks, model.host_blocks),
+            work_s: 0.0,
             is_stepping: false,
         }
     }
 
     /// Waiting, running, and the share of GPU memory that running requests use.
     pub fn told(&self) -> (usize, usize, f64) {
-        let used = self.pinned.len() + self.private;
-        (self.waiting.len(), self.running.len(), used as f64 / self.model.gpu_blocks as f64)
+        (self.waiting.len(), self.running.len(), self.cache.usage())
     }
 
     /// Takes a request.
@@ -145,122 +143,76 @@ impl SimEngine {
         self.waiting.is_empty() && self.running.is_empty()
     }
 
-    fn make_room(&mut self, blocks: usize) {
-        while self.pinned.len() + self.free.len() + self.private + blocks > self.model.gpu_blocks {
-            let Some((hash, ())) = self.free.pop_lru() else { return };
-            self.changes.push(Change::Moved(hash));
-            self.host.put(hash, ());
-            if self.host.len() > self.model.host_blocks
-                && let Some((old, ())) = self.host.pop_lru()
-            {
-                self.changes.push(Change::Dropped(old));
-            }
+    /// Lets the first waiting request in if there is room. Returns the tokens that it loads from host memory.
+    fn admit(&mut self) -> Option<u32> {
+        let job = self.waiting.front()?;
+        let (gpu, host) = self.cache.held(&job.hashes[..job.prompt]);
+        // The last block of a prompt is always computed.
+        let gpu = gpu.min(job.prompt - 1);
+        let loaded = host.min(job.prompt - 1 - gpu);
+        let fits = self.cache.fits(&job.hashes[..gpu], job.room()) || self.running.is_empty();
+        if self.running.len() >= self.model.slots || !fits {
+            return None;
         }
-    }
-
-    /// Lets waiting requests in, in their order, as long as there is room. Returns the tokens that they load from host memory.
-    fn admit(&mut self) -> u32 {
-        let mut loaded = 0;
-        while let Some(job) = self.waiting.front() {
-            let in_gpu = |hash: &u64| self.pinned.contains_key(hash) || self.free.contains(hash);
-            let gpu = job.hashes.iter().take_while(|hash| in_gpu(hash)).count();
-            let host = job.hashes[gpu..].iter().take_while(|hash| self.host.contains(hash)).count();
-            // The last block of a prompt is always computed.
-            let held = (gpu + host).min(job.hashes.len().saturating_sub(1));
-            let private = (job.answer / BLOCK + 1) as usize;
-            let pinned_already =
-                job.hashes[..held.min(gpu)].iter().filter(|hash| self.pinned.contains_key(hash)).count();
-            let wanted = job.hashes.len() - pinned_already + private;
-            let room = self.model.gpu_blocks.saturating_sub(self.pinned.len() + self.private);
-            if self.running.len() >= self.model.slots || (wanted > room && !self.running.is_empty()) {
-                break;
-            }
-            let Some(mut job) = self.waiting.pop_front() else { break };
-            for hash in &job.hashes[..held] {
-                self.free.pop(hash);
-                *self.pinned.entry(*hash).or_insert(0) += 1;
-            }
-            let new_in_gpu = held.saturating_sub(gpu);
-            self.make_room(job.hashes.len() - held + private);
-            for at in gpu..held {
-                let parent = at.checked_sub(1).map(|before| job.hashes[before]);
-                self.changes.push(Change::Stored(job.hashes[at], parent, job.contents[at]));
-            }
-            loaded += new_in_gpu as u32 * BLOCK;
-            self.private += private;
-            job.private = private;
-            job.held = held;
-            job.uncomputed = (job.hashes.len() - held) as u32 * BLOCK;
-            self.running.push(job);
-        }
-        loaded
+        let mut job = self.waiting.pop_front()?;
+        self.cache.admit(&job.hashes, &job.contents, (gpu, loaded), job.room() - gpu - loaded);
+        job.cached = (gpu + loaded) as u32 * BLOCK;
+        job.computed = job.cached;
+        self.running.push(job);
+        Some(loaded as u32 * BLOCK)
     }
 
     /// One step.
     pub fn step(&mut self) -> Step {
-        let loaded = self.admit();
         let mut step = Step::default();
-        let mut budget = self.model.chunk;
-        let mut decodes = 0;
-        let mut computed = Vec::new();
-        for (at, job) in self.running.iter_mut().enumerate() {
-            if job.uncomputed > 0 {
-                let part = job.uncomputed.min(budget);
-                budget -= part;
-                job.uncomputed -= part;
-                if job.uncomputed == 0 && part > 0 {
-                    step.first_tokens.push((job.id, job.held as u32 * BLOCK));
-                    job.decoded = 1;
-                    computed.push(at);
+        let (mut budget, mut prefill, mut decodes, mut loaded) = (self.model.budget, 0, 0, 0);
+        let mut at = 0;
+        loop {
+            if at == self.running.len() {
+                match (budget > 0).then(|| self.admit()).flatten() {
+                    Some(tokens) => loaded += tokens,
+                    None => break,
                 }
-            } else {
+            }
+            let job = &mut self.running[at];
+            let before = job.full();
+            if job.is_computed() {
                 decodes += 1;
+                budget = budget.saturating_sub(1);
                 job.decoded += 1;
-            }
-        }
-        for at in computed {
-            let (hashes, contents, held) =
-                (self.running[at].hashes.clone(), self.running[at].contents.clone(), self.running[at].held);
-            for place in held..hashes.len() {
-                let is_new = !self.pinned.contains_key(&hashes[place]) && self.free.pop(&hashes[place]).is_none();
-                *self.pinned.entry(hashes[place]).or_insert(0) += 1;
-                if is_new {
-                    let parent = place.checked_sub(1).map(|before| hashes[before]);
-                    self.changes.push(Change::Stored(hashes[place], parent, contents[place]));
+            } else {
+                let part = (job.prompt_tokens() - job.computed).min(budget);
+                (budget, prefill, job.computed) = (budget - part, prefill + part, job.computed + part);
+                if job.is_computed() {
+                    job.decoded = 1;
+                    step.first_tokens.push((job.id, job.cached));
                 }
             }
+            for place in before..job.full().min(job.hashes.len()) {
+                self.cache.fill(&job.hashes, &job.contents, place);
+            }
+            at += 1;
         }
-        let prefill = self.model.chunk - budget;
-        let prefill_s = f64::from(prefill) / self.model.prefill;
-        step.seconds = self.model.step_s
-            + prefill_s
+        let work_s = f64::from(prefill) / self.model.prefill
             + f64::from(decodes) * self.model.decode_s
             + f64::from(loaded) / self.model.load;
-        self.busy_s += step.seconds;
-        let (done, running): (Vec<Job>, Vec<Job>) = std::mem::take(&mut self.running)
-            .into_iter()
-            .partition(|job| job.uncomputed == 0 && job.decoded >= job.answer);
+        self.work_s += work_s;
+        step.seconds = self.model.step_s + work_s;
+        let is_done = |job: &Job| job.is_computed() && job.decoded >= job.answer;
+        let (done, running): (Vec<Job>, Vec<Job>) = std::mem::take(&mut self.running).into_iter().partition(is_done);
         self.running = running;
         for job in done {
-            self.private -= job.private;
-            // The last block is the first to go.
-            for hash in job.hashes.iter().rev() {
-                let Some(pins) = self.pinned.get_mut(hash) else { continue };
-                *pins -= 1;
-                if *pins == 0 {
-                    self.pinned.remove(hash);
-                    self.free.put(*hash, ());
-                }
-            }
+            let full = job.full().min(job.hashes.len());
+            self.cache.release(&job.hashes[..full], job.room() - full);
             step.done.push(job.id);
         }
-        self.make_room(0);
         step
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::cache::Change;
     use super::*;
 
     fn run(engine: &mut SimEngine, job: Job) -> (u32, f64) {
@@ -275,7 +227,8 @@ mod tests {
     }
 
     fn job(id: usize, from: u64, blocks: u64) -> Job {
-        Job::new(id, (from..from + blocks).collect(), (from as u32..(from + blocks) as u32).collect(), 10)
+        let contents = (from as u32..(from + blocks) as u32).collect();
+        Job::new(id, (from..from + blocks).collect(), contents, blocks as usize, 10)
     }
 
     #[test]
@@ -287,7 +240,7 @@ mod tests {
         let (cached, warm_s) = run(&mut engine, job(1, 1, 30));
         assert!(cached == 29 * BLOCK && warm_s < cold_s);
         run(&mut engine, job(2, 1000, 30));
-        assert!(engine.changes.iter().any(|change| matches!(change, Change::Moved(_))));
+        assert!(engine.cache.changes.iter().any(|change| matches!(change, Change::Moved(_))));
         let (cached, _) = run(&mut engine, job(3, 1, 30));
         assert_eq!(cached, 29 * BLOCK, "from host memory");
         run(&mut engine, job(4, 2000, 30));
@@ -295,6 +248,35 @@ mod tests {
         run(&mut engine, job(6, 4000, 30));
         let (cached, _) = run(&mut engine, job(7, 1, 30));
         assert!(cached < 29 * BLOCK, "the oldest have gone");
-        assert_eq!((engine.pinned.len(), engine.private), (0, 0), "everything is given back");
+        assert!(engine.cache.is_released(), "everything is given back");
+    }
+
+    #[test]
+    fn who_waits_finds_what_was_computed_meanwhile() {
+        let mut engine = SimEngine::new(Model::default());
+        engine.push(job(0, 1, 100));
+        engine.push(job(1, 1, 100));
+        let steps: Vec<Step> = std::iter::from_fn(|| (!engine.is_idle()).then(|| engine.step())).take(4).collect();
+        assert!(steps[..3].iter().all(|step| step.first_tokens.is_empty()), "6400 tokens take four steps of 2048");
+        assert_eq!(steps[3].first_tokens, [(0, 0), (1, 99 * BLOCK)]);
+    }
+
+    #[test]
+    fn a_full_memory_makes_wait() {
+        let mut engine = SimEngine::new(Model { gpu_blocks: 40, ..Model::default() });
+        engine.push(job(0, 1, 20));
+        engine.push(job(1, 1000, 20));
+        engine.step();
+        assert_eq!((engine.told().0, engine.told().1), (1, 1));
+        assert!(engine.told().2 > 0.5);
+    }
+
+    #[test]
+    fn an_answer_is_held_like_a_prompt() {
+        let mut engine = SimEngine::new(Model::default());
+        let contents: Vec<u32> = (1..=12).collect();
+        let hashes: Vec<u64> = (1..=12).collect();
+        run(&mut engine, Job::new(0, hashes.clone(), contents, 10, 2 * BLOCK + 5));
+        assert_eq!(engine.cache.held(&hashes), (12, 0));
     }
 }

@@ -96,8 +96,12 @@ pub struct Session {
     pub prompt: Vec<u32>,
     /// Tokens of the next answer.
     pub answer: u32,
+    /// Its full blocks.
+    pub said: Vec<u32>,
     /// Turns after this one.
     pub left: u32,
+    /// Of the session alone, so that it is the same however it is routed.
+    pub random: Rng,
 }
 
 /// Makes sessions of one kind.
@@ -125,29 +129,30 @@ impl Maker {
         Self { shape, beginnings, fresh: beginnings * shape.beginning }
     }
 
-    fn add(&mut self, prompt: &mut Vec<u32>, blocks: u32) {
-        prompt.extend(self.fresh..self.fresh + blocks);
+    /// So many blocks that nobody has seen.
+    fn fresh(&mut self, blocks: u32) -> std::ops::Range<u32> {
         self.fresh += blocks;
+        self.fresh - blocks..self.fresh
     }
 
     /// A new session. Some beginnings are asked for more often than others.
     pub fn begin(&mut self, random: &mut Rng) -> Session {
+        let mut random = random.fork();
         let popular = random.f64() * random.f64();
         let which = (popular * f64::from(self.beginnings)) as u32;
         let mut prompt: Vec<u32> = (which * self.shape.beginning..(which + 1) * self.shape.beginning).collect();
-        let first = between(random, self.shape.first);
-        self.add(&mut prompt, first);
-        let left = between(random, self.shape.turns) - 1;
-        Session { prompt, answer: between(random, self.shape.answer), left }
+        prompt.extend(self.fresh(between(&mut random, self.shape.first)));
+        let left = between(&mut random, self.shape.turns) - 1;
+        let answer = between(&mut random, self.shape.answer);
+        Session { prompt, answer, said: self.fresh(answer / BLOCK).collect(), left, random }
     }
 
     /// The session's next turn, after its answer.
-    pub fn go_on(&mut self, session: &mut Session, random: &mut Rng) {
-        let added = session.answer / BLOCK + between(random, self.shape.turn);
-        let mut prompt = std::mem::take(&mut session.prompt);
-        self.add(&mut prompt, added.max(1));
-        session.prompt = prompt;
-        session.answer = between(random, self.shape.answer);
+    pub fn go_on(&mut self, session: &mut Session) {
+        session.prompt.append(&mut session.said);
+        session.prompt.extend(self.fresh(between(&mut session.random, self.shape.turn).max(1)));
+        session.answer = between(&mut session.random, self.shape.answer);
+        session.said = self.fresh(session.answer / BLOCK).collect();
         session.left -= 1;
     }
 }
