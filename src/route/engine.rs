@@ -218,12 +218,24 @@ impl Engine {
         self.failures.fetch_max(FAILURES_MAX, Ordering::Relaxed);
     }
 
+    /// What it says now is said by another process than the last time, or after a time in which it was not well.
+    pub fn is_back(&self, told: &Told) -> bool {
+        self.failures.load(Ordering::Relaxed) >= FAILURES_MAX || self.has_restarted(told)
+    }
+
+    fn has_restarted(&self, told: &Told) -> bool {
+        let before = self.told.load().started_s;
+        before > 0.0 && told.started_s > before + 0.5
+    }
+
     /// It has answered a scrape. Returns whether it was unusable before.
-    pub fn heard(&self, told: Told) -> bool {
-        let before = self.told.load();
-        let restarted = before.started_s > 0.0 && told.started_s > before.started_s + 0.5;
-        if restarted {
+    pub fn heard(&self, mut told: Told) -> bool {
+        if self.has_restarted(&told) {
             self.recent().clear();
+        }
+        if told.started_s <= 0.0 {
+            // Nonsense between two lives must not hide that there are two.
+            told.started_s = self.told.load().started_s;
         }
         if told.kv_tokens > 0 {
             self.recent().resize(told.kv_tokens as usize / estimate::BLOCK_TOKENS);
@@ -336,8 +348,14 @@ mod tests {
         engine.recent().used(&[1, 2, 3]);
         engine.heard(Told { started_s: 100.0, ..Told::default() });
         assert_eq!(engine.recent().held(&[1, 2, 3]), 3);
-        engine.heard(Told { started_s: 200.0, ..Told::default() });
+        engine.heard(Told::default());
+        let now = Told { started_s: 200.0, ..Told::default() };
+        assert!(engine.is_back(&now), "its models may be others");
+        engine.heard(now.clone());
         assert_eq!(engine.recent().held(&[1, 2, 3]), 0);
+        assert!(!engine.is_back(&now));
+        engine.refused();
+        assert!(engine.is_back(&now));
     }
 
     #[test]

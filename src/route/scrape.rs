@@ -48,9 +48,9 @@ async fn follow(engine: Arc<Engine>, client: reqwest::Client, every: Duration) {
     loop {
         match metrics(&engine, &client).await {
             Some(told) => {
-                if (turn % MODELS_EVERY == 0 || engine.models.load().is_empty())
-                    && let Some(models) = models(&engine, &client).await
-                {
+                // Before it gets requests again: it may have come back with other models.
+                let ask = turn % MODELS_EVERY == 0 || engine.is_back(&told) || engine.models.load().is_empty();
+                if ask && let Some(models) = models(&engine, &client).await {
                     engine.models.store(Arc::new(models));
                 }
                 turn += 1;
