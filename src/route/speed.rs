@@ -18,9 +18,6 @@ const SLOPES: (f64, f64) = (2e-6, 0.1);
 /// Time in which an overhead that is not seen again fades, in s.
 const OVERHEAD_S: f64 = 30.0;
 
-/// Time in which an overhead that is not seen again fades, in s.
-const OVERHEAD_S: f64 = 30.0;
-
 /// An engine's speed.
 #[derive(Debug, Clone, Copy)]
 pub struct Speed {
