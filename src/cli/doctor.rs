@@ -50,7 +50,7 @@ pub fn examine(options: &Options) -> Vec<Finding> {
     if let Some(dir) = &options.dir {
         findings.extend(disk::examine(dir));
     }
-    findings.push(cuda::examine());
+    findings.extend(cuda::examine());
     findings.push(vllm(options));
     findings
 }

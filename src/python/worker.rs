@@ -11,7 +11,8 @@ use super::errors::guarded;
 use super::reports::CopyReport;
 use crate::error::Error;
 use crate::gpu::Copier;
-use crate::gpu::host::{HostCopier, HostSide};
+use crate::gpu::host::HostCopier;
+use crate::gpu::sides::Sides;
 use crate::gpu::views::{GroupRuns, LayerView};
 use crate::gpu::worker::{CopyStats, CopyWorker};
 use crate::pool::watch::Watch;
@@ -49,7 +50,7 @@ impl PyCopyWorker {
                 Box::new(move |pool, answers, guard| {
                     // SAFETY: the connector keeps vLLM's KV tensors alive (it holds references to them) until it has called `release`, which
                     // ends the copier.
-                    let side = unsafe { HostSide::new(pool, Arc::clone(&held), rank, verify_loads, guard) };
+                    let side = unsafe { Sides::new(pool, Arc::clone(&held), rank, verify_loads, guard) };
                     Ok(Box::new(HostCopier::start(side, &answers, threads)?) as Box<dyn Copier>)
                 }),
             );
