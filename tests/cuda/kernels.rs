@@ -58,6 +58,21 @@ fn calibration_measures_what_is_there_and_gives_its_memory_back() {
     stub.is_clean();
 }
 
+/// The stub's rates mean nothing: the benchmark runs, gives its memory back, and reports every size both ways.
+#[test]
+fn the_benchmark_runs_over_the_stub() {
+    use kvcellar::cli::bench_dma::{Options, measure};
+    let stub = Stub::take(4);
+    stub.eager();
+    stub.strict();
+    let options = Options { device: 0, mib: 8, repetitions: 1, nvrtc: Vec::new(), json: true };
+    measure(&options).expect("the stub's device");
+    assert!(measure(&Options { mib: 9, ..options }).is_err());
+    assert_eq!(stub.calls("cuMemAlloc_v2"), stub.calls("cuMemFree_v2"));
+    assert_eq!(stub.calls("cuMemHostAlloc"), stub.calls("cuMemFreeHost"));
+    stub.is_clean();
+}
+
 #[test]
 fn without_memory_to_measure_with_the_engines_are_used() {
     let stub = Stub::take(3);

@@ -1,16 +1,20 @@
 //! The GPU's driver, its devices, and how copies would be dispatched on each.
 
+use std::path::PathBuf;
+
 use super::finding::{Finding, Status};
 
 const NAME: &str = "cuda";
 
 /// The lines about CUDA: one of the driver, or one of each device.
 #[cfg(feature = "cuda")]
-pub fn examine() -> Vec<Finding> {
+pub fn examine(nvrtc: &[PathBuf]) -> Vec<Finding> {
     use crate::gpu::cuda::driver::Driver;
 
     match Driver::get() {
-        Ok(driver) if driver.devices() > 0 => (0..driver.devices()).map(|ordinal| device(driver, ordinal)).collect(),
+        Ok(driver) if driver.devices() > 0 => {
+            (0..driver.devices()).map(|ordinal| device(driver, ordinal, nvrtc)).collect()
+        }
         Ok(driver) => {
             let found = format!("driver for CUDA {}, no device", driver.version());
             vec![Finding::new(Status::Warning, NAME, found, "Give this process a GPU (docker run --gpus all)")]
@@ -21,7 +25,7 @@ pub fn examine() -> Vec<Finding> {
 }
 
 #[cfg(feature = "cuda")]
-fn device(driver: &crate::gpu::cuda::driver::Driver, ordinal: i32) -> Finding {
+fn device(driver: &crate::gpu::cuda::driver::Driver, ordinal: i32, nvrtc: &[PathBuf]) -> Finding {
     use crate::gpu::cuda::calibration;
     use crate::gpu::cuda::device::Device;
     use crate::gpu::cuda::driver::Refused;
@@ -29,7 +33,7 @@ fn device(driver: &crate::gpu::cuda::driver::Driver, ordinal: i32) -> Finding {
     let look = || {
         let device = Device::open(ordinal)?;
         let facts = device.facts().map_err(Refused::into_error)?;
-        let calibration = calibration::of_device(&device, &[]).map_err(Refused::into_error)?;
+        let calibration = calibration::of_device(&device, nvrtc).map_err(Refused::into_error)?;
         Ok((facts, calibration))
     };
     let looked: crate::error::Result<_> = look();
@@ -54,7 +58,7 @@ fn refused(error: &crate::error::Error) -> Finding {
 
 /// The line about CUDA in a build without it.
 #[cfg(not(feature = "cuda"))]
-pub fn examine() -> Vec<Finding> {
+pub fn examine(_nvrtc: &[PathBuf]) -> Vec<Finding> {
     vec![Finding::new(
         Status::Warning,
         NAME,

@@ -1,19 +1,17 @@
 //! Which way of dispatch is the fastest for which size of fragment, measured on the device at hand when a copier starts. Takes some milliseconds.
 
-use std::ffi::c_void;
 use std::fmt;
 use std::path::PathBuf;
-use std::ptr;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::device::{Device, Stream};
 use super::dispatch::{Dispatch, Thresholds, Way};
-use super::driver::{Address, Refused};
+use super::driver::Refused;
 use super::kernel::{Kernel, Table};
 use super::nvrtc;
+use super::room::Room;
 use crate::gpu::Direction;
-use crate::gpu::fragments::Fragment;
 use crate::limits::{CALIBRATION_BYTES, GATHER_SMS};
 
 type Answer<T> = std::result::Result<T, Refused>;
@@ -92,7 +90,7 @@ pub(super) fn calibrate(device: &Arc<Device>, stream: &Stream, nvrtc: &[PathBuf]
         Ok(kernel) => (found.kernel, found.no_kernel) = (Some(Arc::new(kernel)), None),
         Err(why) => found.no_kernel = Some(why),
     }
-    match Room::new(device) {
+    match Room::new(device, 2 * CALIBRATION_BYTES) {
         Ok(room) => measure(device, stream, &room, &mut found)?,
         // Nothing to measure with: the engines alone, which need no threshold.
         Err(refused) if refused.is_out_of_memory() => {
@@ -128,7 +126,7 @@ fn measure(device: &Arc<Device>, stream: &Stream, room: &Room, found: &mut Calib
     let ways =
         [found.thresholds.batch.then_some(Way::Batch), Some(Way::Each), found.kernel.is_some().then_some(Way::Gather)];
     for size in SIZES {
-        let fragments = room.fragments(size);
+        let fragments = room.scattered(size, CALIBRATION_BYTES / size);
         let mut rates = [0.0; 3];
         for (rate, way) in rates.iter_mut().zip(ways) {
             let Some(way) = way else { continue };
@@ -160,54 +158,6 @@ fn decide(rates: &[(u64, [f64; 3])]) -> Thresholds {
         gather_below = size + 1;
     }
     Thresholds { batch, gather_below }
-}
-
-/// Memory on both sides to measure with.
-struct Room {
-    device: Arc<Device>,
-    host: *mut c_void,
-    memory: Address,
-}
-
-impl Room {
-    fn new(device: &Arc<Device>) -> Answer<Self> {
-        let functions = &device.driver.functions;
-        let mut room = Self { device: Arc::clone(device), host: ptr::null_mut(), memory: 0 };
-        let len = 2 * CALIBRATION_BYTES as usize;
-        // SAFETY: the pointer is to a field; the memory is freed when the room is dropped.
-        let code = unsafe { (functions.cuMemHostAlloc)(&raw mut room.host, len, 1) };
-        device.driver.check("cuMemHostAlloc", code)?;
-        // SAFETY: as above.
-        let code = unsafe { (functions.cuMemAlloc_v2)(&raw mut room.memory, len) };
-        device.driver.check("cuMemAlloc", code).map(|()| room)
-    }
-
-    /// As many fragments as make up the bytes, with gaps between them, in an order that is not that of memory.
-    fn fragments(&self, size: u64) -> Vec<Fragment> {
-        let count = CALIBRATION_BYTES / size;
-        let place = |at: u64| {
-            let turned = at.reverse_bits() >> (u64::BITS - count.trailing_zeros()).min(u64::BITS - 1);
-            2 * size * turned
-        };
-        let fragment =
-            |at| Fragment { device: self.memory + 2 * size * at, host: self.host as u64 + place(at), len: size };
-        (0..count).map(fragment).collect()
-    }
-}
-
-impl Drop for Room {
-    fn drop(&mut self) {
-        let functions = &self.device.driver.functions;
-        // SAFETY: from the allocations above, once; all copies were waited for. What the driver answers changes nothing here.
-        unsafe {
-            if !self.host.is_null() {
-                (functions.cuMemFreeHost)(self.host);
-            }
-            if self.memory != 0 {
-                (functions.cuMemFree_v2)(self.memory);
-            }
-        }
-    }
 }
 
 #[cfg(test)]

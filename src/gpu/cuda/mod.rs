@@ -14,6 +14,8 @@ pub mod dispatch;
 pub mod driver;
 pub mod kernel;
 mod lane;
+pub mod meter;
 pub mod notes;
 pub mod nvrtc;
 pub mod pinning;
+mod room;

@@ -124,9 +124,20 @@ fn read(program: Program, size: Size, copy: Copy) -> Result<Vec<u8>, c_int> {
 }
 
 fn open(name: &Path) -> Option<*mut c_void> {
+    // The compiler looks for a part of its own by name only, not beside itself: it has to be there already.
+    let folder = name.parent().and_then(|folder| std::fs::read_dir(folder).ok());
+    for part in folder.into_iter().flatten().flatten() {
+        if part.file_name().as_encoded_bytes().starts_with(b"libnvrtc-builtins.so") {
+            load(&part.path(), libc::RTLD_GLOBAL);
+        }
+    }
+    load(name, libc::RTLD_LOCAL)
+}
+
+fn load(name: &Path, scope: c_int) -> Option<*mut c_void> {
     let name = CString::new(name.as_os_str().as_encoded_bytes()).ok()?;
-    // SAFETY: the name ends in a null byte; the library's initialisation does nothing that others see.
-    let library = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+    // SAFETY: the name ends in a null byte; the library's initialisation does nothing that others see. It is never closed.
+    let library = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | scope) };
     (!library.is_null()).then_some(library)
 }
 
@@ -134,4 +145,22 @@ fn symbol(library: *mut c_void, name: &'static CStr) -> Result<*mut c_void, NoKe
     // SAFETY: the handle is an open library's, the name ends in a null byte.
     let found = unsafe { libc::dlsym(library, name.as_ptr()) };
     if found.is_null() { Err(NoKernel::NoFunction(name.to_str().unwrap_or_default())) } else { Ok(found) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_library_that_is_none_is_no_kernel() {
+        // A library without the compiler's functions, and files that are no libraries.
+        let other = PathBuf::from("libc.so.6");
+        assert_eq!(compile(&[other], 90), Err(NoKernel::NoFunction("nvrtcCreateProgram")));
+        let nothing = [PathBuf::from("/nonexistent/libnvrtc.so.13"), PathBuf::from("/proc/self/status")];
+        match compile(&nothing, 90) {
+            // Unless the system has one.
+            Ok(image) => assert!(image.starts_with(b"\x7fELF")),
+            Err(error) => assert_eq!(error, NoKernel::NotThere),
+        }
+    }
 }
