@@ -167,6 +167,7 @@ impl Drop for CudaCopier {
 /// The thread: until the copier is dropped and everything is answered.
 fn run(common: &Common, streams: (Stream, Stream), options: &Options, queue: &Receiver<Message>) {
     let device = Arc::clone(&common.device);
+    device.stay_out_of_captures();
     let ended = device.with(|| {
         let mut lanes = Lanes::new(common, streams, options)?;
         while lanes.take_messages(common, queue) {

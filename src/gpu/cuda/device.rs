@@ -12,6 +12,7 @@ use crate::gpu::ComputeStream;
 
 const STREAM_NON_BLOCKING: u32 = 1;
 const EVENT_DISABLE_TIMING: u32 = 2;
+const CAPTURE_MODE_RELAXED: u32 = 2;
 
 type Answer<T> = std::result::Result<T, Refused>;
 
@@ -106,6 +107,16 @@ impl Device {
         // SAFETY: the pointer is to a local; what is popped is what was pushed, since work of this crate leaves the stack as it found it.
         let code = unsafe { (self.driver.functions.cuCtxPopCurrent_v2)(&raw mut popped) };
         self.driver.check("cuCtxPopCurrent", code).and(outcome)
+    }
+
+    /// Lets the calling thread, one of our own, go on while torch captures a graph in another: a capture forbids all threads what it might miss, asking
+    /// for events too, and would fail when one does it. What our threads do never belongs into a graph.
+    pub(super) fn stay_out_of_captures(&self) {
+        let mut mode = CAPTURE_MODE_RELAXED;
+        if let Some(exchange) = self.driver.functions.cuThreadExchangeStreamCaptureMode {
+            // SAFETY: the pointer is to a local, which the driver exchanges with the thread's mode. A refusal leaves that as it was.
+            unsafe { exchange(&raw mut mode) };
+        }
     }
 
     /// A stream of the lowest priority that waits for no other and that no other waits for.

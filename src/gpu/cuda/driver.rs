@@ -123,6 +123,7 @@ functions! {
         cuMemcpyDtoHAsync_v2: fn(*mut c_void, Address, usize, CUstream);
     }
     optional {
+        cuThreadExchangeStreamCaptureMode: fn(*mut c_uint);
         cuMemcpyBatchAsync: fn(*mut Address, *mut Address, *mut usize, usize, *mut CUmemcpyAttributes, *mut usize, usize, *mut usize, CUstream);
         cuModuleLoadData: fn(*mut CUmodule, *const c_void);
         cuModuleUnload: fn(CUmodule);

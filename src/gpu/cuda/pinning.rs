@@ -159,6 +159,7 @@ impl Shared {
     }
 
     fn run(&self) {
+        self.device.stay_out_of_captures();
         while let Some(chunk) = self.next() {
             match self.pin(chunk) {
                 Ok(len) => {

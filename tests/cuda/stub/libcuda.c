@@ -12,7 +12,7 @@
 typedef int Answer;
 
 static int retained;
-static __thread int depth;
+static __thread int depth, relaxed;
 
 static int from_environment(const char *name, int otherwise) {
     const char *text = getenv(name);
@@ -89,6 +89,14 @@ Answer cuCtxPopCurrent_v2(void **context) {
     return OK;
 }
 
+Answer cuThreadExchangeStreamCaptureMode(unsigned *mode) {
+    CALL("cuThreadExchangeStreamCaptureMode")
+    relaxed = *mode == 2;
+    *mode = 0;
+    unlock();
+    return OK;
+}
+
 Answer cuCtxGetStreamPriorityRange(int *least, int *greatest) { *least = 0; *greatest = -5; return OK; }
 
 Answer cuStreamCreateWithPriority(void **stream, unsigned flags, int priority) {
@@ -132,6 +140,7 @@ Answer cuEventRecord(void *handle, void *stream_handle) {
 Answer cuEventQuery(void *handle) {
     CALL("cuEventQuery")
     Event *event = handle;
+    if (!relaxed) wrong("an event was asked for in a thread that a graph's capture forbids it");
     work_off();
     if (event->destroyed) wrong("a destroyed event was asked");
     if (!event->last || event->last->over) observe(&event->clock);
