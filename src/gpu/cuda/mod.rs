@@ -5,7 +5,7 @@
 //! said that its copies are over. Where there is no driver, or an old one, everything is an error with a remedy.
 //!
 //! To be read in this order: [`driver`] (the library), [`device`] (context, streams, events), [`pinning`], [`dispatch`] with [`kernel`] and
-//! [`nvrtc`] (how fragments are moved), [`calibration`] (which way for which size), [`lane`] (one direction's jobs), [`copier`] (all of it behind the trait).
+//! [`nvrtc`] (how fragments are moved), [`calibration`] (which way for which size), `lane` (one direction's jobs), [`copier`] (all of it behind the trait).
 
 pub mod calibration;
 pub mod copier;
