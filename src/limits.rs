@@ -255,3 +255,42 @@ pub const EXPECT_QUEUE: usize = 4_096;
 
 /// Bytes at the end of an answer that are kept to find its usage.
 pub const ANSWER_TAIL_BYTES: usize = 64 << 10;
+
+// Copies between GPU memory and the pool.
+
+/// Oldest driver that is used, as the driver tells its version (1000 times CUDA's major number). An older one is refused at start.
+pub const DRIVER_VERSION_MIN: i32 = 12_000;
+
+/// Bytes of one job on a stream: few enough that its answers come soon, enough to keep the bus busy. A larger block is a job of its own.
+pub const JOB_BYTES: u64 = 16 << 20;
+
+/// Fragments of one job. A block with more is a job of its own.
+pub const JOB_FRAGMENTS_MAX: usize = 4096;
+
+/// Jobs in flight in each direction. Further orders wait in the queue, so that loads overtake offloads that have not started.
+pub const JOBS_IN_FLIGHT_MAX: usize = 8;
+
+/// How often events of jobs in flight are looked at, in us.
+pub const JOB_POLL_US: u64 = 40;
+
+/// Bytes of the pool that are pinned in one call to the driver. The driver takes at most 64 GiB at once; smaller pieces show progress and let copies
+/// start early.
+pub const PIN_CHUNK_BYTES: u64 = 1 << 30;
+
+/// Most bytes the driver pins in one call.
+pub const PIN_CALL_BYTES_MAX: u64 = 64 << 30;
+
+/// Threads that pin the pool.
+pub const PIN_THREADS_MAX: usize = 4;
+
+/// Notes for people that wait to be taken. Further ones are dropped.
+pub const COPIER_NOTES_MAX: usize = 64;
+
+/// Streaming multiprocessors that the gather kernel may occupy.
+pub const GATHER_SMS: u32 = 8;
+
+/// Bytes that calibration moves each way, for each size of fragment and each way of dispatch.
+pub const CALIBRATION_BYTES: u64 = 4 << 20;
+
+const _: () = assert!(PIN_CHUNK_BYTES <= PIN_CALL_BYTES_MAX, "the driver takes a chunk in one call");
+const _: () = assert!(JOBS_IN_FLIGHT_MAX >= 2, "the next job is queued while one runs");

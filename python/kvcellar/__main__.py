@@ -21,6 +21,12 @@ def _about_vllm() -> list[str]:
     return ["--vllm", found]
 
 
+def _about_nvrtc() -> list[str]:
+    from kvcellar import nvrtc
+
+    return [argument for library in nvrtc.libraries() for argument in ("--nvrtc", library)]
+
+
 def main() -> None:
     """Run the command with the process's arguments and exit with its code."""
     args = sys.argv[1:]
@@ -35,7 +41,9 @@ def main() -> None:
 
         sys.exit(bench_nvme.main(args[2:]))
     if args[:1] == ["doctor"]:
-        args += _about_vllm()
+        args += [*_about_vllm(), *_about_nvrtc()]
+    if args[:2] == ["bench", "dma"] and "--nvrtc" not in args:
+        args += _about_nvrtc()
     sys.exit(_native.run_command(args))
 
 

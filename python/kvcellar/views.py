@@ -3,11 +3,14 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from kvcellar import UnsupportedError
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def layer_view(name: str, tensor: torch.Tensor, num_blocks: int) -> LayerView:
     )
 
 
-def group_views(kv_cache_config: KVCacheConfig, kv_caches: Mapping[str, torch.Tensor]) -> list[list[LayerView]]:
+def group_views(kv_cache_config: "KVCacheConfig", kv_caches: Mapping[str, torch.Tensor]) -> list[list[LayerView]]:
     """Describe this rank's layers of every group, in the group's order."""
     return [
         [

@@ -23,6 +23,9 @@ pub struct Options {
     /// JSON on standard output.
     #[arg(long)]
     pub json: bool,
+    /// Files that may be NVRTC, which Python found.
+    #[arg(long, hide = true)]
+    pub nvrtc: Vec<PathBuf>,
     /// The version of vLLM that Python found.
     #[arg(long, hide = true)]
     pub vllm: Option<String>,
@@ -50,7 +53,7 @@ pub fn examine(options: &Options) -> Vec<Finding> {
     if let Some(dir) = &options.dir {
         findings.extend(disk::examine(dir));
     }
-    findings.push(cuda::examine());
+    findings.extend(cuda::examine(&options.nvrtc));
     findings.push(vllm(options));
     findings
 }
@@ -77,7 +80,14 @@ mod tests {
     use super::*;
 
     fn options() -> Options {
-        Options { dir: None, pool_dir: PathBuf::from("/dev/shm"), json: false, vllm: None, vllm_problem: None }
+        Options {
+            dir: None,
+            pool_dir: PathBuf::from("/dev/shm"),
+            json: false,
+            nvrtc: Vec::new(),
+            vllm: None,
+            vllm_problem: None,
+        }
     }
 
     #[test]

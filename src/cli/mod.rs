@@ -1,6 +1,8 @@
 //! The `kvcellar` command. `src/bin/kvcellar.rs` and `python -m kvcellar` both call [`run`].
 
 pub mod bench_compression;
+#[cfg(feature = "cuda")]
+pub mod bench_dma;
 #[cfg(feature = "serve")]
 pub mod bench_fleet;
 pub mod bench_index;
@@ -141,6 +143,9 @@ enum BenchCommand {
     Lookup(bench_lookup::Options),
     /// Blocks to disk and back through the whole nvme tier, beside a bare ring.
     Nvme(bench_nvme::Options),
+    /// Copies between a GPU's memory and the host's, beside one copy in one piece.
+    #[cfg(feature = "cuda")]
+    Dma(bench_dma::Options),
     /// Events into the index and questions to it, beside a naive one.
     Index(bench_index::Options),
     /// Ways of routing side by side, over a simulated fleet.
@@ -179,6 +184,8 @@ pub fn run(args: Vec<String>) -> i32 {
         Part::Doctor(options) => doctor::run(&options),
         Part::Bench(BenchCommand::Lookup(options)) => bench_lookup::run(&options),
         Part::Bench(BenchCommand::Nvme(options)) => bench_nvme::run(&options),
+        #[cfg(feature = "cuda")]
+        Part::Bench(BenchCommand::Dma(options)) => bench_dma::run(&options),
         Part::Bench(BenchCommand::Index(options)) => bench_index::run(&options),
         #[cfg(feature = "serve")]
         Part::Bench(BenchCommand::Fleet(options)) => bench_fleet::run(&options),

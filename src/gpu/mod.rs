@@ -4,10 +4,13 @@
 //! is submitted, never waited for (except for a fence, which vLLM's next forward pass depends on); every order is answered exactly once, also a
 //! failed one. Decides nothing about blocks.
 
-pub mod driver;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod follower;
+pub mod fragments;
 pub mod hasher;
 pub mod host;
+pub mod sides;
 pub mod views;
 pub mod worker;
 
@@ -56,13 +59,17 @@ pub enum CopyError {
     Device,
 }
 
+/// The stream on which vLLM computes, by its handle; 0 is the device's default stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ComputeStream(pub u64);
+
 /// Where answers go. Called from the copier's own threads.
 pub trait Answers: Send + Sync {
     /// One order was carried out, or could not be. Called exactly once for every submitted order.
     fn answer(&self, order: &Order, outcome: std::result::Result<(), CopyError>);
 }
 
-/// Moves blocks. Implementations: the host's threads ([`host::HostCopier`]) and, on a GPU, streams.
+/// Moves blocks. Implementations: the host's threads ([`host::HostCopier`]) and, on a GPU, streams (`cuda::copier`).
 ///
 /// The memory of both sides stays alive and in place until every submitted order was answered: the copier keeps the pool mapped, and vLLM keeps
 /// its KV cache until the connector is shut down.
@@ -75,6 +82,27 @@ pub trait Copier: Send + Sync {
 
     /// Orders that were submitted and not answered yet.
     fn in_flight(&self) -> usize;
+
+    /// From here on what is submitted comes after everything the compute stream was given until now. Returns at once.
+    ///
+    /// In host memory there is nothing to do: what was computed before the call is there.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::DeviceDead`] when the copier cannot follow the stream: nothing may be submitted then.
+    fn mark(&self, _compute: Option<ComputeStream>) -> Result<()> {
+        Ok(())
+    }
+
+    /// Makes the compute stream, not the caller, wait until these offloads have read their blocks. `false`: it will not, and the caller has to wait for
+    /// their answers.
+    fn fence(&self, _compute: Option<ComputeStream>, _offloads: &[BlockCopy]) -> bool {
+        false
+    }
+
+    /// What people should know of this copier, once: what it found, what it could not get, and what to raise.
+    fn take_notes(&self) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 /// Makes a copier that answers to `answers`.

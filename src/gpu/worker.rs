@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::follower::{Follower, Ledger};
 use super::hasher::{BusyProbe, HashGuard, IdleHasher};
-use super::{Answers, Copier, CopyError, Direction, MakeCopier, Order};
+use super::{Answers, ComputeStream, Copier, CopyError, Direction, MakeCopier, Order};
 use crate::block::SlotIndex;
 use crate::block::plan::{BlockCopy, FOLLOW, Load, StepPlan};
 use crate::error::Result;
@@ -227,6 +227,7 @@ pub struct CopyWorker {
     pending_after: Vec<BlockCopy>,
     pending_loads: Vec<Load>,
     next_ticket: AtomicU64,
+    compute: Option<ComputeStream>,
 }
 
 /// A [`MakeCopier`] that also gets the guard it must respect before it writes a slot.
@@ -246,7 +247,13 @@ impl CopyWorker {
             pending_after: Vec::new(),
             pending_loads: Vec::new(),
             next_ticket: AtomicU64::new(1),
+            compute: None,
         }
+    }
+
+    /// Names the stream on which vLLM computes, for the hooks that follow. None where vLLM computes in host memory.
+    pub fn set_compute(&mut self, compute: Option<ComputeStream>) {
+        self.compute = compute;
     }
 
     /// As [`Self::new`], for a copier that writes no slot while it is hashed.
@@ -290,7 +297,8 @@ impl CopyWorker {
 
     /// Before the step's forward pass: starts offloads of complete blocks, waits for fences, and remembers loads and later offloads.
     ///
-    /// The wait is over when this rank has answered every fenced order: at most the time of the copies themselves.
+    /// A copier with streams makes the compute stream wait. Else the wait is over when this rank has answered every fenced order: at most the time of the
+    /// copies themselves.
     ///
     /// # Errors
     /// [`crate::error::Error::DataLost`] when `plan` is no plan. Loads whose copies could not be started are reported failed instead.
@@ -305,9 +313,20 @@ impl CopyWorker {
 
     /// Starts the loads of the step: when vLLM has prepared its blocks (zeroed them, where a model needs that), before the forward pass.
     pub fn start_loads(&mut self) {
-        for load in std::mem::take(&mut self.pending_loads) {
-            self.start_load(load);
+        let loads = std::mem::take(&mut self.pending_loads);
+        if loads.is_empty() {
+            return;
         }
+        // The destinations may be in use by the steps submitted so far, and vLLM's own preparation of them is on the stream too.
+        let marked = self.attached.as_ref().is_none_or(|attached| attached.copier.mark(self.compute).is_ok());
+        for load in loads {
+            self.start_load(load, marked);
+        }
+    }
+
+    /// What people should know of the copier, once.
+    pub fn take_notes(&self) -> Vec<String> {
+        self.attached.as_ref().map_or_else(Vec::new, |attached| attached.copier.take_notes())
     }
 
     /// Offloaded blocks that the idle hasher has not reached.
@@ -380,7 +399,8 @@ impl CopyWorker {
         let orders: Vec<Order> =
             copies.iter().map(|copy| Order { copy: *copy, direction: Direction::Offload, ticket: 0 }).collect();
         attached.board.lock().offloading.add(orders.len());
-        if attached.copier.submit(&orders).is_err() {
+        // The sources were computed by steps that the stream was given before this hook.
+        if attached.copier.mark(self.compute).and_then(|()| attached.copier.submit(&orders)).is_err() {
             for order in &orders {
                 attached.board.answer(order, Err(CopyError::Device));
             }
@@ -394,14 +414,18 @@ impl CopyWorker {
             wait.slot < board.pool.slot_count()
                 && !board.pool.line(SlotIndex(wait.slot)).answered(self.rank, wait.generation)
         };
+        let fenced: Vec<BlockCopy> = waits.iter().filter(|wait| open(wait)).copied().collect();
+        if fenced.is_empty() || attached.copier.fence(self.compute, &fenced) {
+            return;
+        }
         let mut progress = board.lock();
         // Nothing in flight means that every order was answered, also orders that were refused as stale.
-        while progress.offloading.in_flight > 0 && waits.iter().any(open) {
+        while progress.offloading.in_flight > 0 && fenced.iter().any(open) {
             progress = board.answered.wait(progress).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    fn start_load(&mut self, load: Load) {
+    fn start_load(&mut self, load: Load, marked: bool) {
         let Some(attached) = self.attached.as_ref().filter(|_| !load.doomed) else {
             report(&mut self.unattached_results, load.request, true);
             return;
@@ -423,13 +447,12 @@ impl CopyWorker {
         let (followed, here): (Vec<Order>, Vec<Order>) =
             orders.into_iter().partition(|order| order.copy.flags & FOLLOW != 0);
         let mut refused = Vec::new();
-        if !here.is_empty() && attached.copier.submit(&here).is_err() {
+        if !here.is_empty() && (!marked || attached.copier.submit(&here).is_err()) {
             refused = here;
         }
-        if !followed.is_empty()
-            && let Err(orders) = attached.follower.follow(followed)
-        {
-            refused.extend(orders);
+        if !followed.is_empty() {
+            let rest = if marked { attached.follower.follow(followed) } else { Err(followed) };
+            refused.extend(rest.err().unwrap_or_default());
         }
         for order in &refused {
             attached.board.answer(order, Err(CopyError::Device));

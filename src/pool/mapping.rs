@@ -10,6 +10,7 @@ use std::thread;
 
 use memmap2::{MmapOptions, MmapRaw};
 
+use super::placement;
 use crate::error::{Error, Result};
 use crate::limits;
 
@@ -68,6 +69,7 @@ impl Mapping {
     /// [`Error::Io`] when the system has no memory for a page: the mapping must then not be used.
     pub fn populate(&self, path: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
         let total = self.len();
+        placement::prepare(self.at(0, total), total);
         let chunks = total.div_ceil(limits::POPULATE_CHUNK_BYTES);
         let threads = thread::available_parallelism().map_or(1, usize::from).min(16).min(chunks);
         let next = AtomicUsize::new(0);

@@ -14,6 +14,7 @@ pub mod lock;
 pub mod mapping;
 pub mod memory;
 pub mod open;
+mod placement;
 pub mod registry;
 pub mod slot_table;
 mod sync;

@@ -1,5 +1,6 @@
 //! `kvcellar._native.CopyWorker`: executes plans for one rank.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -10,10 +11,11 @@ use super::PyConfig;
 use super::errors::guarded;
 use super::reports::CopyReport;
 use crate::error::Error;
-use crate::gpu::Copier;
-use crate::gpu::host::{HostCopier, HostSide};
+use crate::gpu::host::HostCopier;
+use crate::gpu::sides::Sides;
 use crate::gpu::views::{GroupRuns, LayerView};
 use crate::gpu::worker::{CopyStats, CopyWorker};
+use crate::gpu::{Answers, ComputeStream, Copier};
 use crate::pool::watch::Watch;
 
 /// The copy worker of one rank.
@@ -28,13 +30,58 @@ impl PyCopyWorker {
         // A panic in an earlier call was reported then.
         self.worker.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// The worker, told on which stream vLLM computes.
+    fn on(&self, stream: Option<u64>) -> MutexGuard<'_, CopyWorker> {
+        let mut worker = self.lock();
+        worker.set_compute(stream.map(ComputeStream));
+        worker
+    }
+}
+
+/// How a KV cache in GPU memory is copied.
+#[cfg(feature = "cuda")]
+struct Gpu(crate::gpu::cuda::copier::Options);
+
+#[cfg(feature = "cuda")]
+impl Gpu {
+    /// Sees at once whether there is a driver that serves this device.
+    fn open(device: i32, nvrtc: Vec<PathBuf>) -> crate::error::Result<Self> {
+        crate::gpu::cuda::device::Device::open(device)?;
+        Ok(Self(crate::gpu::cuda::copier::Options::of(device, nvrtc)))
+    }
+
+    fn copier(&self, sides: Sides, answers: Arc<dyn Answers>) -> crate::error::Result<Box<dyn Copier>> {
+        Ok(Box::new(crate::gpu::cuda::copier::CudaCopier::start(sides, answers, &self.0)?))
+    }
+}
+
+/// In a build without CUDA there is none.
+#[cfg(not(feature = "cuda"))]
+enum Gpu {}
+
+#[cfg(not(feature = "cuda"))]
+impl Gpu {
+    fn open(_device: i32, _nvrtc: Vec<PathBuf>) -> crate::error::Result<Self> {
+        Err(Error::Unsupported {
+            what: "a KV cache in GPU memory".to_owned(),
+            why: "this build was made without the feature `cuda`".to_owned(),
+            remedy: "Install a wheel that has it, or build with it".to_owned(),
+        })
+    }
+
+    fn copier(&self, _sides: Sides, _answers: Arc<dyn Answers>) -> crate::error::Result<Box<dyn Copier>> {
+        match *self {}
+    }
 }
 
 #[pymethods]
 impl PyCopyWorker {
-    /// `views`: JSON, per group a list of layer views. The tensors they describe must stay allocated until `release`.
+    /// `views`: JSON, per group a list of layer views. The tensors they describe must stay allocated until `release`. `device`: the GPU whose memory they are
+    /// in, as torch numbers it; none: host memory. `nvrtc`: files that may be NVRTC.
     #[new]
-    fn new(config: &PyConfig, rank: usize, views: &str) -> PyResult<Self> {
+    #[pyo3(signature = (config, rank, views, device=None, nvrtc=Vec::new()))]
+    fn new(config: &PyConfig, rank: usize, views: &str, device: Option<i32>, nvrtc: Vec<PathBuf>) -> PyResult<Self> {
         guarded(|| {
             let views: Vec<Vec<LayerView>> = serde_json::from_str(views)
                 .map_err(|error| Error::config("views", error.to_string(), "This is a bug in the connector"))?;
@@ -42,15 +89,18 @@ impl PyCopyWorker {
             let groups = Arc::new(groups.collect::<crate::error::Result<Vec<_>>>()?);
             let verify_loads = config.inner.verify_loads;
             let threads = config.inner.copy_threads.unwrap_or_else(default_threads);
-            let held = Arc::clone(&groups);
+            let (held, on_gpu) = (Arc::clone(&groups), device.map(|device| Gpu::open(device, nvrtc)).transpose()?);
             let worker = CopyWorker::new(
                 rank,
                 verify_loads,
                 Box::new(move |pool, answers, guard| {
                     // SAFETY: the connector keeps vLLM's KV tensors alive (it holds references to them) until it has called `release`, which
                     // ends the copier.
-                    let side = unsafe { HostSide::new(pool, Arc::clone(&held), rank, verify_loads, guard) };
-                    Ok(Box::new(HostCopier::start(side, &answers, threads)?) as Box<dyn Copier>)
+                    let sides = unsafe { Sides::new(pool, Arc::clone(&held), rank, verify_loads, guard) };
+                    match &on_gpu {
+                        Some(gpu) => gpu.copier(sides, answers),
+                        None => Ok(Box::new(HostCopier::start(sides, &answers, threads)?)),
+                    }
                 }),
             );
             Ok(Self { worker: Arc::new(Mutex::new(worker)), groups })
@@ -74,27 +124,30 @@ impl PyCopyWorker {
         })
     }
 
-    /// Before the forward pass: see the plan's parts.
-    fn begin_step(&self, py: Python<'_>, plan: &[u8]) -> PyResult<()> {
+    /// Before the forward pass: see the plan's parts. `stream`: the handle of the stream on which vLLM computes, on a GPU.
+    #[pyo3(signature = (plan, stream=None))]
+    fn begin_step(&self, py: Python<'_>, plan: &[u8], stream: Option<u64>) -> PyResult<()> {
         let plan = plan.to_vec();
-        py.detach(|| guarded(|| self.lock().begin_step(&plan)))
+        py.detach(|| guarded(|| self.on(stream).begin_step(&plan)))
     }
 
     /// Starts the plan's loads.
-    fn start_loads(&self, py: Python<'_>) -> PyResult<()> {
+    #[pyo3(signature = (stream=None))]
+    fn start_loads(&self, py: Python<'_>, stream: Option<u64>) -> PyResult<()> {
         py.detach(|| {
             guarded(|| {
-                self.lock().start_loads();
+                self.on(stream).start_loads();
                 Ok(())
             })
         })
     }
 
     /// After the forward pass: starts the offloads of what it computed.
-    fn finish_step(&self, py: Python<'_>) -> PyResult<()> {
+    #[pyo3(signature = (stream=None))]
+    fn finish_step(&self, py: Python<'_>, stream: Option<u64>) -> PyResult<()> {
         py.detach(|| {
             guarded(|| {
-                self.lock().finish_step();
+                self.on(stream).finish_step();
                 Ok(())
             })
         })
@@ -118,6 +171,11 @@ impl PyCopyWorker {
                 Ok((stats != CopyStats::default()).then(|| stats.into()))
             })
         })
+    }
+
+    /// What people should know of the copier, once.
+    fn take_notes(&self, py: Python<'_>) -> PyResult<Vec<String>> {
+        py.detach(|| guarded(|| Ok(self.lock().take_notes())))
     }
 
     /// Gives the idle hasher up to `seconds` to finish, carries out what is in flight, then unmaps the pool.

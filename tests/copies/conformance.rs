@@ -10,32 +10,34 @@ use kvcellar::gpu::{Answers, Copier, CopyError, Direction, Order};
 use crate::cache::{Layout, Shape, block_of, put_block};
 use crate::ledger::{Ledger, PATIENCE, until};
 use crate::random::Random;
-use crate::scene::{Fake, Host, Maker, Scene};
+use crate::scene::{Maker, Scene};
 
-/// Runs each function of this file with each copier.
+/// Runs each function of this file with one copier.
 macro_rules! conformance {
-    ($($name:ident),+ $(,)?) => {
-        mod host {
-            $(#[test] fn $name() { super::$name::<super::Host>(); })+
-        }
-        mod fake {
-            $(#[test] fn $name() { super::$name::<super::Fake>(); })+
+    ($module:ident, $maker:ty) => {
+        crate::conformance::conformance!(@each $module, $maker,
+            every_layout_survives_the_round_trip,
+            overlaid_groups_do_not_mix,
+            ranks_write_their_parts_and_replicas_only_read,
+            every_order_is_answered_exactly_once,
+            submitting_does_not_wait,
+            loads_overtake_queued_offloads,
+            dropping_carries_out_what_was_submitted,
+            what_must_not_be_copied_touches_nothing,
+            adopted_bytes_are_used_only_with_their_checksum,
+            debug_mode_compares_what_arrives,
+        );
+    };
+    (@each $module:ident, $maker:ty, $($name:ident),+ $(,)?) => {
+        mod $module {
+            $(#[test] fn $name() {
+                let _turn = <$maker as crate::scene::Maker>::turn(stringify!($name));
+                crate::conformance::$name::<$maker>();
+            })+
         }
     };
 }
-
-conformance!(
-    every_layout_survives_the_round_trip,
-    overlaid_groups_do_not_mix,
-    ranks_write_their_parts_and_replicas_only_read,
-    every_order_is_answered_exactly_once,
-    submitting_does_not_wait,
-    loads_overtake_queued_offloads,
-    dropping_carries_out_what_was_submitted,
-    what_must_not_be_copied_touches_nothing,
-    adopted_bytes_are_used_only_with_their_checksum,
-    debug_mode_compares_what_arrives,
-);
+pub(crate) use conformance;
 
 fn orders(copies: &[BlockCopy], direction: Direction) -> Vec<Order> {
     copies.iter().zip(1..).map(|(copy, ticket)| Order { copy: *copy, direction, ticket }).collect()
@@ -106,7 +108,7 @@ fn round_trip<M: Maker>(scene: &Scene, random: &mut Random) {
     }
 }
 
-fn every_layout_survives_the_round_trip<M: Maker>() {
+pub(crate) fn every_layout_survives_the_round_trip<M: Maker>() {
     let mut random = Random::of_test();
     for layout in [Layout::LayerMajor, Layout::BlockMajor] {
         for layers in [1, 2, 3, 17, 80] {
@@ -121,7 +123,7 @@ fn every_layout_survives_the_round_trip<M: Maker>() {
     }
 }
 
-fn overlaid_groups_do_not_mix<M: Maker>() {
+pub(crate) fn overlaid_groups_do_not_mix<M: Maker>() {
     let mut random = Random::of_test();
     for layout in [Layout::LayerMajor, Layout::BlockMajor] {
         let shape =
@@ -139,7 +141,7 @@ fn overlaid_groups_do_not_mix<M: Maker>() {
     }
 }
 
-fn ranks_write_their_parts_and_replicas_only_read<M: Maker>() {
+pub(crate) fn ranks_write_their_parts_and_replicas_only_read<M: Maker>() {
     let mut random = Random::of_test();
     let shape = |page: usize, layout| Shape {
         layout,
@@ -165,7 +167,7 @@ fn ranks_write_their_parts_and_replicas_only_read<M: Maker>() {
     }
 }
 
-fn every_order_is_answered_exactly_once<M: Maker>() {
+pub(crate) fn every_order_is_answered_exactly_once<M: Maker>() {
     let mut random = Random::of_test();
     let scene = Scene::new(&[(Shape { blocks: 64, ..Shape::plain(4) }, None)], 40);
     scene.scramble(&mut random);
@@ -244,7 +246,7 @@ fn stopped<M: Maker>(scene: &Scene, offloads: u32, loads: u32) -> (Box<dyn Copie
     (copier, ledger)
 }
 
-fn submitting_does_not_wait<M: Maker>() {
+pub(crate) fn submitting_does_not_wait<M: Maker>() {
     let scene = Scene::simple(401);
     let (copier, ledger) = stopped::<M>(&scene, 300, 100);
     assert_eq!(ledger.tickets(), [0], "an order was answered by a copier that is stopped");
@@ -255,7 +257,7 @@ fn submitting_does_not_wait<M: Maker>() {
     until("nothing is in flight", || copier.in_flight() == 0);
 }
 
-fn loads_overtake_queued_offloads<M: Maker>() {
+pub(crate) fn loads_overtake_queued_offloads<M: Maker>() {
     let scene = Scene::simple(61);
     let (copier, ledger) = stopped::<M>(&scene, 40, 20);
     ledger.open();
@@ -267,7 +269,7 @@ fn loads_overtake_queued_offloads<M: Maker>() {
     drop(copier);
 }
 
-fn dropping_carries_out_what_was_submitted<M: Maker>() {
+pub(crate) fn dropping_carries_out_what_was_submitted<M: Maker>() {
     let mut random = Random::of_test();
     let scene = Scene::simple(50);
     scene.scramble(&mut random);
@@ -290,7 +292,7 @@ fn dropping_carries_out_what_was_submitted<M: Maker>() {
     }
 }
 
-fn what_must_not_be_copied_touches_nothing<M: Maker>() {
+pub(crate) fn what_must_not_be_copied_touches_nothing<M: Maker>() {
     let mut random = Random::of_test();
     let scene = Scene::simple(4);
     scene.scramble(&mut random);
@@ -324,7 +326,7 @@ fn load_with<M: Maker>(scene: &Scene, rank: usize, verify_loads: bool, copy: Blo
     ledger.wait_for(1)[0].1
 }
 
-fn adopted_bytes_are_used_only_with_their_checksum<M: Maker>() {
+pub(crate) fn adopted_bytes_are_used_only_with_their_checksum<M: Maker>() {
     let mut random = Random::of_test();
     let scene = Scene::new(&[(Shape::plain(3), None), (Shape::plain(5), None), (Shape::plain(3), Some(0))], 3);
     scene.scramble(&mut random);
@@ -362,7 +364,7 @@ fn adopted_bytes_are_used_only_with_their_checksum<M: Maker>() {
     }
 }
 
-fn debug_mode_compares_what_arrives<M: Maker>() {
+pub(crate) fn debug_mode_compares_what_arrives<M: Maker>() {
     let mut random = Random::of_test();
     let scene = Scene::new(&[(Shape { ratio: 2, padding: 8, ..Shape::plain(4) }, None), (Shape::plain(8), None)], 3);
     scene.scramble(&mut random);

@@ -9,7 +9,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, mpsc};
 use std::thread::JoinHandle;
 
 use kvcellar::error::{Error, Result};
-use kvcellar::gpu::host::{HostCopier, HostSide};
+use kvcellar::gpu::host::HostCopier;
+use kvcellar::gpu::sides::Sides;
 use kvcellar::gpu::{Answers, Copier, CopyError, Direction, Order};
 
 use crate::ledger::Outcome;
@@ -135,7 +136,7 @@ pub(crate) struct FakeCopier {
 }
 
 impl FakeCopier {
-    pub(crate) fn start(side: HostSide, answers: Arc<dyn Answers>, control: Arc<Control>) -> Self {
+    pub(crate) fn start(side: Sides, answers: Arc<dyn Answers>, control: Arc<Control>) -> Self {
         let (sender, outcomes) = mpsc::channel();
         let relay: Arc<dyn Answers> = Arc::new(Relay(Mutex::new(sender)));
         let inner = HostCopier::start(side, &relay, 1).expect("a thread");

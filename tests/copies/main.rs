@@ -23,3 +23,6 @@ mod random;
 mod scene;
 mod views;
 mod worker;
+
+conformance::conformance!(of_host, crate::scene::Host);
+conformance::conformance!(of_fake, crate::scene::Fake);

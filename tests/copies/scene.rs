@@ -7,7 +7,8 @@ use kvcellar::block::geometry::RankBytes;
 use kvcellar::block::plan::BlockCopy;
 use kvcellar::block::{GroupKind, GroupSpec, Grouping, SlotGeometry, SlotIndex};
 use kvcellar::gpu::hasher::HashGuard;
-use kvcellar::gpu::host::{HostCopier, HostSide};
+use kvcellar::gpu::host::HostCopier;
+use kvcellar::gpu::sides::Sides;
 use kvcellar::gpu::views::GroupRuns;
 use kvcellar::gpu::{Answers, Copier};
 use kvcellar::limits;
@@ -21,6 +22,11 @@ use crate::random::Random;
 
 /// Builds the copier under test. The memory that `groups` names outlives it: a [`Scene`] is dropped last.
 pub(crate) trait Maker {
+    /// Called when a test begins; what it returns lives as long as the test.
+    fn turn(_test: &str) -> Box<dyn std::any::Any> {
+        Box::new(())
+    }
+
     fn make(side: Side, answers: Arc<dyn Answers>, threads: usize) -> Box<dyn Copier>;
 }
 
@@ -35,9 +41,9 @@ pub(crate) struct Side {
 
 impl Side {
     /// For a copier over the memory of a [`Scene`].
-    pub(crate) fn host(self) -> HostSide {
+    pub(crate) fn host(self) -> Sides {
         // SAFETY: the addresses are those of a scene's KV caches; every test drops its copiers before its scene.
-        unsafe { HostSide::new(self.pool, self.groups, self.rank, self.verify_loads, self.guard) }
+        unsafe { Sides::new(self.pool, self.groups, self.rank, self.verify_loads, self.guard) }
     }
 }
 

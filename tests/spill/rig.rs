@@ -11,7 +11,8 @@ use kvcellar::block::{BlockHash, GroupKind, GroupSpec, Grouping, SlotGeometry};
 use kvcellar::config::{Config, Controls};
 use kvcellar::events::Run;
 use kvcellar::gpu::Copier;
-use kvcellar::gpu::host::{HostCopier, HostSide};
+use kvcellar::gpu::host::HostCopier;
+use kvcellar::gpu::sides::Sides;
 use kvcellar::gpu::views::{GroupRuns, LayerView};
 use kvcellar::gpu::worker::CopyWorker;
 use kvcellar::limits;
@@ -206,7 +207,7 @@ impl Rig {
             false,
             Box::new(move |pool, answers, guard| {
                 // SAFETY: the cache's memory does not move and outlives the worker, which `Rig::drop` releases first.
-                let side = unsafe { HostSide::new(pool, Arc::clone(&groups), 0, false, guard) };
+                let side = unsafe { Sides::new(pool, Arc::clone(&groups), 0, false, guard) };
                 Ok(Box::new(HostCopier::start(side, &answers, 1)?) as Box<dyn Copier>)
             }),
         );

@@ -1,24 +1,68 @@
-//! The driver's library, its version and its devices.
+//! The GPU's driver, its devices, and how copies would be dispatched on each.
+
+use std::path::PathBuf;
 
 use super::finding::{Finding, Status};
-use crate::gpu::driver;
 
 const NAME: &str = "cuda";
-const REMEDY: &str = "Install the NVIDIA driver, or give the container the GPU (docker run --gpus all). Without it KV caches in host memory are served";
 
-/// The line about CUDA.
-pub fn examine() -> Finding {
-    match driver::ask() {
-        Ok((version, devices)) if devices > 0 => Finding::ok(
-            NAME,
-            format!("driver for CUDA {}.{}, {devices} device(s)", version / 1000, version % 1000 / 10),
-        ),
-        Ok((version, _)) => Finding::new(
-            Status::Warning,
-            NAME,
-            format!("driver for CUDA {}.{}, no device", version / 1000, version % 1000 / 10),
-            REMEDY,
-        ),
-        Err(why) => Finding::new(Status::Warning, NAME, why, REMEDY),
+/// The lines about CUDA: one of the driver, or one of each device.
+#[cfg(feature = "cuda")]
+pub fn examine(nvrtc: &[PathBuf]) -> Vec<Finding> {
+    use crate::gpu::cuda::driver::Driver;
+
+    match Driver::get() {
+        Ok(driver) if driver.devices() > 0 => {
+            (0..driver.devices()).map(|ordinal| device(driver, ordinal, nvrtc)).collect()
+        }
+        Ok(driver) => {
+            let found = format!("driver for CUDA {}, no device", driver.version());
+            vec![Finding::new(Status::Warning, NAME, found, "Give this process a GPU (docker run --gpus all)")]
+        }
+        // Without a GPU KV caches in host memory are served.
+        Err(error) => vec![refused(&error)],
     }
+}
+
+#[cfg(feature = "cuda")]
+fn device(driver: &crate::gpu::cuda::driver::Driver, ordinal: i32, nvrtc: &[PathBuf]) -> Finding {
+    use crate::gpu::cuda::calibration;
+    use crate::gpu::cuda::device::Device;
+    use crate::gpu::cuda::driver::Refused;
+
+    let look = || {
+        let device = Device::open(ordinal)?;
+        let facts = device.facts().map_err(Refused::into_error)?;
+        let calibration = calibration::of_device(&device, nvrtc).map_err(Refused::into_error)?;
+        Ok((facts, calibration))
+    };
+    let looked: crate::error::Result<_> = look();
+    match looked {
+        Ok((facts, calibration)) => Finding::ok(
+            NAME,
+            format!("GPU {ordinal}, {}, driver for CUDA {}: {calibration}", facts.name, driver.version()),
+        ),
+        Err(error) => refused(&error),
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn refused(error: &crate::error::Error) -> Finding {
+    match error {
+        crate::error::Error::DeviceDead { device, problem, remedy } => {
+            Finding::new(Status::Warning, NAME, format!("{device} does not work: {problem}"), remedy.as_str())
+        }
+        other => Finding::new(Status::Warning, NAME, other.to_string(), "Look at the kernel log"),
+    }
+}
+
+/// The line about CUDA in a build without it.
+#[cfg(not(feature = "cuda"))]
+pub fn examine(_nvrtc: &[PathBuf]) -> Vec<Finding> {
+    vec![Finding::new(
+        Status::Warning,
+        NAME,
+        "built without it",
+        "Build with the feature `cuda` to serve KV caches in GPU memory",
+    )]
 }

@@ -1,0 +1,136 @@
+//! The gather kernel on one device, and the pinned tables that tell it what to move.
+
+use std::ffi::c_void;
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+
+use cudarc::driver::sys::{CUfunction, CUmodule};
+
+use super::device::{Device, Stream};
+use super::driver::Refused;
+use crate::gpu::fragments::Fragment;
+use crate::limits::{GATHER_SMS, JOB_FRAGMENTS_MAX};
+
+type Answer<T> = std::result::Result<T, Refused>;
+
+/// Threads of a block, and blocks of a multiprocessor: `cuda/gather.cu` is compiled for these.
+const THREADS: u32 = 512;
+const BLOCKS_PER_SM: u32 = 2;
+
+/// Memory may be used in every context, and by kernels.
+const ALLOC_PORTABLE_MAPPED: u32 = 3;
+
+/// The loaded kernel.
+pub struct Kernel {
+    device: Arc<Device>,
+    module: CUmodule,
+    function: CUfunction,
+}
+
+// SAFETY: module and function are the driver's own objects; its functions are safe to call from all threads.
+unsafe impl Send for Kernel {}
+// SAFETY: as above.
+unsafe impl Sync for Kernel {}
+
+impl Kernel {
+    /// Loads a compiled image. To be called with the device's context current.
+    ///
+    /// # Errors
+    /// [`Refused`]; `None` when the driver cannot load modules at all.
+    pub fn load(device: &Arc<Device>, image: &[u8]) -> Answer<Option<Self>> {
+        let functions = &device.driver.functions;
+        let (Some(load), Some(find)) = (functions.cuModuleLoadData, functions.cuModuleGetFunction) else {
+            return Ok(None);
+        };
+        let (mut module, mut function) = (ptr::null_mut(), ptr::null_mut());
+        // SAFETY: the image is a whole compiled module, which the driver copies.
+        device.driver.check("cuModuleLoadData", unsafe { load(&raw mut module, image.as_ptr().cast()) })?;
+        let mut kernel = Self { device: Arc::clone(device), module, function };
+        // SAFETY: the module was loaded above; the name ends in a null byte.
+        let code = unsafe { find(&raw mut function, module, c"kvcellar_gather".as_ptr()) };
+        device.driver.check("cuModuleGetFunction", code)?;
+        kernel.function = function;
+        Ok(Some(kernel))
+    }
+
+    /// Moves the fragments of the table from pinned memory to the device, in the stream's order.
+    pub(super) fn launch(&self, table: &Table, stream: &Stream) -> Answer<()> {
+        let Some(launch) = self.device.driver.functions.cuLaunchKernel else { return Ok(()) };
+        let mut address = table.start.as_ptr() as u64;
+        let mut count = table.len;
+        let mut arguments = [(&raw mut address).cast::<c_void>(), (&raw mut count).cast::<c_void>()];
+        // SAFETY: the arguments are of the kernel's types and copied by the call. The table lives until its job is over, and so do both sides of its
+        // fragments (see `Copier`).
+        let code = unsafe {
+            launch(
+                self.function,
+                GATHER_SMS * BLOCKS_PER_SM,
+                1,
+                1,
+                THREADS,
+                1,
+                1,
+                0,
+                stream.handle,
+                arguments.as_mut_ptr(),
+                ptr::null_mut(),
+            )
+        };
+        self.device.driver.check("cuLaunchKernel", code)
+    }
+}
+
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        if let Some(unload) = self.device.driver.functions.cuModuleUnload {
+            // SAFETY: the copier that held the kernel has no job left. What the driver answers changes nothing here.
+            let unloaded =
+                self.device.with(|| self.device.driver.check("cuModuleUnload", unsafe { unload(self.module) }));
+            drop(unloaded);
+        }
+    }
+}
+
+/// Fragments in pinned memory, where the kernel reads them.
+pub(super) struct Table {
+    device: Arc<Device>,
+    start: NonNull<Fragment>,
+    len: u32,
+}
+
+// SAFETY: the memory is this table's alone.
+unsafe impl Send for Table {}
+
+impl Table {
+    /// Room for the fragments of one job. To be called with the device's context current.
+    pub(super) fn new(device: &Arc<Device>) -> Answer<Self> {
+        let mut start = ptr::null_mut();
+        let bytes = JOB_FRAGMENTS_MAX * size_of::<Fragment>();
+        // SAFETY: the pointer is to a local; the memory is freed when the table is dropped.
+        let code = unsafe { (device.driver.functions.cuMemHostAlloc)(&raw mut start, bytes, ALLOC_PORTABLE_MAPPED) };
+        device.driver.check("cuMemHostAlloc", code)?;
+        let start = NonNull::new(start.cast::<Fragment>());
+        let missing = || Refused { call: "cuMemHostAlloc", code, name: "no memory".to_owned() };
+        Ok(Self { device: Arc::clone(device), start: start.ok_or_else(missing)?, len: 0 })
+    }
+
+    /// Replaces what the table holds. `false`: it has no room for that.
+    pub(super) fn fill(&mut self, fragments: &[Fragment]) -> bool {
+        if fragments.len() > JOB_FRAGMENTS_MAX {
+            return false;
+        }
+        // SAFETY: there is room for as many; no kernel reads the table, since its last job is over.
+        unsafe { self.start.as_ptr().copy_from_nonoverlapping(fragments.as_ptr(), fragments.len()) };
+        self.len = fragments.len() as u32;
+        true
+    }
+}
+
+impl Drop for Table {
+    fn drop(&mut self) {
+        let (start, driver) = (self.start.as_ptr().cast::<c_void>(), self.device.driver);
+        // SAFETY: from `cuMemHostAlloc`, and its last job is over. What the driver answers changes nothing here.
+        let free = || driver.check("cuMemFreeHost", unsafe { (driver.functions.cuMemFreeHost)(start) });
+        drop(self.device.with(free));
+    }
+}

@@ -1,0 +1,132 @@
+//! Times copies the way a copier makes them, for `kvcellar bench dma`: the same joining of fragments, the same ways of dispatch, jobs of the same size.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::calibration::{self, Calibration};
+use super::device::{Device, Facts, Stream};
+use super::dispatch::{Dispatch, Way};
+use super::driver::Refused;
+use super::kernel::Table;
+use super::room::Room;
+use crate::error::Result;
+use crate::gpu::Direction;
+use crate::gpu::fragments::{self, Fragment};
+use crate::limits::{JOB_BYTES, JOB_FRAGMENTS_MAX};
+
+/// How fragments lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// One piece of all bytes: what the others are compared with.
+    Whole,
+    /// One after another on both sides.
+    Neighbours,
+    /// With gaps, in another order on the host.
+    Scattered,
+}
+
+/// What one measurement took.
+#[derive(Debug, Clone, Copy)]
+pub struct Timing {
+    /// From the first call until the last copy was over.
+    pub seconds: f64,
+    /// Of these, in this thread, until everything was handed over.
+    pub submit_s: f64,
+    /// Fragments after joining.
+    pub fragments: usize,
+    /// Bytes moved.
+    pub bytes: u64,
+}
+
+/// A device and memory to measure with.
+pub struct Meter {
+    device: Arc<Device>,
+    stream: Stream,
+    room: Room,
+    dispatch: Dispatch,
+    tables: Vec<Table>,
+    calibration: Calibration,
+}
+
+impl Meter {
+    /// Takes `bytes` on both sides, twice: fragments with gaps need that.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::DeviceDead`] without a device or the memory.
+    pub fn open(ordinal: i32, bytes: u64, nvrtc: &[PathBuf]) -> Result<Self> {
+        let device = Device::open(ordinal)?;
+        let calibration = calibration::of_device(&device, nvrtc).map_err(Refused::into_error)?;
+        let open = || {
+            let kernel = calibration.kernel.clone();
+            let tables = kernel.as_ref().map_or(0, |_| (bytes / 4096) as usize / JOB_FRAGMENTS_MAX + 1);
+            let tables = (0..tables).map(|_| Table::new(&device)).collect::<std::result::Result<Vec<_>, Refused>>()?;
+            Ok((device.stream()?, Room::new(&device, 2 * bytes)?, Dispatch::new(&device, kernel), tables))
+        };
+        let (stream, room, dispatch, tables) = device.with(open).map_err(Refused::into_error)?;
+        Ok(Self { device, stream, room, dispatch, tables, calibration })
+    }
+
+    /// What calibration found.
+    pub fn calibration(&self) -> &Calibration {
+        &self.calibration
+    }
+
+    /// What the device is.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::DeviceDead`] when the driver does not tell.
+    pub fn facts(&self) -> Result<Facts> {
+        self.device.facts().map_err(Refused::into_error)
+    }
+
+    /// Copies about `bytes` in fragments of `size` (both powers of two).
+    ///
+    /// # Errors
+    /// [`crate::error::Error::DeviceDead`] when the device does not copy.
+    pub fn copy(&mut self, direction: Direction, place: Place, size: u64, bytes: u64) -> Result<Timing> {
+        let mut fragments = match place {
+            Place::Whole => self.room.whole(),
+            Place::Neighbours => self.room.neighbours(size),
+            Place::Scattered => self.room.scattered(size, bytes / size),
+        };
+        if place != Place::Scattered {
+            // The room is twice as large, for the gaps.
+            let half = fragments.len().div_ceil(2);
+            fragments.truncate(half);
+            fragments.iter_mut().filter(|_| place == Place::Whole).for_each(|whole| whole.len /= 2);
+        }
+        let device = Arc::clone(&self.device);
+        device.with(|| self.run(direction, place, &fragments)).map_err(Refused::into_error)
+    }
+
+    fn run(
+        &mut self,
+        direction: Direction,
+        place: Place,
+        fragments: &[Fragment],
+    ) -> std::result::Result<Timing, Refused> {
+        let (mut commands, mut submit_s, mut tables) = (0, 0.0, self.tables.iter_mut());
+        let started = Instant::now();
+        for job in jobs(fragments) {
+            let submitted = Instant::now();
+            let mut job = job.to_vec();
+            fragments::coalesce(&mut job);
+            let way = self.calibration.thresholds.way(direction, &job, true);
+            let table = if way == Way::Gather { tables.next() } else { None };
+            self.dispatch.hand_over(way, direction, &job, table, &self.stream)?;
+            submit_s += submitted.elapsed().as_secs_f64();
+            commands += job.len();
+        }
+        debug_assert!(place != Place::Whole || commands == 1);
+        self.stream.synchronize()?;
+        let seconds = started.elapsed().as_secs_f64();
+        Ok(Timing { seconds, submit_s, fragments: commands, bytes: fragments::bytes(fragments) })
+    }
+}
+
+/// As a lane divides them.
+fn jobs(fragments: &[Fragment]) -> impl Iterator<Item = &[Fragment]> {
+    let size = fragments.first().map_or(1, |first| first.len.max(1));
+    fragments.chunks(((JOB_BYTES / size) as usize).clamp(1, JOB_FRAGMENTS_MAX))
+}

@@ -1,0 +1,64 @@
+//! Calls that the driver refuses: everything is answered, nothing is given back too early, and the rest goes on.
+
+use crate::histories::{History, scene};
+use crate::random::Random;
+use crate::stub::Stub;
+use crate::vllm::Vllm;
+
+/// One history with a function that fails.
+fn play(seed: u64, name: &str, skip: i32, times: i32, code: i32, is_over: bool) -> (u32, u32) {
+    let stub = Stub::take(seed);
+    let scene = scene();
+    let mut history = History::new(Vllm::pinned(&stub, &scene), Random::new(seed));
+    stub.fail(name, skip, times, code);
+    for _ in 0..40 {
+        history.step();
+    }
+    history.end();
+    stub.finish();
+    assert_eq!(history.mismatches, 0, "{name} after {skip}");
+    let counts = (history.failed, history.loaded);
+    let notes = history.vllm.worker.take_notes();
+    drop(history);
+    if is_over {
+        let (count, first) = stub.wrongs();
+        assert_eq!(count, 0, "{name} after {skip}: {first}");
+    }
+    let told = notes.iter().any(|note| note.contains("could not be started") || note.contains("no longer copies"));
+    // A mark that cannot be made fails its step's orders on vLLM's own thread.
+    let marks = ["cuEventRecord", "cuEventCreate", "cuCtxPushCurrent_v2"].contains(&name);
+    assert!(counts.0 == 0 || told || marks, "{name}: {notes:?}");
+    counts
+}
+
+#[test]
+fn a_copy_that_is_refused_fails_its_job_alone() {
+    let mut random = Random::of_test();
+    for name in ["cuMemcpyBatchAsync", "cuMemcpyDtoHAsync_v2"] {
+        for skip in [0, 3] {
+            let (failed, loaded) = play(random.next(), name, skip, 1, 1, true);
+            assert!(loaded > 0, "{name}: nothing went on after the failure");
+            assert!(failed > 0 || name == "cuMemcpyDtoHAsync_v2", "{name}: nothing failed");
+        }
+    }
+}
+
+#[test]
+fn whatever_is_refused_every_order_is_answered() {
+    let mut random = Random::of_test();
+    for name in ["cuEventRecord", "cuStreamWaitEvent", "cuEventCreate", "cuCtxPushCurrent_v2"] {
+        for skip in [0, 7] {
+            play(random.next(), name, skip, 1, 2, true);
+        }
+    }
+}
+
+/// A device that is gone answers every call with the same error. Its copies are gone with it, which the checker does not know.
+#[test]
+fn a_device_that_is_gone_fails_everything_and_stops_nobody() {
+    let mut random = Random::of_test();
+    for name in ["cuEventQuery", "cuStreamWaitEvent", "cuEventRecord", "cuMemcpyBatchAsync"] {
+        let (failed, _) = play(random.next(), name, 9, i32::MAX, 700, false);
+        assert!(failed > 0, "{name}: nothing failed");
+    }
+}

@@ -1,0 +1,93 @@
+//! Pinning in pieces and in the background: what waits, what is copied meanwhile, and what happens when the system has had enough.
+
+use kvcellar::block::plan::StepPlan;
+use kvcellar::gpu::cuda::copier::Options;
+use kvcellar::pool::slot_table::Fill;
+
+use crate::ledger::until;
+use crate::maker::assumed;
+use crate::scene::Scene;
+use crate::stub::Stub;
+use crate::vllm::Vllm;
+
+/// Pieces of two slots.
+fn options(scene: &Scene) -> Options {
+    Options { pin_chunk_bytes: 2 * scene.pool.geometry().slot_bytes, ..assumed() }
+}
+
+#[test]
+fn every_slot_is_pinned_in_the_end_and_unpinned_after() {
+    let stub = Stub::take(1);
+    stub.strict();
+    let scene = Scene::simple(9);
+    let vllm = Vllm::new(&stub, &scene, options(&scene));
+    until("all pieces are pinned", || stub.calls("cuMemHostRegister_v2") == 5);
+    let mut notes = Vec::new();
+    until("the end is told", || {
+        notes.extend(vllm.worker.take_notes());
+        notes.iter().any(|note| note.starts_with("pinned"))
+    });
+    drop(vllm);
+    assert_eq!(stub.calls("cuMemHostUnregister"), 5);
+    stub.is_clean();
+}
+
+#[test]
+fn copies_start_before_the_pool_is_pinned_and_wait_for_their_own_piece() {
+    let stub = Stub::take(2);
+    stub.strict();
+    let scene = Scene::simple(9);
+    stub.hold_pinning(true);
+    let mut vllm = Vllm::new(&stub, &scene, options(&scene));
+    let copy = scene.begin(8, 0, 3);
+    // The hooks return, although nothing is pinned.
+    vllm.step(&StepPlan { stores_after: vec![copy], ..StepPlan::default() }, &[], &[(3, 7)]);
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    assert_eq!(scene.line(8).fill(1), Fill::Pending, "a slot was copied before its memory was pinned");
+    stub.hold_pinning(false);
+    assert_eq!(vllm.wait_for(&copy), Fill::Done);
+    assert!(vllm.slot_is(8, 7));
+    drop(vllm);
+    stub.is_clean();
+}
+
+/// vLLM's next step needs the block now: the copy goes as ordinary memory.
+#[test]
+fn a_fence_does_not_wait_for_pinning() {
+    let stub = Stub::take(3);
+    let scene = Scene::simple(9);
+    stub.hold_pinning(true);
+    let mut vllm = Vllm::new(&stub, &scene, options(&scene));
+    let copy = scene.begin(8, 0, 3);
+    vllm.step(&StepPlan { stores_after: vec![copy], ..StepPlan::default() }, &[], &[(3, 7)]);
+    vllm.step(&StepPlan { waits: vec![copy], ..StepPlan::default() }, &[], &[(3, 8)]);
+    assert_eq!(vllm.wait_for(&copy), Fill::Done);
+    assert!(vllm.slot_is(8, 7));
+    stub.hold_pinning(false);
+    drop(vllm);
+    stub.is_clean();
+}
+
+#[test]
+fn what_cannot_be_pinned_is_copied_as_ordinary_memory_and_said() {
+    let stub = Stub::take(4);
+    let scene = Scene::simple(9);
+    stub.limit_pinned(5 * scene.pool.geometry().slot_bytes);
+    let mut vllm = Vllm::new(&stub, &scene, options(&scene));
+    let mut notes = Vec::new();
+    until("the limit is told", || {
+        notes.extend(vllm.worker.take_notes());
+        notes.iter().any(|note| note.contains("memlock"))
+    });
+    let copies: Vec<_> = (0..8).map(|slot| scene.begin(slot, 0, slot)).collect();
+    let writes: Vec<(u32, u8)> = (0..8).map(|block| (block, 10 + block as u8)).collect();
+    vllm.step(&StepPlan { stores_after: copies.clone(), ..StepPlan::default() }, &[], &writes);
+    for copy in &copies {
+        assert_eq!(vllm.wait_for(copy), Fill::Done);
+        assert!(vllm.slot_is(copy.slot, 10 + copy.block as u8));
+    }
+    drop(vllm);
+    let pinned = stub.calls("cuMemHostUnregister");
+    assert!(pinned >= 1, "what was pinned did not stay");
+    stub.is_clean();
+}
