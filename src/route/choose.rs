@@ -121,7 +121,6 @@ fn weighted(totals: &[f64], random: &mut fastrand::Rng) -> usize {
 }
 
 #[cfg(test)]
-#[expect(clippy::cast_sign_loss, reason = "shares are never below zero")]
 mod tests {
     use super::super::view::{Held, Look};
     use super::*;

@@ -124,7 +124,7 @@ impl Proxy {
                     if error.is_connect() {
                         ticket.engine().refused();
                     }
-                    if tries_left == 0 || !ticket.next() {
+                    if tries_left == 0 || !ticket.move_on() {
                         eprintln!("kvcellar: {name}: {error}: no other engine is tried");
                         ticket.end("failed", None);
                         return Err(Refusal::Upstream(format!("{name}: {error}")));

@@ -385,7 +385,7 @@ impl Ticket {
     }
 
     /// Its engine could not be reached, or broke off before its first byte: moves on. `false`: nobody is left, and it stays where it failed.
-    pub fn next(&mut self) -> bool {
+    pub fn move_on(&mut self) -> bool {
         let next = (self.at + 1..self.order.len()).find(|at| self.order[*at].0.is_usable());
         let Some(at) = next else { return false };
         self.router.metrics.retried(&self.engine().spec.name);

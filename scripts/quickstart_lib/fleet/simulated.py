@@ -1,4 +1,4 @@
-"""The chart of `kvcellar bench fleet`: for each load and size of fleet the times to first token and the balance of every way."""
+"""The chart of `kvcellar bench fleet`: times to first token and balance of every way, by load and size of fleet."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ def write(report: dict[str, Any], path: Path) -> None:
         svg.text(
             24,
             54,
-            "Dot and number: p90, seconds, logarithmic. Line: p50 to p99. Bar: the busiest engine's work over the mean.",
+            "Dot and number: p90, seconds, logarithmic. Line: p50 to p99. Bar: busiest engine's work over the mean.",
             colour=svg.QUIET,
         ),
     ]

@@ -21,7 +21,7 @@ impl Envoy {
     /// Starts one and waits until it is ready.
     ///
     /// # Errors
-    /// [`Error::DeviceDead`].
+    /// [`crate::error::Error::DeviceDead`].
     pub(super) async fn start(binary: &Path, engine: u16, picker: u16) -> Result<Self> {
         const NAME: &str = "Envoy";
         let [admin, fixed, picked] = [free_port()?, free_port()?, free_port()?];
