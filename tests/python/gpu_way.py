@@ -49,7 +49,9 @@ def main(library: str, pool_dir: str) -> None:
         where, size = (ctypes.c_size_t * 1)(start + block * PAGE), (ctypes.c_size_t * 1)(PAGE)
         stub.stub_forward(ctypes.c_void_p(stream), where, size, ctypes.c_size_t(1), 40 + block, 1)
     worker.finish_step(stream)
-    while engine.pending_work() and dict(engine.gauges())["filling_slots"]:
+    # The copier calibrates before its first copy, which may take longer than an idle engine goes on asking for steps.
+    while dict(engine.gauges())["filling_slots"]:
+        engine.pending_work()
         time.sleep(0.001)
 
     engine.add_request("b", None, "")
