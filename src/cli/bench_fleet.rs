@@ -29,7 +29,7 @@ pub struct Options {
     #[arg(long, default_value_t = 60.0)]
     pub seconds: f64,
     /// Simulated seconds before that.
-    #[arg(long, default_value_t = 60.0)]
+    #[arg(long, default_value_t = 40.0)]
     pub warm: f64,
     /// Share of each load's own rate.
     #[arg(long, default_value_t = 1.0)]

@@ -8,8 +8,10 @@
 
 #![expect(clippy::cast_sign_loss, reason = "times since a moment and tokens are never below zero")]
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
+
+use hashbrown::HashMap;
 
 use super::engine::Engine;
 use super::speed::Speed;
@@ -50,7 +52,7 @@ pub struct Books {
     /// Tokens of those without a first token that were not held.
     uncomputed: u64,
     /// Those without a first token, oldest first.
-    unanswered: VecDeque<u64>,
+    unanswered: VecDeque<(u64, Promise)>,
     /// Since when the oldest of them is the oldest.
     oldest_since_s: f64,
     flow: Flow,
@@ -95,7 +97,7 @@ impl Books {
         self.tokens += u64::from(promise.tokens);
         self.uncomputed += promise.uncomputed();
         self.flow.add(now_s, promise.uncomputed());
-        self.unanswered.push_back(self.count);
+        self.unanswered.push_back((self.count, promise));
         self.open.insert(self.count, Open { promise, booked_s: now_s, ahead, first_s: None });
         self.count
     }
@@ -123,22 +125,22 @@ impl Books {
 
     fn settle(&mut self, now_s: f64, number: u64, promise: Promise) {
         self.uncomputed -= promise.uncomputed();
-        if self.unanswered.front() == Some(&number) {
+        if self.unanswered.front().is_some_and(|(it, _)| *it == number) {
             self.oldest_since_s = now_s;
         }
-        self.unanswered.retain(|it| *it != number);
+        self.unanswered.retain(|(it, _)| *it != number);
     }
 
     /// Prompt tokens that the engine has yet to compute.
     pub fn uncomputed(&self, now_s: f64) -> u64 {
         let mut time = (now_s - self.oldest_since_s).max(0.0) * self.speed.rates(now_s).prefill;
         let mut done = 0;
-        for open in self.unanswered.iter().filter_map(|number| self.open.get(number)) {
-            let wanted = open.promise.uncomputed();
+        for (_, promise) in &self.unanswered {
+            let wanted = promise.uncomputed();
             done += wanted.min(time as u64);
             time -= wanted as f64;
             // What streams is not computed before it says so, nor is anything behind it.
-            if open.promise.streams || time <= 0.0 {
+            if promise.streams || time <= 0.0 {
                 break;
             }
         }

@@ -3,8 +3,7 @@
 //! A block in GPU memory is pinned by running requests, or free: free ones stay in recency order until their room is needed, then they go to host
 //! memory, whose oldest go for good. Room that running requests will still fill is reserved, and counts as used.
 
-use std::collections::HashMap;
-
+use hashbrown::HashMap;
 use lru::LruCache;
 
 /// What happens to a block.
@@ -62,7 +61,7 @@ impl Cache {
 
     /// Whether `blocks` more fit, of which `held` are there already.
     pub fn fits(&self, held: &[u64], blocks: usize) -> bool {
-        let pinned = held.iter().filter(|hash| self.pinned.contains_key(hash)).count();
+        let pinned = held.iter().filter(|hash| self.pinned.contains_key(*hash)).count();
         self.pinned.len() + self.reserved + blocks - pinned <= self.gpu_blocks
     }
 
