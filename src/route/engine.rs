@@ -141,6 +141,8 @@ pub struct Engine {
     pub models: ArcSwap<Vec<Model>>,
     /// When it got its last cold request.
     pub cold_turn: AtomicU64,
+    /// It tokenizes, but does not render.
+    pub renders_not: AtomicBool,
     draining: AtomicBool,
     recent: Mutex<Recent>,
     books: Mutex<Books>,
@@ -164,6 +166,7 @@ impl Engine {
             told: ArcSwap::default(),
             models: ArcSwap::default(),
             cold_turn: AtomicU64::new(0),
+            renders_not: AtomicBool::new(false),
             recent: Mutex::default(),
             books: Mutex::default(),
             since: Instant::now(),
@@ -232,6 +235,7 @@ impl Engine {
     pub fn heard(&self, mut told: Told) -> bool {
         if self.has_restarted(&told) {
             self.recent().clear();
+            self.renders_not.store(false, Ordering::Relaxed);
         }
         if told.started_s <= 0.0 {
             // Nonsense between two lives must not hide that there are two.

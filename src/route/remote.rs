@@ -1,5 +1,7 @@
-//! Token ids from an engine, where this process cannot say them: vLLM's render endpoints.
+//! Token ids from an engine, where this process cannot say them: vLLM's render endpoints, and where those are not served (vLLM 0.32 does so only when it is
+//! started with `--enable-scale-out`) its tokenizer.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use serde_json::{Map, Value as Json};
@@ -9,6 +11,9 @@ use super::request::Kind;
 
 /// How long an engine may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long an idle connection is kept: less than engines keep it, so that none is used that they are closing.
+const IDLE: Duration = Duration::from_secs(4);
 
 /// Asks engines for the ids that a request becomes there.
 #[derive(Debug, Clone)]
@@ -22,7 +27,7 @@ impl Remote {
     /// # Errors
     /// [`crate::error::Error::TryLater`] when there is no HTTP client to be had.
     pub fn new() -> crate::error::Result<Self> {
-        let built = reqwest::Client::builder().timeout(TIMEOUT).no_proxy().build();
+        let built = reqwest::Client::builder().timeout(TIMEOUT).pool_idle_timeout(IDLE).no_proxy().build();
         let client = built.map_err(|error| crate::error::Error::TryLater {
             what: "an HTTP client".to_owned(),
             holder: error.to_string(),
@@ -37,16 +42,25 @@ impl Remote {
         serde_json::from_slice(&answer.bytes().await.ok()?).ok()
     }
 
-    /// The ids of a request; of several prompts the first's.
-    pub async fn ids(&self, engine: &Engine, kind: Kind, body: &Map<String, Json>) -> Option<Vec<u32>> {
+    /// The ids of a request; of several prompts the first's. `is_plain`: nothing in it changes its tokens but what the engine's tokenizer knows as well.
+    pub async fn ids(&self, engine: &Engine, kind: Kind, body: &Map<String, Json>, is_plain: bool) -> Option<Vec<u32>> {
         let path = match kind {
             Kind::Chat => "/v1/chat/completions/render",
             Kind::Completion => "/v1/completions/render",
             Kind::Other => return None,
         };
-        let answer = self.post(engine, path, &Json::Object(body.clone())).await?;
-        let made = answer.get(0).unwrap_or(&answer);
-        ids_of(made.get("token_ids")?)
+        let body = Json::Object(body.clone());
+        let in_vain = is_plain && engine.renders_not.load(Ordering::Relaxed);
+        if !in_vain && let Some(answer) = self.post(engine, path, &body).await {
+            return ids_of(answer.get(0).unwrap_or(&answer).get("token_ids")?);
+        }
+        if !is_plain {
+            return None;
+        }
+        let tokens = self.post(engine, "/tokenize", &body).await?;
+        // It answers this and not that: the next request need not ask in vain.
+        engine.renders_not.store(true, Ordering::Relaxed);
+        ids_of(tokens.get("tokens")?)
     }
 }
 

@@ -20,6 +20,7 @@ use super::prompt::{Models, Prompt};
 use super::remote::Remote;
 use super::request::{Kind, Refusal, Request};
 use super::see::{Considered, Decision, Ring};
+use super::tokens::Inexact;
 use super::traces::{Trace, Traces};
 use super::view::View;
 use crate::error::Result;
@@ -244,7 +245,9 @@ impl Router {
             Err(reason) => {
                 self.metrics.inexact(reason.name());
                 let place = fastrand::usize(..engines.len());
-                (self.remote.ids(&engines[place], request.kind, &request.body).await, "remote", Some(reason.name()))
+                let is_plain = !matches!(reason, Inexact::Option(_) | Inexact::Multimodal);
+                let ids = self.remote.ids(&engines[place], request.kind, &request.body, is_plain).await;
+                (ids, "remote", Some(reason.name()))
             }
         };
         let Some(ids) = ids else { return Prompt { inexact, ..Prompt::estimate(request) } };
