@@ -34,14 +34,20 @@ unsafe impl Send for Library {}
 // SAFETY: as above.
 unsafe impl Sync for Library {}
 
-/// The stub's library, built once, without the functions that `without` names.
+/// The stub's library, built once, without the functions that `without` names. A library that somebody may have loaded is never written again.
 pub(crate) fn build(without: &[&str]) -> PathBuf {
+    static BUILT: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+    let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
     let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda/stub");
     let folder =
         Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("stub-{}-{}", without.join("-"), std::process::id()));
     std::fs::create_dir_all(&folder).expect("a directory");
     // The name that is tried first wins over a driver that this machine may have.
     let library = folder.join("libcuda.so");
+    if built.contains(&library) {
+        return library;
+    }
+    let made = folder.join("being-made");
     let done = Command::new("cc")
         .args([
             "-std=c11",
@@ -59,10 +65,12 @@ pub(crate) fn build(without: &[&str]) -> PathBuf {
         .args(without.iter().map(|what| format!("-DWITHOUT_{what}")))
         .args([sources.join("model.c"), sources.join("libcuda.c")])
         .arg("-o")
-        .arg(&library)
+        .arg(&made)
         .output()
         .expect("a C compiler, as Rust itself needs one");
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    std::fs::rename(&made, &library).expect("renamed");
+    built.push(library.clone());
     library
 }
 
