@@ -12,7 +12,7 @@ use clap::Args;
 use hashbrown::{HashMap, HashSet};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::report::{self, Goal, Measured, measured};
+use super::report::{self, Goal, Measured, measured, percentile};
 use crate::events::decode::decode;
 use crate::events::encode::encode;
 use crate::events::wire::{Arena, Batch, Event, Hashes, Parent, Removed, Stored};
@@ -341,10 +341,6 @@ fn ask(index: &Index, tokens: &[u32], questions: usize) -> Vec<f64> {
         .collect();
     times.sort_by(f64::total_cmp);
     times
-}
-
-fn percentile(sorted: &[f64], percent: usize) -> f64 {
-    sorted.get(sorted.len().saturating_sub(1) * percent / 100).copied().unwrap_or(f64::NAN)
 }
 
 /// Runs the benchmark and prints it.

@@ -52,6 +52,9 @@ pub struct Options {
     pub json: bool,
 }
 
+/// Tokens of a conversation's next turn.
+const TURN: usize = 100;
+
 /// How many of a thing are done at a length of prompts.
 fn fewer(count: usize, tokens: usize) -> usize {
     if tokens > 10_000 { count.div_ceil(10) } else { count }.max(1)

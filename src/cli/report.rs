@@ -40,6 +40,11 @@ pub fn measured(name: &str, unit: &'static str, mut values: Vec<f64>) -> Measure
     Measured { name: name.to_owned(), value: at(2), unit, spread: (at(3) - at(1)) / 2.0, n: values.len() }
 }
 
+/// The value below which so many percent of sorted values lie, by rank.
+pub fn percentile(sorted: &[f64], percent: usize) -> f64 {
+    sorted.get(sorted.len().saturating_sub(1) * percent / 100).copied().unwrap_or(f64::NAN)
+}
+
 /// The whole report.
 pub fn report(results: &[Measured], goals: &[Goal]) -> Value {
     json!({ "commit": commit(), "machine": machine(), "results": results, "goals": goals })

@@ -115,7 +115,9 @@ impl Proxy {
         let mut ticket = self.router.route(&request).await?;
         drop(request);
         let debug = parts.headers.contains_key(&DEBUG);
-        for tries_left in (0..self.limits.tries).rev() {
+        let mut tries_left = self.limits.tries;
+        loop {
+            tries_left = tries_left.saturating_sub(1);
             let upstream = Self::upstream(&parts.method, &parts.uri, &parts.headers, &body, &ticket)?;
             match tokio::time::timeout(self.limits.silence, self.client.request(upstream)).await {
                 Ok(Ok(response)) => return Ok(self.answer(response, ticket, debug)),
@@ -137,8 +139,6 @@ impl Proxy {
                 }
             }
         }
-        ticket.end("failed", None);
-        Err(Refusal::Upstream("no engine may be tried".to_owned()))
     }
 
     async fn read(&self, body: Body) -> Result<Bytes, Refusal> {

@@ -148,7 +148,9 @@ impl Router {
             .zip(&found)
             .map(|(engine, found)| engine.look(found.held, adapter, session.as_deref() == Some(&engine.spec.name)))
             .collect();
-        let prefix = prefix::longest(&prompt, prefix_from, &found, self.block_tokens());
+        let has_credits = matches!(self.setup.policy, Policy::Cost);
+        let prefix =
+            if has_credits { prefix::longest(&prompt, prefix_from, &found, self.block_tokens()) } else { None };
         let credit_s = prefix.map_or(0.0, |prefix| self.lock_credits().of(prefix));
         let view = View { prompt_tokens: prompt.tokens, credit_s, engines: &looks };
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);

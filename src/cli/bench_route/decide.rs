@@ -8,7 +8,8 @@ use indicatif::ProgressBar;
 use nix::time::{ClockId, clock_gettime};
 
 use super::prompts::Writer;
-use super::{Found, Options, fewer};
+use super::{Found, Options, TURN, fewer};
+use crate::cli::report::percentile;
 use crate::error::{Error, Result};
 use crate::events::wire::{Arena, Batch, Event, Hashes, Stored};
 use crate::index::Index;
@@ -38,8 +39,6 @@ pub(super) const KINDS: [(Sort, &str); 4] =
     [(Sort::Seen, "seen text"), (Sort::New, "new text"), (Sort::Ids, "ids"), (Sort::Approximate, "approximate")];
 
 const BLOCK: u32 = 16;
-/// Tokens of a conversation's next turn.
-const TURN: usize = 100;
 
 /// All decisions. The deciding runtime has one thread, so CPU time is the thread's own.
 pub(super) fn measure(options: &Options, model: &TokenModel, bar: &ProgressBar, found: &mut Found) -> Result<()> {
@@ -96,8 +95,8 @@ impl Place {
             }
             cpu.push((thread_cpu_s()? - before) / decisions as f64 * 1e3);
             took.sort_by(f64::total_cmp);
-            p50.push(took[decisions / 2]);
-            p99.push(took[(decisions * 99 / 100).min(decisions - 1)]);
+            p50.push(percentile(&took, 50));
+            p99.push(percentile(&took, 99));
             // The index learns of the decisions beside them.
             tokio::task::yield_now().await;
         }

@@ -2,11 +2,10 @@
 
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use serde_json::{Value as Json, json};
 
-use super::process::{Process, READY, dead};
+use super::process::{Process, answers, dead};
 use crate::error::Result;
 
 /// An Envoy with two ways to engines: one fixed, one by the picker.
@@ -29,17 +28,7 @@ impl Envoy {
         let mut command = Command::new(binary);
         command.args(["--use-dynamic-base-id", "--concurrency", "1", "-l", "error", "--config-yaml", &config]);
         let process = Process::start(NAME, command.stderr(Stdio::null()))?;
-        let client = reqwest::Client::builder().no_proxy().build().map_err(|error| dead(NAME, error))?;
-        let ready = async {
-            loop {
-                let answer = client.get(format!("http://127.0.0.1:{admin}/ready")).send().await;
-                if answer.is_ok_and(|answer| answer.status().is_success()) {
-                    return;
-                }
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-        };
-        tokio::time::timeout(READY, ready).await.map_err(|_| dead(NAME, "it does not start"))?;
+        answers(&format!("http://127.0.0.1:{admin}/ready"), |_| true, NAME, "it does not start").await?;
         let at = |port: u16| format!("http://127.0.0.1:{port}");
         Ok(Self { process, fixed: at(fixed), picked: at(picked) })
     }

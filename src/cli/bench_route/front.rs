@@ -8,15 +8,14 @@ use super::load::Load;
 use super::process::{Process, RouterProcess};
 use super::prompts::Writer;
 use super::stand_in::StandIn;
-use super::{Found, Options, fewer};
-use crate::error::{Error, Result};
+use super::{Found, Options, TURN, fewer};
+use crate::cli::report::percentile;
+use crate::error::Result;
 use crate::route::tokens::TokenModel;
 
 const ENGINES: usize = 8;
 /// Requests at a time when rates are measured.
 const AT_ONCE: usize = 8;
-/// Tokens of a conversation's next turn.
-const TURN: usize = 100;
 
 /// One way to an engine, and whose CPU time it takes.
 struct Contender<'p> {
@@ -36,8 +35,8 @@ impl<'p> Contender<'p> {
     /// One repetition: one request at a time for latency, then several for CPU time a request.
     async fn run(&mut self, load: &Load, alone: Vec<Bytes>, together: Vec<Bytes>) -> Result<()> {
         let took = load.send(&self.url, alone, 1).await?;
-        self.p50_ms.push(took[took.len() / 2] * 1e3);
-        self.p99_ms.push(took[(took.len() * 99 / 100).min(took.len() - 1)] * 1e3);
+        self.p50_ms.push(percentile(&took, 50) * 1e3);
+        self.p99_ms.push(percentile(&took, 99) * 1e3);
         let (count, before) = (together.len(), self.process.cpu_s()?);
         load.send(&self.url, together, AT_ONCE).await?;
         self.cpu_ms.push((self.process.cpu_s()? - before) / count as f64 * 1e3);
@@ -47,10 +46,7 @@ impl<'p> Contender<'p> {
 
 /// All front ends.
 pub(super) fn measure(options: &Options, model: &TokenModel, bar: &ProgressBar, found: &mut Found) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let runtime =
-        runtime.map_err(|error| Error::io("starting", "a runtime", error, "Allow this process more threads"))?;
-    runtime.block_on(run(options, model, bar, found))
+    crate::cli::block_on(run(options, model, bar, found))
 }
 
 async fn run(options: &Options, model: &TokenModel, bar: &ProgressBar, found: &mut Found) -> Result<()> {

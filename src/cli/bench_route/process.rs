@@ -7,11 +7,31 @@ use std::time::Duration;
 use crate::error::{Error, Result};
 
 /// How long a process may take to be ready.
-pub(super) const READY: Duration = Duration::from_secs(20);
+const READY: Duration = Duration::from_secs(20);
 
 pub(super) fn dead(device: &str, problem: impl std::fmt::Display) -> Error {
     let remedy = "Run its command by hand to see what it says".to_owned();
     Error::DeviceDead { device: device.to_owned(), problem: problem.to_string(), remedy }
+}
+
+/// Waits until a GET of `url` answers well with a body that satisfies `enough`.
+///
+/// # Errors
+/// [`Error::DeviceDead`] with this problem of the process, in the end.
+pub(super) async fn answers(url: &str, enough: impl Fn(&str) -> bool, name: &str, problem: &str) -> Result<()> {
+    let client = reqwest::Client::builder().no_proxy().build().map_err(|error| dead(name, error))?;
+    let polled = async {
+        loop {
+            let answer = client.get(url).send().await.and_then(reqwest::Response::error_for_status);
+            if let Ok(answer) = answer
+                && answer.text().await.is_ok_and(|text| enough(&text))
+            {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(READY, polled).await.map_err(|_| dead(name, problem))
 }
 
 /// A process.
@@ -90,21 +110,8 @@ impl RouterProcess {
         let [admin, http, picker] =
             addresses.ok().and_then(std::result::Result::ok).ok_or_else(|| dead(NAME, "it does not start"))?;
         let picker_port = picker.rsplit_once(':').and_then(|(_, port)| port.parse().ok()).unwrap_or(0);
-        let client = reqwest::Client::builder().no_proxy().build().map_err(|error| dead(NAME, error))?;
-        let well = async {
-            loop {
-                let answer = client.get(format!("{admin}/debug/engines")).send().await;
-                let text = match answer {
-                    Ok(answer) => answer.text().await.unwrap_or_default(),
-                    Err(_) => String::new(),
-                };
-                if text.matches("\"healthy\"").count() == engines {
-                    return;
-                }
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-        };
-        tokio::time::timeout(READY, well).await.map_err(|_| dead(NAME, "its engines are not healthy"))?;
+        let all_healthy = |text: &str| text.matches("\"healthy\"").count() == engines;
+        answers(&format!("{admin}/debug/engines"), all_healthy, NAME, "its engines are not healthy").await?;
         Ok(Self { process, http, picker_port })
     }
 }

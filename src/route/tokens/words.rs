@@ -132,7 +132,8 @@ impl Words {
     }
 
     /// Words remembered.
-    pub fn count(&self) -> usize {
+    #[cfg(test)]
+    fn count(&self) -> usize {
         let kept = self.kept.read().unwrap_or_else(PoisonError::into_inner);
         kept.young.places.len() + kept.old.places.len()
     }
