@@ -102,7 +102,7 @@ def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Groups:
     Raises:
         UnsupportedError: for a group of another kind than full attention, MLA or sliding window (named, with its
         index),
-            context parallelism, or a model without KV cache.
+            context parallelism, a model without KV cache, or one whose blocks are zeroed before we are told.
     """
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
@@ -110,6 +110,14 @@ def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Groups:
             raise UnsupportedError(f"{name} of {getattr(parallel, name)} is not supported. {REMEDY}")
     if not kv_cache_config.kv_cache_groups:
         raise UnsupportedError(f"This model has no KV cache. {REMEDY}")
+    zeroes = getattr(kv_cache_config, "needs_kv_cache_zeroing", False)
+    if zeroes and getattr(vllm_config, "use_v2_model_runner", True):
+        # Runner V2 zeroes a step's new blocks before it tells the connector of the step: a copy that still reads one
+        # of them could not be waited for.
+        raise UnsupportedError(
+            f"vLLM's model runner V2 zeroes new blocks of this KV cache (its groups differ in precision) before copies "
+            f"of them can be waited for. Set VLLM_USE_V2_MODEL_RUNNER=0. {REMEDY}"
+        )
     draft = vllm_config.speculative_config
     drops = draft is not None and draft.use_eagle_block_drop()
     annotated = any(group.is_eagle_group for group in kv_cache_config.kv_cache_groups)

@@ -33,12 +33,14 @@ class RankOffer(KVConnectorHandshakeMetadata):
         layout: vLLM's name of the KV cache layout.
         isa: how this machine's attention kernels pack KV.
         block_bytes: per KV cache group, bytes of one block on this rank.
+        near_node: the memory node next to this rank's GPU; None where that is not known.
     """
 
     machine: str
     layout: str
     isa: str
     block_bytes: tuple[int, ...]
+    near_node: int | None = None
 
 
 @dataclass

@@ -6,7 +6,7 @@ One native call a request or a step; nothing is decided here and no loop runs ov
 import json
 import multiprocessing
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -157,7 +157,11 @@ class SchedulerSide:
             first = index - index % tensor + (index % tensor) // replicas * replicas
             native_ranks.append({"block_bytes": rank.block_bytes, "replica_of": None if first == index else first})
         report = self._engine.open_pool(
-            json.dumps(native_ranks), facts.collect(self._vllm_config, own), stable, PopulateProgress()
+            json.dumps(native_ranks),
+            facts.collect(self._vllm_config, own),
+            stable,
+            PopulateProgress(),
+            sorted({rank.near_node for rank in own if rank.near_node is not None}),
         )
         self._opened = True
         self._ticket = self._engine.ticket()
@@ -247,7 +251,7 @@ class SchedulerSide:
         if not offers and not self._active:
             return _NOTHING
         self._counted = True
-        plan, quiet = self._engine.step(offers, _handed_out(output))
+        plan, quiet = self._engine.step(offers, handed_out(output, self._groups))
         self._active = not quiet
         ticket, self._ticket = self._ticket, None
         if ticket is not None:
@@ -348,14 +352,29 @@ def _log_disk(disk: DiskReport) -> None:
         logger.warning("KV Cellar: the disk is used with %s: %s", disk.engine, disk.engine_why)
 
 
-def _handed_out(output: SchedulerOutput) -> list[list[int]]:
-    """Blocks that vLLM gives to requests in this step."""
+def handed_out(output: SchedulerOutput, groups: Groups) -> list[list[int]]:
+    """Blocks that vLLM lets requests write from this step on: whoever still reads one of them has to be waited for.
+
+    A request's table begins with what is computed already: found in vLLM's own cache, or loaded. Requests only read
+    that, beside whoever copies it.
+    """
     lists: list[list[int]] = []
+
+    def hand_out(tables: Sequence[Sequence[int]], computed_tokens: int) -> None:
+        for group, table in zip(groups.groups, tables, strict=True):
+            lists.append(list(table[computed_tokens // group.block_tokens :]))
+
     for request in output.scheduled_new_reqs:
-        lists.extend(request.block_ids)
-    for new_block_ids in output.scheduled_cached_reqs.new_block_ids:
-        if new_block_ids is not None:
-            lists.extend(new_block_ids)
+        # A replay writes sliding windows below what is computed.
+        replays = getattr(request, "replay_start", 0) > 0
+        hand_out(request.block_ids, 0 if replays else request.num_computed_tokens)
+    cached = output.scheduled_cached_reqs
+    for request_id, tables, computed_tokens in zip(
+        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+    ):
+        if tables is not None:
+            # A resumed request gets its whole table anew, any other one what is added to it.
+            hand_out(tables, computed_tokens if request_id in cached.resumed_req_ids else 0)
     return lists
 
 

@@ -74,7 +74,8 @@ class WorkerSide:
         if self._native is None:
             return None
         layout = self._kv_cache_config.kv_cache_layout or "unknown"
-        return RankOffer(facts.machine(), layout, _isa(self._gpu), tuple(self._native.block_bytes))
+        native = self._native
+        return RankOffer(facts.machine(), layout, _isa(self._gpu), tuple(native.block_bytes), native.near_node)
 
     def begin_step(self, metadata: StepMetadata) -> None:
         """Before anything of this step is written: attach when told to, start early offloads, wait for fences."""

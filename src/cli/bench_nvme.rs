@@ -171,6 +171,7 @@ impl Field {
         let bytes = limits::HEADER_BYTES + limits::SLOT_ALIGN + slots * (geometry.slot_bytes + 64);
         let pool = |namespace: u8| {
             let wish = pools::Wish {
+                near: &[],
                 pool_dir,
                 namespace: [namespace; 16],
                 facts: "{}",

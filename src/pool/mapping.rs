@@ -61,6 +61,11 @@ impl Mapping {
         }
     }
 
+    /// Says where pages of the file that are not there yet shall lie: near these memory nodes, or everywhere if none is named.
+    pub fn place(&self, near: &[u32]) {
+        placement::place(self.at(0, self.len()), self.len(), near);
+    }
+
     /// Populates all pages for writing, in chunks on several threads. Pages that are there stay as they are.
     ///
     /// `progress(done, total)` is called from this thread, in bytes.
@@ -69,7 +74,7 @@ impl Mapping {
     /// [`Error::Io`] when the system has no memory for a page: the mapping must then not be used.
     pub fn populate(&self, path: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
         let total = self.len();
-        placement::prepare(self.at(0, total), total);
+        placement::prefer_huge_pages(self.at(0, total), total);
         let chunks = total.div_ceil(limits::POPULATE_CHUNK_BYTES);
         let threads = thread::available_parallelism().map_or(1, usize::from).min(16).min(chunks);
         let next = AtomicUsize::new(0);

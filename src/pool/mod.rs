@@ -153,6 +153,11 @@ impl Pool {
         Header::of(&self.map)
     }
 
+    /// Says where pages that are not there yet shall lie. For the pool's owner.
+    pub(super) fn place(&self, near: &[u32]) {
+        self.map.place(near);
+    }
+
     /// Populates every page of the mapping, so that later accesses neither fault in bulk nor fail.
     ///
     /// # Errors

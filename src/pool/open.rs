@@ -32,6 +32,8 @@ pub struct Wish<'a> {
     pub adopt: bool,
     /// Sizes of a slot.
     pub geometry: &'a SlotGeometry,
+    /// Memory nodes next to the devices that copy; empty: not known.
+    pub near: &'a [u32],
 }
 
 /// A pool that this process owns.
@@ -148,6 +150,7 @@ fn adopt(
     let stand_in = PoolLocks::attach(file.try_clone().map_err(|error| io(path, error))?, path)?;
     let pool = Pool::assemble(Mapping::of(file, path)?, path.to_owned(), slot_count, wish.geometry.clone(), stand_in)?;
     pool.header().take_over(new_epoch());
+    pool.place(wish.near);
     pool.populate(progress)?;
     Ok(pool)
 }
@@ -171,6 +174,7 @@ fn create(wish: &Wish<'_>, path: &Path, progress: &mut dyn FnMut(u64, u64)) -> R
         locks.share_mapping(path)?;
         file.set_len(file_bytes(slot_count, wish.geometry)).map_err(|error| io(path, error))?;
         let map = Mapping::of(&file, path)?;
+        map.place(wish.near);
         map.populate(path, progress)?;
         let header = header::Header::of(&map);
         header.write(purpose(wish, slot_count), wish.facts);

@@ -1,41 +1,54 @@
-//! Where a pool's pages lie: spread over the machine's memory nodes, in huge pages where the system gives them to shared memory.
+//! Where a pool's pages lie: on the memory nodes near the devices that copy them, else spread over all nodes; in huge pages where the system gives them
+//! to shared memory.
 //!
-//! Said before the pages are touched, so that it does not depend on which thread touches which page. Neither is needed: a system that refuses costs
-//! speed only.
+//! Said before the pages are touched, by the pool's owner, for the file: so it does not depend on which thread or process touches which page. Neither is
+//! needed: a system that refuses costs speed only.
 
 use std::ffi::{c_int, c_ulong};
 use std::ptr::NonNull;
 
+/// Pages from one node, and from others when it has none left.
+const PREFERRED: c_int = 1;
 /// Pages in turn from all nodes.
 const INTERLEAVE: c_int = 3;
 
 /// Memory nodes that are told apart: one bit each.
 const NODES_MAX: u32 = c_ulong::BITS;
 
-/// Asks the kernel to place the pages of this mapping. `start` is page-aligned and mapped for `len` bytes.
-pub(super) fn prepare(start: NonNull<u8>, len: usize) {
+/// Asks for huge pages where this mapping touches pages first. `start` is page-aligned and mapped for `len` bytes.
+pub(super) fn prefer_huge_pages(start: NonNull<u8>, len: usize) {
     // SAFETY: the range is a mapping of the caller's; the call changes how its pages are backed, not what they hold.
     unsafe { libc::madvise(start.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
-    let nodes = std::fs::read_to_string("/sys/devices/system/node/has_memory").map_or(0, |text| mask(text.trim()));
-    if nodes.count_ones() > 1 {
-        // SAFETY: as above; the mask is a local of as many bits as are named, which the kernel reads only.
-        unsafe {
-            libc::syscall(
-                libc::SYS_mbind,
-                start.as_ptr(),
-                len,
-                INTERLEAVE,
-                &raw const nodes,
-                c_ulong::from(NODES_MAX),
-                0,
-            )
-        };
+}
+
+/// Asks the kernel to place the file's pages that are not there yet. `near`: the nodes next to the devices; none: not known. `start` is page-aligned and
+/// mapped for `len` bytes.
+pub(super) fn place(start: NonNull<u8>, len: usize, near: &[u32]) {
+    let present = std::fs::read_to_string("/sys/devices/system/node/has_memory").map_or(0, |text| mask(text.trim()));
+    let Some((policy, nodes)) = policy(present, near) else { return };
+    // SAFETY: as above; the mask is a local of as many bits as are named, which the kernel reads only.
+    unsafe {
+        libc::syscall(libc::SYS_mbind, start.as_ptr(), len, policy, &raw const nodes, c_ulong::from(NODES_MAX), 0)
+    };
+}
+
+/// What to ask for; `None` where there is nothing to choose. Nodes without memory are not asked.
+fn policy(present: c_ulong, near: &[u32]) -> Option<(c_int, c_ulong)> {
+    let near = near.iter().map(|node| bit(*node)).fold(0, |all, one| all | one) & present;
+    match (near.count_ones(), present.count_ones()) {
+        (_, 0 | 1) => None,
+        (0, _) => Some((INTERLEAVE, present)),
+        (1, _) => Some((PREFERRED, near)),
+        _ => Some((INTERLEAVE, near)),
     }
+}
+
+fn bit(node: u32) -> c_ulong {
+    if node < NODES_MAX { 1 << node } else { 0 }
 }
 
 /// One bit for each node of a list such as `0-1,4`. What cannot be read names no node.
 fn mask(list: &str) -> c_ulong {
-    let bit = |node: u32| if node < NODES_MAX { 1 << node } else { 0 };
     let piece = |piece: &str| {
         let (first, last) = piece.split_once('-').unwrap_or((piece, piece));
         match (first.parse::<u32>(), last.parse::<u32>()) {
@@ -59,5 +72,45 @@ mod tests {
             assert_eq!(mask(nothing), 0, "{nothing}");
         }
         assert_eq!(mask("0-4000000000"), c_ulong::MAX);
+    }
+
+    #[test]
+    fn pages_lie_near_the_devices_or_everywhere() {
+        assert_eq!(policy(0b1111, &[2]), Some((PREFERRED, 0b100)));
+        assert_eq!(policy(0b1111, &[2, 2, 0]), Some((INTERLEAVE, 0b101)), "devices on two nodes");
+        assert_eq!(policy(0b11, &[]), Some((INTERLEAVE, 0b11)), "not known");
+        assert_eq!(policy(0b11, &[5, 700]), Some((INTERLEAVE, 0b11)), "nodes without memory");
+        assert_eq!(policy(0b1, &[0]), None, "nothing to choose");
+        assert_eq!(policy(0, &[0]), None, "a system that tells no nodes");
+    }
+
+    #[test]
+    fn the_kernel_knows_these_policies() {
+        // One node is enough to see that the numbers mean what they are called here.
+        let memory = memmap2::MmapMut::map_anon(1 << 20).unwrap();
+        let node: c_ulong = 1;
+        for wanted in [PREFERRED, INTERLEAVE] {
+            let (mut found, start): (c_int, _) = (-1, memory.as_ptr());
+            // SAFETY: the mapping is this test's own; the pointers are to locals.
+            let (set, got) = unsafe {
+                (
+                    libc::syscall(
+                        libc::SYS_mbind,
+                        start,
+                        memory.len(),
+                        wanted,
+                        &raw const node,
+                        c_ulong::from(NODES_MAX),
+                        0,
+                    ),
+                    libc::syscall(libc::SYS_get_mempolicy, &raw mut found, 0, 0, start, 2),
+                )
+            };
+            if set != 0 || got != 0 {
+                eprintln!("skipped: this kernel or container has no memory policies");
+                return;
+            }
+            assert_eq!(found, wanted);
+        }
     }
 }

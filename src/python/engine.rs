@@ -62,7 +62,8 @@ impl PyTierEngine {
     }
 
     /// Creates or adopts the pool. `ranks`: JSON list of what each rank offers; `facts`: JSON object that makes up the namespace; `stable`: block hashes
-    /// mean the same after a restart. `progress(done, total)` is called in bytes.
+    /// mean the same after a restart. `progress(done, total)` is called in bytes. `near`: memory nodes next to the ranks' devices, where they are known.
+    #[pyo3(signature = (ranks, facts, stable, progress, near=Vec::new()))]
     fn open_pool(
         &self,
         py: Python<'_>,
@@ -70,6 +71,7 @@ impl PyTierEngine {
         facts: &str,
         stable: bool,
         progress: Py<PyAny>,
+        near: Vec<u32>,
     ) -> PyResult<PoolReport> {
         let config = self.config.clone();
         py.detach(|| {
@@ -87,6 +89,7 @@ impl PyTierEngine {
                     explicit: config.dram_explicit,
                     adopt: config.keep_pool && stable,
                     geometry: &geometry,
+                    near: &near,
                 };
                 let mut report = |done: u64, total: u64| {
                     // A progress line that cannot be shown must not stop the start.

@@ -23,6 +23,7 @@ use crate::pool::watch::Watch;
 pub(super) struct PyCopyWorker {
     worker: Arc<Mutex<CopyWorker>>,
     groups: Arc<Vec<GroupRuns>>,
+    near_node: Option<u32>,
 }
 
 impl PyCopyWorker {
@@ -41,18 +42,31 @@ impl PyCopyWorker {
 
 /// How a KV cache in GPU memory is copied.
 #[cfg(feature = "cuda")]
-struct Gpu(crate::gpu::cuda::copier::Options);
+struct Gpu {
+    options: crate::gpu::cuda::copier::Options,
+    near_node: Option<u32>,
+}
 
 #[cfg(feature = "cuda")]
 impl Gpu {
     /// Sees at once whether there is a driver that serves this device.
     fn open(device: i32, nvrtc: Vec<PathBuf>) -> crate::error::Result<Self> {
-        crate::gpu::cuda::device::Device::open(device)?;
-        Ok(Self(crate::gpu::cuda::copier::Options::of(device, nvrtc)))
+        use crate::gpu::cuda::{calibration, copier, device::Device, driver::Refused};
+
+        let opened = Device::open(device)?;
+        let facts = opened.facts().map_err(Refused::into_error)?;
+        // Now: vLLM has allocated its KV cache and computes nothing yet.
+        let found = calibration::of_device(&opened, &nvrtc).map_err(Refused::into_error)?;
+        let options = copier::Options { calibration: Some(found), ..copier::Options::of(device, nvrtc) };
+        Ok(Self { options, near_node: facts.near_node })
+    }
+
+    fn near_node(&self) -> Option<u32> {
+        self.near_node
     }
 
     fn copier(&self, sides: Sides, answers: Arc<dyn Answers>) -> crate::error::Result<Box<dyn Copier>> {
-        Ok(Box::new(crate::gpu::cuda::copier::CudaCopier::start(sides, answers, &self.0)?))
+        Ok(Box::new(crate::gpu::cuda::copier::CudaCopier::start(sides, answers, &self.options)?))
     }
 }
 
@@ -68,6 +82,10 @@ impl Gpu {
             why: "this build was made without the feature `cuda`".to_owned(),
             remedy: "Install a wheel that has it, or build with it".to_owned(),
         })
+    }
+
+    fn near_node(&self) -> Option<u32> {
+        match *self {}
     }
 
     fn copier(&self, _sides: Sides, _answers: Arc<dyn Answers>) -> crate::error::Result<Box<dyn Copier>> {
@@ -90,6 +108,7 @@ impl PyCopyWorker {
             let verify_loads = config.inner.verify_loads;
             let threads = config.inner.copy_threads.unwrap_or_else(default_threads);
             let (held, on_gpu) = (Arc::clone(&groups), device.map(|device| Gpu::open(device, nvrtc)).transpose()?);
+            let near_node = on_gpu.as_ref().and_then(Gpu::near_node);
             let worker = CopyWorker::new(
                 rank,
                 verify_loads,
@@ -103,7 +122,7 @@ impl PyCopyWorker {
                     }
                 }),
             );
-            Ok(Self { worker: Arc::new(Mutex::new(worker)), groups })
+            Ok(Self { worker: Arc::new(Mutex::new(worker)), groups, near_node })
         })
     }
 
@@ -111,6 +130,12 @@ impl PyCopyWorker {
     #[getter]
     fn block_bytes(&self) -> Vec<u64> {
         self.groups.iter().map(GroupRuns::block_bytes).collect()
+    }
+
+    /// The memory node next to the GPU, where that is known.
+    #[getter]
+    fn near_node(&self) -> Option<u32> {
+        self.near_node
     }
 
     /// Maps the pool a ticket names.

@@ -159,7 +159,16 @@ fn lay_out(ranks: &[Rank]) -> SlotGeometry {
 
 fn open_pool(dir: &Path, geometry: &SlotGeometry, slots: u64) -> Pool {
     let bytes = limits::HEADER_BYTES + limits::SLOT_ALIGN + slots * (geometry.slot_bytes + 64);
-    let wish = Wish { pool_dir: dir, namespace: [1; 16], facts: "{}", bytes, explicit: true, adopt: false, geometry };
+    let wish = Wish {
+        pool_dir: dir,
+        namespace: [1; 16],
+        facts: "{}",
+        bytes,
+        explicit: true,
+        adopt: false,
+        geometry,
+        near: &[],
+    };
     open(&wish, &mut |_, _| ()).expect("a pool").pool
 }
 

@@ -53,7 +53,7 @@ impl Purpose {
     pub(crate) fn open_with(&self, dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<Opened> {
         let Self { namespace, bytes, ref geometry, adopt } = *self;
         let facts = r#"{"model":"tiny"}"#;
-        open(&Wish { pool_dir: dir, namespace, facts, bytes, explicit: true, adopt, geometry }, progress)
+        open(&Wish { pool_dir: dir, namespace, facts, bytes, explicit: true, adopt, geometry, near: &[] }, progress)
     }
 }
 

@@ -118,8 +118,16 @@ fn engine_with_pool(
     );
     let config = Config::parse(&json)?;
     let bytes = limits::HEADER_BYTES + limits::SLOT_ALIGN + slots * (geometry.slot_bytes + 64);
-    let wish =
-        Wish { pool_dir, namespace: [9; 16], facts: "{}", bytes, explicit: true, adopt: true, geometry: &geometry };
+    let wish = Wish {
+        pool_dir,
+        namespace: [9; 16],
+        facts: "{}",
+        bytes,
+        explicit: true,
+        adopt: true,
+        geometry: &geometry,
+        near: &[],
+    };
     let opened = open::open(&wish, &mut |_, _| ())?;
     let engine = Arc::new(Mutex::new(TierEngine::new(&config, grouping())?));
     lock(&engine).open_pool(opened.pool, opened.adopted);
