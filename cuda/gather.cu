@@ -1,7 +1,7 @@
-// The gather kernel: many small fragments from pinned host memory into the KV cache, by a few multiprocessors.
+// The gather kernel: many small fragments by a few multiprocessors, from pinned host memory into the KV cache, or from the KV cache into a buffer in the device's memory.
 //
-// A copy engine spends about as long on a fragment of 4 KiB as on one of 64 KiB; warps that read the host's memory do not. Each warp takes whole fragments.
-// It keeps 64 bytes a lane in flight, so a few multiprocessors fill the bus, and the others go on computing. Neither includes nor
+// A copy engine spends about as long on a fragment of 4 KiB as on one of 64 KiB; warps do not. Each warp takes whole fragments. It keeps 64 bytes a lane in
+// flight, so a few multiprocessors fill the bus, and the others go on computing. `host` is where a fragment comes from, `device` where it goes. Neither includes nor
 // libraries: NVRTC compiles this text alone, for the device at hand, when the copier starts.
 
 struct Fragment {
@@ -23,7 +23,7 @@ __device__ __forceinline__ Word read_once(const Word *from) {
     return word;
 }
 
-extern "C" __global__ void __launch_bounds__(512, 2) kvcellar_gather(const Fragment *fragments, unsigned int count) {
+extern "C" __global__ void __launch_bounds__(1024) kvcellar_gather(const Fragment *fragments, unsigned int count) {
     const unsigned int lane = threadIdx.x % 32;
     const unsigned int warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
     const unsigned int warps = gridDim.x * blockDim.x / 32;

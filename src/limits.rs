@@ -264,8 +264,14 @@ pub const DRIVER_VERSION_MIN: i32 = 12_000;
 /// Bytes of one job on a stream: few enough that its answers come soon, enough to keep the bus busy. A larger block is a job of its own.
 pub const JOB_BYTES: u64 = 16 << 20;
 
-/// Fragments of one job. A block with more is a job of its own.
-pub const JOB_FRAGMENTS_MAX: usize = 4096;
+/// Fragments of one job, and of one call that hands over a batch: drivers were seen to fail on larger ones. A block with more is a job of its own.
+pub const JOB_FRAGMENTS_MAX: usize = 1024;
+
+/// Fragments that the kernel moves in one job: its last block may pass [`JOB_FRAGMENTS_MAX`].
+pub const TABLE_ROWS_MAX: usize = 2 * JOB_FRAGMENTS_MAX;
+
+/// Commands that a lane has on its stream at a time, unless a single job is more: a stream takes about 1,000, and whoever gives it another one then waits.
+pub const COMMANDS_IN_FLIGHT_MAX: usize = 512;
 
 /// Jobs in flight in each direction. Further orders wait in the queue, so that loads overtake offloads that have not started.
 pub const JOBS_IN_FLIGHT_MAX: usize = 8;
@@ -273,24 +279,32 @@ pub const JOBS_IN_FLIGHT_MAX: usize = 8;
 /// How often events of jobs in flight are looked at, in us.
 pub const JOB_POLL_US: u64 = 40;
 
-/// Bytes of the pool that are pinned in one call to the driver. The driver takes at most 64 GiB at once; smaller pieces show progress and let copies
-/// start early.
-pub const PIN_CHUNK_BYTES: u64 = 1 << 30;
+/// Bytes of the pool that are pinned in one call to the driver. The driver takes at most 64 GiB at once; while it pins, other calls of the
+/// process wait: smaller pieces keep that short, show progress and let copies start early.
+pub const PIN_CHUNK_BYTES: u64 = 256 << 20;
+
+/// Pieces that the driver refuses are tried in halves, down to this size.
+pub const PIN_PIECE_BYTES: u64 = 32 << 20;
 
 /// Most bytes the driver pins in one call.
 pub const PIN_CALL_BYTES_MAX: u64 = 64 << 30;
 
-/// Threads that pin the pool.
-pub const PIN_THREADS_MAX: usize = 4;
-
 /// Notes for people that wait to be taken. Further ones are dropped.
 pub const COPIER_NOTES_MAX: usize = 64;
 
-/// Streaming multiprocessors that the gather kernel may occupy.
+/// Streaming multiprocessors that the gather kernel may occupy: it has one block for each.
 pub const GATHER_SMS: u32 = 8;
 
 /// Bytes that calibration moves each way, for each size of fragment and each way of dispatch.
 pub const CALIBRATION_BYTES: u64 = 4 << 20;
 
+/// Bytes of one buffer in the device's memory in which small fragments are packed on their way to the host: enough for the copy engine to be busy for longer
+/// than packing the next one takes.
+pub const STAGING_BUFFER_BYTES: u64 = 4 << 20;
+
+/// Such buffers: one is emptied, one waits, one is filled, and one to spare.
+pub const STAGING_BUFFERS: usize = 4;
+
 const _: () = assert!(PIN_CHUNK_BYTES <= PIN_CALL_BYTES_MAX, "the driver takes a chunk in one call");
+const _: () = assert!(PIN_PIECE_BYTES <= PIN_CHUNK_BYTES, "a chunk is at least one piece");
 const _: () = assert!(JOBS_IN_FLIGHT_MAX >= 2, "the next job is queued while one runs");

@@ -1,100 +1,147 @@
-"""Runs the hardware tests, the benchmark of the bus and the measurement of overlap: one table, one JSON file."""
+"""Runs the hardware tests, the benchmark of the bus and the measurement of overlap: one table, one JSON file.
+
+Each part runs in a process of its own and for a limited time: one that crashes, hangs or ruins the GPU's context costs
+nothing of the others. What a part found is printed and written when it ends.
+"""
 
 import argparse
 import json
-import shutil
-import subprocess
 import sys
-import tempfile
-import time
-import unittest
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from kvcellar import nvrtc
-
+from gpu_check_lib.child import Ended, run
 from gpu_check_lib.table import Row, show
 
-SLOWDOWN_MAX = 0.02
+TEST_LIMIT_S = 120.0
+BENCH_LIMIT_S = 180.0
+OVERLAP_LIMIT_S = 180.0
 
 
-def round_trips() -> list[Row]:
-    """The tests over torch tensors, one row for each."""
-    import test_round_trips
+@dataclass
+class Report:
+    """What was found so far.
 
-    suite = unittest.defaultTestLoader.loadTestsFromModule(test_round_trips)
-    rows = []
-    for test in (test for group in suite for test in group):
-        started = time.monotonic()
-        result = unittest.TextTestRunner(verbosity=0).run(unittest.TestSuite([test]))
-        told = f"{time.monotonic() - started:.1f} s"
-        if result.skipped:
-            told = f"skipped: {result.skipped[0][1]}"
-        rows.append(Row(test.id(), told, result.wasSuccessful()))
-    return rows
+    Attributes:
+        path: where it is written after every part.
+        whole: the report; `complete` when the last part has ended.
+        rows: of the table.
+        failed: a test failed, or a part ended without all it should have found. Missed goals are no failures.
+    """
+
+    path: Path
+    whole: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    failed: bool = False
+
+    def add(self, part: str, rows: list[Row], found: Any) -> None:
+        """A part has ended."""
+        show(rows)
+        self.rows += rows
+        self.whole[part] = found
+        self.write()
+
+    def write(self) -> None:
+        """Replaces the file as a whole: whoever takes it, at any moment, has valid JSON."""
+        unfinished = self.path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(self.whole, indent=1) + "\n")
+        unfinished.replace(self.path)
 
 
-def bench() -> tuple[dict[str, Any], list[Row]]:
-    """`kvcellar bench dma`: its report, and a row for each of its goals."""
-    command = [sys.executable, "-m", "kvcellar", "bench", "dma", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {}, [Row("kvcellar bench dma", done.stderr.strip(), ok=False)]
-    report: dict[str, Any] = json.loads(done.stdout)
-    rows = [Row(goal["name"], f"{goal['value']:.3f} ({goal['goal']})", goal["met"]) for goal in report["goals"]]
-    return report, rows
+def part(limit_s: float, *arguments: str) -> tuple[Ended, list[Row], list[dict[str, Any]]]:
+    """Run a part: how it ended, its rows, and what else it told, also if it did not get to its end."""
+    ended = run([sys.executable, "-m", "gpu_check_lib.part", "--limit-s", str(limit_s), *arguments], limit_s)
+    told: list[dict[str, Any]] = []
+    for line in ended.output.splitlines():
+        try:
+            told.append(json.loads(line))
+        except json.JSONDecodeError:
+            # Of a process that was killed in the middle of it, or of somebody else.
+            continue
+    rows = [Row(**row) for one in told for row in one.pop("rows")]
+    return ended, rows, told
 
 
-def overlap() -> tuple[dict[str, float], list[Row]]:
-    """What copies cost a model beside them."""
-    import overlap as measurement
-
-    pool_dir = Path(tempfile.mkdtemp(dir="/dev/shm"))
-    try:
-        found = measurement.measure(pool_dir, nvrtc.libraries())
-    finally:
-        shutil.rmtree(pool_dir)
-    slowdown = found["matmul_slowdown"]
-    rows = [
-        Row(
-            "matmul loop beside offloads, slowdown",
-            f"{slowdown:.4f} (at most {SLOWDOWN_MAX})",
-            slowdown <= SLOWDOWN_MAX,
-        )
-    ]
-    rows += [Row(name, f"{value:.4f}", ok=True) for name, value in found.items() if name != "matmul_slowdown"]
-    return found, rows
+def tests(report: Report, binaries: list[str]) -> None:
+    """The round trips over torch tensors, one process each, and built test binaries."""
+    found: list[dict[str, object]] = []
+    listed, _, told = part(TEST_LIMIT_S, "list")
+    for listing in told:
+        report.whole |= listing
+    names = report.whole.pop("names", [])
+    if not listed.ok or not names:
+        rows = [Row("list of round trips", listed.why, ok=False)]
+        found += [row.as_json() for row in rows]
+        report.failed = True
+        report.add("tests", rows, found)
+    for name in names:
+        ended, rows, _ = part(TEST_LIMIT_S, "test", name)
+        if not ended.ok:
+            # It may have passed and crashed at its end.
+            rows = [Row(name, ended.why, ok=False)]
+        found += [row.as_json() for row in rows]
+        report.failed |= not all(row.ok for row in rows)
+        report.add("tests", rows, found)
+    for path in binaries:
+        row = binary(path)
+        found.append(row.as_json())
+        report.failed |= not row.ok
+        report.add("tests", [row], found)
 
 
 def binary(path: str) -> Row:
     """A built test binary."""
-    done = subprocess.run([path], capture_output=True, text=True, check=False)
-    told = next(
-        (line for line in done.stdout.splitlines() if line.startswith("test result")), done.stderr[-200:].strip()
-    )
-    return Row(Path(path).name, told, done.returncode == 0)
+    try:
+        ended = run([path], TEST_LIMIT_S)
+    except OSError as error:
+        return Row(Path(path).name, str(error), ok=False)
+    told = next((line for line in ended.output.splitlines() if line.startswith("test result")), ended.why)
+    return Row(Path(path).name, told if ended.ok else f"{told} ({ended.why})", ended.ok)
+
+
+def bench(report: Report) -> None:
+    """`kvcellar bench dma`: its report, and a row for each of its goals."""
+    name = "kvcellar bench dma"
+    ended = run([sys.executable, "-m", "kvcellar", "bench", "dma", "--json"], BENCH_LIMIT_S)
+    try:
+        found = json.loads(ended.output) if ended.ok else None
+        problem = ended.why
+    except json.JSONDecodeError as error:
+        found, problem = None, f"its report is no JSON: {error}"
+    if found is None:
+        report.failed = True
+        report.add("bench", [Row(name, problem, ok=False)], None)
+        return
+    rows = [Row(goal["name"], f"{goal['value']:.3f} ({goal['goal']})", goal["met"]) for goal in found["goals"]]
+    report.add("bench", rows, found)
+
+
+def overlap(report: Report) -> None:
+    """What copies cost a model beside them."""
+    ended, rows, told = part(OVERLAP_LIMIT_S, "overlap")
+    if not ended.ok:
+        report.failed = True
+        rows.append(Row("overlap of copies and compute", ended.why, ok=False))
+    report.add("overlap", rows, [one["cost"] for one in told])
 
 
 def main() -> int:
-    """Run everything. Goals that are missed are shown, and only failures of tests make the exit code 1."""
+    """Run everything. Goals that are missed are shown, and only failures make the exit code 1."""
     parser = argparse.ArgumentParser(prog="gpu-check")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("binaries", nargs="*")
     options = parser.parse_args()
-    tests = [*round_trips(), *(binary(path) for path in options.binaries)]
-    report, goals = bench()
-    slowdown, costs = overlap()
-    whole = {
-        "device": torch.cuda.get_device_name(0),
-        "torch": torch.__version__,
-        "tests": [row.as_json() for row in tests],
-        "bench": report,
-        "overlap": slowdown,
-    }
-    (options.out / "gpu-check.json").write_text(json.dumps(whole, indent=1) + "\n")
-    show([*tests, *goals, *costs])
-    return 0 if all(row.ok for row in tests) and report else 1
+    report = Report(options.out / "gpu-check.json", {"complete": False})
+    tests(report, options.binaries)
+    bench(report)
+    overlap(report)
+    report.whole["complete"] = True
+    report.write()
+    sys.stderr.flush()
+    print(flush=True)
+    show(report.rows)
+    return 1 if report.failed else 0
 
 
 if __name__ == "__main__":

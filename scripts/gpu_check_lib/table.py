@@ -1,5 +1,6 @@
 """The table that people see."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 
@@ -22,8 +23,8 @@ class Row:
         return asdict(self)
 
 
-def show(rows: list[Row]) -> None:
-    """Print the rows."""
-    width = max(len(row.name) for row in rows)
+def show(rows: Sequence[Row]) -> None:
+    """Print the rows. What prints them may be killed next, so they are out when this returns."""
+    width = max((len(row.name) for row in rows), default=0)
     for row in rows:
-        print(f"{'ok     ' if row.ok else 'NOT OK '} {row.name:<{width}}  {row.found}")
+        print(f"{'ok     ' if row.ok else 'NOT OK '} {row.name:<{width}}  {row.found}", flush=True)

@@ -30,6 +30,11 @@ impl Fragment {
 /// between slots.
 pub fn coalesce(fragments: &mut Vec<Fragment>) {
     fragments.sort_unstable();
+    join(fragments);
+}
+
+/// Joins what touches on both sides and follows each other in the list. Keeps the order.
+pub fn join(fragments: &mut Vec<Fragment>) {
     fragments.dedup_by(|next, last| {
         let joined = last.continues(next);
         if joined {
@@ -67,6 +72,13 @@ mod tests {
         coalesce(&mut fragments);
         assert_eq!(fragments, [fragment(100, 10, 20), fragment(300, 30, 10)]);
         assert_eq!(bytes(&fragments), 30);
+    }
+
+    #[test]
+    fn joining_keeps_the_order() {
+        let mut fragments = vec![fragment(300, 10, 10), fragment(310, 20, 10), fragment(100, 30, 10)];
+        join(&mut fragments);
+        assert_eq!(fragments, [fragment(300, 10, 20), fragment(100, 30, 10)]);
     }
 
     #[test]

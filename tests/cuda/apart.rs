@@ -2,6 +2,7 @@
 
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use kvcellar::block::plan::{BlockCopy, StepPlan};
 use kvcellar::pool::Ticket;
@@ -11,10 +12,11 @@ use crate::cache::{KvCache, Shape};
 use crate::ledger::until;
 use crate::maker::assumed;
 use crate::scene::Scene;
-use crate::stub::Stub;
+use crate::stub::{Mutation, Stub};
 use crate::vllm::{load, worker};
 
 const TICKET: &str = "KVCELLAR_STUB_TICKET";
+const MUTATION: &str = "KVCELLAR_STUB_MUTATION";
 const SLOTS: u32 = 6;
 
 fn orders() -> Vec<BlockCopy> {
@@ -26,23 +28,38 @@ fn shape() -> Shape {
 }
 
 #[test]
-#[ignore = "run by the test below"]
+#[ignore = "run by the tests below"]
 fn the_worker() {
     let ticket: Ticket = serde_json::from_str(&std::env::var(TICKET).expect("a ticket")).expect("a ticket");
     let stub = Stub::take(1);
     stub.strict();
+    stub.mutate(Mutation::named(&std::env::var(MUTATION).expect("a mutation")));
     let cache = KvCache::new(shape());
     let groups = Arc::new(cache.runs());
     let (mut worker, _) = worker(&groups, assumed());
     worker.attach(&ticket).expect("the pool is there");
     let compute = stub.compute();
     worker.set_compute(Some(compute));
+    stub.hold(true);
     worker.begin_step(&StepPlan { stores_after: orders(), ..StepPlan::default() }.encode()).expect("a plan");
     for block in 0..SLOTS {
         let ranges: Vec<(u64, usize)> = groups[0].pieces(block).expect("a block").collect();
         stub.forward(compute, &ranges, 40 + block as u8, true);
     }
     worker.finish_step();
+    // A copier that answers early has all the time to do so. Then vLLM gives two of the blocks to somebody else.
+    let deadline = Instant::now() + Duration::from_millis(100);
+    while worker.in_flight() > 0 && Instant::now() < deadline {
+        std::thread::yield_now();
+    }
+    let fence = StepPlan { waits: orders()[..2].to_vec(), ..StepPlan::default() };
+    worker.begin_step(&fence.encode()).expect("a plan");
+    for block in 0..2 {
+        let ranges: Vec<(u64, usize)> = groups[0].pieces(block).expect("a block").collect();
+        stub.forward(compute, &ranges, 90, true);
+    }
+    worker.finish_step();
+    stub.hold(false);
     until("the offloads are over", || worker.in_flight() == 0);
     // Refused until the owner has published the slots.
     let back: Vec<BlockCopy> = orders().iter().map(|copy| BlockCopy { block: copy.block + SLOTS, ..*copy }).collect();
@@ -65,8 +82,8 @@ fn the_worker() {
     stub.is_clean();
 }
 
-#[test]
-fn a_worker_apart_copies_into_the_same_pool() {
+/// Runs the worker's process with the copier changed. Whether it found everything right, and so did the pool's owner.
+fn play(mutation: Mutation) -> bool {
     let scene = Scene::new(&[(shape(), None)], SLOTS.into());
     for slot in 0..SLOTS {
         scene.begin(slot, 0, slot);
@@ -75,13 +92,28 @@ fn a_worker_apart_copies_into_the_same_pool() {
     let mut child = Command::new(std::env::current_exe().expect("this binary"))
         .args(["--ignored", "--exact", "apart::the_worker", "--nocapture"])
         .env(TICKET, ticket)
+        .env(MUTATION, format!("{mutation:?}"))
         .stdout(Stdio::null())
+        .stderr(if mutation == Mutation::None { Stdio::inherit() } else { Stdio::null() })
         .spawn()
         .expect("a process");
     until("the offloads are answered", || (0..SLOTS).all(|slot| scene.line(slot).fill(1) == Fill::Done));
+    let mut right = true;
     for slot in 0..SLOTS {
-        assert!(scene.part(slot, 0, 0).iter().all(|byte| *byte == 40 + slot as u8), "slot {slot}");
+        right &= scene.part(slot, 0, 0).iter().all(|byte| *byte == 40 + slot as u8);
         scene.line(slot).publish();
     }
-    assert!(child.wait().expect("it ends").success());
+    child.wait().expect("it ends").success() && right
+}
+
+#[test]
+fn a_worker_apart_copies_into_the_same_pool() {
+    assert!(play(Mutation::None));
+}
+
+#[test]
+fn a_worker_apart_that_breaks_a_rule_is_found() {
+    for mutation in [Mutation::CopiesWaitForNothing, Mutation::EventsAreOverAtOnce, Mutation::ComputeWaitsForNothing] {
+        assert!(!play(mutation), "{mutation:?}");
+    }
 }

@@ -34,7 +34,8 @@ fn says_what_it_finds() {
     match Driver::get().and_then(|driver| Device::open(0).map(|device| (driver, device))) {
         Ok((driver, device)) => {
             let facts = device.facts().expect("facts");
-            println!("found {} for CUDA {}, batches {}", facts.name, driver.version(), driver.batches());
+            let (version, node) = (driver.version(), facts.near_node);
+            println!("found {} for CUDA {version}, batches {}, node {node:?}", facts.name, driver.batches());
         }
         Err(error) => println!("refused: {error}"),
     }
@@ -48,7 +49,15 @@ fn said(without: &[&str], environment: &[(&str, &str)]) -> String {
 #[test]
 fn a_whole_driver_is_found_by_the_loader() {
     let text = said(&[], &[]);
-    assert!(text.contains("found Stub for CUDA 12.8, batches true"), "{text}");
+    assert!(text.contains("found Stub for CUDA 12.8, batches true, node None"), "{text}");
+}
+
+#[test]
+fn the_memory_node_next_to_a_device_is_known_where_the_driver_knows_it() {
+    for (told, known) in [("3", "node Some(3)"), ("-1", "node None")] {
+        let text = said(&[], &[("KVCELLAR_STUB_NODE", told)]);
+        assert!(text.contains(known), "{told}: {text}");
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@ use kvcellar::pool::slot_table::Fill;
 
 use crate::cache::Shape;
 use crate::ledger::until;
+use crate::maker::{assumed, with_kernel};
 use crate::random::Random;
 use crate::scene::Scene;
 use crate::stub::{Mutation, Stub};
@@ -161,14 +162,15 @@ fn name(copy: &BlockCopy) -> String {
 }
 
 pub(crate) fn scene() -> Scene {
-    Scene::new(&[(Shape { blocks: BLOCKS as usize, ..Shape::plain(3) }, None)], SLOTS.into())
+    Scene::new(&[(Shape { blocks: BLOCKS as usize, page: 48, ..Shape::plain(3) }, None)], SLOTS.into())
 }
 
-/// How much the checker found, how many bytes were wrong, and how many loads worked.
-fn play(seed: u64, steps: u32, mutation: Mutation) -> (i32, String, u32, u32) {
+/// How much the checker found, how many bytes were wrong, and how many loads worked. `by_kernel`: all fragments go by the kernel, both ways.
+fn play(seed: u64, steps: u32, mutation: Mutation, by_kernel: bool) -> (i32, String, u32, u32) {
     let stub = Stub::take(seed);
     let scene = scene();
-    let mut history = History::new(Vllm::pinned(&stub, &scene), Random::new(seed));
+    let options = if by_kernel { with_kernel(4096, 4096) } else { assumed() };
+    let mut history = History::new(Vllm::pinned_with(&stub, &scene, options), Random::new(seed));
     stub.mutate(mutation);
     for _ in 0..steps {
         history.step();
@@ -185,9 +187,9 @@ fn play(seed: u64, steps: u32, mutation: Mutation) -> (i32, String, u32, u32) {
 fn whatever_the_device_does_first_the_bytes_are_right() {
     let mut random = Random::of_test();
     let mut loads = 0;
-    for _ in 0..12 {
+    for at in 0..16 {
         let seed = random.next();
-        let (count, first, mismatches, loaded) = play(seed, 60, Mutation::None);
+        let (count, first, mismatches, loaded) = play(seed, 60, Mutation::None, at % 2 == 0);
         assert_eq!((count, mismatches), (0, 0), "history {seed}: {first}");
         loads += loaded;
     }
@@ -199,7 +201,13 @@ fn histories_find_each_missing_rule() {
     let mut random = Random::of_test();
     let seed = random.next();
     for mutation in [Mutation::CopiesWaitForNothing, Mutation::EventsAreOverAtOnce, Mutation::ComputeWaitsForNothing] {
-        let found = (0..10).any(|at| play(seed + at, 60, mutation).0 > 0);
-        assert!(found, "{mutation:?} was not found in 10 histories from {seed}");
+        for by_kernel in [false, true] {
+            let found = (0..10).any(|at| play(seed + at, 60, mutation, by_kernel).0 > 0);
+            assert!(found, "{mutation:?} was not found in 10 histories from {seed}");
+        }
     }
+    // Where fragments are packed first, two of our own streams have to wait for each other.
+    let mutation = Mutation::CopiesIgnoreEachOther;
+    let found = |by_kernel: bool| (0..10).any(|at| play(seed + at, 60, mutation, by_kernel).0 > 0);
+    assert!(found(true) && !found(false), "histories from {seed}");
 }

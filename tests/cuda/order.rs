@@ -3,13 +3,15 @@
 use std::time::{Duration, Instant};
 
 use kvcellar::block::plan::{BlockCopy, StepPlan};
+use kvcellar::limits::JOBS_IN_FLIGHT_MAX;
 use kvcellar::pool::slot_table::Fill;
 
+use crate::cache::Shape;
 use crate::ledger::until;
 use crate::maker::assumed;
 use crate::scene::Scene;
 use crate::stub::{Mutation, Stub};
-use crate::vllm::{Vllm, load};
+use crate::vllm::{Vllm, at_once, load};
 
 fn stores_after(copies: &[BlockCopy]) -> StepPlan {
     StepPlan { stores_after: copies.to_vec(), ..StepPlan::default() }
@@ -83,10 +85,7 @@ fn a_fence_makes_the_stream_wait_and_not_the_processor() {
         vllm.stub.hold(true);
         vllm.step(&stores_after(&copies), &[], &[(0, 7), (1, 7), (2, 7)]);
         let fence = StepPlan { waits: copies[..2].to_vec(), ..StepPlan::default() };
-        let started = Instant::now();
-        // The device stands still: a hook that waited for it would never come back.
-        vllm.step(&fence, &[], &[(0, 8), (1, 8)]);
-        assert!(started.elapsed() < Duration::from_secs(20));
+        at_once("a fence", || vllm.step(&fence, &[], &[(0, 8), (1, 8)]));
         assert!(copies.iter().all(|copy| vllm.scene.line(copy.slot).fill(1) == Fill::Pending));
         vllm.stub.hold(false);
         for copy in &copies {
@@ -96,17 +95,50 @@ fn a_fence_makes_the_stream_wait_and_not_the_processor() {
     });
 }
 
+/// vLLM's step waits for the fenced block, and not for all that was to be offloaded before it.
+#[test]
+fn a_fence_goes_before_what_else_is_queued() {
+    let stub = Stub::take(6);
+    let scene = Scene::new(&[(Shape { blocks: 40, ..Shape::plain(1) }, None)], 40);
+    let mut vllm = Vllm::pinned(&stub, &scene);
+    stub.hold(true);
+    // Each step has its own mark, so each offload is a job of its own.
+    let copies: Vec<BlockCopy> = (0..40)
+        .map(|at| {
+            let copy = scene.begin(at, 0, at);
+            vllm.step(&stores_after(&[copy]), &[], &[(at, 7)]);
+            copy
+        })
+        .collect();
+    at_once("a fence", || vllm.step(&StepPlan { waits: vec![copies[39]], ..StepPlan::default() }, &[], &[(39, 8)]));
+    let given = stub.calls("cuMemcpyDtoHAsync_v2");
+    let bound = i32::try_from(JOBS_IN_FLIGHT_MAX + 1).expect("a small bound");
+    assert!(given <= bound, "{given} copies were given to the device before the fenced one");
+    stub.hold(false);
+    for copy in &copies {
+        assert_eq!(vllm.wait_for(copy), Fill::Done);
+        assert!(vllm.slot_is(copy.slot, 7));
+    }
+    drop(vllm);
+    stub.is_clean();
+}
+
+/// An offload of block 3 on a device that stands still. A copier that answers early has had all the time to do so.
+fn offload_that_may_be_answered_early(vllm: &mut Vllm<'_>) -> BlockCopy {
+    let copy = vllm.scene.begin(0, 0, 3);
+    vllm.stub.hold(true);
+    vllm.step(&stores_after(&[copy]), &[], &[(3, 7)]);
+    let deadline = Instant::now() + Duration::from_millis(100);
+    while vllm.scene.line(0).fill(1) == Fill::Pending && Instant::now() < deadline {
+        std::thread::yield_now();
+    }
+    copy
+}
+
 #[test]
 fn a_slot_is_given_back_only_when_its_copy_is_over() {
     checked(Mutation::EventsAreOverAtOnce, |vllm, _| {
-        let copy = vllm.scene.begin(0, 0, 3);
-        vllm.stub.hold(true);
-        vllm.step(&stores_after(&[copy]), &[], &[(3, 7)]);
-        // A copier that answers early has all the time to do so; one that does not is let go on.
-        let deadline = Instant::now() + Duration::from_millis(100);
-        while vllm.scene.line(0).fill(1) == Fill::Pending && Instant::now() < deadline {
-            std::thread::yield_now();
-        }
+        let copy = offload_that_may_be_answered_early(vllm);
         if vllm.scene.line(0).fill(1) == Fill::Pending {
             vllm.stub.hold(false);
         }
@@ -118,13 +150,7 @@ fn a_slot_is_given_back_only_when_its_copy_is_over() {
 #[test]
 fn a_fence_is_released_only_when_its_copy_is_over() {
     checked(Mutation::EventsAreOverAtOnce, |vllm, _| {
-        let copy = vllm.scene.begin(0, 0, 3);
-        vllm.stub.hold(true);
-        vllm.step(&stores_after(&[copy]), &[], &[(3, 7)]);
-        let deadline = Instant::now() + Duration::from_millis(100);
-        while vllm.scene.line(0).fill(1) == Fill::Pending && Instant::now() < deadline {
-            std::thread::yield_now();
-        }
+        let copy = offload_that_may_be_answered_early(vllm);
         // The engine names the fence, and the worker skips what is answered.
         vllm.step(&StepPlan { waits: vec![copy], ..StepPlan::default() }, &[], &[(3, 8)]);
         vllm.stub.hold(false);

@@ -8,7 +8,7 @@ use crate::ledger::until;
 use crate::maker::assumed;
 use crate::scene::Scene;
 use crate::stub::Stub;
-use crate::vllm::Vllm;
+use crate::vllm::{Vllm, at_once};
 
 /// Pieces of two slots.
 fn options(scene: &Scene) -> Options {
@@ -27,6 +27,27 @@ fn every_slot_is_pinned_in_the_end_and_unpinned_after() {
         notes.extend(vllm.worker.take_notes());
         notes.iter().any(|note| note.starts_with("pinned"))
     });
+    drop(vllm);
+    assert_eq!(stub.calls("cuMemHostUnregister"), 5);
+    stub.is_clean();
+}
+
+/// A driver that pins no more than two slots at once: eight, four, and then two at a time.
+#[test]
+fn what_is_refused_is_tried_in_halves() {
+    let stub = Stub::take(5);
+    stub.strict();
+    let scene = Scene::simple(9);
+    let slot_bytes = scene.pool.geometry().slot_bytes;
+    stub.limit_calls(2 * slot_bytes);
+    let options = Options { pin_chunk_bytes: 8 * slot_bytes, pin_piece_bytes: slot_bytes, ..assumed() };
+    let vllm = Vllm::new(&stub, &scene, options);
+    let mut notes = Vec::new();
+    until("everything is pinned", || {
+        notes.extend(vllm.worker.take_notes());
+        notes.iter().filter(|note| note.starts_with("pinned")).count() == 4
+    });
+    assert!(!notes.iter().any(|note| note.contains("memlock")), "{notes:?}");
     drop(vllm);
     assert_eq!(stub.calls("cuMemHostUnregister"), 5);
     stub.is_clean();
@@ -60,10 +81,34 @@ fn a_fence_does_not_wait_for_pinning() {
     let mut vllm = Vllm::new(&stub, &scene, options(&scene));
     let copy = scene.begin(8, 0, 3);
     vllm.step(&StepPlan { stores_after: vec![copy], ..StepPlan::default() }, &[], &[(3, 7)]);
-    vllm.step(&StepPlan { waits: vec![copy], ..StepPlan::default() }, &[], &[(3, 8)]);
+    at_once("a fence", || vllm.step(&StepPlan { waits: vec![copy], ..StepPlan::default() }, &[], &[(3, 8)]));
     assert_eq!(vllm.wait_for(&copy), Fill::Done);
     assert!(vllm.slot_is(8, 7));
     stub.hold_pinning(false);
+    drop(vllm);
+    stub.is_clean();
+}
+
+/// A copy of ordinary memory makes its caller wait for all that the stream was given before: the copier does that when vLLM's step is over, and serves others
+/// meanwhile.
+#[test]
+fn ordinary_memory_keeps_nobody_waiting() {
+    let stub = Stub::take(6);
+    let scene = Scene::simple(9);
+    stub.limit_pinned(5 * scene.pool.geometry().slot_bytes);
+    let mut vllm = Vllm::new(&stub, &scene, options(&scene));
+    until("the limit is told", || vllm.worker.take_notes().iter().any(|note| note.contains("memlock")));
+    stub.hold(true);
+    let (ordinary, pinned) = (scene.begin(8, 0, 3), scene.begin(0, 0, 4));
+    vllm.step(&StepPlan { stores_after: vec![ordinary], ..StepPlan::default() }, &[], &[(3, 7)]);
+    vllm.step(&StepPlan { stores_after: vec![pinned], ..StepPlan::default() }, &[], &[(4, 8)]);
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    at_once("a fence", || vllm.step(&StepPlan { waits: vec![pinned], ..StepPlan::default() }, &[], &[(4, 9)]));
+    stub.hold(false);
+    for (copy, byte) in [(ordinary, 7), (pinned, 8)] {
+        assert_eq!(vllm.wait_for(&copy), Fill::Done);
+        assert!(vllm.slot_is(copy.slot, byte));
+    }
     drop(vllm);
     stub.is_clean();
 }

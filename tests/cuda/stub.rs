@@ -17,6 +17,24 @@ pub(crate) enum Mutation {
     EventsAreOverAtOnce = 2,
     /// vLLM's stream does not wait for fences.
     ComputeWaitsForNothing = 3,
+    /// Without the waits of our own streams for each other.
+    CopiesIgnoreEachOther = 4,
+}
+
+impl Mutation {
+    /// The one that prints like this.
+    pub(crate) fn named(name: &str) -> Self {
+        [
+            Self::None,
+            Self::CopiesWaitForNothing,
+            Self::EventsAreOverAtOnce,
+            Self::ComputeWaitsForNothing,
+            Self::CopiesIgnoreEachOther,
+        ]
+        .into_iter()
+        .find(|mutation| format!("{mutation:?}") == name)
+        .expect("a mutation")
+    }
 }
 
 /// Names the library for a child process.
@@ -140,6 +158,16 @@ impl Stub {
     /// Bytes that can be pinned.
     pub(crate) fn limit_pinned(&self, bytes: u64) {
         self.set(c"register_limit", bytes);
+    }
+
+    /// Bytes that one call can pin.
+    pub(crate) fn limit_calls(&self, bytes: u64) {
+        self.set(c"register_most", bytes);
+    }
+
+    /// From here on another thread captures a graph, and whoever has not said that it stays out of it must not disturb that.
+    pub(crate) fn capture(&self) {
+        self.set(c"capturing", 1);
     }
 
     /// Pinning takes until it is let go.

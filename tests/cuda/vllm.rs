@@ -10,7 +10,7 @@ use kvcellar::gpu::cuda::copier::{CudaCopier, Options};
 use kvcellar::gpu::worker::CopyWorker;
 use kvcellar::pool::slot_table::Fill;
 
-use crate::ledger::until;
+use crate::ledger::{PATIENCE, until};
 use crate::maker::{adopt, assumed};
 use crate::scene::{Scene, Side};
 use crate::stub::Stub;
@@ -22,6 +22,22 @@ pub(crate) struct Vllm<'a> {
     compute: ComputeStream,
     /// Where the worker has mapped the first slot's payload: it maps the pool for itself, in whatever process.
     payload: Arc<AtomicU64>,
+}
+
+/// Runs hooks that must not wait for the device, which stands still: one that does would never come back, and ends this process instead of hanging it.
+pub(crate) fn at_once<T>(what: &str, hooks: impl FnOnce() -> T) -> T {
+    let (done, over) = std::sync::mpsc::channel::<()>();
+    let what = what.to_owned();
+    let watch = std::thread::spawn(move || {
+        if over.recv_timeout(PATIENCE) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("{what}: it waits for the device");
+            std::process::abort();
+        }
+    });
+    let outcome = hooks();
+    drop(done);
+    watch.join().expect("it does not panic");
+    outcome
 }
 
 /// A worker of rank 0 over the stub's device, not attached yet, and where it will map the first slot's payload.
@@ -51,13 +67,19 @@ pub(crate) fn load(request: &str, copies: &[BlockCopy]) -> Load {
 impl<'a> Vllm<'a> {
     pub(crate) fn new(stub: &'a Stub, scene: &'a Scene, options: Options) -> Self {
         let (mut worker, payload) = worker(&scene.ranks[0].groups, options);
+        stub.capture();
         worker.attach(&scene.pool.ticket()).expect("the pool is there");
         Self { stub, scene, worker, compute: stub.compute(), payload }
     }
 
     /// As new, with all of the pool pinned, after which a copy of ordinary memory is wrong.
     pub(crate) fn pinned(stub: &'a Stub, scene: &'a Scene) -> Self {
-        let vllm = Self::new(stub, scene, assumed());
+        Self::pinned_with(stub, scene, assumed())
+    }
+
+    /// The same for a copier with these options.
+    pub(crate) fn pinned_with(stub: &'a Stub, scene: &'a Scene, options: Options) -> Self {
+        let vllm = Self::new(stub, scene, options);
         until("the pool is pinned", || vllm.worker.take_notes().iter().any(|note| note.starts_with("pinned")));
         stub.strict();
         vllm

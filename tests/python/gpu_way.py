@@ -49,7 +49,6 @@ def main(library: str, pool_dir: str) -> None:
         where, size = (ctypes.c_size_t * 1)(start + block * PAGE), (ctypes.c_size_t * 1)(PAGE)
         stub.stub_forward(ctypes.c_void_p(stream), where, size, ctypes.c_size_t(1), 40 + block, 1)
     worker.finish_step(stream)
-    # The copier calibrates before its first copy, which may take longer than an idle engine goes on asking for steps.
     while dict(engine.gauges())["filling_slots"]:
         engine.pending_work()
         time.sleep(0.001)
@@ -66,6 +65,7 @@ def main(library: str, pool_dir: str) -> None:
     for source in (1, 2, 3):
         assert ctypes.string_at(start + (source + 4) * PAGE, PAGE) == bytes([40 + source]) * PAGE
     print("\n".join(worker.take_notes()))
+    print(f"{stub.stub_calls(b'cuLaunchKernel')} kernels")
     worker.release(0.0)
     engine.close()
     first = ctypes.create_string_buffer(256)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "cuda" / "gather.cu"
-# Two blocks of 512 threads on each multiprocessor, which has 65,536 registers.
+# A block of 1,024 threads on a multiprocessor, which has 65,536 registers.
 REGISTERS_MAX = 64
 
 

@@ -17,11 +17,12 @@ use super::driver::Refused;
 use super::lane::{Common, Lane, Mark};
 use super::notes::Notes;
 use super::pinning::Pinning;
+use super::staging::Staging;
 use crate::block::plan::BlockCopy;
 use crate::error::{Error, Result};
 use crate::gpu::sides::Sides;
 use crate::gpu::{Answers, ComputeStream, Copier, CopyError, Direction, Order};
-use crate::limits::{JOB_POLL_US, PIN_CHUNK_BYTES};
+use crate::limits::{JOB_POLL_US, PIN_CHUNK_BYTES, PIN_PIECE_BYTES};
 
 /// What a copier may use.
 #[derive(Debug, Clone)]
@@ -32,14 +33,16 @@ pub struct Options {
     pub nvrtc: Vec<PathBuf>,
     /// Bytes of the pool that are pinned at once.
     pub pin_chunk_bytes: u64,
-    /// How fragments are dispatched. `None`: calibrated at start.
+    /// The least bytes that are tried when the driver refuses more.
+    pub pin_piece_bytes: u64,
+    /// How fragments are dispatched. `None`: calibrated when a copier starts.
     pub calibration: Option<Calibration>,
 }
 
 impl Options {
     /// For a device, with everything else as it is meant to be.
     pub fn of(ordinal: i32, nvrtc: Vec<PathBuf>) -> Self {
-        Self { ordinal, nvrtc, pin_chunk_bytes: PIN_CHUNK_BYTES, calibration: None }
+        Self { ordinal, nvrtc, pin_chunk_bytes: PIN_CHUNK_BYTES, pin_piece_bytes: PIN_PIECE_BYTES, calibration: None }
     }
 }
 
@@ -73,7 +76,13 @@ impl CudaCopier {
         let (messages, queue) = unbounded();
         let pool = Arc::clone(&sides.pool);
         let common = Common {
-            pinning: Pinning::start(pool, Arc::clone(&device), Arc::clone(&notes), options.pin_chunk_bytes),
+            pinning: Pinning::start(
+                pool,
+                Arc::clone(&device),
+                Arc::clone(&notes),
+                options.pin_chunk_bytes,
+                options.pin_piece_bytes,
+            ),
             device: Arc::clone(&device),
             sides,
             answers,
@@ -167,11 +176,11 @@ impl Drop for CudaCopier {
 /// The thread: until the copier is dropped and everything is answered.
 fn run(common: &Common, streams: (Stream, Stream), options: &Options, queue: &Receiver<Message>) {
     let device = Arc::clone(&common.device);
-    device.stay_out_of_captures();
     let ended = device.with(|| {
+        device.stay_out_of_captures();
         let mut lanes = Lanes::new(common, streams, options)?;
         while lanes.take_messages(common, queue) {
-            lanes.work(common);
+            lanes.work(common, queue);
         }
         Ok(())
     });
@@ -204,13 +213,20 @@ impl Lanes {
         let device = &common.device;
         let calibration = match &options.calibration {
             Some(calibration) => calibration.clone(),
-            None => calibration::calibrate(device, &up, &options.nvrtc)?,
+            None => calibration::of_device(device, &options.nvrtc)?,
         };
         common.notes.push(calibration.to_string());
         let thresholds = calibration.thresholds;
+        let kernel = calibration.kernel.as_ref();
+        let staging = kernel.filter(|_| thresholds.stage_below > 0).map(|kernel| Staging::new(device, kernel));
+        let staging = staging.transpose().unwrap_or_else(|refused| {
+            common.notes.push(format!("small fragments are not packed: {refused}"));
+            None
+        });
+        let gather = kernel.filter(|_| thresholds.gather_below > 0).map(Arc::clone);
         Ok(Self {
-            loads: Lane::new(device, Direction::Load, up, thresholds, calibration.kernel)?,
-            offloads: Lane::new(device, Direction::Offload, down, thresholds, None)?,
+            loads: Lane::new(device, Direction::Load, up, thresholds, gather, None)?,
+            offloads: Lane::new(device, Direction::Offload, down, thresholds, None, staging)?,
         })
     }
 
@@ -266,9 +282,11 @@ impl Lanes {
         }
     }
 
-    /// Gives what may be given, loads first, and answers what is over.
-    fn work(&mut self, common: &Common) {
-        while self.loads.start_job(common) {}
+    /// Gives what may be given, loads first, and answers what is over. A fence that comes meanwhile does not wait for all of that.
+    fn work(&mut self, common: &Common, queue: &Receiver<Message>) {
+        while self.loads.start_job(common) {
+            self.receive_waiting(common, queue);
+        }
         self.offloads.start_job(common);
         self.loads.finish_jobs(common);
         self.offloads.finish_jobs(common);

@@ -46,6 +46,8 @@ pub struct Facts {
     pub multiprocessors: i32,
     /// Kernels may use the host's own addresses of pinned memory.
     pub host_addresses: bool,
+    /// The memory node next to the device; none on a machine without nodes, or when the driver (before CUDA 12.2) does not know.
+    pub near_node: Option<u32>,
 }
 
 impl Device {
@@ -84,6 +86,10 @@ impl Device {
             multiprocessors: self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
             host_addresses: self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM)?
                 != 0,
+            near_node: self
+                .attribute(Attribute::CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID)
+                .ok()
+                .and_then(|node| u32::try_from(node).ok()),
         })
     }
 
@@ -180,6 +186,12 @@ impl Stream {
     /// What is given to this stream from here on comes after what the event was recorded after.
     pub(super) fn wait(&self, event: &Event) -> Answer<()> {
         wait(&self.device, self.handle, event)
+    }
+
+    /// Whether the device still takes work: an error that stays is answered to this, too.
+    pub(super) fn works(&self) -> bool {
+        // SAFETY: the stream is alive while `self` is.
+        matches!(unsafe { (self.device.driver.functions.cuStreamQuery)(self.handle) }, SUCCESS | NOT_READY)
     }
 
     /// Waits, in this thread, until all that the stream was given is done. For ends and failures only.

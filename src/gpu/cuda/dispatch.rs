@@ -1,7 +1,7 @@
 //! How fragments are handed to the device: one call for a whole batch, a call for each, or the gather kernel.
 //!
-//! From the device to the host the copy engines are always used: they take nothing from the model's multiprocessors. To the device small fragments may go by the
-//! kernel, where calibration found that to be faster.
+//! Over the bus from the device to the host the copy engines are always used: they take nothing from the model's multiprocessors. Small fragments may be packed in
+//! the device's memory first (see `staging`), and to the device they may go by the kernel, where calibration found that to be faster.
 
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -11,11 +11,13 @@ use cudarc::driver::sys::{
     CUmemcpySrcAccessOrder_enum as Access,
 };
 
-use super::device::{Device, Stream};
-use super::driver::{Address, Refused};
+use super::device::{Device, Event, Stream};
+use super::driver::{Address, BatchCall, Refused};
 use super::kernel::{Kernel, Table};
+use super::staging::Staging;
 use crate::gpu::Direction;
 use crate::gpu::fragments::{self, Fragment};
+use crate::limits::{JOB_FRAGMENTS_MAX, STAGING_BUFFER_BYTES, TABLE_ROWS_MAX};
 
 type Answer<T> = std::result::Result<T, Refused>;
 
@@ -28,6 +30,20 @@ pub enum Way {
     Each,
     /// The gather kernel.
     Gather,
+    /// Packed by the kernel, then moved by the copy engines.
+    Staged,
+}
+
+impl Way {
+    /// About how many commands so many fragments are on a stream.
+    pub(super) fn commands(self, fragments: usize) -> usize {
+        match self {
+            Self::Each => fragments,
+            Self::Gather => 1,
+            // A copy engine's queue is filled by a batch, too, but not the stream's.
+            Self::Batch | Self::Staged => fragments.div_ceil(JOB_FRAGMENTS_MAX) * 8,
+        }
+    }
 }
 
 /// What calibration found, or what is assumed without it.
@@ -37,6 +53,8 @@ pub struct Thresholds {
     pub batch: bool,
     /// To the device: fragments of fewer bytes on average go by the kernel. 0: never.
     pub gather_below: u64,
+    /// To the host: fragments of fewer bytes on average are packed first. 0: never.
+    pub stage_below: u64,
 }
 
 impl Thresholds {
@@ -46,9 +64,14 @@ impl Thresholds {
             // Ordinary memory: the driver stages it, which it does in single copies only.
             return Way::Each;
         }
-        let small = fragments::bytes(fragments) < self.gather_below.saturating_mul(fragments.len() as u64);
-        if direction == Direction::Load && small && fragments.iter().all(Fragment::is_wide) {
-            Way::Gather
+        let (below, small_way) = match direction {
+            Direction::Load => (self.gather_below, Way::Gather),
+            Direction::Offload => (self.stage_below, Way::Staged),
+        };
+        let small = fragments::bytes(fragments) < below.saturating_mul(fragments.len() as u64);
+        let may_take_kernel = |fragment: &Fragment| fragment.is_wide() && fragment.len <= STAGING_BUFFER_BYTES;
+        if small && (2..=TABLE_ROWS_MAX).contains(&fragments.len()) && fragments.iter().all(may_take_kernel) {
+            small_way
         } else if self.batch && fragments.len() > 1 {
             Way::Batch
         } else {
@@ -61,37 +84,74 @@ impl Thresholds {
 pub(super) struct Dispatch {
     device: Arc<Device>,
     kernel: Option<Arc<Kernel>>,
+    staging: Option<Staging>,
     from: Vec<Address>,
     to: Vec<Address>,
     sizes: Vec<usize>,
 }
 
 impl Dispatch {
-    pub(super) fn new(device: &Arc<Device>, kernel: Option<Arc<Kernel>>) -> Self {
-        Self { device: Arc::clone(device), kernel, from: Vec::new(), to: Vec::new(), sizes: Vec::new() }
+    pub(super) fn new(device: &Arc<Device>, kernel: Option<Arc<Kernel>>, staging: Option<Staging>) -> Self {
+        Self { device: Arc::clone(device), kernel, staging, from: Vec::new(), to: Vec::new(), sizes: Vec::new() }
     }
 
-    /// Gives the fragments to the stream. After an error some of them may be under way.
+    /// Gives the fragments to the stream, which waits for `mark` already. After an error some of them may be under way. Changes the order of `fragments`.
     ///
-    /// `table`: for the kernel, of no job that is under way. Without one, or without a kernel, the copy engines are used.
+    /// `table`: for the kernel, of no job that is under way. Without one, or without a kernel or staging, the copy engines alone are used.
     pub(super) fn hand_over(
         &mut self,
         way: Way,
         direction: Direction,
-        fragments: &[Fragment],
+        fragments: &mut Vec<Fragment>,
         table: Option<&mut Table>,
         stream: &Stream,
+        mark: Option<&Event>,
     ) -> Answer<()> {
-        if let (Way::Gather, Some(kernel), Some(table)) = (way, &self.kernel, table)
-            && table.fill(fragments)
-        {
-            return kernel.launch(table, stream);
+        match (way, table, self.kernel.clone(), self.staging.take()) {
+            (Way::Staged, Some(table), _, Some(mut staging)) => {
+                let given = self.staged(&mut staging, fragments, table, stream, mark);
+                self.staging = Some(staging);
+                return given;
+            }
+            (Way::Gather, Some(table), Some(kernel), staging) => {
+                self.staging = staging;
+                table.clear();
+                for fragment in fragments.iter() {
+                    table.push(*fragment);
+                }
+                return kernel.launch(table, 0..table.len(), stream);
+            }
+            (_, _, _, staging) => self.staging = staging,
         }
+        fragments::coalesce(fragments);
         if way == Way::Each {
             self.each(direction, fragments, stream)
         } else {
             self.batch(direction, fragments, stream)
         }
+    }
+
+    /// Buffer by buffer: filled on staging's own stream, emptied on this one.
+    fn staged(
+        &mut self,
+        staging: &mut Staging,
+        fragments: &[Fragment],
+        table: &mut Table,
+        stream: &Stream,
+        mark: Option<&Event>,
+    ) -> Answer<()> {
+        table.clear();
+        let (mut rest, mut mark) = (fragments, mark);
+        while !rest.is_empty() {
+            // The later ones come after the first on the same stream.
+            let (count, pieces) = staging.fill(rest, mark.take(), table, stream)?;
+            debug_assert!(count > 0, "a fragment that no buffer holds");
+            let copied = self.batch(Direction::Offload, &pieces, stream);
+            staging.emptied(stream)?;
+            copied?;
+            rest = &rest[count..];
+        }
+        Ok(())
     }
 
     fn each(&self, direction: Direction, fragments: &[Fragment], stream: &Stream) -> Answer<()> {
@@ -122,6 +182,19 @@ impl Dispatch {
         let Some(batch) = self.device.driver.functions.cuMemcpyBatchAsync else {
             return self.each(direction, fragments, stream);
         };
+        for part in fragments.chunks(JOB_FRAGMENTS_MAX) {
+            self.batch_of(batch, direction, part, stream)?;
+        }
+        Ok(())
+    }
+
+    fn batch_of(
+        &mut self,
+        batch: BatchCall,
+        direction: Direction,
+        fragments: &[Fragment],
+        stream: &Stream,
+    ) -> Answer<()> {
         let sides = |fragment: &Fragment| match direction {
             Direction::Offload => (fragment.device, fragment.host),
             Direction::Load => (fragment.host, fragment.device),
@@ -174,7 +247,7 @@ mod tests {
 
     #[test]
     fn small_fragments_go_to_the_device_by_the_kernel_and_come_from_it_by_the_engines() {
-        let thresholds = Thresholds { batch: true, gather_below: 32 << 10 };
+        let thresholds = Thresholds { batch: true, gather_below: 32 << 10, stage_below: 0 };
         let small = fragments(10, 8 << 10);
         assert_eq!(thresholds.way(Direction::Load, &small, true), Way::Gather);
         assert_eq!(thresholds.way(Direction::Offload, &small, true), Way::Batch);
@@ -184,14 +257,29 @@ mod tests {
     }
 
     #[test]
+    fn small_fragments_are_packed_before_they_go_to_the_host() {
+        let thresholds = Thresholds { batch: true, gather_below: 0, stage_below: 32 << 10 };
+        let small = fragments(10, 8 << 10);
+        assert_eq!(thresholds.way(Direction::Offload, &small, true), Way::Staged);
+        assert_eq!(thresholds.way(Direction::Load, &small, true), Way::Batch);
+        assert_eq!(thresholds.way(Direction::Offload, &fragments(10, 32 << 10), true), Way::Batch);
+        assert_eq!(thresholds.way(Direction::Offload, &fragments(1, 8 << 10), true), Way::Each, "one piece already");
+        let too_many = fragments(TABLE_ROWS_MAX as u64 + 1, 64);
+        assert_eq!(thresholds.way(Direction::Offload, &too_many, true), Way::Batch, "more than a table holds");
+        let mut too_large = fragments(1000, 4096);
+        too_large[500].len = STAGING_BUFFER_BYTES + 16;
+        assert_eq!(thresholds.way(Direction::Offload, &too_large, true), Way::Batch, "more than a buffer holds");
+    }
+
+    #[test]
     fn ordinary_memory_is_copied_in_single_copies() {
-        let thresholds = Thresholds { batch: true, gather_below: u64::MAX };
+        let thresholds = Thresholds { batch: true, gather_below: u64::MAX, stage_below: u64::MAX };
         assert_eq!(thresholds.way(Direction::Load, &fragments(10, 4096), false), Way::Each);
     }
 
     #[test]
     fn without_batches_and_kernel_each_fragment_is_a_call() {
-        let thresholds = Thresholds { batch: false, gather_below: 0 };
+        let thresholds = Thresholds { batch: false, gather_below: 0, stage_below: 0 };
         assert_eq!(thresholds.way(Direction::Load, &fragments(10, 4096), true), Way::Each);
     }
 }

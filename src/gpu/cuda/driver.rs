@@ -17,11 +17,24 @@ use crate::limits::DRIVER_VERSION_MIN;
 /// An address in the device's memory, or of pinned memory as the device sees it.
 pub type Address = u64;
 
+/// `cuMemcpyBatchAsync` of CUDA 12.8: destinations, sources, lengths, their number; attributes, the first copy of each, their number; where it failed.
+pub(super) type BatchCall = unsafe extern "C" fn(
+    *mut Address,
+    *mut Address,
+    *mut usize,
+    usize,
+    *mut CUmemcpyAttributes,
+    *mut usize,
+    usize,
+    *mut usize,
+    CUstream,
+) -> u32;
+
 /// What a call answers when it worked.
 pub(super) const SUCCESS: u32 = 0;
 /// The work is not done yet.
 pub(super) const NOT_READY: u32 = 600;
-const OUT_OF_MEMORY: u32 = 2;
+pub(super) const OUT_OF_MEMORY: u32 = 2;
 const NO_DEVICE: u32 = 100;
 const STUB_LIBRARY: u32 = 34;
 const MISMATCH: u32 = 803;
@@ -78,8 +91,9 @@ macro_rules! functions {
         impl Functions {
             /// Looks all of them up. `Err`: the symbol that is missing.
             fn find() -> std::result::Result<Self, &'static str> {
-                // SAFETY: the caller saw that the library is there; it is loaded once and never unloaded.
-                let library = unsafe { culib() };
+                // The caller saw that the library is there. One that vanished since then panics in `culib`.
+                // SAFETY: it is loaded once and never unloaded.
+                let library = std::panic::catch_unwind(|| unsafe { culib() }).map_err(|_| "symbols any more")?;
                 Ok(Self {
                     // SAFETY: the types are those of the driver API for these symbols, versions included.
                     $($name: *unsafe { library.get(concat!(stringify!($name), "\0").as_bytes()) }.map_err(|_| stringify!($name))?,)+
@@ -108,6 +122,7 @@ functions! {
         cuStreamCreateWithPriority: fn(*mut CUstream, c_uint, c_int);
         cuStreamDestroy_v2: fn(CUstream);
         cuStreamSynchronize: fn(CUstream);
+        cuStreamQuery: fn(CUstream);
         cuStreamWaitEvent: fn(CUstream, CUevent, c_uint);
         cuEventCreate: fn(*mut CUevent, c_uint);
         cuEventDestroy_v2: fn(CUevent);

@@ -1,6 +1,7 @@
 //! The gather kernel on one device, and the pinned tables that tell it what to move.
 
 use std::ffi::c_void;
+use std::ops::Range;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
@@ -9,13 +10,12 @@ use cudarc::driver::sys::{CUfunction, CUmodule};
 use super::device::{Device, Stream};
 use super::driver::Refused;
 use crate::gpu::fragments::Fragment;
-use crate::limits::{GATHER_SMS, JOB_FRAGMENTS_MAX};
+use crate::limits::{GATHER_SMS, TABLE_ROWS_MAX};
 
 type Answer<T> = std::result::Result<T, Refused>;
 
-/// Threads of a block, and blocks of a multiprocessor: `cuda/gather.cu` is compiled for these.
-const THREADS: u32 = 512;
-const BLOCKS_PER_SM: u32 = 2;
+/// Threads of a block, which fill half of a multiprocessor: `cuda/gather.cu` is compiled for as many.
+const THREADS: u32 = 1024;
 
 /// Memory may be used in every context, and by kernels.
 const ALLOC_PORTABLE_MAPPED: u32 = 3;
@@ -39,7 +39,9 @@ impl Kernel {
     /// [`Refused`]; `None` when the driver cannot load modules at all.
     pub fn load(device: &Arc<Device>, image: &[u8]) -> Answer<Option<Self>> {
         let functions = &device.driver.functions;
-        let (Some(load), Some(find)) = (functions.cuModuleLoadData, functions.cuModuleGetFunction) else {
+        let (Some(load), Some(find), Some(_)) =
+            (functions.cuModuleLoadData, functions.cuModuleGetFunction, functions.cuLaunchKernel)
+        else {
             return Ok(None);
         };
         let (mut module, mut function) = (ptr::null_mut(), ptr::null_mut());
@@ -53,18 +55,20 @@ impl Kernel {
         Ok(Some(kernel))
     }
 
-    /// Moves the fragments of the table from pinned memory to the device, in the stream's order.
-    pub(super) fn launch(&self, table: &Table, stream: &Stream) -> Answer<()> {
-        let Some(launch) = self.device.driver.functions.cuLaunchKernel else { return Ok(()) };
-        let mut address = table.start.as_ptr() as u64;
-        let mut count = table.len;
+    /// Moves these rows of the table from where `host` says to where `device` says, in the stream's order. Both are pinned memory or the device's.
+    pub(super) fn launch(&self, table: &Table, rows: Range<usize>, stream: &Stream) -> Answer<()> {
+        let missing = || Refused { call: "cuLaunchKernel", code: 500, name: "no such function".to_owned() };
+        let launch = self.device.driver.functions.cuLaunchKernel.ok_or_else(missing)?;
+        debug_assert!(rows.end <= table.len);
+        let mut address = table.start.as_ptr() as u64 + (rows.start * size_of::<Fragment>()) as u64;
+        let mut count = rows.len() as u32;
         let mut arguments = [(&raw mut address).cast::<c_void>(), (&raw mut count).cast::<c_void>()];
         // SAFETY: the arguments are of the kernel's types and copied by the call. The table lives until its job is over, and so do both sides of its
         // fragments (see `Copier`).
         let code = unsafe {
             launch(
                 self.function,
-                GATHER_SMS * BLOCKS_PER_SM,
+                GATHER_SMS,
                 1,
                 1,
                 THREADS,
@@ -95,7 +99,7 @@ impl Drop for Kernel {
 pub(super) struct Table {
     device: Arc<Device>,
     start: NonNull<Fragment>,
-    len: u32,
+    len: usize,
 }
 
 // SAFETY: the memory is this table's alone.
@@ -105,7 +109,7 @@ impl Table {
     /// Room for the fragments of one job. To be called with the device's context current.
     pub(super) fn new(device: &Arc<Device>) -> Answer<Self> {
         let mut start = ptr::null_mut();
-        let bytes = JOB_FRAGMENTS_MAX * size_of::<Fragment>();
+        let bytes = TABLE_ROWS_MAX * size_of::<Fragment>();
         // SAFETY: the pointer is to a local; the memory is freed when the table is dropped.
         let code = unsafe { (device.driver.functions.cuMemHostAlloc)(&raw mut start, bytes, ALLOC_PORTABLE_MAPPED) };
         device.driver.check("cuMemHostAlloc", code)?;
@@ -114,15 +118,25 @@ impl Table {
         Ok(Self { device: Arc::clone(device), start: start.ok_or_else(missing)?, len: 0 })
     }
 
-    /// Replaces what the table holds. `false`: it has no room for that.
-    pub(super) fn fill(&mut self, fragments: &[Fragment]) -> bool {
-        if fragments.len() > JOB_FRAGMENTS_MAX {
-            return false;
-        }
-        // SAFETY: there is room for as many; no kernel reads the table, since its last job is over.
-        unsafe { self.start.as_ptr().copy_from_nonoverlapping(fragments.as_ptr(), fragments.len()) };
-        self.len = fragments.len() as u32;
-        true
+    /// Rows.
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Empties the table, for a new job: no kernel reads it, since its last job is over.
+    pub(super) fn clear(&mut self) {
+        self.len = 0;
+    }
+
+    /// Appends a row.
+    ///
+    /// # Panics
+    /// When the table is full: no job that goes by the kernel has more than [`TABLE_ROWS_MAX`] fragments.
+    pub(super) fn push(&mut self, row: Fragment) {
+        assert!(self.len < TABLE_ROWS_MAX, "a job with more fragments than a table has rows");
+        // SAFETY: inside the table, and a row that no kernel was told of yet.
+        unsafe { self.start.as_ptr().add(self.len).write(row) };
+        self.len += 1;
     }
 }
 

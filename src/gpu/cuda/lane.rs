@@ -15,12 +15,13 @@ use super::driver::Refused;
 use super::kernel::{Kernel, Table};
 use super::notes::Notes;
 use super::pinning::{Pin, Pinning};
+use super::staging::Staging;
 use crate::block::SlotIndex;
 use crate::block::plan::BlockCopy;
 use crate::gpu::fragments::{self, Fragment};
 use crate::gpu::sides::{Admitted, Sides};
 use crate::gpu::{Answers, ComputeStream, CopyError, Direction, Order};
-use crate::limits::{JOB_BYTES, JOB_FRAGMENTS_MAX, JOBS_IN_FLIGHT_MAX};
+use crate::limits::{COMMANDS_IN_FLIGHT_MAX, JOB_BYTES, JOB_FRAGMENTS_MAX, JOBS_IN_FLIGHT_MAX};
 
 type Answer<T> = std::result::Result<T, Refused>;
 
@@ -38,6 +39,8 @@ pub(super) struct Queued {
 
 struct Job {
     event: Event,
+    /// What it put on the stream.
+    commands: usize,
     orders: Vec<Order>,
     /// Some of it could not be given to the stream.
     failed: bool,
@@ -67,9 +70,11 @@ impl Common {
         }
     }
 
-    /// The device answers with errors: from here on nothing is taken.
-    fn give_up(&self, refused: &Refused) {
-        if !self.dead.swap(true, Ordering::AcqRel) {
+    /// A call was refused: of a device that still works (its orders fail, the next ones are tried), or of one from which nothing is taken any more.
+    fn was_refused(&self, refused: &Refused, stream: &Stream) {
+        if stream.works() {
+            self.notes.push(format!("copies could not be started: {refused}"));
+        } else if !self.dead.swap(true, Ordering::AcqRel) {
             self.notes.push(format!("the GPU no longer copies: {refused}. Restart the engine"));
         }
     }
@@ -103,17 +108,15 @@ impl Lane {
         stream: Stream,
         thresholds: Thresholds,
         kernel: Option<Arc<Kernel>>,
+        staging: Option<Staging>,
     ) -> Answer<Self> {
-        let tables = match (direction, &kernel) {
-            (Direction::Load, Some(_)) => {
-                (0..JOBS_IN_FLIGHT_MAX).map(|_| Table::new(device)).collect::<Answer<Vec<_>>>()?
-            }
-            _ => Vec::new(),
-        };
+        let takes_tables = kernel.is_some() || staging.is_some();
+        let tables = if takes_tables { JOBS_IN_FLIGHT_MAX } else { 0 };
+        let tables = (0..tables).map(|_| Table::new(device)).collect::<Answer<Vec<_>>>()?;
         Ok(Self {
             direction,
             stream,
-            dispatch: Dispatch::new(device, kernel),
+            dispatch: Dispatch::new(device, kernel, staging),
             thresholds,
             queue: VecDeque::new(),
             jobs: VecDeque::new(),
@@ -135,22 +138,35 @@ impl Lane {
     /// Gives the next job to the stream. `false`: nothing waits, enough is under way, or the first order's memory is being pinned.
     pub(super) fn start_job(&mut self, common: &Common) -> bool {
         let Some(first) = self.queue.front() else { return false };
-        if self.jobs.len() >= JOBS_IN_FLIGHT_MAX {
+        let commands: usize = self.jobs.iter().map(|job| job.commands).sum();
+        if self.jobs.len() >= JOBS_IN_FLIGHT_MAX || commands >= COMMANDS_IN_FLIGHT_MAX {
             return false;
         }
-        if common.pin(&first.order) == Pin::Waiting {
-            common.pinning.urge(SlotIndex(first.order.copy.slot));
-            return false;
+        match common.pin(&first.order) {
+            Pin::Waiting => {
+                common.pinning.urge(SlotIndex(first.order.copy.slot));
+                false
+            }
+            // Copies of ordinary memory make their caller wait for all that comes before them on the stream: not before vLLM's step is over. An event that
+            // cannot be asked is found out about when it is used.
+            Pin::Refused if first.mark.as_ref().is_some_and(|mark| matches!(mark.event.is_over(), Ok(false))) => false,
+            _ => {
+                self.start(common);
+                true
+            }
         }
-        self.start(common);
-        true
     }
 
     /// Makes vLLM's stream wait for these offloads, after giving those to our stream that still wait, whatever else is under way. `false`: it will not.
     pub(super) fn fence(&mut self, common: &Common, compute: ComputeStream, offloads: &[BlockCopy]) -> bool {
         let named: HashSet<(u32, u32)> = offloads.iter().map(|copy| (copy.slot, copy.generation)).collect();
         let is_named = |order: &Order| named.contains(&(order.copy.slot, order.copy.generation));
-        while self.queue.iter().any(|queued| is_named(&queued.order)) {
+        // They go before what else waits: vLLM's step waits for them. Every order has its own mark, so they may be carried out in any order.
+        let (first, rest): (VecDeque<_>, _) = self.queue.drain(..).partition(|queued| is_named(&queued.order));
+        let left = rest.len();
+        self.queue = first;
+        self.queue.extend(rest);
+        while self.queue.len() > left {
             self.start(common);
         }
         // The stream passes jobs in their order: the last one of them comes after all of them. None: all were answered meanwhile.
@@ -158,7 +174,7 @@ impl Lane {
         match job.event.hold(compute) {
             Ok(()) => true,
             Err(refused) => {
-                common.give_up(&refused);
+                common.was_refused(&refused, &self.stream);
                 false
             }
         }
@@ -186,7 +202,7 @@ impl Lane {
             }
         }
         if !orders.is_empty() {
-            fragments::coalesce(&mut self.fragments);
+            fragments::join(&mut self.fragments);
             self.give(common, orders, mark.as_deref(), pinned);
         }
     }
@@ -205,26 +221,35 @@ impl Lane {
             Ok(event) => event,
             Err(refused) => {
                 // Nothing was given to the stream.
-                common.give_up(&refused);
+                common.was_refused(&refused, &self.stream);
                 return common.fail(&orders);
             }
         };
         let way = self.thresholds.way(self.direction, &self.fragments, pinned);
-        let mut table = if way == Way::Gather { self.tables.pop() } else { None };
-        let given = self.dispatch.hand_over(way, self.direction, &self.fragments, table.as_mut(), &self.stream);
+        let commands = way.commands(self.fragments.len());
+        let mut table = if matches!(way, Way::Gather | Way::Staged) { self.tables.pop() } else { None };
+        let mark = mark.map(|mark| &mark.event);
+        let given =
+            self.dispatch.hand_over(way, self.direction, &mut self.fragments, table.as_mut(), &self.stream, mark);
         if let Err(refused) = &given {
-            common.notes.push(format!("copies could not be started: {refused}"));
+            common.was_refused(refused, &self.stream);
         }
-        match event.record(&self.stream) {
-            // Part of a job that failed may be under way: its memory is given back when the stream has passed it.
-            Ok(()) => self.jobs.push_back(Job { event, orders, failed: given.is_err(), table }),
+        // Part of a job that failed may be under way: its memory is given back when the stream has passed it.
+        let job = Job { event, commands, orders, failed: given.is_err(), table };
+        match job.event.record(&self.stream) {
+            Ok(()) => self.jobs.push_back(job),
             Err(refused) => {
-                common.give_up(&refused);
-                // An error here means that the context is gone, and its copies with it.
-                let _gone = self.stream.synchronize();
-                common.fail(&orders);
+                let over = self.wait_for_stream(common, &refused);
+                self.answer(common, job, over);
             }
         }
+    }
+
+    /// Without the event that would tell: waits, in this thread, until the stream has passed everything. `false`: the context is gone, and its copies
+    /// with it.
+    fn wait_for_stream(&self, common: &Common, refused: &Refused) -> bool {
+        common.was_refused(refused, &self.stream);
+        self.stream.synchronize().is_ok()
     }
 
     /// An event for a job, and the stream behind its mark.
@@ -240,20 +265,22 @@ impl Lane {
     /// Answers the orders of jobs that are over.
     pub(super) fn finish_jobs(&mut self, common: &Common) {
         while let Some(job) = self.jobs.front() {
-            let failed = match job.event.is_over() {
+            let over = match job.event.is_over() {
                 Ok(false) => return,
-                Ok(true) => job.failed,
-                Err(refused) => {
-                    common.give_up(&refused);
-                    true
-                }
+                Ok(true) => true,
+                Err(refused) => self.wait_for_stream(common, &refused),
             };
             let Some(job) = self.jobs.pop_front() else { return };
-            self.tables.extend(job.table);
-            for order in &job.orders {
-                let outcome = if failed { Err(CopyError::Device) } else { self.examine(common, order) };
-                common.answer(order, outcome);
-            }
+            self.answer(common, job, over);
+        }
+    }
+
+    /// Answers a job's orders. `over`: the stream has passed it; else it was lost with the context.
+    fn answer(&mut self, common: &Common, job: Job, over: bool) {
+        self.tables.extend(job.table);
+        for order in &job.orders {
+            let outcome = if over && !job.failed { self.examine(common, order) } else { Err(CopyError::Device) };
+            common.answer(order, outcome);
         }
     }
 

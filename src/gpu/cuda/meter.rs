@@ -1,19 +1,21 @@
 //! Times copies the way a copier makes them, for `kvcellar bench dma`: the same joining of fragments, the same ways of dispatch, jobs of the same size.
 
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::calibration::{self, Calibration};
-use super::device::{Device, Facts, Stream};
-use super::dispatch::{Dispatch, Way};
+use super::device::{Device, Event, Facts, Stream};
+use super::dispatch::Dispatch;
 use super::driver::Refused;
 use super::kernel::Table;
 use super::room::Room;
+use super::staging::Staging;
 use crate::error::Result;
 use crate::gpu::Direction;
 use crate::gpu::fragments::{self, Fragment};
-use crate::limits::{JOB_BYTES, JOB_FRAGMENTS_MAX};
+use crate::limits::{COMMANDS_IN_FLIGHT_MAX, JOB_BYTES, JOB_FRAGMENTS_MAX, JOBS_IN_FLIGHT_MAX};
 
 /// How fragments lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,7 +24,7 @@ pub enum Place {
     Whole,
     /// One after another on both sides.
     Neighbours,
-    /// With gaps, in another order on the host.
+    /// Anywhere on the device; on the host one after another in slots, as the layers of a block.
     Scattered,
 }
 
@@ -31,7 +33,7 @@ pub enum Place {
 pub struct Timing {
     /// From the first call until the last copy was over.
     pub seconds: f64,
-    /// Of these, in this thread, until everything was handed over.
+    /// Of these, in this thread, handing over. Waiting for earlier copies is not counted.
     pub submit_s: f64,
     /// Fragments after joining.
     pub fragments: usize,
@@ -59,9 +61,11 @@ impl Meter {
         let calibration = calibration::of_device(&device, nvrtc).map_err(Refused::into_error)?;
         let open = || {
             let kernel = calibration.kernel.clone();
-            let tables = kernel.as_ref().map_or(0, |_| (bytes / 4096) as usize / JOB_FRAGMENTS_MAX + 1);
+            let tables = if kernel.is_some() { JOBS_IN_FLIGHT_MAX } else { 0 };
             let tables = (0..tables).map(|_| Table::new(&device)).collect::<std::result::Result<Vec<_>, Refused>>()?;
-            Ok((device.stream()?, Room::new(&device, 2 * bytes)?, Dispatch::new(&device, kernel), tables))
+            let staging = kernel.as_ref().filter(|_| calibration.thresholds.stage_below > 0);
+            let staging = staging.map(|kernel| Staging::new(&device, kernel)).transpose()?;
+            Ok((device.stream()?, Room::new(&device, 2 * bytes)?, Dispatch::new(&device, kernel, staging), tables))
         };
         let (stream, room, dispatch, tables) = device.with(open).map_err(Refused::into_error)?;
         Ok(Self { device, stream, room, dispatch, tables, calibration })
@@ -97,7 +101,12 @@ impl Meter {
             fragments.iter_mut().filter(|_| place == Place::Whole).for_each(|whole| whole.len /= 2);
         }
         let device = Arc::clone(&self.device);
-        device.with(|| self.run(direction, place, &fragments)).map_err(Refused::into_error)
+        let run = || {
+            let timing = self.run(direction, place, &fragments);
+            // Nothing is under way when the memory is used again, also after a failure.
+            self.stream.synchronize().and(timing)
+        };
+        device.with(run).map_err(Refused::into_error)
     }
 
     fn run(
@@ -106,22 +115,40 @@ impl Meter {
         place: Place,
         fragments: &[Fragment],
     ) -> std::result::Result<Timing, Refused> {
-        let (mut commands, mut submit_s, mut tables) = (0, 0.0, self.tables.iter_mut());
+        let mut jobs: Vec<Vec<Fragment>> = jobs(fragments).map(<[Fragment]>::to_vec).collect();
+        let mut under_way: VecDeque<(Event, usize)> = VecDeque::new();
+        let (mut submit_s, mut count, mut commands) = (0.0, 0, 0);
         let started = Instant::now();
-        for job in jobs(fragments) {
+        for (number, job) in jobs.iter_mut().enumerate() {
+            // As a lane bounds them. The oldest job's table is free then, too.
+            while let Some((event, its)) = under_way.front()
+                && (under_way.len() >= JOBS_IN_FLIGHT_MAX || commands >= COMMANDS_IN_FLIGHT_MAX)
+            {
+                if event.is_over()? {
+                    commands -= its;
+                    under_way.pop_front();
+                } else {
+                    std::hint::spin_loop();
+                }
+            }
             let submitted = Instant::now();
-            let mut job = job.to_vec();
-            fragments::coalesce(&mut job);
-            let way = self.calibration.thresholds.way(direction, &job, true);
-            let table = if way == Way::Gather { tables.next() } else { None };
-            self.dispatch.hand_over(way, direction, &job, table, &self.stream)?;
+            fragments::join(job);
+            let way = self.calibration.thresholds.way(direction, job, true);
+            let its = way.commands(job.len());
+            let tables = self.tables.len().max(1);
+            let table = self.tables.get_mut(number % tables);
+            self.dispatch.hand_over(way, direction, job, table, &self.stream, None)?;
             submit_s += submitted.elapsed().as_secs_f64();
-            commands += job.len();
+            count += job.len();
+            commands += its;
+            let event = self.device.event()?;
+            event.record(&self.stream)?;
+            under_way.push_back((event, its));
         }
-        debug_assert!(place != Place::Whole || commands == 1);
+        debug_assert!(place != Place::Whole || count == 1);
         self.stream.synchronize()?;
         let seconds = started.elapsed().as_secs_f64();
-        Ok(Timing { seconds, submit_s, fragments: commands, bytes: fragments::bytes(fragments) })
+        Ok(Timing { seconds, submit_s, fragments: count, bytes: fragments::bytes(fragments) })
     }
 }
 

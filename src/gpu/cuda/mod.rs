@@ -4,8 +4,8 @@
 //! reads a block before the steps that vLLM's stream was given at its hook have written it; no order is answered before the device has
 //! said that its copies are over. Where there is no driver, or an old one, everything is an error with a remedy.
 //!
-//! To be read in this order: [`driver`] (the library), [`device`] (context, streams, events), [`pinning`], [`dispatch`] with [`kernel`] and
-//! [`nvrtc`] (how fragments are moved), [`calibration`] (which way for which size), `lane` (one direction's jobs), [`copier`] (all of it behind the trait).
+//! To be read in this order: [`driver`] (the library), [`device`] (context, streams, events), [`pinning`], [`dispatch`] with [`kernel`],
+//! `staging` and [`nvrtc`] (how fragments are moved), [`calibration`] (which way for which size), `lane` (one direction's jobs), [`copier`] (all of it behind the trait).
 
 pub mod calibration;
 pub mod copier;
@@ -19,3 +19,4 @@ pub mod notes;
 pub mod nvrtc;
 pub mod pinning;
 mod room;
+mod staging;

@@ -1,24 +1,25 @@
 //! The pool's memory, pinned for the device in pieces and in the background, so that serving starts at once.
 //!
-//! A piece is `Waiting -> Pinned` or `Waiting -> Refused` and stays so. Pieces that copies wait for go first. When the system has no more memory to pin,
-//! what is pinned stays; slots in the rest are copied as ordinary memory, which is slower and never wrong.
+//! A piece is `Waiting -> Pinned` or `Waiting -> Refused` and stays so. Several neighbours are pinned by one call; a call that the driver refuses is tried again
+//! in halves, for large ones fail where smaller ones do not. Pieces that copies wait for go first. When the system pins no more, what is pinned
+//! stays; slots in the rest are copied as ordinary memory, which is slower and never wrong. One thread: while the driver pins, other calls of the process wait.
 
 use std::collections::VecDeque;
 use std::ffi::c_void;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 use super::device::Device;
-use super::driver::Refused;
 use super::notes::Notes;
 use crate::block::SlotIndex;
-use crate::limits::{PIN_CALL_BYTES_MAX, PIN_THREADS_MAX};
+use crate::limits::PIN_CALL_BYTES_MAX;
 use crate::pool::Pool;
 
-/// Memory may be used in every context of the process.
-const REGISTER_PORTABLE: u32 = 1;
+/// Memory may be used in every context of the process, and by kernels.
+pub(super) const REGISTER_PORTABLE_MAPPED: u32 = 3;
 
 /// How a slot's memory can be copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,8 +33,10 @@ pub enum Pin {
 }
 
 struct Plan {
-    /// Pieces that nobody has begun, the next one first.
-    waiting: VecDeque<usize>,
+    /// Neighbouring pieces that nobody has begun, the next call's first.
+    waiting: VecDeque<Range<usize>>,
+    /// What each call has pinned.
+    pinned: Vec<Range<usize>>,
     closed: bool,
 }
 
@@ -41,7 +44,7 @@ struct Shared {
     pool: Arc<Pool>,
     device: Arc<Device>,
     notes: Arc<Notes>,
-    chunk_slots: u32,
+    piece_slots: u32,
     states: Vec<AtomicU8>,
     plan: Mutex<Plan>,
     pinned_bytes: AtomicU64,
@@ -51,51 +54,49 @@ struct Shared {
 /// The pinning of one pool in this process. Dropped, it lets go of all memory: no copy may be under way then.
 pub struct Pinning {
     shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Pinning {
-    /// Begins to pin the pool's slots. Without a thread (the system refused one) everything stays ordinary memory.
-    pub fn start(pool: Arc<Pool>, device: Arc<Device>, notes: Arc<Notes>, chunk_bytes: u64) -> Self {
-        let chunk_slots = chunk_slots(chunk_bytes, pool.geometry().slot_bytes);
-        let chunks = pool.slot_count().div_ceil(chunk_slots) as usize;
+    /// Begins to pin the pool's slots: `chunk_bytes` at once, or `piece_bytes` at least. Without a thread (the system refused one) everything stays ordinary memory.
+    pub fn start(pool: Arc<Pool>, device: Arc<Device>, notes: Arc<Notes>, chunk_bytes: u64, piece_bytes: u64) -> Self {
+        let slot_bytes = pool.geometry().slot_bytes;
+        let piece_slots = slots_in(piece_bytes.min(chunk_bytes), slot_bytes);
+        let at_once = (slots_in(chunk_bytes, slot_bytes) / piece_slots) as usize;
+        let pieces = pool.slot_count().div_ceil(piece_slots) as usize;
+        let waiting = (0..pieces).step_by(at_once).map(|first| first..pieces.min(first + at_once)).collect();
         let shared = Arc::new(Shared {
             pool,
             device,
             notes,
-            chunk_slots,
-            states: (0..chunks).map(|_| AtomicU8::new(Pin::Waiting as u8)).collect(),
-            plan: Mutex::new(Plan { waiting: (0..chunks).collect(), closed: false }),
+            piece_slots,
+            states: (0..pieces).map(|_| AtomicU8::new(Pin::Waiting as u8)).collect(),
+            plan: Mutex::new(Plan { waiting, pinned: Vec::new(), closed: false }),
             pinned_bytes: AtomicU64::new(0),
             started: Instant::now(),
         });
-        let count = thread::available_parallelism().map_or(1, |cores| cores.get() / 4).clamp(1, PIN_THREADS_MAX);
-        let threads: Vec<JoinHandle<()>> = (0..count.min(chunks))
-            .filter_map(|number| {
-                let shared = Arc::clone(&shared);
-                thread::Builder::new().name(format!("kvcellar-pin-{number}")).spawn(move || shared.run()).ok()
-            })
-            .collect();
-        if threads.is_empty() {
+        let working = Arc::clone(&shared);
+        let thread = thread::Builder::new().name("kvcellar-pin".to_owned()).spawn(move || working.run()).ok();
+        if thread.is_none() {
             shared.give_up("the system starts no thread");
         }
-        Self { shared, threads }
+        Self { shared, thread }
     }
 
     /// How this slot can be copied now.
     pub fn state(&self, slot: SlotIndex) -> Pin {
-        self.shared.state((slot.0 / self.shared.chunk_slots) as usize)
+        self.shared.state((slot.0 / self.shared.piece_slots) as usize)
     }
 
-    /// A copy waits for this slot: its piece is the next one.
+    /// A copy waits for this slot: its piece is among the next ones.
     pub fn urge(&self, slot: SlotIndex) {
-        let chunk = (slot.0 / self.shared.chunk_slots) as usize;
+        let piece = (slot.0 / self.shared.piece_slots) as usize;
         let mut plan = self.shared.lock();
-        if let Some(at) = plan.waiting.iter().position(|waiting| *waiting == chunk)
+        if let Some(at) = plan.waiting.iter().position(|waiting| waiting.contains(&piece))
             && at > 0
+            && let Some(wanted) = plan.waiting.remove(at)
         {
-            plan.waiting.remove(at);
-            plan.waiting.push_front(chunk);
+            plan.waiting.push_front(wanted);
         }
     }
 
@@ -108,14 +109,15 @@ impl Pinning {
 impl Drop for Pinning {
     fn drop(&mut self) {
         self.shared.lock().closed = true;
-        for thread in self.threads.drain(..) {
+        if let Some(thread) = self.thread.take() {
             // A thread that panicked pins nothing more.
             drop(thread.join());
         }
         let shared = &self.shared;
+        let pinned = std::mem::take(&mut shared.lock().pinned);
         let unpin = || {
-            for chunk in (0..shared.states.len()).filter(|chunk| shared.state(*chunk) == Pin::Pinned) {
-                let (start, _) = shared.range(chunk);
+            for pieces in &pinned {
+                let (start, _) = shared.memory(pieces);
                 // SAFETY: pinned by us as this very range, still mapped, and its owner promises that no copy is under way.
                 let code = unsafe { (shared.device.driver.functions.cuMemHostUnregister)(start) };
                 shared.device.driver.check("cuMemHostUnregister", code)?;
@@ -132,60 +134,79 @@ impl Shared {
         self.plan.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn state(&self, chunk: usize) -> Pin {
-        match self.states[chunk].load(Ordering::Acquire) {
+    fn state(&self, piece: usize) -> Pin {
+        match self.states[piece].load(Ordering::Acquire) {
             1 => Pin::Pinned,
             2 => Pin::Refused,
             _ => Pin::Waiting,
         }
     }
 
+    fn set(&self, pieces: Range<usize>, state: Pin) {
+        self.states[pieces].iter().for_each(|it| it.store(state as u8, Ordering::Release));
+    }
+
     fn total(&self) -> u64 {
         u64::from(self.pool.slot_count()) * self.pool.geometry().slot_bytes
     }
 
-    /// A piece's memory: whole slots.
-    fn range(&self, chunk: usize) -> (*mut c_void, usize) {
-        let first = chunk as u32 * self.chunk_slots;
-        let slots = self.chunk_slots.min(self.pool.slot_count() - first);
-        let len = slots as usize * self.pool.geometry().slot_bytes as usize;
+    /// The memory of some pieces: whole slots.
+    fn memory(&self, pieces: &Range<usize>) -> (*mut c_void, usize) {
+        let first = pieces.start as u32 * self.piece_slots;
+        let end = (pieces.end as u64 * u64::from(self.piece_slots)).min(u64::from(self.pool.slot_count()));
+        let len = (end - u64::from(first)) as usize * self.pool.geometry().slot_bytes as usize;
         // SAFETY: the slots lie inside the pool's mapping, one after another.
         (unsafe { self.pool.start().add(self.pool.image_offset(SlotIndex(first))) }.as_ptr().cast(), len)
     }
 
-    fn next(&self) -> Option<usize> {
+    fn next(&self) -> Option<Range<usize>> {
         let mut plan = self.lock();
         if plan.closed { None } else { plan.waiting.pop_front() }
     }
 
     fn run(&self) {
-        self.device.stay_out_of_captures();
-        while let Some(chunk) = self.next() {
-            match self.pin(chunk) {
-                Ok(len) => {
-                    self.states[chunk].store(Pin::Pinned as u8, Ordering::Release);
-                    self.tell_progress(len as u64);
-                }
-                Err(refused) => {
-                    self.states[chunk].store(Pin::Refused as u8, Ordering::Release);
-                    self.give_up(&refused.to_string());
-                }
+        // What cannot begin is said like any other refusal, by the first piece.
+        let _began = self.device.with(|| {
+            self.device.stay_out_of_captures();
+            while let Some(pieces) = self.next() {
+                self.pin(pieces);
+            }
+            Ok(())
+        });
+        if !self.lock().closed && !self.lock().waiting.is_empty() {
+            self.give_up("the device's context is gone");
+        }
+    }
+
+    fn pin(&self, pieces: Range<usize>) {
+        let (start, len) = self.memory(&pieces);
+        let driver = self.device.driver;
+        // SAFETY: the range lies inside the mapping, which `self.pool` keeps; it is unpinned before that is dropped.
+        let code = unsafe { (driver.functions.cuMemHostRegister_v2)(start, len, REGISTER_PORTABLE_MAPPED) };
+        match driver.check("cuMemHostRegister", code) {
+            Ok(()) => {
+                self.lock().pinned.push(pieces.clone());
+                self.set(pieces, Pin::Pinned);
+                self.tell_progress(len as u64);
+            }
+            Err(_) if pieces.len() > 1 => {
+                let middle = pieces.start + pieces.len() / 2;
+                let mut plan = self.lock();
+                plan.waiting.push_front(middle..pieces.end);
+                plan.waiting.push_front(pieces.start..middle);
+            }
+            Err(refused) => {
+                self.set(pieces, Pin::Refused);
+                self.give_up(&refused.to_string());
             }
         }
     }
 
-    fn pin(&self, chunk: usize) -> Result<usize, Refused> {
-        let (start, len) = self.range(chunk);
-        // SAFETY: the range lies inside the mapping, which `self.pool` keeps; it is unpinned before that is dropped.
-        let register = || unsafe { (self.device.driver.functions.cuMemHostRegister_v2)(start, len, REGISTER_PORTABLE) };
-        self.device.with(|| self.device.driver.check("cuMemHostRegister", register())).map(|()| len)
-    }
-
     /// What nobody has begun stays ordinary memory.
     fn give_up(&self, why: &str) {
-        let rest: Vec<usize> = self.lock().waiting.drain(..).collect();
-        for chunk in rest {
-            self.states[chunk].store(Pin::Refused as u8, Ordering::Release);
+        let rest: Vec<Range<usize>> = self.lock().waiting.drain(..).collect();
+        for pieces in rest {
+            self.set(pieces, Pin::Refused);
         }
         self.notes.push(format!(
             "{} of the pool's {} GiB are pinned, the rest is copied as ordinary memory, which is slower ({why}). Raise the limit on locked memory (ulimit -l \
@@ -206,9 +227,9 @@ impl Shared {
     }
 }
 
-/// Slots of one piece.
-fn chunk_slots(chunk_bytes: u64, slot_bytes: u64) -> u32 {
-    (chunk_bytes.min(PIN_CALL_BYTES_MAX) / slot_bytes.max(1)).clamp(1, u64::from(u32::MAX)) as u32
+/// Slots in so many bytes: at least one.
+fn slots_in(bytes: u64, slot_bytes: u64) -> u32 {
+    (bytes.min(PIN_CALL_BYTES_MAX) / slot_bytes.max(1)).clamp(1, u64::from(u32::MAX)) as u32
 }
 
 fn gib(bytes: u64) -> String {
@@ -223,7 +244,7 @@ mod tests {
     #[test]
     fn pieces_hold_whole_slots_and_no_more_than_the_driver_takes() {
         for slot_bytes in [8192, 1 << 20, (3 << 20) + 4096, PIN_CHUNK_BYTES, 3 * PIN_CHUNK_BYTES] {
-            let slots = u64::from(chunk_slots(PIN_CHUNK_BYTES, slot_bytes));
+            let slots = u64::from(slots_in(PIN_CHUNK_BYTES, slot_bytes));
             assert!(slots >= 1);
             assert!(slots * slot_bytes <= PIN_CHUNK_BYTES.max(slot_bytes) && slot_bytes <= PIN_CALL_BYTES_MAX);
         }

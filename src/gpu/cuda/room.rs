@@ -1,35 +1,45 @@
-//! Memory on both sides, to measure copies with: pinned on the host's.
+//! Memory on both sides, to measure copies with: on the host's it is of the kind a pool has, shared memory that is pinned afterwards.
 
-use std::ffi::c_void;
-use std::ptr;
+use std::fs::File;
 use std::sync::Arc;
 
+use memmap2::{MmapOptions, MmapRaw};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
 use super::device::Device;
-use super::driver::{Address, Refused};
+use super::driver::{Address, OUT_OF_MEMORY, Refused};
+use super::pinning::REGISTER_PORTABLE_MAPPED;
 use crate::gpu::fragments::Fragment;
 
-/// Memory may be used in every context.
-const ALLOC_PORTABLE: u32 = 1;
+/// Layers whose fragments lie one after another in a slot.
+const LAYERS: u64 = 32;
+/// What lies between two slots' fragments: a page with a descriptor.
+const PAGE: u64 = 4096;
 
 /// As many bytes on either side, freed when this is dropped. Copies of it must be over then.
 pub(super) struct Room {
     device: Arc<Device>,
-    host: *mut c_void,
+    host: MmapRaw,
+    is_pinned: bool,
     memory: Address,
     bytes: u64,
 }
-
-// SAFETY: the memory is this room's alone.
-unsafe impl Send for Room {}
 
 impl Room {
     /// To be called with the device's context current.
     pub(super) fn new(device: &Arc<Device>, bytes: u64) -> Result<Self, Refused> {
         let functions = &device.driver.functions;
-        let mut room = Self { device: Arc::clone(device), host: ptr::null_mut(), memory: 0, bytes };
-        // SAFETY: the pointer is to a field; the memory is freed when the room is dropped.
-        let code = unsafe { (functions.cuMemHostAlloc)(&raw mut room.host, bytes as usize, ALLOC_PORTABLE) };
-        device.driver.check("cuMemHostAlloc", code)?;
+        let host = shared_memory(bytes).map_err(|error| Refused {
+            call: "memfd_create",
+            code: OUT_OF_MEMORY,
+            name: error.to_string(),
+        })?;
+        let mut room = Self { device: Arc::clone(device), host, is_pinned: false, memory: 0, bytes };
+        let start = room.host.as_mut_ptr().cast();
+        // SAFETY: the whole mapping, which lives until the room is dropped; it is unpinned before.
+        let code = unsafe { (functions.cuMemHostRegister_v2)(start, bytes as usize, REGISTER_PORTABLE_MAPPED) };
+        device.driver.check("cuMemHostRegister", code)?;
+        room.is_pinned = true;
         // SAFETY: as above.
         let code = unsafe { (functions.cuMemAlloc_v2)(&raw mut room.memory, bytes as usize) };
         device.driver.check("cuMemAlloc", code).map(|()| room)
@@ -45,17 +55,23 @@ impl Room {
         (0..self.bytes / size).map(|at| self.fragment(at * size, at * size, size)).collect()
     }
 
-    /// `count` fragments of this size, ascending on the device and with gaps, and in another order on the host. `count` is a power of two; they take up
-    /// twice their bytes.
+    /// `count` fragments of this size as a model's blocks have them: in slots of [`LAYERS`] on the host, with a page between two slots, and anywhere on the
+    /// device, with gaps. `count` is a power of two; they take up at most twice their bytes.
     pub(super) fn scattered(&self, size: u64, count: u64) -> Vec<Fragment> {
-        debug_assert!(count.is_power_of_two() && 2 * size * count <= self.bytes);
+        debug_assert!(count.is_power_of_two() && size >= PAGE && 2 * size * count <= self.bytes);
         let turned = |at: u64| if count == 1 { 0 } else { at.reverse_bits() >> (u64::BITS - count.trailing_zeros()) };
-        (0..count).map(|at| self.fragment(2 * size * at, 2 * size * turned(at), size)).collect()
+        (0..count).map(|at| self.fragment(2 * size * turned(at), size * at + at / LAYERS * PAGE, size)).collect()
     }
 
     fn fragment(&self, device: u64, host: u64, len: u64) -> Fragment {
-        Fragment { device: self.memory + device, host: self.host as u64 + host, len }
+        Fragment { device: self.memory + device, host: self.host.as_mut_ptr() as u64 + host, len }
     }
+}
+
+fn shared_memory(bytes: u64) -> std::io::Result<MmapRaw> {
+    let file = File::from(memfd_create("kvcellar-room", MFdFlags::MFD_CLOEXEC)?);
+    file.set_len(bytes)?;
+    MmapOptions::new().populate().map_raw(&file)
 }
 
 impl Drop for Room {
@@ -64,8 +80,8 @@ impl Drop for Room {
         let free = || {
             // SAFETY: from the allocations above, once; all copies were waited for. What the driver answers changes nothing here.
             unsafe {
-                if !self.host.is_null() {
-                    (functions.cuMemFreeHost)(self.host);
+                if self.is_pinned {
+                    (functions.cuMemHostUnregister)(self.host.as_mut_ptr().cast());
                 }
                 if self.memory != 0 {
                     (functions.cuMemFree_v2)(self.memory);

@@ -29,6 +29,10 @@ static int from_environment(const char *name, int otherwise) {
     CALL(name)                                                \
     if (!depth) { wrong("%s without a context", name); unlock(); return INVALID_CONTEXT; }
 
+// Calls that fail, and spoil the graph, when another thread captures one: unless this thread has said that it stays out of that.
+#define NOT_IN_A_CAPTURE(name) \
+    if (capturing && !relaxed) wrong("%s in a thread that a graph's capture forbids it", name);
+
 Answer cuInit(unsigned flags) { (void)flags; return from_environment("KVCELLAR_STUB_INIT", OK); }
 Answer cuDriverGetVersion(int *version) { *version = from_environment("KVCELLAR_STUB_VERSION", 12080); return OK; }
 Answer cuDeviceGetCount(int *count) { *count = from_environment("KVCELLAR_STUB_DEVICES", 1); return OK; }
@@ -57,6 +61,10 @@ Answer cuDeviceGetAttribute(int *value, int attribute, int device) {
     case 76: *value = 0; break;
     case 16: *value = 132; break; // multiprocessors
     case 91: *value = 1; break;   // kernels use the host's addresses of pinned memory
+    case 134:                     // the memory node next to the device: a driver before CUDA 12.2 does not know the question
+        if (!getenv("KVCELLAR_STUB_NODE")) return INVALID_VALUE;
+        *value = atoi(getenv("KVCELLAR_STUB_NODE"));
+        break;
     default: return INVALID_VALUE;
     }
     return OK;
@@ -90,7 +98,7 @@ Answer cuCtxPopCurrent_v2(void **context) {
 }
 
 Answer cuThreadExchangeStreamCaptureMode(unsigned *mode) {
-    CALL("cuThreadExchangeStreamCaptureMode")
+    CALL_IN_CONTEXT("cuThreadExchangeStreamCaptureMode")
     relaxed = *mode == 2;
     *mode = 0;
     unlock();
@@ -112,6 +120,16 @@ Answer cuStreamCreateWithPriority(void **stream, unsigned flags, int priority) {
 Answer cuStreamDestroy_v2(void *stream) { CALL("cuStreamDestroy_v2") stream_end(stream_of(stream)); unlock(); return OK; }
 Answer cuStreamSynchronize(void *stream) { CALL("cuStreamSynchronize") synchronize(stream_of(stream)); unlock(); return OK; }
 
+Answer cuStreamQuery(void *handle) {
+    CALL("cuStreamQuery")
+    Stream *stream = stream_of(handle);
+    NOT_IN_A_CAPTURE("cuStreamQuery")
+    work_off();
+    if (stream->first) answer = NOT_READY; else observe(&stream->clock);
+    unlock();
+    return answer;
+}
+
 #ifndef WITHOUT_EVENTS
 Answer cuEventCreate(void **event, unsigned flags) {
     CALL_IN_CONTEXT("cuEventCreate")
@@ -130,6 +148,7 @@ Answer cuEventRecord(void *handle, void *stream_handle) {
     if (event->destroyed) wrong("a destroyed event was recorded");
     begin(stream);
     event->clock = stream->clock;
+    event->of_compute = stream->compute;
     Op *op = op_new(RECORD, 0);
     op->record = event->last = calloc(1, sizeof *event->last);
     give(stream, op);
@@ -140,7 +159,7 @@ Answer cuEventRecord(void *handle, void *stream_handle) {
 Answer cuEventQuery(void *handle) {
     CALL("cuEventQuery")
     Event *event = handle;
-    if (!relaxed) wrong("an event was asked for in a thread that a graph's capture forbids it");
+    NOT_IN_A_CAPTURE("cuEventQuery")
     work_off();
     if (event->destroyed) wrong("a destroyed event was asked");
     if (!event->last || event->last->over) observe(&event->clock);
@@ -156,6 +175,7 @@ Answer cuStreamWaitEvent(void *stream_handle, void *handle, unsigned flags) {
     Event *event = handle;
     Stream *stream = stream_of(stream_handle);
     bool ignored = mutation == (stream->compute ? COMPUTE_WAITS_FOR_NOTHING : COPIES_WAIT_FOR_NOTHING);
+    ignored |= mutation == COPIES_IGNORE_EACH_OTHER && !stream->compute && !event->of_compute;
     if (event->destroyed) wrong("a destroyed event was waited for");
     if (!ignored && event->last) {
         begin(stream);
@@ -171,8 +191,10 @@ Answer cuStreamWaitEvent(void *stream_handle, void *handle, unsigned flags) {
 Answer cuMemHostRegister_v2(void *start, size_t len, unsigned flags) {
     (void)flags;
     CALL_IN_CONTEXT("cuMemHostRegister_v2")
+    NOT_IN_A_CAPTURE("cuMemHostRegister")
+    if (register_most && len > register_most) answer = INVALID_VALUE;
     while (register_held) { unlock(); usleep(200); lock(); }
-    answer = remember_memory((uintptr_t)start, len, false);
+    if (answer == OK) answer = remember_memory((uintptr_t)start, len, false);
     unlock();
     return answer;
 }
@@ -187,6 +209,7 @@ Answer cuMemHostUnregister(void *start) {
 Answer cuMemHostAlloc(void **start, size_t len, unsigned flags) {
     (void)flags;
     CALL_IN_CONTEXT("cuMemHostAlloc")
+    NOT_IN_A_CAPTURE("cuMemHostAlloc")
     *start = aligned_alloc(4096, (len + 4095) / 4096 * 4096);
     answer = remember_memory((uintptr_t)*start, len, false);
     unlock();
@@ -202,6 +225,7 @@ Answer cuMemFreeHost(void *start) {
 
 Answer cuMemAlloc_v2(uint64_t *start, size_t len) {
     CALL_IN_CONTEXT("cuMemAlloc_v2")
+    NOT_IN_A_CAPTURE("cuMemAlloc")
     *start = (uintptr_t)aligned_alloc(256, (len + 255) / 256 * 256);
     answer = remember_memory(*start, len, true);
     unlock();
@@ -220,6 +244,12 @@ static int copy(Stream *stream, Op *op, enum Order order, bool single) {
     begin(stream);
     for (size_t at = 0; at < op->count; at++) {
         Piece piece = op->pieces[at];
+        if (!single && op->table && is_device(piece.from, piece.len) && is_device(piece.to, piece.len)) {
+            op->inside = true;
+            use(stream, piece.from, piece.len, false, order, "packing's read");
+            use(stream, piece.to, piece.len, true, ORDER_STREAM, "packing's write");
+            continue;
+        }
         op->down = is_device(piece.from, piece.len);
         uintptr_t device = op->down ? piece.from : piece.to, memory = op->down ? piece.to : piece.from;
         int place = pinned(memory, piece.len);
@@ -276,6 +306,7 @@ Answer cuMemcpyBatchAsync(uint64_t *to, uint64_t *from, size_t *lens, size_t cou
 #ifndef WITHOUT_MODULES
 Answer cuModuleLoadData(void **module, const void *image) {
     CALL_IN_CONTEXT("cuModuleLoadData")
+    NOT_IN_A_CAPTURE("cuModuleLoadData")
     *module = (void *)image;
     unlock();
     return OK;

@@ -14,8 +14,8 @@ enum { RANGES = 4096, WRONGS = 64, FAULTS = 8, NAMES = 64 };
 typedef struct { uintptr_t at; size_t len; bool write; int stream; uint64_t number; const char *what; } Access;
 typedef struct { uintptr_t at; size_t len; bool device; } Memory;
 
-int mutation, held, strict, eager, register_held;
-uint64_t register_limit;
+int mutation, held, strict, eager, register_held, capturing;
+uint64_t register_limit, register_most;
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static Stream streams[STREAMS];
@@ -133,6 +133,11 @@ static void run(Op *op) {
             wrong("a kernel's table was changed before the kernel ran");
         if (op->kind == FILL) memset((void *)piece.to, op->byte, piece.len);
         if (op->kind != COPY) continue;
+        if (op->inside) {
+            if (!is_device(piece.from, piece.len) || !is_device(piece.to, piece.len)) wrong("packing in device memory that was freed");
+            else memcpy((void *)piece.to, (void *)piece.from, piece.len);
+            continue;
+        }
         uintptr_t device = op->down ? piece.from : piece.to, memory = op->down ? piece.to : piece.from;
         if (!is_device(device, piece.len)) wrong("a copy of device memory that was freed");
         else if (!op->pageable && pinned(memory, piece.len) != 1) wrong("a copy of memory that was unpinned");
@@ -259,8 +264,9 @@ void stub_reset(uint64_t seed) {
     streams[0] = (Stream){.alive = true, .compute = true};
     access_count = memory_count = 0;
     registered_bytes = 0;
-    wrong_count = strict = eager = 0;
+    wrong_count = strict = eager = capturing = 0;
     register_limit = UINT64_MAX;
+    register_most = 0;
     dice = seed;
     unlock();
 }
@@ -272,7 +278,9 @@ void stub_set(const char *what, uint64_t value) {
     if (!strcmp(what, "register_held")) register_held = (int)value;
     if (!strcmp(what, "strict")) strict = (int)value;
     if (!strcmp(what, "eager")) eager = (int)value;
+    if (!strcmp(what, "capturing")) capturing = (int)value;
     if (!strcmp(what, "register_limit")) register_limit = value;
+    if (!strcmp(what, "register_most")) register_most = value;
     unlock();
 }
 

@@ -18,6 +18,7 @@ enum Mutation {
     COPIES_WAIT_FOR_NOTHING, // our streams ignore what they are told to wait for
     EVENTS_ARE_OVER_AT_ONCE, // every event says that it is over
     COMPUTE_WAITS_FOR_NOTHING, // vLLM's stream ignores what it is told to wait for
+    COPIES_IGNORE_EACH_OTHER, // our streams wait for vLLM's only
 };
 
 // When a source is read, as cuMemcpyBatchAsync numbers it.
@@ -31,7 +32,7 @@ typedef struct { bool over; } Record;
 typedef struct {
     Record *last;
     Clock clock; // of the last record
-    bool destroyed;
+    bool destroyed, of_compute;
 } Event;
 
 typedef struct { uintptr_t to, from; size_t len; } Piece;
@@ -44,7 +45,7 @@ typedef struct Op {
     Piece *pieces;
     size_t count;
     const Piece *table; // a kernel's own table, as device, host, length
-    bool down, pageable;
+    bool down, pageable, inside; // inside: from device memory to device memory
     unsigned char byte;
     struct Op *next;
 } Op;
@@ -78,5 +79,6 @@ int fault(const char *name);
 int remember_memory(uintptr_t at, size_t len, bool device);
 bool forget_memory(uintptr_t at, bool device);
 
-extern int mutation, held, strict, eager, register_held;
-extern uint64_t register_limit;
+// register_most: the most bytes that one call pins; 0: any.
+extern int mutation, held, strict, eager, register_held, capturing;
+extern uint64_t register_limit, register_most;
