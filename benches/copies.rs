@@ -35,7 +35,7 @@ use std::time::Instant;
 use kvcellar::block::plan::{BlockCopy, Load, StepPlan};
 use kvcellar::cli::report::{Measured, measured, print, report};
 use kvcellar::gpu::fragments::{self, Fragment};
-use kvcellar::gpu::{Answers, Copier, Direction, Order};
+use kvcellar::gpu::{After, Answers, Copier, Direction, Order};
 use nix::time::{ClockId, clock_gettime};
 
 use crate::cache::{Layout, Shape};
@@ -92,7 +92,7 @@ fn each<T>(
 fn pass(copier: &dyn Copier, ledger: &Ledger, orders: &[Order]) -> f64 {
     let before = ledger.answers().len();
     let started = Instant::now();
-    copier.submit(orders).expect("threads that live");
+    copier.submit(orders, &After::default()).expect("threads that live");
     let answers = ledger.wait_for(before + orders.len());
     let seconds = started.elapsed().as_secs_f64();
     assert!(answers[before..].iter().all(|(_, outcome)| outcome.is_ok()), "a copy failed");

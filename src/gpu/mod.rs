@@ -14,6 +14,7 @@ pub mod sides;
 pub mod views;
 pub mod worker;
 
+use std::any::Any;
 use std::sync::Arc;
 
 use crate::block::plan::BlockCopy;
@@ -63,6 +64,14 @@ pub enum CopyError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ComputeStream(pub u64);
 
+/// A place in the compute stream's order, that copies come after. Made by [`Copier::mark`]; what it holds is the copier's own business. The default one comes
+/// after nothing.
+#[derive(Clone, Default)]
+pub struct After(
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "in host memory there is nothing to come after"))]
+    pub(crate) Option<Arc<dyn Any + Send + Sync>>,
+);
+
 /// Where answers go. Called from the copier's own threads.
 pub trait Answers: Send + Sync {
     /// One order was carried out, or could not be. Called exactly once for every submitted order.
@@ -74,23 +83,23 @@ pub trait Answers: Send + Sync {
 /// The memory of both sides stays alive and in place until every submitted order was answered: the copier keeps the pool mapped, and vLLM keeps
 /// its KV cache until the connector is shut down.
 pub trait Copier: Send + Sync {
-    /// Starts copies. Loads overtake offloads that have not started. Returns at once.
+    /// Starts copies, when all before `after` is done. Loads overtake offloads that have not started. Returns at once.
     ///
     /// # Errors
     /// [`crate::error::Error::DeviceDead`] when nothing can be started any more; no order was taken then.
-    fn submit(&self, orders: &[Order]) -> Result<()>;
+    fn submit(&self, orders: &[Order], after: &After) -> Result<()>;
 
     /// Orders that were submitted and not answered yet.
     fn in_flight(&self) -> usize;
 
-    /// From here on what is submitted comes after everything the compute stream was given until now. Returns at once.
+    /// The place after everything the compute stream was given until now. Returns at once.
     ///
     /// In host memory there is nothing to do: what was computed before the call is there.
     ///
     /// # Errors
-    /// [`crate::error::Error::DeviceDead`] when the copier cannot follow the stream: nothing may be submitted then.
-    fn mark(&self, _compute: Option<ComputeStream>) -> Result<()> {
-        Ok(())
+    /// [`crate::error::Error::DeviceDead`] when the copier cannot follow the stream: what should come after that place must not be submitted.
+    fn mark(&self, _compute: Option<ComputeStream>) -> Result<After> {
+        Ok(After::default())
     }
 
     /// Makes the compute stream, not the caller, wait until these offloads have read their blocks. `false`: it will not, and the caller has to wait for

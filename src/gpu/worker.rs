@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::follower::{Follower, Ledger};
 use super::hasher::{BusyProbe, HashGuard, IdleHasher};
-use super::{Answers, ComputeStream, Copier, CopyError, Direction, MakeCopier, Order};
+use super::{After, Answers, ComputeStream, Copier, CopyError, Direction, MakeCopier, Order};
 use crate::block::SlotIndex;
 use crate::block::plan::{BlockCopy, FOLLOW, Load, StepPlan};
 use crate::error::Result;
@@ -318,9 +318,12 @@ impl CopyWorker {
             return;
         }
         // The destinations may be in use by the steps submitted so far, and vLLM's own preparation of them is on the stream too.
-        let marked = self.attached.as_ref().is_none_or(|attached| attached.copier.mark(self.compute).is_ok());
+        let after = match &self.attached {
+            Some(attached) => attached.copier.mark(self.compute).ok(),
+            None => Some(After::default()),
+        };
         for load in loads {
-            self.start_load(load, marked);
+            self.start_load(load, after.as_ref());
         }
     }
 
@@ -400,7 +403,7 @@ impl CopyWorker {
             copies.iter().map(|copy| Order { copy: *copy, direction: Direction::Offload, ticket: 0 }).collect();
         attached.board.lock().offloading.add(orders.len());
         // The sources were computed by steps that the stream was given before this hook.
-        if attached.copier.mark(self.compute).and_then(|()| attached.copier.submit(&orders)).is_err() {
+        if attached.copier.mark(self.compute).and_then(|after| attached.copier.submit(&orders, &after)).is_err() {
             for order in &orders {
                 attached.board.answer(order, Err(CopyError::Device));
             }
@@ -425,7 +428,8 @@ impl CopyWorker {
         }
     }
 
-    fn start_load(&mut self, load: Load, marked: bool) {
+    /// Without a place to come after it fails.
+    fn start_load(&mut self, load: Load, after: Option<&After>) {
         let Some(attached) = self.attached.as_ref().filter(|_| !load.doomed) else {
             report(&mut self.unattached_results, load.request, true);
             return;
@@ -447,11 +451,14 @@ impl CopyWorker {
         let (followed, here): (Vec<Order>, Vec<Order>) =
             orders.into_iter().partition(|order| order.copy.flags & FOLLOW != 0);
         let mut refused = Vec::new();
-        if !here.is_empty() && (!marked || attached.copier.submit(&here).is_err()) {
+        if !here.is_empty() && after.is_none_or(|after| attached.copier.submit(&here, after).is_err()) {
             refused = here;
         }
         if !followed.is_empty() {
-            let rest = if marked { attached.follower.follow(followed) } else { Err(followed) };
+            let rest = match after {
+                Some(after) => attached.follower.follow(followed, after.clone()),
+                None => Err(followed),
+            };
             refused.extend(rest.err().unwrap_or_default());
         }
         for order in &refused {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use kvcellar::block::SlotIndex;
 use kvcellar::block::plan::{BlockCopy, VERIFY};
-use kvcellar::gpu::{Answers, Copier, CopyError, Direction, Order};
+use kvcellar::gpu::{After, Answers, Copier, CopyError, Direction, Order};
 
 use crate::cache::{Layout, Shape, block_of, put_block};
 use crate::ledger::{Ledger, PATIENCE, until};
@@ -52,7 +52,7 @@ fn copier<M: Maker>(scene: &Scene, rank: usize, threads: usize) -> (Box<dyn Copi
 /// Has one rank carry out copies that must work.
 fn carry_out<M: Maker>(scene: &Scene, rank: usize, copies: &[BlockCopy], direction: Direction) {
     let (copier, ledger) = copier::<M>(scene, rank, 3);
-    copier.submit(&orders(copies, direction)).expect("a copier that lives");
+    copier.submit(&orders(copies, direction), &After::default()).expect("a copier that lives");
     let answers = ledger.wait_for(copies.len());
     assert!(answers.iter().all(|(_, outcome)| outcome.is_ok()), "rank {rank} {direction:?}: {answers:?}");
     drop(copier);
@@ -202,7 +202,7 @@ pub(crate) fn every_order_is_answered_exactly_once<M: Maker>() {
             let copier = &copier;
             scope.spawn(move || {
                 for orders in part.chunks(7) {
-                    copier.submit(orders).expect("a copier that lives");
+                    copier.submit(orders, &After::default()).expect("a copier that lives");
                 }
             });
         }
@@ -230,14 +230,14 @@ fn stopped<M: Maker>(scene: &Scene, offloads: u32, loads: u32) -> (Box<dyn Copie
         }
         Order { copy, direction, ticket: slot.into() }
     };
-    copier.submit(&[order(0, Direction::Offload)]).expect("a copier that lives");
+    copier.submit(&[order(0, Direction::Offload)], &After::default()).expect("a copier that lives");
     ledger.wait_for(1);
     let queued: Vec<Order> = (1..=offloads).map(|slot| order(slot, Direction::Offload)).collect();
     let urgent: Vec<Order> = (1..=loads).map(|number| order(offloads + number, Direction::Load)).collect();
     let (sender, submitted) = mpsc::channel();
     let thread = std::thread::spawn(move || {
-        copier.submit(&queued).expect("a copier that lives");
-        copier.submit(&urgent).expect("a copier that lives");
+        copier.submit(&queued, &After::default()).expect("a copier that lives");
+        copier.submit(&urgent, &After::default()).expect("a copier that lives");
         sender.send(copier).expect("the test waits");
     });
     // A `submit` that waited for the stopped thread would never come here.
@@ -309,8 +309,8 @@ pub(crate) fn what_must_not_be_copied_touches_nothing<M: Maker>() {
     let (copier, ledger) = copier::<M>(&scene, 0, 2);
     let offloads = [first[0], first[1], second[1], unused];
     let loads = [first[0], first[1], second[0], unused];
-    copier.submit(&orders(&offloads, Direction::Offload)).expect("a copier that lives");
-    copier.submit(&orders(&loads, Direction::Load)).expect("a copier that lives");
+    copier.submit(&orders(&offloads, Direction::Offload), &After::default()).expect("a copier that lives");
+    copier.submit(&orders(&loads, Direction::Load), &After::default()).expect("a copier that lives");
     for (order, outcome) in ledger.wait_for(8) {
         assert_eq!(outcome, Err(CopyError::Stale), "{order:?}");
     }
@@ -322,7 +322,7 @@ pub(crate) fn what_must_not_be_copied_touches_nothing<M: Maker>() {
 fn load_with<M: Maker>(scene: &Scene, rank: usize, verify_loads: bool, copy: BlockCopy) -> Result<(), CopyError> {
     let ledger = Arc::new(Ledger::default());
     let copier = M::make(scene.side(rank, verify_loads), Arc::clone(&ledger) as Arc<dyn Answers>, 1);
-    copier.submit(&orders(&[copy], Direction::Load)).expect("a copier that lives");
+    copier.submit(&orders(&[copy], Direction::Load), &After::default()).expect("a copier that lives");
     ledger.wait_for(1)[0].1
 }
 
@@ -372,7 +372,7 @@ pub(crate) fn debug_mode_compares_what_arrives<M: Maker>() {
     for rank in [0, 1] {
         let ledger = Arc::new(Ledger::default());
         let copier = M::make(scene.side(rank, true), Arc::clone(&ledger) as Arc<dyn Answers>, 1);
-        copier.submit(&orders(&[store], Direction::Offload)).expect("a copier that lives");
+        copier.submit(&orders(&[store], Direction::Offload), &After::default()).expect("a copier that lives");
         assert_eq!(ledger.wait_for(1)[0].1, Ok(()));
     }
     scene.line(2).publish();

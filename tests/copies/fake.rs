@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use kvcellar::error::{Error, Result};
 use kvcellar::gpu::host::HostCopier;
 use kvcellar::gpu::sides::Sides;
-use kvcellar::gpu::{Answers, Copier, CopyError, Direction, Order};
+use kvcellar::gpu::{After, Answers, Copier, CopyError, Direction, Order};
 
 use crate::ledger::Outcome;
 use crate::random::Random;
@@ -147,7 +147,7 @@ impl FakeCopier {
                 let outcome = match failure {
                     Some(error) => Err(error),
                     None => {
-                        inner.submit(&[order]).expect("the host copier lives");
+                        inner.submit(&[order], &After::default()).expect("the host copier lives");
                         outcomes.recv().expect("an answer")
                     }
                 };
@@ -160,7 +160,7 @@ impl FakeCopier {
 }
 
 impl Copier for FakeCopier {
-    fn submit(&self, orders: &[Order]) -> Result<()> {
+    fn submit(&self, orders: &[Order], _after: &After) -> Result<()> {
         let mut state = self.control.lock();
         if state.refusing {
             return Err(Error::DeviceDead {

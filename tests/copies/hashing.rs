@@ -9,7 +9,7 @@ use kvcellar::block::SlotIndex;
 use kvcellar::block::plan::BlockCopy;
 use kvcellar::gpu::hasher::{BusyProbe, IdleHasher};
 use kvcellar::gpu::worker::CopyWorker;
-use kvcellar::gpu::{Answers, Direction, Order};
+use kvcellar::gpu::{After, Answers, Direction, Order};
 use kvcellar::pool::slot_table::Fill;
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -132,7 +132,9 @@ fn a_copier_waits_for_the_hasher_to_leave_its_slot() {
         std::thread::sleep(Duration::from_micros(100));
         scene.line(0).clear();
         let small = scene.begin(0, 1, 1);
-        copier.submit(&[Order { copy: small, direction: Direction::Offload, ticket: 0 }]).expect("a copier that lives");
+        copier
+            .submit(&[Order { copy: small, direction: Direction::Offload, ticket: 0 }], &After::default())
+            .expect("a copier that lives");
         ledger.wait_for(round);
         let then = pair();
         met += usize::from(then[0] == u64::from(large.generation));

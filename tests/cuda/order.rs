@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use kvcellar::block::plan::{BlockCopy, StepPlan};
+use kvcellar::block::Generation;
+use kvcellar::block::plan::{BlockCopy, FOLLOW, StepPlan};
 use kvcellar::limits::JOBS_IN_FLIGHT_MAX;
 use kvcellar::pool::slot_table::Fill;
 
@@ -75,6 +76,29 @@ fn a_load_comes_after_the_steps_before_its_allocation() {
         until("the load ends", || vllm.worker.take_results().finished == ["a"]);
         vllm.touch_slot(0, true);
         assert!(!intact || vllm.block_is(5, 7));
+    });
+}
+
+/// A restore that ends while later steps run: its load still comes after the step before it was given the block.
+#[test]
+fn a_followed_load_comes_after_the_steps_before_its_allocation() {
+    checked(Mutation::CopiesWaitForNothing, |vllm, intact| {
+        // A slot that is being filled from disk, with zeros.
+        let copy = BlockCopy { flags: FOLLOW, ..vllm.scene.begin(0, 0, 5) };
+        vllm.stub.hold(true);
+        vllm.step(&StepPlan::default(), &[], &[(5, 9)]);
+        let plan = StepPlan { loads: vec![load("a", &[copy])], ..StepPlan::default() };
+        vllm.step(&plan, &[], &[(6, 1)]);
+        vllm.scene.line(0).publish();
+        vllm.scene.line(0).end_restore(Generation(copy.generation), true);
+        vllm.step(&StepPlan::default(), &[], &[(6, 2)]);
+        until("the load is handed over", || {
+            vllm.stub.calls("cuMemcpyHtoDAsync_v2") + vllm.stub.calls("cuMemcpyBatchAsync") > 0
+        });
+        vllm.stub.hold(false);
+        until("the load ends", || vllm.worker.take_results().finished == ["a"]);
+        vllm.touch_slot(0, true);
+        assert!(!intact || vllm.block_is(5, 0));
     });
 }
 

@@ -24,10 +24,23 @@ def pytest_configure(config: pytest.Config) -> None:
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    _keep_to_own_cores()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # A run that is told to end still ends its engines and removes its pools.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _keep_to_own_cores() -> None:
+    """Beside other workers of pytest-xdist: each has its share of the cores, and so have the engines that it starts.
+
+    Starting an engine is mostly three processes that import vLLM, one after another; two engines at a time use what
+    one leaves idle. On the same cores the threads of several would spin while they wait for each other.
+    """
+    name, count = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    cores = sorted(os.sched_getaffinity(0))
+    if name is not None and len(cores) >= count > 1:
+        os.sched_setaffinity(0, cores[int(name.removeprefix("gw")) :: count])
 
 
 def pytest_report_header() -> str:

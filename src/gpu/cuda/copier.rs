@@ -4,8 +4,8 @@
 //! been handed to the device, not until they are over. Loads go before offloads, each direction on its own stream of lowest priority.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ use super::staging::Staging;
 use crate::block::plan::BlockCopy;
 use crate::error::{Error, Result};
 use crate::gpu::sides::Sides;
-use crate::gpu::{Answers, ComputeStream, Copier, CopyError, Direction, Order};
+use crate::gpu::{After, Answers, ComputeStream, Copier, CopyError, Direction, Order};
 use crate::limits::{JOB_POLL_US, PIN_CHUNK_BYTES, PIN_PIECE_BYTES};
 
 /// What a copier may use.
@@ -56,7 +56,6 @@ pub struct CudaCopier {
     messages: Option<Sender<Message>>,
     thread: Option<JoinHandle<()>>,
     device: Arc<Device>,
-    mark: Mutex<Option<Arc<Mark>>>,
     marks: AtomicU64,
     in_flight: Arc<AtomicUsize>,
     dead: Arc<AtomicBool>,
@@ -101,7 +100,6 @@ impl CudaCopier {
             messages: Some(messages),
             thread: Some(thread),
             device,
-            mark: Mutex::default(),
             marks: AtomicU64::new(0),
             in_flight,
             dead,
@@ -123,8 +121,9 @@ fn dead_thread(problem: &str, remedy: &str) -> Error {
 }
 
 impl Copier for CudaCopier {
-    fn submit(&self, orders: &[Order]) -> Result<()> {
-        let mark = self.mark.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    fn submit(&self, orders: &[Order], after: &After) -> Result<()> {
+        // A place of another copier's making does not occur.
+        let mark = after.0.clone().and_then(|mark| mark.downcast::<Mark>().ok());
         self.in_flight.fetch_add(orders.len(), Ordering::AcqRel);
         self.send(Message::Orders(orders.to_vec(), mark)).inspect_err(|_| {
             self.in_flight.fetch_sub(orders.len(), Ordering::AcqRel);
@@ -135,7 +134,7 @@ impl Copier for CudaCopier {
         self.in_flight.load(Ordering::Acquire)
     }
 
-    fn mark(&self, compute: Option<ComputeStream>) -> Result<()> {
+    fn mark(&self, compute: Option<ComputeStream>) -> Result<After> {
         let Some(compute) = compute else {
             return Err(dead_thread("vLLM's stream was not named", "This is a bug in the connector"));
         };
@@ -145,8 +144,7 @@ impl Copier for CudaCopier {
         });
         let event = event.map_err(Refused::into_error)?;
         let number = self.marks.fetch_add(1, Ordering::Relaxed) + 1;
-        *self.mark.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(Mark { number, event }));
-        Ok(())
+        Ok(After(Some(Arc::new(Mark { number, event }))))
     }
 
     fn fence(&self, compute: Option<ComputeStream>, offloads: &[BlockCopy]) -> bool {
