@@ -33,10 +33,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use kvcellar::block::plan::{BlockCopy, Load, StepPlan};
-use kvcellar::cli::report::{Measured, measured, print, report};
+use kvcellar::cli::report::{Measured, measured, print, report, thread_cpu_s};
 use kvcellar::gpu::fragments::{self, Fragment};
 use kvcellar::gpu::{After, Answers, Copier, Direction, Order};
-use nix::time::{ClockId, clock_gettime};
 
 use crate::cache::{Layout, Shape};
 use crate::ledger::Ledger;
@@ -65,11 +64,6 @@ const SHAPES: [(&str, Layout, usize); 4] = [
 ];
 const LAYERS: usize = 32;
 
-fn thread_cpu_s() -> f64 {
-    let now = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("a clock that Linux has");
-    now.tv_sec() as f64 + now.tv_nsec() as f64 / 1e9
-}
-
 /// CPU nanoseconds of each of `count` things that one round of `work` does on what `prepare` makes.
 fn each<T>(
     sizes: Sizes,
@@ -80,9 +74,10 @@ fn each<T>(
 ) -> Measured {
     let rounds = (0..=sizes.repetitions).map(|_| {
         let made = prepare();
-        let before = thread_cpu_s();
+        let now = || thread_cpu_s().expect("a clock that Linux has");
+        let before = now();
         work(made);
-        (thread_cpu_s() - before) * 1e9 / count as f64
+        (now() - before) * 1e9 / count as f64
     });
     // The first round warms up.
     measured(name, "ns", rounds.skip(1).collect())
@@ -183,13 +178,10 @@ fn fragments_of_jobs(sizes: Sizes, results: &mut Vec<Measured>) {
 }
 
 fn plans(sizes: Sizes, results: &mut Vec<Measured>) {
-    let copies = |flags: u16| -> Vec<BlockCopy> {
-        (0..sizes.count as u32 / 2)
-            .map(|at| BlockCopy { slot: at, generation: 1, block: at, group: 0, flags })
-            .collect()
-    };
-    let load = Load { request: "cmpl-1".to_owned(), doomed: false, copies: copies(0) };
-    let plan = StepPlan { stores_after: copies(0), loads: vec![load], ..StepPlan::default() };
+    let copy = |at| BlockCopy { slot: at, generation: 1, block: at, group: 0, flags: 0 };
+    let copies: Vec<BlockCopy> = (0..sizes.count as u32 / 2).map(copy).collect();
+    let load = Load { request: "cmpl-1".to_owned(), doomed: false, copies: copies.clone() };
+    let plan = StepPlan { stores_after: copies, loads: vec![load], ..StepPlan::default() };
     let bytes = plan.encode();
     results.push(each(sizes, "writing a plan, an order", sizes.count, || (), |()| drop(black_box(plan.encode()))));
     results.push(each(

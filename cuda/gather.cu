@@ -2,7 +2,7 @@
 //
 // A copy engine spends about as long on a fragment of 4 KiB as on one of 64 KiB; warps do not. Each warp takes whole fragments. It keeps 64 bytes a lane in
 // flight, so a few multiprocessors fill the bus, and the others go on computing. `host` is where a fragment comes from, `device` where it goes. Neither includes nor
-// libraries: NVRTC compiles this text alone, for the device at hand, when the copier starts.
+// libraries: NVRTC compiles this text alone, for the device at hand, before vLLM serves.
 
 struct Fragment {
     unsigned long long device;

@@ -1,7 +1,10 @@
 //! The one shape of every `--json` report of `kvcellar bench`.
 
+use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use serde_json::{Value, json};
+
+use crate::error::{Error, Result};
 
 /// One measured value.
 #[derive(Debug, Clone, Serialize)]
@@ -38,6 +41,16 @@ pub fn measured(name: &str, unit: &'static str, mut values: Vec<f64>) -> Measure
     let at =
         |quarters: usize| values.get((values.len().saturating_sub(1) * quarters + 2) / 4).copied().unwrap_or(f64::NAN);
     Measured { name: name.to_owned(), value: at(2), unit, spread: (at(3) - at(1)) / 2.0, n: values.len() }
+}
+
+/// CPU seconds of the calling thread so far.
+///
+/// # Errors
+/// [`Error::DataLost`] when the system does not tell.
+pub fn thread_cpu_s() -> Result<f64> {
+    let now = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID);
+    let now = now.map_err(|errno| Error::lost("CPU time", errno.to_string()))?;
+    Ok(now.tv_sec() as f64 + now.tv_nsec() as f64 / 1e9)
 }
 
 /// The value below which so many percent of sorted values lie, by rank.

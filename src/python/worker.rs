@@ -50,15 +50,14 @@ struct Gpu {
 #[cfg(feature = "cuda")]
 impl Gpu {
     /// Sees at once whether there is a driver that serves this device.
-    fn open(device: i32, nvrtc: Vec<PathBuf>) -> crate::error::Result<Self> {
+    fn open(device: i32, nvrtc: &[PathBuf]) -> crate::error::Result<Self> {
         use crate::gpu::cuda::{calibration, copier, device::Device, driver::Refused};
 
         let opened = Device::open(device)?;
         let facts = opened.facts().map_err(Refused::into_error)?;
         // Now: vLLM has allocated its KV cache and computes nothing yet.
-        let found = calibration::of_device(&opened, &nvrtc).map_err(Refused::into_error)?;
-        let options = copier::Options { calibration: Some(found), ..copier::Options::of(device, nvrtc) };
-        Ok(Self { options, near_node: facts.near_node })
+        let found = calibration::of_device(&opened, nvrtc).map_err(Refused::into_error)?;
+        Ok(Self { options: copier::Options::of(device, found), near_node: facts.near_node })
     }
 
     fn near_node(&self) -> Option<u32> {
@@ -76,7 +75,7 @@ enum Gpu {}
 
 #[cfg(not(feature = "cuda"))]
 impl Gpu {
-    fn open(_device: i32, _nvrtc: Vec<PathBuf>) -> crate::error::Result<Self> {
+    fn open(_device: i32, _nvrtc: &[PathBuf]) -> crate::error::Result<Self> {
         Err(Error::Unsupported {
             what: "a KV cache in GPU memory".to_owned(),
             why: "this build was made without the feature `cuda`".to_owned(),
@@ -107,7 +106,7 @@ impl PyCopyWorker {
             let groups = Arc::new(groups.collect::<crate::error::Result<Vec<_>>>()?);
             let verify_loads = config.inner.verify_loads;
             let threads = config.inner.copy_threads.unwrap_or_else(default_threads);
-            let (held, on_gpu) = (Arc::clone(&groups), device.map(|device| Gpu::open(device, nvrtc)).transpose()?);
+            let (held, on_gpu) = (Arc::clone(&groups), device.map(|device| Gpu::open(device, &nvrtc)).transpose()?);
             let near_node = on_gpu.as_ref().and_then(Gpu::near_node);
             let worker = CopyWorker::new(
                 rank,

@@ -50,14 +50,14 @@ impl Maker for Cuda {
 /// Without calibration: it has its own test.
 pub(crate) fn assumed() -> Options {
     let device = Device::open(0).expect("the stub's device");
-    Options { calibration: Some(Calibration::assumed(&device)), ..Options::of(0, Vec::new()) }
+    Options::of(0, Calibration::assumed(&device))
 }
 
 /// With a kernel that moves fragments of up to these sizes.
 pub(crate) fn with_kernel(gather_below: u64, stage_below: u64) -> Options {
     let device = Device::open(0).expect("the stub's device");
     let calibration = Calibration::with_kernel(&device, b"an image", gather_below, stage_below).expect("loaded");
-    Options { calibration: Some(calibration), ..Options::of(0, Vec::new()) }
+    Options::of(0, calibration)
 }
 
 /// A KV cache's memory counts as the device's.

@@ -5,11 +5,10 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use indicatif::ProgressBar;
-use nix::time::{ClockId, clock_gettime};
 
 use super::prompts::Writer;
 use super::{Found, Options, TURN, fewer};
-use crate::cli::report::percentile;
+use crate::cli::report::{percentile, thread_cpu_s};
 use crate::error::{Error, Result};
 use crate::events::wire::{Arena, Batch, Event, Hashes, Stored};
 use crate::index::Index;
@@ -63,12 +62,6 @@ struct Place {
     tokens: usize,
     engines: usize,
     sort: Sort,
-}
-
-fn thread_cpu_s() -> Result<f64> {
-    let now = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID);
-    let now = now.map_err(|errno| Error::lost("CPU time", errno.to_string()))?;
-    Ok(now.tv_sec() as f64 + now.tv_nsec() as f64 / 1e9)
 }
 
 impl Place {

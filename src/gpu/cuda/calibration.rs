@@ -158,39 +158,22 @@ struct Bench {
     room: Room,
     dispatch: Dispatch,
     tables: Vec<Table>,
-    batches: bool,
-    kernel: bool,
-    staging: bool,
 }
 
 impl Bench {
     fn new(device: &Arc<Device>, kernel: Option<&Arc<Kernel>>) -> Answer<Self> {
         let room = Room::new(device, 2 * CALIBRATION_BYTES)?;
-        let tables = if kernel.is_some() { JOBS } else { 0 };
-        let tables = (0..tables).map(|_| Table::new(device)).collect::<Answer<Vec<_>>>()?;
+        let tables = Table::several(device, if kernel.is_some() { JOBS } else { 0 })?;
         // Without memory for it there is no packing.
         let staging = kernel.and_then(|kernel| Staging::new(device, kernel).ok());
-        Ok(Self {
-            room,
-            tables,
-            batches: device.driver.batches(),
-            kernel: kernel.is_some(),
-            staging: staging.is_some(),
-            dispatch: Dispatch::new(device, kernel.cloned(), staging),
-        })
+        Ok(Self { room, tables, dispatch: Dispatch::new(device, kernel.cloned(), staging) })
     }
 
     fn measure(&mut self, stream: &Stream, found: &mut Calibration) {
-        let when = |there: bool, way: Way| there.then_some(way);
-        let engines = [when(self.batches, Way::Batch), Some(Way::Each)];
-        let up = [engines[0], engines[1], when(self.kernel, Way::Gather)];
-        let down = [engines[0], engines[1], when(self.staging, Way::Staged)];
         for size in SIZES {
             let mut rates = Rates { size, up: [0.0; 3], down: [0.0; 3] };
-            for (direction, ways, rates) in
-                [(Direction::Load, up, &mut rates.up), (Direction::Offload, down, &mut rates.down)]
-            {
-                for (rate, way) in rates.iter_mut().zip(ways) {
+            for (direction, rates) in [(Direction::Load, &mut rates.up), (Direction::Offload, &mut rates.down)] {
+                for (rate, way) in rates.iter_mut().zip(self.dispatch.ways(direction)) {
                     let Some(way) = way else { continue };
                     match self.rate(way, direction, size, stream) {
                         Ok(measured) => *rate = measured,

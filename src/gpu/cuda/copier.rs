@@ -3,7 +3,6 @@
 //! What happens on vLLM's thread: an event is recorded on its stream (`mark`), orders go into a queue (`submit`), and a fence waits until the copies it names have
 //! been handed to the device, not until they are over. Loads go before offloads, each direction on its own stream of lowest priority.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
@@ -11,7 +10,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded, unbounded};
 
-use super::calibration::{self, Calibration};
+use super::calibration::Calibration;
 use super::device::{Device, Stream};
 use super::driver::Refused;
 use super::lane::{Common, Lane, Mark};
@@ -29,20 +28,18 @@ use crate::limits::{JOB_POLL_US, PIN_CHUNK_BYTES, PIN_PIECE_BYTES};
 pub struct Options {
     /// The device, as torch numbers it.
     pub ordinal: i32,
-    /// Files that may be NVRTC, to be tried before the system's own.
-    pub nvrtc: Vec<PathBuf>,
     /// Bytes of the pool that are pinned at once.
     pub pin_chunk_bytes: u64,
     /// The least bytes that are tried when the driver refuses more.
     pub pin_piece_bytes: u64,
-    /// How fragments are dispatched. `None`: calibrated when a copier starts.
-    pub calibration: Option<Calibration>,
+    /// How fragments are dispatched.
+    pub calibration: Calibration,
 }
 
 impl Options {
     /// For a device, with everything else as it is meant to be.
-    pub fn of(ordinal: i32, nvrtc: Vec<PathBuf>) -> Self {
-        Self { ordinal, nvrtc, pin_chunk_bytes: PIN_CHUNK_BYTES, pin_piece_bytes: PIN_PIECE_BYTES, calibration: None }
+    pub fn of(ordinal: i32, calibration: Calibration) -> Self {
+        Self { ordinal, pin_chunk_bytes: PIN_CHUNK_BYTES, pin_piece_bytes: PIN_PIECE_BYTES, calibration }
     }
 }
 
@@ -209,10 +206,7 @@ struct Lanes {
 impl Lanes {
     fn new(common: &Common, (up, down): (Stream, Stream), options: &Options) -> std::result::Result<Self, Refused> {
         let device = &common.device;
-        let calibration = match &options.calibration {
-            Some(calibration) => calibration.clone(),
-            None => calibration::of_device(device, &options.nvrtc)?,
-        };
+        let calibration = &options.calibration;
         common.notes.push(calibration.to_string());
         let thresholds = calibration.thresholds;
         let kernel = calibration.kernel.as_ref();

@@ -80,19 +80,26 @@ impl Thresholds {
     }
 }
 
-/// Hands fragments over, with the room that takes.
+/// Hands fragments over, by whatever there is.
 pub(super) struct Dispatch {
-    device: Arc<Device>,
+    engines: Engines,
     kernel: Option<Arc<Kernel>>,
     staging: Option<Staging>,
-    from: Vec<Address>,
-    to: Vec<Address>,
-    sizes: Vec<usize>,
 }
 
 impl Dispatch {
     pub(super) fn new(device: &Arc<Device>, kernel: Option<Arc<Kernel>>, staging: Option<Staging>) -> Self {
-        Self { device: Arc::clone(device), kernel, staging, from: Vec::new(), to: Vec::new(), sizes: Vec::new() }
+        let engines = Engines { device: Arc::clone(device), from: Vec::new(), to: Vec::new(), sizes: Vec::new() };
+        Self { engines, kernel, staging }
+    }
+
+    /// The ways there are: in batches, by a call for each, by the kernel.
+    pub(super) fn ways(&self, direction: Direction) -> [Option<Way>; 3] {
+        let by_kernel = match direction {
+            Direction::Load => self.kernel.is_some().then_some(Way::Gather),
+            Direction::Offload => self.staging.is_some().then_some(Way::Staged),
+        };
+        [self.engines.device.driver.batches().then_some(Way::Batch), Some(Way::Each), by_kernel]
     }
 
     /// Gives the fragments to the stream, which waits for `mark` already. After an error some of them may be under way. Changes the order of `fragments`.
@@ -103,57 +110,61 @@ impl Dispatch {
         way: Way,
         direction: Direction,
         fragments: &mut Vec<Fragment>,
-        table: Option<&mut Table>,
+        mut table: Option<&mut Table>,
         stream: &Stream,
         mark: Option<&Event>,
     ) -> Answer<()> {
-        match (way, table, self.kernel.clone(), self.staging.take()) {
-            (Way::Staged, Some(table), _, Some(mut staging)) => {
-                let given = self.staged(&mut staging, fragments, table, stream, mark);
-                self.staging = Some(staging);
-                return given;
+        if let (Way::Staged, Some(table), Some(staging)) = (way, &mut table, &mut self.staging) {
+            return staged(&mut self.engines, staging, fragments, table, stream, mark);
+        }
+        if let (Way::Gather, Some(table), Some(kernel)) = (way, &mut table, &self.kernel) {
+            table.clear();
+            for fragment in fragments.iter() {
+                table.push(*fragment);
             }
-            (Way::Gather, Some(table), Some(kernel), staging) => {
-                self.staging = staging;
-                table.clear();
-                for fragment in fragments.iter() {
-                    table.push(*fragment);
-                }
-                return kernel.launch(table, 0..table.len(), stream);
-            }
-            (_, _, _, staging) => self.staging = staging,
+            return kernel.launch(table, 0..table.len(), stream);
         }
         fragments::coalesce(fragments);
         if way == Way::Each {
-            self.each(direction, fragments, stream)
+            self.engines.each(direction, fragments, stream)
         } else {
-            self.batch(direction, fragments, stream)
+            self.engines.batch(direction, fragments, stream)
         }
     }
+}
 
-    /// Buffer by buffer: filled on staging's own stream, emptied on this one.
-    fn staged(
-        &mut self,
-        staging: &mut Staging,
-        fragments: &[Fragment],
-        table: &mut Table,
-        stream: &Stream,
-        mark: Option<&Event>,
-    ) -> Answer<()> {
-        table.clear();
-        let (mut rest, mut mark) = (fragments, mark);
-        while !rest.is_empty() {
-            // The later ones come after the first on the same stream.
-            let (count, pieces) = staging.fill(rest, mark.take(), table, stream)?;
-            debug_assert!(count > 0, "a fragment that no buffer holds");
-            let copied = self.batch(Direction::Offload, &pieces, stream);
-            staging.emptied(stream)?;
-            copied?;
-            rest = &rest[count..];
-        }
-        Ok(())
+/// Buffer by buffer: filled on staging's own stream, emptied on this one.
+fn staged(
+    engines: &mut Engines,
+    staging: &mut Staging,
+    fragments: &[Fragment],
+    table: &mut Table,
+    stream: &Stream,
+    mark: Option<&Event>,
+) -> Answer<()> {
+    table.clear();
+    let (mut rest, mut mark) = (fragments, mark);
+    while !rest.is_empty() {
+        // The later ones come after the first on the same stream.
+        let (count, pieces) = staging.fill(rest, mark.take(), table, stream)?;
+        debug_assert!(count > 0, "a fragment that no buffer holds");
+        let copied = engines.batch(Direction::Offload, &pieces, stream);
+        staging.emptied(stream)?;
+        copied?;
+        rest = &rest[count..];
     }
+    Ok(())
+}
 
+/// The copy engines, with the room for the lists that they take.
+struct Engines {
+    device: Arc<Device>,
+    from: Vec<Address>,
+    to: Vec<Address>,
+    sizes: Vec<usize>,
+}
+
+impl Engines {
     fn each(&self, direction: Direction, fragments: &[Fragment], stream: &Stream) -> Answer<()> {
         let (driver, functions) = (self.device.driver, &self.device.driver.functions);
         for fragment in fragments {

@@ -52,11 +52,6 @@ pub struct Refused {
 }
 
 impl Refused {
-    /// Memory ran out: of the device, or memory that may be pinned.
-    pub fn is_out_of_memory(&self) -> bool {
-        self.code == OUT_OF_MEMORY
-    }
-
     /// As an error of the crate.
     pub fn into_error(self) -> Error {
         let remedy = self.remedy().to_owned();

@@ -107,7 +107,7 @@ unsafe impl Send for Table {}
 
 impl Table {
     /// Room for the fragments of one job. To be called with the device's context current.
-    pub(super) fn new(device: &Arc<Device>) -> Answer<Self> {
+    fn new(device: &Arc<Device>) -> Answer<Self> {
         let mut start = ptr::null_mut();
         let bytes = TABLE_ROWS_MAX * size_of::<Fragment>();
         // SAFETY: the pointer is to a local; the memory is freed when the table is dropped.
@@ -116,6 +116,11 @@ impl Table {
         let start = NonNull::new(start.cast::<Fragment>());
         let missing = || Refused { call: "cuMemHostAlloc", code, name: "no memory".to_owned() };
         Ok(Self { device: Arc::clone(device), start: start.ok_or_else(missing)?, len: 0 })
+    }
+
+    /// So many of them, each for a job.
+    pub(super) fn several(device: &Arc<Device>, count: usize) -> Answer<Vec<Self>> {
+        (0..count).map(|_| Self::new(device)).collect()
     }
 
     /// Rows.

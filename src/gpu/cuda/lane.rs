@@ -111,8 +111,7 @@ impl Lane {
         staging: Option<Staging>,
     ) -> Answer<Self> {
         let takes_tables = kernel.is_some() || staging.is_some();
-        let tables = if takes_tables { JOBS_IN_FLIGHT_MAX } else { 0 };
-        let tables = (0..tables).map(|_| Table::new(device)).collect::<Answer<Vec<_>>>()?;
+        let tables = Table::several(device, if takes_tables { JOBS_IN_FLIGHT_MAX } else { 0 })?;
         Ok(Self {
             direction,
             stream,

@@ -61,8 +61,7 @@ impl Meter {
         let calibration = calibration::of_device(&device, nvrtc).map_err(Refused::into_error)?;
         let open = || {
             let kernel = calibration.kernel.clone();
-            let tables = if kernel.is_some() { JOBS_IN_FLIGHT_MAX } else { 0 };
-            let tables = (0..tables).map(|_| Table::new(&device)).collect::<std::result::Result<Vec<_>, Refused>>()?;
+            let tables = Table::several(&device, if kernel.is_some() { JOBS_IN_FLIGHT_MAX } else { 0 })?;
             let staging = kernel.as_ref().filter(|_| calibration.thresholds.stage_below > 0);
             let staging = staging.map(|kernel| Staging::new(&device, kernel)).transpose()?;
             Ok((device.stream()?, Room::new(&device, 2 * bytes)?, Dispatch::new(&device, kernel, staging), tables))
