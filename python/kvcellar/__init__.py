@@ -33,10 +33,15 @@ CONNECTOR_NAME = "KVCellarConnector"
 
 
 def register() -> None:
-    """Make ``KVCellarConnector`` known to vLLM. Called by vLLM's plugin loader, in every process, any number of
-    times.
+    """Make ``KVCellarConnector`` known to vLLM, and have its settings checked before a model is loaded.
+
+    Called by vLLM's plugin loader, in every process, any number of times.
     """
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    from kvcellar.startup import check_with_vllm
+
+    check_with_vllm()
 
     if CONNECTOR_NAME not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(CONNECTOR_NAME, "kvcellar.connector", CONNECTOR_NAME)

@@ -1,6 +1,7 @@
 """What travels between the scheduler's and the workers' connectors. Everything here pickles."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
@@ -17,11 +18,17 @@ class StepMetadata(KVConnectorMetadata):
         plan: the native engine's orders; empty bytes for none. Only the native worker looks inside.
         ticket: how to attach to the pool (JSON), once, with the first step after the pool was opened.
         front_end: with a ticket: process id of EngineCore's parent, whose death makes orphans of the workers too.
+        loads: the loads that ``plan`` orders: our name of each request, and vLLM's id of it.
+        failed: vLLM's ids of requests whose load was never ordered: every worker reports them failed.
+        retire: the scheduler's side is out of service: finish what is under way and let go of the pool.
     """
 
     plan: bytes
     ticket: str | None = None
     front_end: int | None = None
+    loads: Mapping[str, str] = field(default_factory=dict)
+    failed: tuple[str, ...] = ()
+    retire: bool = False
 
 
 @dataclass
@@ -44,15 +51,29 @@ class RankOffer(KVConnectorHandshakeMetadata):
 
 
 @dataclass
-class WorkerTrouble(KVConnectorWorkerMetadata):
-    """A worker cannot take part: the tier has to be taken out of service.
+class RankReport:
+    """What one rank tells the scheduler's side after a step.
 
     Attributes:
-        problem: what happened, for the log.
+        offer: this rank's part of a block, once, where there was no handshake.
+        trouble: why this rank cannot take part any more, for the log.
+        released: this rank has let go of the pool.
+        adapters: all LoRA adapters that this rank has loaded, by vLLM's integer id, when that changed.
     """
 
-    problem: str
+    offer: RankOffer | None = None
+    trouble: str | None = None
+    released: bool = False
+    adapters: object | None = None
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerTrouble":
-        """Join with another rank's trouble; the first is enough to act on."""
-        return self
+
+@dataclass
+class WorkerReport(KVConnectorWorkerMetadata):
+    """What the ranks have to tell after a step, by (pipeline, tensor) rank."""
+
+    ranks: dict[tuple[int, int], RankReport]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerReport":
+        """Join with the report of another rank."""
+        ranks = other.ranks if isinstance(other, WorkerReport) else {}
+        return WorkerReport({**self.ranks, **ranks})

@@ -1,14 +1,17 @@
 """The connector's part in EngineCore: translates vLLM's scheduler into calls of the native tier engine.
 
 One native call a request or a step; nothing is decided here and no loop runs over blocks.
+
+States: *waiting* (ranks have not told their part of a block, or the pool is being opened), *serving*, and *retired*
+after an internal error or where the tiers cannot be had. A retired side answers vLLM with nothing; loads under way end,
+and once every worker has let go of the pool, so does this side.
 """
 
-import json
 import multiprocessing
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_events import KVCacheEvent
@@ -20,243 +23,311 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
-from kvcellar import ConfigError, KvcellarError, UnsupportedError, facts
-from kvcellar._native import Config, DiskReport, TierEngine, Watch, check_controls
-from kvcellar.events import EventMaker, encode_extra_keys
+from kvcellar import KvcellarError, deployment, eligibility, opening, window
+from kvcellar._native import Config, TierEngine, Watch
+from kvcellar.events import EventMaker
 from kvcellar.groups import Groups
-from kvcellar.metadata import RankOffer, StepMetadata, WorkerTrouble
+from kvcellar.metadata import RankOffer, StepMetadata, WorkerReport
 from kvcellar.offers import GroupOffer, Offer
-from kvcellar.stats import KVCellarStats, of_engine
+from kvcellar.others import ForeignBlocks
+from kvcellar.requests import KnownRequest, LeftOut, UnusableRequest, controls, plain
+from kvcellar.stats import KVCellarStats, of_engine, of_side, without_tiers
 
 logger = init_logger(f"vllm.{__name__}")
 
-CONTROLS_KEY = "kvcellar"
-_GIB = 1 << 30
 _block_id = attrgetter("block_id")
 _NOTHING = StepMetadata(b"")
 # Steps below that are decode, and say nothing about prefill.
 _PREFILL_TOKENS_MIN = 128
-
-
-class KnownRequest:
-    """What has been told to the native engine of one request.
-
-    Attributes:
-        request: vLLM's own object.
-        hashes: block hashes the engine has.
-        last_hash: the last of them, to notice a request that was rewritten.
-        offered: per group, blocks offered since the last lookup.
-        next_tokens: complete tokens at which there is something new to offer.
-        local: tokens vLLM held itself at the last lookup.
-    """
-
-    __slots__ = ("hashes", "last_hash", "local", "next_tokens", "offered", "request")
-
-    def __init__(self, request: Request, groups: Groups) -> None:
-        self.request = request
-        self.hashes = 0
-        self.last_hash: bytes | None = None
-        self.local = 0
-        self.rewind(groups)
-
-    def rewind(self, groups: Groups) -> None:
-        """The request starts over: offer everything again (what is held already is only touched)."""
-        self.offered = [0] * len(groups.groups)
-        self.next_tokens = min(group.block_tokens for group in groups.groups)
-
-    def new_hashes(self) -> list[bytes]:
-        """Block hashes the engine does not have yet."""
-        hashes = self.request.block_hashes
-        if len(hashes) == self.hashes:
-            return []
-        fresh = list(hashes[self.hashes :])
-        self.hashes = len(hashes)
-        self.last_hash = hashes[-1]
-        return fresh
-
-    def was_rewritten(self) -> bool:
-        """Whether hashes told to the engine are no longer the request's (streaming input replaces them)."""
-        hashes = self.request.block_hashes
-        return self.hashes > 0 and (len(hashes) < self.hashes or hashes[self.hashes - 1] != self.last_hash)
+_NEVER = 1 << 62
+# How long an idle vLLM is kept stepping for the pool to be opened, and after retiring for the workers to let go.
+_START_PATIENCE_S = 300.0
+_RETIRE_PATIENCE_S = 10.0
 
 
 class SchedulerSide:
     """Scheduler role of the connector."""
 
-    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: Config, groups: Groups) -> None:
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        kv_cache_config: KVCacheConfig,
+        config: Config,
+        groups: Groups,
+        *,
+        beside_others: bool,
+    ) -> None:
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._groups = groups
         events = vllm_config.kv_events_config
         publishes = bool(events and events.enable_kv_cache_events)
-        # Data-parallel engines on this machine share the configured size.
-        shares = max(1, vllm_config.parallel_config.data_parallel_size_local)
-        self._config = config.narrowed(publishes, shares)
+        self._engines = deployment.local_engines(vllm_config, config)
+        self._config = config.narrowed(publishes)
         self._engine = TierEngine(self._config, groups.native())
         self._events = EventMaker(groups)
         self._publishes = self._config.events
         self._manager: KVCacheManager | None = None
+        self._foreign = ForeignBlocks(groups) if beside_others else None
         self._requests: dict[str, KnownRequest] = {}
-        self._opened = False
+        self._left_out_ids: set[str] = set()
+        self._left_out = LeftOut()
+        self._names = 0
+        # Loads that vLLM waits for, and those of them that no step has ordered yet: vLLM's id and the engine's name.
+        self._loading: dict[str, str] = {}
+        self._unordered: dict[str, str] = {}
         # The engine has something under way, or may have counted something: most decode steps need not ask it.
         self._active = True
         self._counted = True
         self._measures_prefill = self._config.measures_prefill
         self._step_tokens = 0
         self._step_began = 0.0
+        self._offers: dict[tuple[int, int], RankOffer] = {}
+        self._opening: threading.Thread | None = None
+        self._opened = False
         self._ticket: str | None = None
         self._attaching = 0
+        self._patience_until = time.monotonic() + _START_PATIENCE_S
+        self._errors = 0
+        self._retired = False
+        self._released: set[tuple[int, int]] = set()
+        self._closed = False
+        self._last_events: list[KVCacheEvent] = []
         self._watch: Watch | None = None
         parent = multiprocessing.parent_process()
         self._front_end = parent.pid if parent is not None else None
 
-    # -- start and end -------------------------------------------------------------------------------------------------
+    # -- start ---------------------------------------------------------------------------------------------------------
 
     def bind(self, manager: KVCacheManager) -> None:
         """vLLM's own block tables, to be read anew in every step."""
         self._manager = manager
 
     def open(self, offers: Mapping[tuple[int, int], KVConnectorHandshakeMetadata]) -> None:
-        """Create or adopt the pool now that every rank has told its part of a block.
+        """Open the pool if every rank has told its part of a block. Other connectors' metadata is none of ours."""
+        self._add_offers({key: offer for key, offer in offers.items() if isinstance(offer, RankOffer)})
+        if self._is_complete():
+            self._open()
 
-        Raises:
-            UnsupportedError: ranks on several machines, or ranks missing.
-            KvcellarError: the pool cannot be had; the message names the setting and the remedy.
-        """
-        if self._opened:
+    def _add_offers(self, offers: Mapping[tuple[int, int], RankOffer]) -> None:
+        if not self._opened:
             # vLLM 0.33 repeats the handshake after a sleep; the pool and its workers are as they were.
-            return
-        ranks = [offers[key] for key in sorted(offers)]
+            self._offers.update(offers)
+
+    def _is_complete(self) -> bool:
         parallel = self._vllm_config.parallel_config
         world = parallel.pipeline_parallel_size * parallel.tensor_parallel_size
-        own = [rank for rank in ranks if isinstance(rank, RankOffer)]
-        if len(own) != world:
-            raise UnsupportedError(
-                f"{len(own)} of {world} ranks told their KV cache layout. Use one machine, and the same "
-                f"connector on all ranks"
-            )
-        machines = {rank.machine for rank in own}
-        if len(machines) != 1 or machines != {facts.machine()}:
-            raise UnsupportedError(
-                f"The ranks of this engine run on {len(machines)} machines, and a host pool cannot span "
-                f"machines. Run tensor "
-                "and pipeline parallel ranks on one machine, or serve without KV Cellar"
-            )
-        stable = facts.hashes_are_stable(self._vllm_config)
-        if not stable:
-            logger.warning(
-                "KV Cellar: block hashes change with every start (%s without PYTHONHASHSEED), so nothing "
-                "survives a restart. "
-                "Set PYTHONHASHSEED, or use sha256.",
-                self._vllm_config.cache_config.prefix_caching_hash_algo,
-            )
-        replicas = self._kv_cache_config.kv_tp_replicas
-        tensor = parallel.tensor_parallel_size
-        native_ranks = []
-        for index, rank in enumerate(own):
-            first = index - index % tensor + (index % tensor) // replicas * replicas
-            native_ranks.append({"block_bytes": rank.block_bytes, "replica_of": None if first == index else first})
-        report = self._engine.open_pool(
-            json.dumps(native_ranks),
-            facts.collect(self._vllm_config, own),
-            stable,
-            PopulateProgress(),
-            sorted({rank.near_node for rank in own if rank.near_node is not None}),
-        )
+        return not self._opened and not self._retired and self._opening is None and len(self._offers) == world
+
+    def _open(self) -> None:
+        try:
+            opening.open_pool(self._engine, self._vllm_config, self._kv_cache_config, self._offers, self._engines)
+            self._ticket = self._engine.ticket()
+        except KvcellarError as error:
+            # A mistake or a machine that has no room: vLLM serves all the same.
+            logger.error("KV Cellar: this engine is served without its tiers: %s", error)
+            self.retire()
+            return
         self._opened = True
-        self._ticket = self._engine.ticket()
-        logger.info(
-            "KV Cellar: dram tier of %.2f GiB (%d blocks, bounded by %s) at %s; %d blocks adopted%s",
-            report.bytes / _GIB,
-            report.slots,
-            report.bound,
-            report.path,
-            report.adopted_blocks,
-            f"; in use by others: {', '.join(report.taken)}" if report.taken else "",
-        )
-        if report.disk is not None:
-            _log_disk(report.disk)
         if self._front_end is not None:
             self._watch = _watch(self._engine, self._front_end)
+
+    def _open_beside_requests(self) -> None:
+        """As `_open`, while vLLM serves already: populating a large pool takes longer than a step may."""
+
+        def work() -> None:
+            try:
+                self._open()
+            except Exception as error:  # noqa: BLE001  (the end of this thread: nobody above it could do more)
+                self.fail("opening the pool", error)
+
+        self._opening = threading.Thread(target=work, name="kvcellar-open", daemon=True)
+        self._opening.start()
+
+    # -- end -----------------------------------------------------------------------------------------------------------
 
     def shutdown(self) -> None:
         """Let go of the pool; its contents stay for the next start unless ``keep_pool`` is false."""
         self._watch = None
+        self._closed = True
         self._engine.close()
+
+    def fail(self, where: str, error: Exception) -> None:
+        """An internal error: take the tiers out of service. Never raises."""
+        self._errors += 1
+        self._counted = True
+        if self._retired:
+            logger.debug("KV Cellar: %s failed after the tiers went out of service: %r", where, error)
+            return
+        logger.error(
+            "KV Cellar: internal error in %s. The tiers are out of service until the next start, vLLM serves without "
+            "them. Please report this",
+            where,
+            exc_info=error,
+        )
+        self.retire()
+
+    def retire(self) -> None:
+        """Take the tiers out of service: no more stores and loads, and an orderly end of those under way."""
+        if self._retired:
+            return
+        self._retired = True
+        self._active = self._counted = True
+        self._patience_until = time.monotonic() + _RETIRE_PATIENCE_S
+        self._requests.clear()
+        self._left_out_ids.clear()
+        if not self._publishes:
+            return
+        try:
+            self._engine.withdraw()
+            while runs := self._engine.take_events(self._events.integer_hashes):
+                self._last_events += [self._events.make(run) for run in runs]
+        except Exception:
+            logger.exception("KV Cellar: subscribers could not be told that the tiers went out of service")
+
+    def orders_of_the_retired(self) -> StepMetadata:
+        """What workers have to do once this side is retired."""
+        failed, self._unordered = tuple(self._unordered), {}
+        if self._closed and not failed:
+            return _NOTHING
+        return StepMetadata(b"", failed=failed, retire=not self._closed)
+
+    def _close_when_released(self) -> None:
+        parallel = self._vllm_config.parallel_config
+        world = parallel.pipeline_parallel_size * parallel.tensor_parallel_size
+        if self._retired and not self._closed and len(self._released) == world:
+            self._closed = self._counted = True
+            self._engine.close()
 
     # -- one request's way ---------------------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
         """A request arrived, or was rewritten."""
+        if self._retired:
+            return
+        known = self._requests.pop(request.request_id, None)
+        try:
+            self._refuse_unusable(request)
+            wishes = controls(request)
+        except UnusableRequest as error:
+            self._left_out_ids.add(request.request_id)
+            self._left_out.add(request, str(error))
+            self._counted = True
+            return
+        self._left_out_ids.discard(request.request_id)
         lora = request.lora_request.name if request.lora_request is not None else ""
-        self._engine.add_request(request.request_id, _controls(request), lora)
-        self._requests[request.request_id] = KnownRequest(request, self._groups)
+        name = known.name if known is not None else self._name(request.request_id)
+        self._engine.add_request(name, wishes, lora)
+        self._requests[request.request_id] = KnownRequest(request, name, self._groups)
+
+    def _name(self, request_id: str) -> str:
+        if plain(request_id):
+            return request_id
+        self._names += 1
+        return f"#{self._names}"
+
+    def _refuse_unusable(self, request: Request) -> None:
+        if eligibility.has_numbered_media(self._vllm_config, request):
+            raise UnusableRequest("its media are named by a counter (prefix caching and mm_processor_cache_gb are off)")
+        if getattr(request, "resumable", False) and window.keeps_stale_hashes():
+            raise UnusableRequest("this vLLM leaves stale hashes in streaming sessions")
+        if request.lora_request is not None and not request.lora_request.name.isprintable():
+            raise UnusableRequest("its adapter's name cannot be printed")
 
     def lookup(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """vLLM's question: how many tokens beyond its own can be loaded?"""
+        if self._retired or request.request_id in self._left_out_ids:
+            return 0, False
         known = self._requests.get(request.request_id)
         if known is None or known.request is not request or known.was_rewritten():
             self.add(request)
-            known = self._requests[request.request_id]
+            known = self._requests.get(request.request_id)
+            if known is None:
+                return 0, False
         self._active = self._counted = True
-        known.local = num_computed_tokens
-        known.rewind(self._groups)
-        hit = self._engine.lookup(request.request_id, request.num_tokens, num_computed_tokens, known.new_hashes())
+        known.looked_up(num_computed_tokens, self._groups)
+        hit = self._engine.lookup(known.name, request.num_tokens, num_computed_tokens, known.new_hashes())
         return hit, bool(hit)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """vLLM admitted the request; what it wants from us has its blocks now."""
+        known = self._requests.get(request.request_id)
+        if num_external_tokens > 0:
+            name = known.name if known is not None else request.request_id
+            self._loading[request.request_id] = self._unordered[request.request_id] = name
+        elif self._foreign is not None:
+            self._foreign.admitted(request, known)
+        if self._retired or known is None:
+            return
         self._active = self._counted = True
         tables: list[list[int]] = []
-        known = self._requests.get(request.request_id)
-        if known is not None and num_external_tokens > 0:
+        if num_external_tokens > 0:
+            known.loaded = num_external_tokens
             end = known.local + num_external_tokens
             for group, table in zip(self._groups.groups, blocks.blocks, strict=True):
                 first = known.local // group.block_tokens
                 tables.append(list(map(_block_id, table[first : -(-end // group.block_tokens)])))
-        self._engine.admit(request.request_id, num_external_tokens, tables)
+            if self._foreign is not None:
+                self._foreign.loaded_by_us(tables)
+        self._engine.admit(known.name, num_external_tokens, tables)
 
     def disk_tokens(self, request: Request) -> int:
         """Tokens of the request's last admission that come from disk."""
-        return self._engine.disk_tokens(request.request_id)
+        known = self._requests.get(request.request_id)
+        return 0 if known is None else self._engine.disk_tokens(known.name)
 
     def finish(self, request: Request) -> None:
         """vLLM finished or aborted the request and is about to free its blocks: they may still be copied, behind
         fences.
         """
+        self._left_out_ids.discard(request.request_id)
         known = self._requests.pop(request.request_id, None)
-        if known is None:
+        if known is None or self._retired:
             return
         self._active = self._counted = True
         offer = None
         if not known.was_rewritten():
-            offer = self._offer(known, request.num_computed_tokens)
-        self._engine.finish(request.request_id, request.num_prompt_tokens, request.num_tokens, offer)
+            # Before its first step a request has only what vLLM found in its own cache: the rest may never have come.
+            computed = request.num_computed_tokens
+            offer = self._offer(known, computed if known.scheduled else min(computed, known.local))
+        self._engine.finish(known.name, request.num_prompt_tokens, request.num_tokens, offer)
 
     # -- one step's way ------------------------------------------------------------------------------------------------
 
     def step(self, output: SchedulerOutput) -> StepMetadata:
         """Plan the copies of a step that vLLM has just scheduled."""
+        if self._retired:
+            return self.orders_of_the_retired()
         if self._measures_prefill:
             self._time_step(output.total_num_scheduled_tokens)
+        handed: list[list[int]] | None = None
+        foreign: list[int] = []
+        if self._foreign is not None and self._manager is not None:
+            handed = handed_out(output, self._groups)
+            foreign = self._foreign.step(output, handed, self._manager)
         offers = []
         for request_id, scheduled in output.num_scheduled_tokens.items():
             known = self._requests.get(request_id)
             if known is None:
                 continue
+            known.scheduled = True
             ready = known.request.num_computed_tokens + scheduled
             # Most decode steps complete no block: nothing else is looked at then.
             if ready >= known.next_tokens and (offer := self._offer(known, ready)) is not None:
                 offers.append(offer)
-        if not offers and not self._active:
+        if not (offers or foreign or self._active or self._ticket is not None):
             return _NOTHING
         self._counted = True
-        plan, quiet = self._engine.step(offers, handed_out(output, self._groups))
-        self._active = not quiet
+        if handed is None:
+            handed = handed_out(output, self._groups)
+        plan, quiet = self._engine.step(offers, handed, foreign)
         ticket, self._ticket = self._ticket, None
         if ticket is not None:
             self._attaching = self._vllm_config.max_concurrent_batches + 1
-        return StepMetadata(plan, ticket, self._front_end if ticket is not None else None)
+        self._active = not quiet
+        ordered, self._unordered = self._unordered, {}
+        loads = {name: request_id for request_id, name in ordered.items()}
+        return StepMetadata(plan, ticket, self._front_end if ticket is not None else None, loads)
 
     def _time_step(self, tokens: int) -> None:
         """Tell the engine how long the last step's prefill took: until this one, if vLLM did not idle in between.
@@ -276,46 +347,92 @@ class SchedulerSide:
         if ready < known.next_tokens or self._manager is None:
             return None
         tables = self._manager.get_blocks(request.request_id).blocks
+        fresh = [
+            list(map(_block_id, table[known.offered[index] : ready // group.block_tokens]))
+            for index, (group, table) in enumerate(zip(self._groups.groups, tables, strict=True))
+        ]
+        next_tokens = None
+        if self._foreign is not None:
+            bound = self._foreign.bound(known, fresh, ready)
+            if bound < ready:
+                # Until the next lookup nothing more is offered than what lies before.
+                next_tokens, ready = _NEVER, bound
         groups: list[GroupOffer] = []
         start = ready
-        for index, group in enumerate(self._groups.groups):
-            first, last = known.offered[index], ready // group.block_tokens
-            blocks = list(map(_block_id, tables[index][first:last]))
-            extra = encode_extra_keys(request, first * group.block_tokens, len(blocks), group.block_tokens)
-            groups.append((first, blocks, extra))
-            start = min(start, first * group.block_tokens)
-            known.offered[index] = first + len(blocks)
-        known.next_tokens = min(
+        try:
+            for index, group in enumerate(self._groups.groups):
+                start = min(start, known.offered[index] * group.block_tokens)
+                groups.append(known.take_group(index, self._groups, fresh[index], ready))
+        except UnusableRequest as error:
+            self._left_out_ids.add(request.request_id)
+            self._left_out.add(request, str(error))
+            self._requests.pop(request.request_id, None)
+            self._engine.finish(known.name, request.num_prompt_tokens, request.num_tokens, None)
+            return None
+        known.next_tokens = next_tokens or min(
             (offered + 1) * group.block_tokens
             for offered, group in zip(known.offered, self._groups.groups, strict=True)
         )
         tokens = request.all_token_ids[start:ready]
-        return (request.request_id, known.new_hashes(), start, list(tokens), groups)
+        return (known.name, known.new_hashes(), start, list(tokens), groups)
 
     def output(self, output: KVConnectorOutput) -> None:
         """What the workers reported after a step."""
-        trouble = output.kv_connector_worker_meta
-        if trouble is not None and isinstance(trouble, WorkerTrouble):
-            logger.error("KV Cellar: a worker cannot use the host pool, the dram tier is off: %s", trouble.problem)
-            self._engine.close()
-        elif self._attaching:
+        report = output.kv_connector_worker_meta
+        if isinstance(report, WorkerReport):
+            self._hear(report)
+        if self._attaching:
             # Outputs of steps that were under way when the ticket was sent come first; after them every worker is
             # attached.
             self._attaching -= 1
-            if self._attaching == 0:
+            if self._attaching == 0 and not self._retired:
                 self._engine.attached()
-        if output.finished_recving:
+        # Other connectors' loads are reported by the same list.
+        ended: list[str] = []
+        lost: list[str] = []
+        for request_id in output.finished_recving or ():
+            if (name := self._loading.pop(request_id, None)) is not None:
+                ended.append(name)
+                if request_id in (output.failed_recving or ()):
+                    lost.append(name)
+        if ended and not self._closed:
             self._active = self._counted = True
-            self._engine.loads_ended(list(output.finished_recving), list(output.failed_recving or ()))
+            self._engine.loads_ended(ended, lost)
+
+    def _hear(self, report: WorkerReport) -> None:
+        """Act on what the ranks told."""
+        for key, rank in report.ranks.items():
+            if rank.offer is not None:
+                self._add_offers({key: rank.offer})
+            if rank.released:
+                self._released.add(key)
+            if rank.trouble is not None and not self._retired:
+                logger.error("KV Cellar: a worker is out of service, and so are the tiers: %s", rank.trouble)
+                self._errors += 1
+                self.retire()
+        self._close_when_released()
+        if self._is_complete():
+            self._open_beside_requests()
+
+    # -- asked by vLLM now and then ------------------------------------------------------------------------------------
 
     def has_pending_work(self) -> bool:
         """Whether vLLM should keep stepping although no request runs."""
+        if self._retired:
+            waits = bool(self._last_events or self._unordered) or not self._closed
+            return waits and time.monotonic() < self._patience_until
+        if self._foreign is not None and (not self._opened or self._ticket is not None):
+            # There was no handshake: only a step brings the workers' offers, and the pool to them.
+            return time.monotonic() < self._patience_until
         return self._active and self._engine.pending_work()
 
     def take_events(self) -> Iterable[KVCacheEvent]:
         """Events of our tiers since the last step."""
         if not self._publishes:
             return ()
+        if self._retired:
+            events, self._last_events = self._last_events, []
+            return events
         return [self._events.make(run) for run in self._engine.take_events(self._events.integer_hashes)]
 
     def take_stats(self) -> KVCellarStats | None:
@@ -323,33 +440,19 @@ class SchedulerSide:
         if not self._counted:
             return None
         # Once more after the last step that had something under way.
-        self._counted = self._active
+        self._counted = self._active and not self._retired
+        errors, self._errors = self._errors, 0
+        own = of_side(errors, self._left_out.take(), in_service=self._opened and not self._retired)
+        if self._retired:
+            return without_tiers(own)
         stats = self._engine.take_stats()
-        return None if stats is None else of_engine(stats)
+        return own if stats is None else own.aggregate(of_engine(stats))
 
     def reset(self) -> None:
         """Everything stored so far is worthless: weights changed."""
         self._active = self._counted = True
-        self._engine.reset()
-
-
-def _log_disk(disk: DiskReport) -> None:
-    logger.info(
-        "KV Cellar: nvme tier of at most %d blocks at %s (%s%s%s); %d blocks survived (%s)%s%s",
-        disk.extents_max,
-        disk.path,
-        disk.engine,
-        ", O_DIRECT" if disk.direct else ", buffered",
-        ", registered" if disk.registered else "",
-        disk.blocks,
-        disk.recovery,
-        f"; in use by others: {', '.join(disk.taken)}" if disk.taken else "",
-        f"; {disk.why}" if disk.why else "",
-    )
-    if disk.damaged:
-        logger.warning("KV Cellar: %d extents on disk were damaged and are dropped", disk.damaged)
-    if disk.engine_why:
-        logger.warning("KV Cellar: the disk is used with %s: %s", disk.engine, disk.engine_why)
+        if not self._closed:
+            self._engine.reset()
 
 
 def handed_out(output: SchedulerOutput, groups: Groups) -> list[list[int]]:
@@ -378,37 +481,9 @@ def handed_out(output: SchedulerOutput, groups: Groups) -> list[list[int]]:
     return lists
 
 
-def _controls(request: Request) -> str | None:
-    """A request's own wishes as JSON; wrong ones are logged and ignored, because they must not fail the request."""
-    params: dict[str, Any] | None = request.kv_transfer_params
-    wishes = params.get(CONTROLS_KEY) if params else None
-    if wishes is None:
-        return None
-    text = json.dumps(wishes)
-    try:
-        check_controls(text)
-    except ConfigError as error:
-        logger.warning("KV Cellar: request %s: kv_transfer_params.kvcellar ignored: %s", request.request_id, error)
-        return None
-    return text
-
-
 def _watch(engine: TierEngine, pid: int) -> Watch | None:
     try:
         return engine.release_with(pid)
     except KvcellarError as error:
         logger.warning("KV Cellar: %s", error)
         return None
-
-
-class PopulateProgress:
-    """Logs the progress of populating the pool, at most every two seconds."""
-
-    def __init__(self) -> None:
-        self._next = time.monotonic() + 2.0
-
-    def __call__(self, done: int, total: int) -> None:
-        """Log, if it is time to. Both in bytes."""
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + 2.0
-            logger.info("KV Cellar: populating the host pool, %.1f of %.1f GiB", done / _GIB, total / _GIB)

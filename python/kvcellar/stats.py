@@ -10,8 +10,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     PromMetric,
     PromMetricT,
 )
+from vllm.logger import init_logger
 
 from kvcellar._native import CopyReport, EngineStats
+
+logger = init_logger(f"vllm.{__name__}")
 
 # name -> (description, fixed labels). Names get `vllm:kvcellar_` in front and `_total` behind.
 COUNTERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
@@ -46,6 +49,8 @@ COUNTERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "load_seconds": ("Seconds with a load under way, over all ranks.", {}),
     "verified_loads": ("Loaded blocks whose bytes were compared (verify_loads), over all ranks.", {}),
     "mismatched_loads": ("Loaded blocks whose bytes did not match their checksum, over all ranks.", {}),
+    "internal_errors": ("Errors of KV Cellar itself: after one the tiers are out of service until the next start.", {}),
+    "left_out_requests": ("Requests served without KV Cellar, because a value of theirs cannot be used.", {}),
 }
 DROPPED = ("dropped_blocks", "Blocks that were not kept, by reason.")
 DROP_REASONS = (
@@ -61,6 +66,7 @@ DROP_REASONS = (
 )
 SLOT_STATES = ("total", "free", "filling", "filled", "clean")
 GAUGES: Mapping[str, str] = {
+    "in_service": "1 while blocks are stored and loaded; 0 before the pool is there and after an internal error.",
     "pins": "Holds on blocks.",
     "leases": "Running loads.",
     "fences": "vLLM blocks that wait to be copied before they may be overwritten.",
@@ -143,6 +149,21 @@ def of_worker(report: CopyReport) -> KVCellarStats:
     return KVCellarStats(data={"counters": {name: value for name, value in counters.items() if value}})
 
 
+def of_side(errors: int, left_out: int, *, in_service: bool | None = None) -> KVCellarStats:
+    """What one side of the connector counts itself; ``in_service`` is the scheduler's to say."""
+    counted = {"internal_errors": errors, "left_out_requests": left_out}
+    counters = {name: value for name, value in counted.items() if value}
+    gauges = {} if in_service is None else {"in_service": int(in_service)}
+    return KVCellarStats(data={"counters": counters, "gauges": gauges})
+
+
+def without_tiers(own: KVCellarStats) -> KVCellarStats:
+    """The report of a side whose tiers are out of service: nothing is held, whatever the native engine would say."""
+    names = [*GAUGES, *(f"{state}_slots" for state in SLOT_STATES)]
+    own.data["gauges"] = dict.fromkeys(names, 0)
+    return own
+
+
 class KVCellarPromMetrics(KVConnectorPromMetrics):
     """Our metrics in vLLM's Prometheus registry, with vLLM's labels in front of ours."""
 
@@ -198,7 +219,13 @@ class KVCellarPromMetrics(KVConnectorPromMetrics):
         self._lookups: dict[int, Any] = {engine: lookups.labels(*values) for engine, values in engines}
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        """Record one report."""
+        """Record one report. An exception here would end the front end's output, so there is none."""
+        try:
+            self._observe(transfer_stats_data, engine_idx)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            logger.exception("KV Cellar: a report cannot be recorded: %.500r", transfer_stats_data)
+
+    def _observe(self, transfer_stats_data: dict[str, Any], engine_idx: int) -> None:
         for name, amount in transfer_stats_data.get("counters", {}).items():
             self._counters[engine_idx, name].inc(amount)
         for reason, blocks in transfer_stats_data.get("dropped", {}).items():

@@ -37,3 +37,8 @@ def check(found: str) -> tuple[int, int]:
             f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}. Install one of those, or another version of KV Cellar"
         )
     return minor
+
+
+def keeps_stale_hashes() -> bool:
+    """Whether this vLLM leaves the hash of a block behind that a streaming session has shortened (0.31)."""
+    return check(vllm_version()) == OLDEST

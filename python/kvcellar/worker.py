@@ -2,6 +2,7 @@
 
 import multiprocessing
 import platform
+import time
 
 import torch
 from vllm.config import VllmConfig
@@ -12,31 +13,49 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from kvcellar import KvcellarError, UnsupportedError, facts, nvrtc, views
 from kvcellar._native import Config, CopyWorker, Watch
-from kvcellar.metadata import RankOffer, StepMetadata, WorkerTrouble
-from kvcellar.stats import KVCellarStats, of_worker
+from kvcellar.metadata import RankOffer, RankReport, StepMetadata, WorkerReport
+from kvcellar.stats import KVCellarStats, of_side, of_worker
 
 logger = init_logger(f"vllm.{__name__}")
 
 # How long a stopping worker may go on giving checksums to what it offloaded last; vLLM allows 5 s for everything.
 HASHING_AT_SHUTDOWN_S = 1.0
+# How long copies may take to end where letting go of the pool failed: far longer than any copy.
+_COPIES_PATIENCE_S = 30.0
+_TROUBLE_CHARACTERS_MAX = 500
 
 
 class WorkerSide:
-    """Worker role of the connector."""
+    """Worker role of the connector.
 
-    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: Config) -> None:
+    States: *serving*, and *out of service* after an internal error of either side. Out of service it starts no copy;
+    every load that vLLM waits for is reported, exactly once.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: Config, *, beside_others: bool
+    ) -> None:
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._config = config
+        self._beside_others = beside_others
+        self._key = (get_pp_group().rank_in_group, get_tp_group().rank_in_group)
         self._native: CopyWorker | None = None
         self._kv_caches: dict[str, torch.Tensor] = {}
         self._gpu: int | None = None
-        self._trouble: str | None = None
+        # Loads that were ordered and not reported: the native worker's name of each request, and vLLM's id of it.
+        self._loads: dict[str, str] = {}
+        self._never_ordered: set[str] = set()
+        self._out_of_service = False
+        self._report = RankReport()
+        self._errors = 0
         self._watches: list[Watch] = []
 
     def _group_views(self, kv_caches: dict[str, torch.Tensor]) -> list[list[views.LayerView]]:
         """This rank's layers of every group."""
         return views.group_views(self._kv_cache_config, kv_caches)
+
+    # -- start ---------------------------------------------------------------------------------------------------------
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """vLLM allocated its KV cache.
@@ -45,17 +64,24 @@ class WorkerSide:
             kv_caches: per layer, a view of shape ``[kernel blocks, ...]``. Kept referenced until `shutdown`, because
                 the native side holds their addresses.
 
-        Raises:
-            UnsupportedError: a layout that cannot be copied, or a device without a copier.
+        A layout that cannot be copied, or a device without a copier, takes this worker out of service.
         """
+        try:
+            self._register(kv_caches)
+        except UnsupportedError as error:
+            self._stop(str(error))
+
+    def _register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._gpu = _gpu_of(kv_caches)
-        tensor_rank = get_tp_group().rank_in_group
-        rank = get_pp_group().rank_in_group * self._vllm_config.parallel_config.tensor_parallel_size + tensor_rank
+        rank = self._key[0] * self._vllm_config.parallel_config.tensor_parallel_size + self._key[1]
         self._kv_caches = dict(kv_caches)
         layers = views.native(self._group_views(kv_caches))
         self._native = CopyWorker(
             self._config, rank, layers, self._gpu, nvrtc.libraries() if self._gpu is not None else []
         )
+        if self._beside_others:
+            # MultiConnector passes on one handshake only, and other connectors refuse what is not theirs.
+            self._report.offer = self._offer()
         parent = multiprocessing.parent_process()
         if parent is not None:
             self._release_with(self._native, parent.pid)
@@ -69,54 +95,120 @@ class WorkerSide:
         except KvcellarError as error:
             logger.warning("KV Cellar: %s", error)
 
-    def offer(self) -> RankOffer | None:
-        """What the scheduler's side must know before it can make a pool."""
+    def handshake(self) -> RankOffer | None:
+        """What the scheduler's side must know before it can make a pool; None beside other connectors."""
+        return None if self._beside_others else self._offer()
+
+    def _offer(self) -> RankOffer | None:
         if self._native is None:
             return None
         layout = self._kv_cache_config.kv_cache_layout or "unknown"
         native = self._native
         return RankOffer(facts.machine(), layout, _isa(self._gpu), tuple(native.block_bytes), native.near_node)
 
+    # -- one step's way ------------------------------------------------------------------------------------------------
+
     def begin_step(self, metadata: StepMetadata) -> None:
         """Before anything of this step is written: attach when told to, start early offloads, wait for fences."""
-        if self._native is None:
+        self._loads.update(metadata.loads)
+        self._never_ordered.update(metadata.failed)
+        if metadata.retire:
+            self._leave_service()
+        if self._native is None or self._out_of_service:
             return
         if metadata.ticket is not None:
             self._release_with(self._native, metadata.front_end)
-            try:
-                self._native.attach(metadata.ticket)
-            except KvcellarError as error:
-                # Loads are reported failed from here on; the scheduler's side takes the tier out of service.
-                self._trouble = str(error)
-                logger.error("KV Cellar: cannot attach to the host pool: %s", error)
-        if metadata.plan:
+            self._attach(self._native, metadata.ticket)
+        if metadata.plan and not self._out_of_service:
             self._native.begin_step(metadata.plan, self._stream())
+
+    def _attach(self, native: CopyWorker, ticket: str) -> None:
+        try:
+            native.attach(ticket)
+        except KvcellarError as error:
+            # The machine's doing, not a bug: memory, rights, a pool that was removed.
+            self._stop(f"cannot attach to the host pool: {error}")
 
     def start_loads(self) -> None:
         """Blocks are prepared: loads may start, beside the forward pass."""
-        if self._native is not None:
+        if self._native is not None and not self._out_of_service:
             self._native.start_loads(self._stream())
 
     def finish_step(self) -> None:
         """The forward pass is over: offload what it completed."""
-        if self._native is not None:
+        if self._native is not None and not self._out_of_service:
             self._native.finish_step(self._stream())
 
     def results(self) -> KVConnectorTransferResults:
         """Loads that ended since the last step; failed ones are among the finished ones too."""
-        if self._native is None:
-            return KVConnectorTransferResults()
+        lost, self._never_ordered = self._never_ordered, set()
+        if self._native is None or self._out_of_service:
+            # No copy is under way any more (see `_leave_service`): whatever was not reported has failed.
+            lost.update(self._loads.values())
+            self._loads = {}
+            return KVConnectorTransferResults(finished_recving=lost, failed_recving=set(lost))
         finished, failed = self._native.take_results()
-        return KVConnectorTransferResults(finished_recving=set(finished), failed_recving=set(failed))
+        ended = {name: request_id for name in finished if (request_id := self._loads.pop(name, None)) is not None}
+        lost.update(ended[name] for name in failed if name in ended)
+        return KVConnectorTransferResults(finished_recving=lost | set(ended.values()), failed_recving=lost)
 
-    def take_trouble(self) -> WorkerTrouble | None:
-        """Why this worker cannot take part, told once."""
-        trouble, self._trouble = self._trouble, None
-        return None if trouble is None else WorkerTrouble(trouble)
+    # -- end -----------------------------------------------------------------------------------------------------------
+
+    def fail(self, where: str, error: Exception) -> None:
+        """An internal error: take this worker out of service, and tell the scheduler's side. Never raises."""
+        self._errors += 1
+        if self._out_of_service:
+            logger.debug("KV Cellar: %s failed out of service: %r", where, error)
+            return
+        logger.error(
+            "KV Cellar: internal error in %s. This worker is out of service until the next start. Please report this",
+            where,
+            exc_info=error,
+        )
+        self._report.trouble = f"{where}: {type(error).__name__}: {error}"[:_TROUBLE_CHARACTERS_MAX]
+        self._leave_service()
+
+    def _stop(self, why: str) -> None:
+        """Take this worker out of service for a reason that is no bug, and tell the scheduler's side."""
+        logger.error("KV Cellar: this worker is out of service: %s", why)
+        self._report.trouble = why[:_TROUBLE_CHARACTERS_MAX]
+        self._leave_service()
+
+    def _leave_service(self) -> None:
+        """Let every copy that is under way end, then let go of the pool. Never raises."""
+        if self._out_of_service:
+            return
+        self._out_of_service = True
+        self._report.released = True
+        self._watches = []
+        if self._native is None:
+            return
+        try:
+            self._native.release(0.0)
+        except Exception:
+            logger.exception("KV Cellar: the pool could not be released")
+            self._wait_for_copies()
+
+    def _wait_for_copies(self) -> None:
+        """Where letting go of the pool failed: copies under way must still end before their blocks are given back."""
+        deadline = time.monotonic() + _COPIES_PATIENCE_S
+        try:
+            while self._native is not None and self._native.in_flight() > 0 and time.monotonic() < deadline:
+                time.sleep(0.001)
+        except Exception:
+            logger.exception("KV Cellar: copies under way could not be waited for")
+
+    def take_report(self) -> WorkerReport | None:
+        """What the scheduler's side has to know, told once."""
+        report, self._report = self._report, RankReport()
+        return None if report == RankReport() else WorkerReport({self._key: report})
 
     def take_stats(self) -> KVCellarStats | None:
         """What was copied since the last step. Says in the log what a GPU's copier has to say."""
-        if self._native is None:
+        if self._errors:
+            errors, self._errors = self._errors, 0
+            return of_side(errors, 0)
+        if self._native is None or self._out_of_service:
             return None
         if self._gpu is not None:
             for note in self._native.take_notes():
@@ -134,7 +226,7 @@ class WorkerSide:
     def shutdown(self) -> None:
         """Finish what is in flight and let go of the pool, then of vLLM's tensors."""
         self._watches = []
-        if self._native is not None:
+        if self._native is not None and not self._out_of_service:
             self._native.release(HASHING_AT_SHUTDOWN_S)
         self._kv_caches = {}
 

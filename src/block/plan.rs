@@ -29,6 +29,9 @@ pub struct BlockCopy {
 /// The slot was adopted: compare its checksum before its bytes are used.
 pub const VERIFY: u16 = 1;
 
+/// A fence for somebody whose writes the compute stream does not order: wait until the copy has answered.
+pub const ANSWERED: u16 = 4;
+
 /// The slot is being restored from disk: copy once its line says that it is filled, in the order of the plan.
 pub const FOLLOW: u16 = 2;
 

@@ -45,6 +45,10 @@ pub struct Config {
     pub strict_load_failure: bool,
     /// Emit `KVEvents` (they only leave the process when vLLM's own publisher is on).
     pub events: bool,
+    /// Keep KV although prefix caching is off in vLLM by the user's own choice.
+    pub without_prefix_caching: bool,
+    /// Engines on this machine that share the sizes of both tiers; `None`: as many as vLLM says.
+    pub local_engines: Option<u32>,
     /// Extra text that goes into the namespace's fingerprint.
     pub namespace_salt: String,
     /// Debug mode: compare the bytes that arrive with the bytes that were offloaded.
@@ -66,6 +70,8 @@ pub const KEYS: &[(&str, &str)] = &[
     ("copy_threads", "a whole number from 1 to 64"),
     ("unsupported_groups", "\"error\" or \"bypass\""),
     ("strict_load_failure", "true or false"),
+    ("without_prefix_caching", "true or false"),
+    ("local_engines", "a whole number from 1 to 1024"),
     ("events", "true or false"),
     ("namespace_salt", "a string"),
     ("verify_loads", "true or false"),
@@ -80,8 +86,10 @@ impl Default for Config {
             pool_dir: PathBuf::from("/dev/shm"),
             keep_pool: true,
             copy_threads: None,
-            unsupported_groups: UnsupportedGroups::Error,
+            unsupported_groups: UnsupportedGroups::Bypass,
             strict_load_failure: false,
+            without_prefix_caching: false,
+            local_engines: None,
             events: true,
             namespace_salt: String::new(),
             verify_loads: false,
@@ -129,6 +137,11 @@ impl Config {
                 };
             }
             "strict_load_failure" => self.strict_load_failure = boolean(key, value)?,
+            "without_prefix_caching" => self.without_prefix_caching = boolean(key, value)?,
+            "local_engines" => {
+                let engines = value.as_u64().filter(|engines| (1..=1024).contains(engines));
+                self.local_engines = Some(engines.ok_or_else(|| wrong(key, value))? as u32);
+            }
             "events" => self.events = boolean(key, value)?,
             "namespace_salt" => value.as_str().ok_or_else(|| wrong(key, value))?.clone_into(&mut self.namespace_salt),
             "verify_loads" => self.verify_loads = boolean(key, value)?,
@@ -199,7 +212,7 @@ mod tests {
     #[test]
     fn every_documented_key_is_accepted() {
         let json = r#"{"dram_size":"512MiB","pool_dir":"/dev/shm","keep_pool":false,"copy_threads":3,"unsupported_groups":"bypass",
-            "strict_load_failure":true,"events":false,"namespace_salt":"x","verify_loads":true,"trace_file":"/tmp/t",
+            "strict_load_failure":true,"events":false,"without_prefix_caching":true,"local_engines":4,"namespace_salt":"x","verify_loads":true,"trace_file":"/tmp/t",
             "nvme_dir":"/disk","nvme_size":"1GiB","nvme_reserve":"2GiB","nvme_engine":"threads","nvme_admission":"reused",
             "write_through":true,"clean_percent":25,"load_policy":"auto","retention":"24h"}"#;
         let config = Config::parse(json).expect("valid");
@@ -227,6 +240,8 @@ mod tests {
             (r#"{"copy_threads": 0}"#, "copy_threads"),
             (r#"{"pool_dir": "relative"}"#, "pool_dir"),
             (r#"{"unsupported_groups": "some"}"#, "unsupported_groups"),
+            (r#"{"local_engines": 0}"#, "local_engines"),
+            (r#"{"without_prefix_caching": 1}"#, "without_prefix_caching"),
             (r#"{"nvme_dir": "relative"}"#, "nvme_dir"),
             (r#"{"nvme_size": "1GiB"}"#, "nvme_dir"),
             (r#"{"load_policy": "maybe"}"#, "load_policy"),

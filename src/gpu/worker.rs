@@ -13,7 +13,7 @@ use super::follower::{Follower, Ledger};
 use super::hasher::{BusyProbe, HashGuard, IdleHasher};
 use super::{After, Answers, ComputeStream, Copier, CopyError, Direction, MakeCopier, Order};
 use crate::block::SlotIndex;
-use crate::block::plan::{BlockCopy, FOLLOW, Load, StepPlan};
+use crate::block::plan::{ANSWERED, BlockCopy, FOLLOW, Load, StepPlan};
 use crate::error::Result;
 use crate::pool::{Pool, Ticket};
 
@@ -417,8 +417,12 @@ impl CopyWorker {
             wait.slot < board.pool.slot_count()
                 && !board.pool.line(SlotIndex(wait.slot)).answered(self.rank, wait.generation)
         };
-        let fenced: Vec<BlockCopy> = waits.iter().filter(|wait| open(wait)).copied().collect();
-        if fenced.is_empty() || attached.copier.fence(self.compute, &fenced) {
+        let (mut fenced, by_stream): (Vec<BlockCopy>, Vec<BlockCopy>) =
+            waits.iter().filter(|wait| open(wait)).partition(|wait| wait.flags & ANSWERED != 0);
+        if !by_stream.is_empty() && !attached.copier.fence(self.compute, &by_stream) {
+            fenced.extend(by_stream);
+        }
+        if fenced.is_empty() {
             return;
         }
         let mut progress = board.lock();

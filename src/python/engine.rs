@@ -169,19 +169,22 @@ impl PyTierEngine {
         })
     }
 
-    /// Plans a step: offered blocks, and vLLM blocks that it hands out. Returns the workers' orders, and whether the
-    /// engine is quiet: it need not be called again before something else is.
+    /// Plans a step: offered blocks, vLLM blocks that it hands to requests, and those that it hands to other connectors.
+    /// Returns the workers' orders, and whether the engine is quiet: it need not be called again before something else is.
+    #[pyo3(signature = (offers, reallocated, foreign=Vec::new()))]
     fn step<'py>(
         &self,
         py: Python<'py>,
         offers: Vec<PyOffer<'py>>,
         reallocated: Vec<Vec<u32>>,
+        foreign: Vec<u32>,
     ) -> PyResult<(Bound<'py, PyBytes>, bool)> {
         let offers = offers.into_iter().map(inputs::offer).collect::<PyResult<Vec<_>>>()?;
         let (plan, quiet) = self.run(py, |engine| {
             engine.poll();
             // Before this step's own offloads: their sources belong to the requests that offer them.
             engine.reallocate(reallocated.iter().flatten().copied());
+            engine.hand_to_others(foreign.into_iter());
             for offer in &offers {
                 apply(engine, offer, Start::AfterStep);
             }
@@ -234,6 +237,14 @@ impl PyTierEngine {
     fn take_events(&self, py: Python<'_>, integers: bool) -> PyResult<Vec<Py<PyAny>>> {
         let runs = self.run(py, |engine| Ok(engine.take_events()))?;
         runs.into_iter().map(|run| run_object(py, run, integers)).collect()
+    }
+
+    /// Tells subscribers that nothing is to be had from our tiers any more; see `take_events`.
+    fn withdraw(&self, py: Python<'_>) -> PyResult<()> {
+        self.run(py, |engine| {
+            engine.withdraw();
+            Ok(())
+        })
     }
 
     /// Every block that a request could have from a tier of ours now: (`dram` or `nvme`, hash, group).

@@ -44,6 +44,17 @@ impl PyConfig {
     }
 
     #[getter]
+    fn without_prefix_caching(&self) -> bool {
+        self.inner.without_prefix_caching
+    }
+
+    /// Engines on this machine that share the sizes; `None`: as many as vLLM says.
+    #[getter]
+    fn local_engines(&self) -> Option<u32> {
+        self.inner.local_engines
+    }
+
+    #[getter]
     fn strict_load_failure(&self) -> bool {
         self.inner.strict_load_failure
     }
@@ -59,12 +70,10 @@ impl PyConfig {
         self.inner.events
     }
 
-    /// The same configuration with another answer to whether events are kept, and this part of both tiers' sizes.
-    fn narrowed(&self, events: bool, shares: u64) -> Self {
+    /// The same configuration with another answer to whether events are kept.
+    fn narrowed(&self, events: bool) -> Self {
         let mut inner = self.inner.clone();
         inner.events &= events;
-        inner.dram_bytes = (inner.dram_bytes / shares.max(1)).max(1);
-        inner.nvme.bytes = (inner.nvme.bytes / shares.max(1)).max(1);
         Self { inner }
     }
 }

@@ -177,6 +177,11 @@ impl PyCopyWorker {
         })
     }
 
+    /// Copies submitted and not answered.
+    fn in_flight(&self, py: Python<'_>) -> PyResult<usize> {
+        py.detach(|| guarded(|| Ok(self.lock().in_flight())))
+    }
+
     /// Loads that ended since the last call: (all, failed).
     fn take_results(&self, py: Python<'_>) -> PyResult<(Vec<String>, Vec<String>)> {
         py.detach(|| {

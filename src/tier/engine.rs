@@ -15,7 +15,7 @@ use super::requests::{Lease, Request};
 use super::residency::{Census, Residency};
 use super::trace::{self, Trace};
 use super::window::Window;
-use crate::block::plan::{BlockCopy, StepPlan};
+use crate::block::plan::{ANSWERED, BlockCopy, StepPlan};
 use crate::block::{BlockHash, BlockKey, ExtentIndex, Grouping, SlotIndex, Tier};
 use crate::config::{Config, Controls};
 use crate::error::{Error, Result};
@@ -259,13 +259,36 @@ impl TierEngine {
 
     /// vLLM gives these blocks to somebody in this step: whoever still reads them is waited for.
     pub fn reallocate(&mut self, blocks: impl Iterator<Item = u32>) {
+        self.wait_for(blocks, 0);
+    }
+
+    /// vLLM gives these blocks to another connector. Its writes are not on vLLM's compute stream, so that workers wait
+    /// for the copies themselves before it is told of the step.
+    pub fn hand_to_others(&mut self, blocks: impl Iterator<Item = u32>) {
+        self.wait_for(blocks, ANSWERED);
+    }
+
+    fn wait_for(&mut self, blocks: impl Iterator<Item = u32>, flags: u16) {
         if self.fences.is_empty() {
             return;
         }
         for block in blocks {
             if let Some(copy) = self.fences.get(&block) {
-                self.plan.waits.push(*copy);
+                self.plan.waits.push(BlockCopy { flags: copy.flags | flags, ..*copy });
             }
+        }
+    }
+
+    /// Tells subscribers that nothing is to be had from our tiers any more. What lies in them stays for the next start.
+    pub fn withdraw(&mut self) {
+        let Some(residency) = &mut self.residency else { return };
+        for slot in residency.visible_slots() {
+            if let Some(key) = residency.key(slot) {
+                residency.events.removed(Tier::Dram, key);
+            }
+        }
+        if let Some(disk) = &mut self.disk {
+            disk.extents.withdraw(&mut residency.events);
         }
     }
 

@@ -1,0 +1,172 @@
+"""What the scheduler's side knows of each of vLLM's requests, and what a client may make of them.
+
+Ids, salts, adapter names and ``kv_transfer_params`` are chosen by clients. Nothing here raises because of them: a
+request whose values cannot be used is *left out*, which means that it is served as if KV Cellar did not exist.
+"""
+
+import json
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.request import Request
+
+from kvcellar import ConfigError
+from kvcellar._native import check_controls
+from kvcellar.events import encode_extra_keys
+from kvcellar.groups import Groups
+from kvcellar.offers import GroupOffer
+
+logger = init_logger(f"vllm.{__name__}")
+
+CONTROLS_KEY = "kvcellar"
+# A longer id, or one with other characters, gets a name of ours: no id can be too long for the native engine.
+_PLAIN_ID_CHARACTERS = 200
+# So many requests that are left out are logged as warnings: clients must not be able to fill the log.
+_WARNINGS_MAX = 10
+
+
+class UnusableRequest(Exception):
+    """A request that must be left out; says why."""
+
+
+class KnownRequest:
+    """What has been told to the native engine of one request.
+
+    Attributes:
+        request: vLLM's own object.
+        name: the native engine's id of it.
+        hashes: block hashes the engine has.
+        last_hash: the last of them, to notice a request that was rewritten.
+        offered: per group, blocks offered since the last lookup.
+        next_tokens: complete tokens at which there is something new to offer.
+        local: tokens vLLM held itself at the last lookup.
+        loaded: tokens we were asked to load since then.
+        limit: tokens from which on nothing is offered, because another connector loaded them; None: no such tokens.
+        scheduled: vLLM has scheduled the request since the last lookup.
+    """
+
+    __slots__ = (
+        "hashes",
+        "last_hash",
+        "limit",
+        "loaded",
+        "local",
+        "name",
+        "next_tokens",
+        "offered",
+        "request",
+        "scheduled",
+    )
+
+    def __init__(self, request: Request, name: str, groups: Groups) -> None:
+        self.request = request
+        self.name = name
+        self.hashes = 0
+        self.last_hash: bytes | None = None
+        self.looked_up(0, groups)
+
+    def looked_up(self, local: int, groups: Groups) -> None:
+        """Start over: everything is offered again (what is held already is only touched)."""
+        self.local = local
+        self.loaded = 0
+        self.limit: int | None = None
+        self.scheduled = False
+        self.offered = [0] * len(groups.groups)
+        self.next_tokens = min(group.block_tokens for group in groups.groups)
+
+    def new_hashes(self) -> list[bytes]:
+        """Block hashes the engine does not have yet."""
+        hashes = self.request.block_hashes
+        if len(hashes) == self.hashes:
+            return []
+        fresh = list(hashes[self.hashes :])
+        self.hashes = len(hashes)
+        self.last_hash = hashes[-1]
+        return fresh
+
+    def was_rewritten(self) -> bool:
+        """Whether hashes told to the engine are no longer the request's (streaming input replaces them)."""
+        hashes = self.request.block_hashes
+        return self.hashes > 0 and (len(hashes) < self.hashes or hashes[self.hashes - 1] != self.last_hash)
+
+    def take_group(self, index: int, groups: Groups, blocks: list[int], ready: int) -> GroupOffer:
+        """Take note that a group's blocks are offered up to ``ready`` tokens.
+
+        Args:
+            index: the group.
+            groups: all groups.
+            blocks: vLLM's ids of the blocks from the first one that was not offered yet.
+            ready: complete tokens.
+
+        Raises:
+            UnusableRequest: what went into the block hashes beside tokens cannot be written down.
+        """
+        tokens = groups.groups[index].block_tokens
+        first = self.offered[index]
+        blocks = blocks[: max(0, ready // tokens - first)]
+        try:
+            extra = encode_extra_keys(self.request, first * tokens, len(blocks), tokens)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise UnusableRequest(f"its hash keys cannot be written down: {type(error).__name__}") from error
+        self.offered[index] = first + len(blocks)
+        return first, blocks, extra
+
+
+def plain(request_id: str) -> bool:
+    """Whether vLLM's id can serve as the native engine's: short printable ASCII without the mark of our own names."""
+    return (
+        len(request_id) <= _PLAIN_ID_CHARACTERS
+        and request_id.isascii()
+        and request_id.isprintable()
+        and ("#" not in request_id)
+    )
+
+
+def controls(request: Request) -> str | None:
+    """Read a request's own wishes, as JSON for the native engine; None for no wishes.
+
+    Raises:
+        UnusableRequest: there are wishes and one of them is not understood. It may have been a wish not to store.
+    """
+    params: Any = request.kv_transfer_params
+    if params is None:
+        return None
+    if not isinstance(params, dict):
+        raise UnusableRequest(f"kv_transfer_params is no object but {type(params).__name__}")
+    wishes = params.get(CONTROLS_KEY)
+    if wishes is None:
+        return None
+    try:
+        text = json.dumps(wishes)
+        check_controls(text)
+    except ConfigError as error:
+        raise UnusableRequest(f"kv_transfer_params.{CONTROLS_KEY}: {error}") from error
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise UnusableRequest(f"kv_transfer_params.{CONTROLS_KEY}: {type(error).__name__}") from error
+    return text
+
+
+class LeftOut:
+    """Counts requests that are served without KV Cellar, and logs the first ones."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._taken = 0
+
+    def take(self) -> int:
+        """How many there were since the last call."""
+        taken, self._taken = self._taken, self.count
+        return self.count - taken
+
+    def add(self, request: Request, why: str) -> None:
+        """One more."""
+        self.count += 1
+        # An id may be long or hold anything: its representation is cut.
+        log = logger.warning if self.count <= _WARNINGS_MAX else logger.debug
+        log(
+            "KV Cellar: request %.80r is served without it (nothing stored, nothing loaded): %.300s",
+            request.request_id,
+            why,
+        )
+        if self.count == _WARNINGS_MAX:
+            logger.warning("KV Cellar: further requests served without it are counted, not logged")
