@@ -33,6 +33,12 @@ impl PyConfig {
         guarded(|| Ok(Self { inner: Config::parse(json)? }))
     }
 
+    /// Checks everything about directories and sizes that can be known before a model is loaded. Returns warnings; raises
+    /// `ConfigError` naming the field and the remedy. Makes `nvme_dir` where only that is missing.
+    fn check_machine(&self, py: Python<'_>) -> PyResult<Vec<String>> {
+        py.detach(|| guarded(|| crate::tier::machine::check(&self.inner)))
+    }
+
     #[getter]
     fn dram_bytes(&self) -> u64 {
         self.inner.dram_bytes
@@ -59,11 +65,10 @@ impl PyConfig {
         self.inner.events
     }
 
-    /// The same configuration with another answer to whether events are kept, and this part of both tiers' sizes.
+    /// The same configuration with another answer to whether events are kept, and this part of the nvme tier's size.
     fn narrowed(&self, events: bool, shares: u64) -> Self {
         let mut inner = self.inner.clone();
         inner.events &= events;
-        inner.dram_bytes = (inner.dram_bytes / shares.max(1)).max(1);
         inner.nvme.bytes = (inner.nvme.bytes / shares.max(1)).max(1);
         Self { inner }
     }
