@@ -13,7 +13,7 @@ def _about_vllm() -> list[str]:
         found = window.vllm_version()
     except ImportError:
         oldest, newest = (".".join(map(str, version)) for version in (window.OLDEST, window.NEWEST))
-        return ["--vllm-problem", f"Install vLLM {oldest} to {newest} into the same environment"]
+        return ["--vllm-missing", f"Where an engine is to run, install vLLM {oldest} to {newest} beside this package"]
     try:
         window.check(found)
     except UnsupportedError as error:

@@ -111,7 +111,12 @@ fn measure(options: &Options) -> Result<Vec<Measured>> {
     ];
     let bar = ProgressBar::new(options.blocks);
     let mut left = options.blocks;
+    super::present("DIR", &options.dir)?;
     for store in registry::list(&options.dir)? {
+        if store.state == "used" {
+            eprintln!("kvcellar: {} is skipped: an engine uses it", store.name);
+            continue;
+        }
         inspection::payloads(&store.path, &mut |payload| {
             for contender in &mut contenders {
                 contender.take(payload)?;

@@ -176,6 +176,8 @@ impl Field {
                 namespace: [namespace; 16],
                 facts: "{}",
                 bytes,
+                // One pool for each way that takes its turn.
+                total: bytes.saturating_mul(8),
                 explicit: true,
                 adopt: false,
                 geometry: &geometry,

@@ -29,9 +29,12 @@ pub struct Options {
     /// The version of vLLM that Python found.
     #[arg(long, hide = true)]
     pub vllm: Option<String>,
-    /// Why that version, or its absence, is a problem.
+    /// Why that version is a problem.
     #[arg(long, hide = true)]
     pub vllm_problem: Option<String>,
+    /// Python found no vLLM; what an engine would need.
+    #[arg(long, hide = true)]
+    pub vllm_missing: Option<String>,
 }
 
 fn vllm(options: &Options) -> Finding {
@@ -41,6 +44,13 @@ fn vllm(options: &Options) -> Finding {
             Finding::new(Status::Problem, name, found.as_deref().unwrap_or("not installed"), problem.as_str())
         }
         (Some(version), None) => Finding::ok(name, version.as_str()),
+        // Index and router run on hosts without engines.
+        (None, None) if options.vllm_missing.is_some() => Finding::new(
+            Status::Warning,
+            name,
+            "not installed: right where only the index or the router runs",
+            options.vllm_missing.clone().unwrap_or_default(),
+        ),
         (None, None) => {
             Finding::new(Status::Warning, name, "not looked at", "Run `python -m kvcellar doctor`, which asks Python")
         }
@@ -87,6 +97,7 @@ mod tests {
             nvrtc: Vec::new(),
             vllm: None,
             vllm_problem: None,
+            vllm_missing: None,
         }
     }
 
@@ -95,6 +106,8 @@ mod tests {
         assert_eq!(vllm(&options()).status, Status::Warning);
         let found = Options { vllm: Some("0.32.0".to_owned()), ..options() };
         assert_eq!(vllm(&found).status, Status::Ok);
+        let missing = Options { vllm_missing: Some("Install it".to_owned()), ..options() };
+        assert_eq!((vllm(&missing).status, vllm(&missing).remedy.as_deref()), (Status::Warning, Some("Install it")));
         let bad = Options { vllm_problem: Some("too old".to_owned()), ..found };
         assert_eq!((vllm(&bad).status, vllm(&bad).remedy.as_deref()), (Status::Problem, Some("too old")));
     }

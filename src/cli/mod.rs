@@ -195,6 +195,15 @@ pub fn run(args: Vec<String>) -> i32 {
     }
 }
 
+/// A directory that is not there is a mistake, and not an empty one: nobody wants to hear that all is well in it.
+fn present(argument: &str, dir: &std::path::Path) -> crate::error::Result<()> {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    let problem = format!("{} is no directory", dir.display());
+    Err(crate::error::Error::config(argument, problem, "Name the directory that the engine was given"))
+}
+
 /// Says why a command did not do its work. The exit code.
 fn refused(error: &dyn std::fmt::Display) -> i32 {
     eprintln!("kvcellar: {error}");

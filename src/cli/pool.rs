@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
+use super::present;
 use crate::config::size::show;
 use crate::pool::registry::{self, Entry};
 
 /// Prints the pools below `pool_dir`.
 pub fn list(pool_dir: &Path, json: bool) -> i32 {
-    let entries = match registry::list(pool_dir) {
+    let entries = match present("--pool-dir", pool_dir).and_then(|()| registry::list(pool_dir)) {
         Ok(entries) => entries,
         Err(error) => return super::refused(&error),
     };
@@ -22,17 +23,18 @@ pub fn list(pool_dir: &Path, json: bool) -> i32 {
         println!("no pools below {}", pool_dir.display());
         return 0;
     }
-    println!("{:<36} {:>10} {:>9} {:>9} {:<8} model", "name", "size", "slots", "process", "state");
+    println!("{:<36} {:>10} {:>9} {:>9} {:<8} {:>8} model", "name", "size", "slots", "process", "state", "would go");
     for entry in &entries {
         let model = entry.facts.as_ref().and_then(|facts| facts["model"].as_str()).unwrap_or("?");
         let number = |value: Option<u64>| value.map_or("?".to_owned(), |value| value.to_string());
         let pid = number(entry.owner_pid.map(u64::from));
         println!(
-            "{:<36} {:>10} {:>9} {pid:>9} {:<8} {model}",
+            "{:<36} {:>10} {:>9} {pid:>9} {:<8} {:>8} {model}",
             entry.name,
             show(entry.bytes),
             number(entry.slots),
-            entry.state
+            entry.state,
+            entry.would_go.map_or("-".to_owned(), |place| place.to_string())
         );
     }
     0
@@ -44,7 +46,7 @@ pub fn remove(pool_dir: &Path, names: &[String], all: bool) -> i32 {
         eprintln!("kvcellar: name pools to remove (see `kvcellar pool ls`), or write --all");
         return 2;
     }
-    let entries = match registry::list(pool_dir) {
+    let entries = match present("--pool-dir", pool_dir).and_then(|()| registry::list(pool_dir)) {
         Ok(entries) => entries,
         Err(error) => return super::refused(&error),
     };

@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use crate::config::size::show;
+use crate::error::Error;
 use crate::nvme::inspection::{self, Inspected};
 use crate::nvme::registry::{self, Entry};
 
@@ -21,11 +22,13 @@ struct Report<'a> {
     store: &'a Entry,
     contents: Option<Inspected>,
     error: Option<String>,
+    /// Why it was not looked at, where that is no failure.
+    skipped: Option<String>,
 }
 
 /// Prints the stores below `dir`.
 pub fn list(dir: &Path, json: bool) -> i32 {
-    let entries = match registry::list(dir) {
+    let entries = match super::present("DIR", dir).and_then(|()| registry::list(dir)) {
         Ok(entries) => entries,
         Err(error) => return super::refused(&error),
     };
@@ -76,21 +79,25 @@ fn examine(
     };
     let mut reports = Vec::new();
     for store in &entries {
-        let (contents, error) = match look(store) {
-            Ok(contents) => (Some(contents), None),
-            Err(error) => (None, Some(error.to_string())),
-        };
-        let damaged = contents.as_ref().is_some_and(|contents| !contents.damaged.is_empty());
-        if error.is_some() || must_be_whole && damaged {
+        let mut report = Report { store, contents: None, error: None, skipped: None };
+        match look(store) {
+            Ok(contents) => report.contents = Some(contents),
+            // A store that was not asked for by name and serves an engine is as it should be.
+            Err(busy @ Error::TryLater { .. }) if names.is_empty() => report.skipped = Some(busy.to_string()),
+            Err(error) => report.error = Some(error.to_string()),
+        }
+        let damaged = report.contents.as_ref().is_some_and(|contents| !contents.damaged.is_empty());
+        if report.error.is_some() || must_be_whole && damaged {
             code = 1;
         }
-        reports.push(Report { store, contents, error });
+        reports.push(report);
     }
     if json { print_json(&reports).max(code) } else { print_table(&reports, code) }
 }
 
 /// The named stores, or all, and 1 when a name is nobody's.
 fn chosen(dir: &Path, names: &[String]) -> crate::error::Result<(Vec<Entry>, i32)> {
+    super::present("DIR", dir)?;
     let mut entries = registry::list(dir)?;
     let mut code = 0;
     for name in names.iter().filter(|name| !entries.iter().any(|entry| entry.name == **name)) {
@@ -109,6 +116,9 @@ fn print_table(reports: &[Report<'_>], code: i32) -> i32 {
     for report in reports {
         if let Some(error) = &report.error {
             eprintln!("kvcellar: {}: {error}", report.store.name);
+        }
+        if let Some(why) = &report.skipped {
+            eprintln!("kvcellar: {} is skipped: {why}", report.store.name);
         }
         let Some(found) = &report.contents else { continue };
         println!(

@@ -48,6 +48,8 @@ pub struct NvmeConfig {
     pub dir: Option<PathBuf>,
     /// Most bytes that the store may take on disk, everything included.
     pub bytes: u64,
+    /// The user wrote the size; a default may be more than the disk has.
+    pub bytes_explicit: bool,
     /// Bytes of the file system that stay free whatever happens; `None`: a twentieth of it, at most 10 GiB.
     pub reserve_bytes: Option<u64>,
     /// See [`DiskEngine`].
@@ -71,7 +73,7 @@ pub const NVME_BYTES_DEFAULT: u64 = 16 << 30;
 pub(crate) const KEYS: &[(&str, &str)] = &[
     ("nvme_dir", "an absolute path"),
     ("nvme_size", "a size such as \"100GiB\" or a positive number of bytes"),
-    ("nvme_reserve", "a size such as \"10GiB\" or a positive number of bytes"),
+    ("nvme_reserve", "a size such as \"10GiB\", a number of bytes, or 0 to reserve nothing"),
     ("nvme_engine", "\"auto\", \"io_uring\" or \"threads\""),
     ("nvme_admission", "\"all\" or \"reused\""),
     ("write_through", "true or false"),
@@ -85,6 +87,7 @@ impl Default for NvmeConfig {
         Self {
             dir: None,
             bytes: NVME_BYTES_DEFAULT,
+            bytes_explicit: false,
             reserve_bytes: None,
             engine: DiskEngine::Auto,
             write_through: false,
@@ -105,8 +108,11 @@ impl NvmeConfig {
         let text = value.as_str();
         match key {
             "nvme_dir" => self.dir = Some(absolute_path(key, value)?),
-            "nvme_size" => self.bytes = size::parse(key, value)?,
-            "nvme_reserve" => self.reserve_bytes = Some(size::parse(key, value)?),
+            "nvme_size" => {
+                self.bytes = size::parse(key, value)?;
+                self.bytes_explicit = true;
+            }
+            "nvme_reserve" => self.reserve_bytes = Some(size::parse_or_zero(key, value)?),
             "nvme_engine" => {
                 self.engine = match text {
                     Some("auto") => DiskEngine::Auto,

@@ -11,12 +11,20 @@ use crate::error::Result;
 /// # Errors
 /// [`crate::error::Error::Config`] naming `key` for anything else.
 pub fn parse(key: &str, value: &Value) -> Result<u64> {
+    parse_or_zero(key, value).ok().filter(|bytes| *bytes > 0).ok_or_else(|| wrong(key, value))
+}
+
+/// The same for a size that may be 0.
+///
+/// # Errors
+/// As [`parse`].
+pub fn parse_or_zero(key: &str, value: &Value) -> Result<u64> {
     let bytes = match value {
         Value::Number(number) => number.as_u64(),
         Value::String(text) => Units::new().with_decimal().parse_size(text).ok(),
         _ => None,
     };
-    bytes.filter(|bytes| *bytes > 0).ok_or_else(|| wrong(key, value))
+    bytes.ok_or_else(|| wrong(key, value))
 }
 
 /// Bytes for people, in binary units.
@@ -43,6 +51,16 @@ mod tests {
         assert_eq!(read("64 MiB"), Some(64 << 20));
         assert_eq!(read("-4GiB"), None);
         assert_eq!(read(""), None);
+    }
+
+    #[test]
+    fn only_some_sizes_may_be_zero() {
+        for zero in [Value::from(0), Value::from("0"), Value::from("0GiB")] {
+            assert_eq!(parse_or_zero("nvme_reserve", &zero).ok(), Some(0), "{zero}");
+            assert!(parse("dram_size", &zero).is_err(), "{zero}");
+        }
+        assert!(parse_or_zero("nvme_reserve", &Value::from(-1)).is_err());
+        assert!(parse_or_zero("nvme_reserve", &Value::from(false)).is_err());
     }
 
     #[test]

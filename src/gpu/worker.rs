@@ -474,7 +474,7 @@ impl CopyWorker {
 /// Maps the pool's pages, which exist already, into this process, so that the first copies do not fault on each. Losing that is only slower.
 fn touch_in_background(pool: &Arc<Pool>) {
     let pool = Arc::clone(pool);
-    let touch = move || drop(pool.populate(&mut |_, _| ()));
+    let touch = move || pool.touch();
     drop(std::thread::Builder::new().name("kvcellar-touch".to_owned()).spawn(touch));
 }
 

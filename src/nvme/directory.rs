@@ -52,6 +52,19 @@ pub fn private(dir: &Path) -> Result<()> {
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
         Err(error) => return Err(Error::io("creating the store's directory", dir, error, REMEDY)),
     }
+    check(dir)
+}
+
+/// Refuses what stands in the place of this user's directory below `nvme_dir`, if something does.
+///
+/// # Errors
+/// [`Error::Config`] when it is not a private directory of this user; [`Error::Io`].
+pub fn check_present(nvme_dir: &Path) -> Result<()> {
+    let dir = path(nvme_dir);
+    if dir.symlink_metadata().is_ok() { check(&dir) } else { Ok(()) }
+}
+
+fn check(dir: &Path) -> Result<()> {
     let found = std::fs::symlink_metadata(dir).map_err(|error| Error::io("reading", dir, error, REMEDY))?;
     if found.is_dir() && is_ours(&found) {
         return Ok(());

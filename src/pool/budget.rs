@@ -4,8 +4,8 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
-use nix::sys::statvfs::statvfs;
-
+use super::cgroup;
+use super::file_system::{self, FileSystem, Kind};
 use crate::config::size::show;
 use crate::error::{Error, Result};
 use crate::limits::MEMORY_RESERVE_PERCENT;
@@ -15,6 +15,8 @@ use crate::limits::MEMORY_RESERVE_PERCENT;
 pub enum Bound {
     /// The configured size.
     Configured,
+    /// What other engines of this user have of the configured size.
+    Engines,
     /// Free space of the shared-memory file system.
     SharedMemory,
     /// The control group's memory limit.
@@ -27,6 +29,7 @@ impl fmt::Display for Bound {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Configured => "dram_size",
+            Self::Engines => "what other engines have of dram_size",
             Self::SharedMemory => "free shared memory",
             Self::Cgroup => "the control group's memory limit",
             Self::Available => "available memory",
@@ -37,8 +40,8 @@ impl fmt::Display for Bound {
 /// What the machine has, in bytes. `None`: not limited, or not known.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Machine {
-    /// Free bytes of the shared-memory file system.
-    pub shared_memory: Option<u64>,
+    /// The file system of the pools.
+    pub file_system: Option<FileSystem>,
     /// Bytes left below the control group's limit.
     pub cgroup: Option<u64>,
     /// Memory available without swapping.
@@ -57,70 +60,75 @@ pub struct Budget {
 }
 
 impl Machine {
-    /// Looks at the machine. `dir`: the shared-memory file system.
+    /// Looks at the machine. `dir`: where pools lie.
     pub fn look(dir: &Path) -> Self {
         let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let field = |name: &str| {
             let line = meminfo.lines().find(|line| line.starts_with(name))?;
             line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
         };
+        let file_system = FileSystem::of(dir);
+        // Huge pages were taken out of ordinary memory when they were reserved.
+        let ordinary = file_system.is_none_or(|found| found.kind != Kind::Hugetlbfs);
         Self {
-            shared_memory: statvfs(dir).ok().map(|fs| fs.blocks_available() * fs.fragment_size()),
-            cgroup: cgroup_room(),
-            available: field("MemAvailable:"),
+            file_system,
+            cgroup: cgroup::room(Path::new("/")).filter(|_| ordinary),
+            available: field("MemAvailable:").filter(|_| ordinary),
             total: field("MemTotal:"),
         }
     }
 
-    /// The size of a pool for which `wanted` bytes were asked. A pool that is being
-    /// replaced must be gone before: its memory is looked at as it is then.
+    /// Refuses a written size that is more than the machine's whole memory: that is a mistake, not a wish.
     ///
     /// # Errors
-    /// [`Error::Config`] when an `explicit` wish is more than the machine's whole memory: that is a mistake, not a wish.
-    pub fn budget(&self, wanted: u64, explicit: bool) -> Result<Budget> {
-        if let Some(total) = self.total.filter(|total| explicit && wanted > *total) {
-            return Err(Error::config(
+    /// [`Error::Config`] naming `dram_size`.
+    pub fn refuse_impossible(&self, wanted: u64) -> Result<()> {
+        match self.total.filter(|total| wanted > *total) {
+            None => Ok(()),
+            Some(total) => Err(Error::config(
                 "dram_size",
                 format!("{} is more than the machine's whole memory of {}", show(wanted), show(total)),
                 "Write less, or leave it out for a default that fits",
-            ));
+            )),
         }
-        let less_reserve = |bytes: u64| bytes - bytes / 100 * MEMORY_RESERVE_PERCENT;
+    }
+
+    /// The size of a pool that may have as much as `most`, where `own` bytes of it are there already.
+    pub fn budget(&self, most: Budget, own: u64) -> Budget {
+        let beside = |bytes: Option<u64>| bytes.map(|bytes| bytes.saturating_add(own));
         let bounds = [
-            (Some(wanted), Bound::Configured),
-            (self.shared_memory, Bound::SharedMemory),
-            (self.cgroup.map(less_reserve), Bound::Cgroup),
-            (self.available.map(less_reserve), Bound::Available),
+            (beside(self.file_system.and_then(|found| found.free_bytes)), Bound::SharedMemory),
+            (beside(self.cgroup.map(less_reserve)), Bound::Cgroup),
+            (beside(self.available.map(less_reserve)), Bound::Available),
         ];
-        let least = bounds.iter().filter_map(|(bytes, bound)| bytes.map(|bytes| Budget { bytes, bound: *bound }));
-        Ok(least.min_by_key(|budget| budget.bytes).unwrap_or(Budget { bytes: wanted, bound: Bound::Configured }))
+        let bounds = bounds.into_iter().filter_map(|(bytes, bound)| bytes.map(|bytes| Budget { bytes, bound }));
+        bounds.fold(most, |least, next| if next.bytes < least.bytes { next } else { least })
+    }
+
+    /// What a user can do about a bound.
+    pub fn remedy(&self, bound: Bound) -> String {
+        let (kind, page) =
+            self.file_system.map_or((Kind::Tmpfs, super::system_page_bytes()), |found| (found.kind, found.page_bytes));
+        match bound {
+            Bound::Configured => "write a larger dram_size".to_owned(),
+            Bound::Engines => {
+                "dram_size is for all engines of this user below one pool_dir: write a larger one, stop an engine, or give \
+                 this one another pool_dir"
+                    .to_owned()
+            }
+            Bound::SharedMemory => file_system::more_room(kind, page),
+            Bound::Cgroup => {
+                "raise the memory limit (docker run --memory, Kubernetes resources.limits.memory, MemoryMax of a systemd \
+                 unit), or write a smaller dram_size"
+                    .to_owned()
+            }
+            Bound::Available => "free memory, or write a smaller dram_size".to_owned(),
+        }
     }
 }
 
-/// Room below the tightest memory limit of this process's control group and its parents.
-fn cgroup_room() -> Option<u64> {
-    let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
-    let unified = groups.lines().find_map(|line| line.strip_prefix("0::"));
-    let read = |path: &Path| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-    let mut least: Option<u64> = None;
-    if let Some(path) = unified {
-        let root = Path::new("/sys/fs/cgroup");
-        let own = root.join(path.trim_start_matches('/'));
-        for dir in own.ancestors().take_while(|dir| dir.starts_with(root)) {
-            if let (Some(max), Some(current)) = (read(&dir.join("memory.max")), read(&dir.join("memory.current"))) {
-                let room = max.saturating_sub(current);
-                least = Some(least.map_or(room, |least| least.min(room)));
-            }
-        }
-    }
-    let legacy = Path::new("/sys/fs/cgroup/memory");
-    let (limit, usage) = (read(&legacy.join("memory.limit_in_bytes")), read(&legacy.join("memory.usage_in_bytes")));
-    match (limit, usage) {
-        (Some(limit), Some(usage)) => {
-            Some(least.map_or(limit.saturating_sub(usage), |least| least.min(limit.saturating_sub(usage))))
-        }
-        _ => least,
-    }
+fn less_reserve(bytes: u64) -> u64 {
+    bytes - bytes / 100 * MEMORY_RESERVE_PERCENT
 }
 
 #[cfg(test)]
@@ -129,27 +137,61 @@ mod tests {
 
     const GIB: u64 = 1 << 30;
 
-    #[test]
-    fn the_least_bound_wins_and_is_named() {
-        let machine =
-            Machine { shared_memory: Some(8 * GIB), cgroup: None, available: Some(100 * GIB), total: Some(128 * GIB) };
-        assert_eq!(machine.budget(4 * GIB, true).expect("fits"), Budget { bytes: 4 * GIB, bound: Bound::Configured });
-        assert_eq!(machine.budget(64 * GIB, true).expect("capped").bound, Bound::SharedMemory);
-        let tight = Machine { cgroup: Some(GIB), ..machine };
-        assert_eq!(tight.budget(4 * GIB, true).expect("capped").bound, Bound::Cgroup);
+    fn wished(bytes: u64) -> Budget {
+        Budget { bytes, bound: Bound::Configured }
+    }
+
+    fn machine(shared: u64) -> Machine {
+        let file_system =
+            FileSystem { kind: Kind::Tmpfs, page_bytes: 4096, total_bytes: Some(shared), free_bytes: Some(shared) };
+        Machine {
+            file_system: Some(file_system),
+            cgroup: None,
+            available: Some(100 * GIB),
+            total: Some(128 * GIB),
+        }
     }
 
     #[test]
-    fn more_than_the_whole_memory_is_a_mistake_only_when_written() {
-        let machine = Machine { total: Some(2 * GIB), available: Some(GIB), ..Machine::default() };
-        let error = machine.budget(4 * GIB, true).expect_err("too large").to_string();
+    fn the_least_bound_wins_and_is_named() {
+        let machine = machine(8 * GIB);
+        assert_eq!(machine.budget(wished(4 * GIB), 0), wished(4 * GIB));
+        assert_eq!(machine.budget(wished(64 * GIB), 0), Budget { bytes: 8 * GIB, bound: Bound::SharedMemory });
+        let tight = Machine { cgroup: Some(GIB), ..machine };
+        assert_eq!(tight.budget(wished(4 * GIB), 0).bound, Bound::Cgroup);
+        let most = Budget { bytes: GIB / 2, bound: Bound::Engines };
+        assert_eq!(tight.budget(most, 0), most);
+    }
+
+    #[test]
+    fn what_a_pool_has_already_needs_no_room() {
+        let machine = Machine { cgroup: Some(0), ..machine(GIB) };
+        assert_eq!(machine.budget(wished(64 * GIB), 0).bytes, 0);
+        assert_eq!(machine.budget(wished(64 * GIB), 3 * GIB).bytes, 3 * GIB);
+    }
+
+    #[test]
+    fn more_than_the_whole_memory_is_a_mistake() {
+        let error = Machine { total: Some(2 * GIB), ..Machine::default() }.refuse_impossible(4 * GIB);
+        let error = error.expect_err("too large").to_string();
         assert!(error.starts_with("dram_size") && error.contains("2.0 GiB"), "{error}");
-        assert_eq!(machine.budget(4 * GIB, false).expect("capped").bound, Bound::Available);
+        assert!(Machine::default().refuse_impossible(u64::MAX).is_ok(), "not known");
+    }
+
+    #[test]
+    fn every_bound_has_a_remedy_of_its_own() {
+        let machine = machine(GIB);
+        let bounds = [Bound::Configured, Bound::Engines, Bound::SharedMemory, Bound::Cgroup, Bound::Available];
+        let mut remedies = bounds.map(|bound| machine.remedy(bound)).to_vec();
+        assert!(remedies[2].contains("--shm-size") && remedies[2].contains("emptyDir") && remedies[2].contains("pool_dir"));
+        remedies.sort();
+        remedies.dedup();
+        assert_eq!(remedies.len(), bounds.len());
     }
 
     #[test]
     fn this_machine_has_memory() {
         let machine = Machine::look(Path::new("/dev/shm"));
-        assert!(machine.total.is_some_and(|bytes| bytes > 0) && machine.shared_memory.is_some());
+        assert!(machine.total.is_some_and(|bytes| bytes > 0) && machine.file_system.is_some());
     }
 }

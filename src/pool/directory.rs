@@ -19,6 +19,10 @@ pub fn ensure(pool_dir: &Path) -> Result<PathBuf> {
     match DirBuilder::new().mode(0o700).create(&dir) {
         Ok(()) => return Ok(dir),
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let problem = format!("{} does not exist", pool_dir.display());
+            return Err(Error::config("pool_dir", problem, "Make it, on a tmpfs, or leave pool_dir out for /dev/shm"));
+        }
         Err(error) => return Err(Error::io("creating the pool directory", dir, error, REMEDY)),
     }
     check(&dir)?;
@@ -28,6 +32,15 @@ pub fn ensure(pool_dir: &Path) -> Result<PathBuf> {
 /// Where this user's pools lie below `pool_dir`.
 pub fn path(pool_dir: &Path) -> PathBuf {
     pool_dir.join(format!("kvcellar-{}", Uid::effective()))
+}
+
+/// Refuses what stands in the place of this user's directory below `pool_dir`, if something does.
+///
+/// # Errors
+/// [`Error::Config`] when it is not a private directory of this user; [`Error::Io`].
+pub fn check_present(pool_dir: &Path) -> Result<()> {
+    let dir = path(pool_dir);
+    if dir.symlink_metadata().is_ok() { check(&dir) } else { Ok(()) }
 }
 
 fn check(dir: &Path) -> Result<()> {

@@ -6,12 +6,13 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bytemuck::{Pod, Zeroable};
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::layout::Layout;
 use super::mapping::Mapping;
 use crate::error::{Error, Result};
 use crate::limits;
 
 /// Version of everything in a pool file.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 
 const MAGIC: [u8; 8] = *b"KVCELLAR";
 const OWNER_OFFSET: usize = 1024;
@@ -31,8 +32,8 @@ pub struct Purpose {
     pub slot_bytes: u64,
     /// Bytes of a slot's descriptor pages.
     pub descriptor_bytes: u64,
-    /// Configured size, before it was capped.
-    pub wanted_bytes: u64,
+    /// Lines of the slot table, of which `slot_count` are in use.
+    pub table_slots: u64,
     /// Fingerprint of everything that makes bytes interchangeable.
     pub namespace: [u8; 16],
     /// When it was made, in seconds since 1970.
@@ -46,20 +47,18 @@ impl Purpose {
     pub fn new(
         namespace: [u8; 16],
         ranks: u32,
-        slot_count: u64,
-        slot_bytes: u64,
+        layout: Layout,
         descriptor_bytes: u64,
-        wanted_bytes: u64,
     ) -> Self {
         let created_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         Self {
             magic: MAGIC,
             version: FORMAT_VERSION,
             ranks,
-            slot_count,
-            slot_bytes,
+            slot_count: layout.slots,
+            slot_bytes: layout.slot_bytes,
             descriptor_bytes,
-            wanted_bytes,
+            table_slots: layout.table_slots,
             namespace,
             created_s,
             facts_bytes: 0,
@@ -67,10 +66,22 @@ impl Purpose {
         }
     }
 
-    /// Same purpose: the pool of another start may be adopted.
+    /// Same purpose: the pool of another start may be adopted, whatever its size.
     pub fn fits(&self, other: &Self) -> bool {
-        (self.namespace, self.ranks, self.slot_bytes, self.descriptor_bytes, self.wanted_bytes)
-            == (other.namespace, other.ranks, other.slot_bytes, other.descriptor_bytes, other.wanted_bytes)
+        (self.namespace, self.ranks, self.slot_bytes, self.descriptor_bytes)
+            == (other.namespace, other.ranks, other.slot_bytes, other.descriptor_bytes)
+    }
+
+    /// How the file is divided. `None`: into more than a pool can have.
+    pub fn layout(&self) -> Option<Layout> {
+        let Self { slot_count: slots, table_slots, slot_bytes, .. } = *self;
+        let sane = slots >= 1 && slots <= table_slots && table_slots <= limits::SLOTS_MAX && slot_bytes > 0;
+        sane.then_some(Layout { slots, table_slots, slot_bytes })
+    }
+
+    /// The same with another number of slots.
+    pub(super) fn with_slots(&self, slot_count: u64) -> Self {
+        Self { slot_count, ..*self }
     }
 
     fn sum(&self) -> u64 {
@@ -138,6 +149,14 @@ impl<'a> Header<'a> {
             self.map.at(FACTS_OFFSET, facts.len()).as_ptr().copy_from_nonoverlapping(facts.as_ptr(), facts.len());
             self.map.at(0, head.len()).as_ptr().copy_from_nonoverlapping(head.as_ptr(), head.len());
         }
+    }
+
+    /// Writes a purpose that names another number of slots. Only the owner calls this, while nobody else maps the file.
+    pub(super) fn rewrite(self, mut purpose: Purpose) {
+        purpose.checksum = purpose.sum();
+        let head = bytemuck::bytes_of(&purpose);
+        // SAFETY: the range lies inside the header pages; the caller holds both locks exclusively, so nobody reads it meanwhile.
+        unsafe { self.map.at(0, head.len()).as_ptr().copy_from_nonoverlapping(head.as_ptr(), head.len()) };
     }
 
     /// Takes the pool over: a new epoch, so that nobody attaches with an older ticket.

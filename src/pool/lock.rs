@@ -1,4 +1,4 @@
-//! Who may touch a pool file: two open-file-description locks on it.
+//! Who may touch a pool file: two open-file-description locks on it; and whose turn it is to make one: [`Turn`].
 //!
 //! Byte 0 is the *owner* lock: exclusive, held by one `EngineCore` for as long as it uses the pool. Byte 1 is the *mappers* lock: shared, held by
 //! every process that maps the file, `EngineCore` included. Taking a pool over needs both exclusively: a dead owner does not prove that its
@@ -9,14 +9,15 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
+use super::directory;
 use crate::error::{Error, Result};
 
 const OWNER: i64 = 0;
@@ -32,7 +33,50 @@ pub struct PoolLocks {
 
 impl Drop for PoolLocks {
     fn drop(&mut self) {
-        if self.owned_by == Some(std::process::id()) {
+        if self.is_owner() {
+            self.mark_used();
+            // Where this fails the kernel gives it back with the last descriptor.
+            let _ = lock_byte(&self.file, OWNER, libc::F_UNLCK);
+        }
+    }
+}
+
+/// The turn among starts in one directory: while it is held, nobody else looks at the machine, removes or makes pools.
+#[derive(Debug)]
+pub struct Turn {
+    file: File,
+    held_by: u32,
+}
+
+impl Turn {
+    /// Waits for the turn in this directory.
+    ///
+    /// # Errors
+    /// [`Error::TryLater`] when others have it for longer than `patience`; [`Error::Io`] and [`Error::Config`] when its file
+    /// cannot be had.
+    pub fn wait(dir: &Path, patience: Duration) -> Result<Self> {
+        let path = dir.join("lock");
+        let file = directory::open_or_create(&path)?;
+        let deadline = Instant::now() + patience;
+        while lock_byte(&file, OWNER, libc::F_WRLCK).is_err() {
+            if Instant::now() >= deadline {
+                let holder = std::fs::read_to_string(&path).unwrap_or_default();
+                return Err(Error::TryLater {
+                    what: format!("the pool directory {}", dir.display()),
+                    holder: format!("process {} has been making its pool there for {patience:?}", holder.trim()),
+                });
+            }
+            sleep(Duration::from_millis(20));
+        }
+        // For people only; some file systems for huge pages take no writes.
+        drop(file.set_len(0).and_then(|()| file.write_all_at(std::process::id().to_string().as_bytes(), 0)));
+        Ok(Self { file, held_by: std::process::id() })
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        if self.held_by == std::process::id() {
             // Where this fails the kernel gives it back with the last descriptor.
             let _ = lock_byte(&self.file, OWNER, libc::F_UNLCK);
         }
@@ -73,6 +117,17 @@ impl PoolLocks {
         lock_byte(&file, OWNER, libc::F_WRLCK).ok()?;
         let locks = Self { file, owned_by: Some(std::process::id()) };
         names(path, &locks.file).then_some(locks)
+    }
+
+    /// Whether this process is the owner, and not a child that inherited a copy.
+    pub fn is_owner(&self) -> bool {
+        self.owned_by == Some(std::process::id())
+    }
+
+    /// Owner: the file is in use now. Files that nobody uses go in the order of this.
+    pub fn mark_used(&self) {
+        // Where the system does not keep times, files go in another order.
+        drop(self.file.set_modified(SystemTime::now()));
     }
 
     /// Owner: waits until no process of an earlier engine maps the file. `false`: some still do after `patience`.
@@ -145,6 +200,19 @@ mod tests {
         drop(shared);
         assert!(PoolLocks::own(open(), file.path()).is_none(), "the next owner's lock went with the child");
         drop(next);
+    }
+
+    #[test]
+    fn starts_take_turns_and_the_patient_learn_who_has_it() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let turn = Turn::wait(dir.path(), Duration::ZERO).expect("nobody has it");
+        let error = Turn::wait(dir.path(), Duration::from_millis(30)).expect_err("it is taken").to_string();
+        assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
+        std::thread::scope(|scope| {
+            let next = scope.spawn(|| Turn::wait(dir.path(), Duration::from_secs(60)));
+            drop(turn);
+            assert!(next.join().expect("no panic").is_ok());
+        });
     }
 
     #[test]

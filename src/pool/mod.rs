@@ -5,15 +5,24 @@
 //! lies where: that is the tier engine's.
 //!
 //! File layout: header ([`limits::HEADER_BYTES`]), slot table (one cache line a slot, page-aligned), slots.
+//!
+//! Sizes: [`ledger`] says what all engines of this user may have together, [`budget`] what the machine can give.
 
+mod adopt;
 pub mod budget;
+pub mod cgroup;
+pub mod claim;
 pub mod directory;
+pub mod file_system;
 pub mod futex;
 pub mod header;
+pub mod layout;
+pub mod ledger;
 pub mod lock;
 pub mod mapping;
 pub mod memory;
 pub mod open;
+pub mod pages;
 mod placement;
 pub mod registry;
 pub mod slot_table;
@@ -22,6 +31,7 @@ pub mod watch;
 
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
@@ -31,7 +41,9 @@ use crate::block::{SlotGeometry, SlotIndex};
 use crate::error::{Error, Result};
 use crate::limits;
 
+use claim::Claim;
 use header::Header;
+use layout::Layout;
 use lock::PoolLocks;
 use mapping::Mapping;
 use slot_table::SlotLine;
@@ -45,6 +57,8 @@ pub struct Ticket {
     pub epoch: u64,
     /// Slots in the pool.
     pub slot_count: u32,
+    /// Lines of its slot table.
+    pub table_slots: u32,
     /// Sizes of a slot.
     pub geometry: SlotGeometry,
 }
@@ -55,40 +69,37 @@ pub struct Pool {
     map: Mapping,
     path: PathBuf,
     slot_count: u32,
+    table_slots: u32,
+    slots_offset: usize,
     geometry: SlotGeometry,
     // Fields drop in this order: the memory is unmapped before others may take it over.
+    claim: OnceLock<Claim>,
     locks: PoolLocks,
 }
 
-/// Bytes of a pool file with `slot_count` slots of this geometry.
-pub fn file_bytes(slot_count: u64, geometry: &SlotGeometry) -> u64 {
-    slots_offset(slot_count) + slot_count * geometry.slot_bytes
-}
-
-/// How many slots fit into `bytes`.
-pub fn slots_in(bytes: u64, geometry: &SlotGeometry) -> u64 {
-    let per_slot = geometry.slot_bytes + size_of::<SlotLine>() as u64;
-    let room = bytes.saturating_sub(limits::HEADER_BYTES + limits::SLOT_ALIGN);
-    (room / per_slot).min(limits::SLOTS_MAX)
-}
-
-fn slots_offset(slot_count: u64) -> u64 {
-    (limits::HEADER_BYTES + slot_count * size_of::<SlotLine>() as u64).next_multiple_of(limits::SLOT_ALIGN)
+/// The system's page, in bytes: 4 KiB, or more on some ARM64 systems.
+pub fn system_page_bytes() -> u64 {
+    // SAFETY: sysconf takes an integer and touches no memory of ours.
+    let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u64::try_from(bytes).ok().filter(|bytes| bytes.is_power_of_two()).unwrap_or(limits::SLOT_ALIGN)
 }
 
 impl Pool {
     fn assemble(
         map: Mapping,
         path: PathBuf,
-        slot_count: u32,
+        (slot_count, table_slots): (u32, u32),
         geometry: SlotGeometry,
         locks: PoolLocks,
     ) -> Result<Self> {
-        let wanted = file_bytes(u64::from(slot_count), &geometry);
-        if map.len() as u64 != wanted {
+        let (slots, lines) = (u64::from(slot_count), u64::from(table_slots));
+        let layout = Layout { slots, table_slots: lines, slot_bytes: geometry.slot_bytes };
+        let wanted = layout.file_bytes(map.page_bytes());
+        if map.len() as u64 != wanted || slot_count > table_slots {
             return Err(Error::lost("pool file", format!("{} has {} bytes, not {wanted}", path.display(), map.len())));
         }
-        Ok(Self { map, path, slot_count, geometry, locks })
+        let slots_offset = layout.slots_offset() as usize;
+        Ok(Self { map, path, slot_count, table_slots, slots_offset, geometry, claim: OnceLock::new(), locks })
     }
 
     /// Attaches to the pool that a ticket names. Called by workers.
@@ -100,7 +111,8 @@ impl Pool {
         let file = directory::open_private(&ticket.path)?;
         let locks = PoolLocks::attach(file.try_clone().map_err(|error| io(&ticket.path, error))?, &ticket.path)?;
         let map = Mapping::of(&file, &ticket.path)?;
-        let pool = Self::assemble(map, ticket.path.clone(), ticket.slot_count, ticket.geometry.clone(), locks)?;
+        let counts = (ticket.slot_count, ticket.table_slots);
+        let pool = Self::assemble(map, ticket.path.clone(), counts, ticket.geometry.clone(), locks)?;
         let epoch = pool.header().epoch();
         if epoch != ticket.epoch {
             return Err(Error::lost("pool file", format!("epoch {epoch:x} is not the ticket's {:x}", ticket.epoch)));
@@ -114,6 +126,7 @@ impl Pool {
             path: self.path.clone(),
             epoch: self.header().epoch(),
             slot_count: self.slot_count,
+            table_slots: self.table_slots,
             geometry: self.geometry.clone(),
         }
     }
@@ -153,27 +166,25 @@ impl Pool {
         Header::of(&self.map)
     }
 
-    /// Says where pages that are not there yet shall lie. For the pool's owner.
-    pub(super) fn place(&self, near: &[u32]) {
-        self.map.place(near);
-    }
-
-    /// Populates every page of the mapping, so that later accesses neither fault in bulk nor fail.
-    ///
-    /// # Errors
-    /// [`Error::Io`] when the system has no memory for it.
-    pub fn populate(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
-        self.map.populate(&self.path, progress)
+    /// Maps pages that exist into this process, so that the first accesses do not fault on each. For workers, beside
+    /// others that write: where the system refuses, accesses fault as they come.
+    pub fn touch(&self) {
+        pages::touch(&self.map);
     }
 
     /// A slot's line in the slot table.
     #[inline]
     pub fn line(&self, slot: SlotIndex) -> &SlotLine {
         debug_assert!(slot.0 < self.slot_count);
+        Self::line_in(&self.map, slot)
+    }
+
+    #[inline]
+    fn line_in(map: &Mapping, slot: SlotIndex) -> &SlotLine {
         let offset = limits::HEADER_BYTES as usize + slot.0 as usize * size_of::<SlotLine>();
-        // SAFETY: the offset lies inside the mapping (its size was checked in `assemble`) and is aligned to a cache line, SlotLine is
-        // made of atomics only, so sharing it with other threads and processes is sound, and the mapping lives as long as `self`.
-        unsafe { self.map.at(offset, size_of::<SlotLine>()).cast::<SlotLine>().as_ref() }
+        // SAFETY: `at` checks that the line lies inside the mapping, it is aligned to a cache line, SlotLine is made of atomics
+        // only, so sharing it with other threads and processes is sound, and the mapping lives as long as the reference.
+        unsafe { map.at(offset, size_of::<SlotLine>()).cast::<SlotLine>().as_ref() }
     }
 
     /// Start of a slot's payload. The bytes belong to whoever holds the slot by the rules of the slot table.
@@ -247,9 +258,23 @@ impl Pool {
         self.locks.unlink(&self.path)
     }
 
+    /// Removes the file's name, and leaves a claim in its place, so that the memory still counts among what all engines
+    /// have. The claim goes with this pool.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when no claim can be made (the pool keeps its name then), or the name is not ours to remove.
+    pub fn hide(&self) -> Result<()> {
+        if self.claim.get().is_none() {
+            let claim = Claim::stake(&self.path, self.header().epoch(), self.bytes())?;
+            // Whoever was quicker has staked the same claim.
+            drop(self.claim.set(claim));
+        }
+        self.unlink()
+    }
+
     fn slot_offset(&self, slot: SlotIndex) -> usize {
         debug_assert!(slot.0 < self.slot_count);
-        (slots_offset(u64::from(self.slot_count)) + u64::from(slot.0) * self.geometry.slot_bytes) as usize
+        self.slots_offset + (u64::from(slot.0) * self.geometry.slot_bytes) as usize
     }
 }
 

@@ -5,6 +5,7 @@
 //! needed: a system that refuses costs speed only.
 
 use std::ffi::{c_int, c_ulong};
+use std::path::Path;
 use std::ptr::NonNull;
 
 /// Pages from one node, and from others when it has none left.
@@ -24,12 +25,19 @@ pub(super) fn prefer_huge_pages(start: NonNull<u8>, len: usize) {
 /// Asks the kernel to place the file's pages that are not there yet. `near`: the nodes next to the devices; none: not known. `start` is page-aligned and
 /// mapped for `len` bytes.
 pub(super) fn place(start: NonNull<u8>, len: usize, near: &[u32]) {
-    let present = std::fs::read_to_string("/sys/devices/system/node/has_memory").map_or(0, |text| mask(text.trim()));
-    let Some((policy, nodes)) = policy(present, near) else { return };
+    let Some((policy, nodes)) = policy(present(Path::new("/sys/devices/system/node")), near) else { return };
     // SAFETY: as above; the mask is a local of as many bits as are named, which the kernel reads only.
     unsafe {
         libc::syscall(libc::SYS_mbind, start.as_ptr(), len, policy, &raw const nodes, c_ulong::from(NODES_MAX), 0)
     };
+}
+
+/// Nodes with memory that processors use. Others are a device's own memory, as beside a GPU that shares its address space.
+fn present(nodes: &Path) -> c_ulong {
+    let read = |name: &str| std::fs::read_to_string(nodes.join(name)).ok().map(|text| mask(text.trim()));
+    let memory = read("has_memory").unwrap_or(0);
+    // Where the kernel does not tell of processors, memory is all there is to go by.
+    memory & read("has_cpu").filter(|cpus| *cpus != 0).unwrap_or(memory)
 }
 
 /// What to ask for; `None` where there is nothing to choose. Nodes without memory are not asked.
@@ -72,6 +80,18 @@ mod tests {
             assert_eq!(mask(nothing), 0, "{nothing}");
         }
         assert_eq!(mask("0-4000000000"), c_ulong::MAX);
+    }
+
+    #[test]
+    fn memory_without_processors_is_a_devices_own() {
+        let nodes = tempfile::tempdir().expect("a directory");
+        let write = |name: &str, list: &str| std::fs::write(nodes.path().join(name), list).expect("written");
+        assert_eq!(present(nodes.path()), 0);
+        write("has_memory", "0-2,9\n");
+        assert_eq!(present(nodes.path()), 0b10_0000_0111, "nothing is known of processors");
+        write("has_cpu", "0-1\n");
+        assert_eq!(present(nodes.path()), 0b11);
+        assert_eq!(policy(present(nodes.path()), &[2]), Some((INTERLEAVE, 0b11)), "near a device's own memory");
     }
 
     #[test]

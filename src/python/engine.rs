@@ -63,7 +63,9 @@ impl PyTierEngine {
 
     /// Creates or adopts the pool. `ranks`: JSON list of what each rank offers; `facts`: JSON object that makes up the namespace; `stable`: block hashes
     /// mean the same after a restart. `progress(done, total)` is called in bytes. `near`: memory nodes next to the ranks' devices, where they are known.
-    #[pyo3(signature = (ranks, facts, stable, progress, near=Vec::new()))]
+    /// `engines`: engines on this machine that share the configured size.
+    #[pyo3(signature = (ranks, facts, stable, progress, near=Vec::new(), engines=1))]
+    #[expect(clippy::too_many_arguments, reason = "Python names them")]
     fn open_pool(
         &self,
         py: Python<'_>,
@@ -72,6 +74,7 @@ impl PyTierEngine {
         stable: bool,
         progress: Py<PyAny>,
         near: Vec<u32>,
+        engines: u64,
     ) -> PyResult<PoolReport> {
         let config = self.config.clone();
         py.detach(|| {
@@ -85,7 +88,8 @@ impl PyTierEngine {
                     pool_dir: &config.pool_dir,
                     namespace,
                     facts: &facts,
-                    bytes: config.dram_bytes,
+                    bytes: (config.dram_bytes / engines.max(1)).max(1),
+                    total: config.dram_bytes,
                     explicit: config.dram_explicit,
                     adopt: config.keep_pool && stable,
                     geometry: &geometry,
@@ -112,6 +116,8 @@ impl PyTierEngine {
                     bound: opened.budget.map_or("the adopted pool".to_owned(), |budget| budget.bound.to_string()),
                     adopted_blocks,
                     taken: opened.taken,
+                    warnings: opened.warnings,
+                    removed: opened.removed,
                     disk,
                 })
             })
@@ -123,10 +129,11 @@ impl PyTierEngine {
         self.run(py, |engine| Ok(engine.pool().map(|pool| serde_json::to_string(&pool.ticket()).unwrap_or_default())))
     }
 
-    /// Every worker maps the pool. Without `keep_pool` its name goes now, so that its memory goes with the last process, however that ends.
+    /// Every worker maps the pool. Without `keep_pool` its name goes now, so that its memory goes with the last process, however that ends;
+    /// a claim stands for it among what all engines have.
     fn attached(&self, py: Python<'_>) -> PyResult<()> {
         let keep = self.config.keep_pool;
-        self.run(py, |engine| engine.pool().filter(|_| !keep).map_or(Ok(()), |pool| pool.unlink()))
+        self.run(py, |engine| engine.pool().filter(|_| !keep).map_or(Ok(()), |pool| pool.hide()))
     }
 
     /// A request arrived. `controls`: JSON object of the user's wishes, or `None`.

@@ -33,6 +33,12 @@ impl PyConfig {
         guarded(|| Ok(Self { inner: Config::parse(json)? }))
     }
 
+    /// Checks everything about directories and sizes that can be known before a model is loaded. Returns warnings; raises
+    /// `ConfigError` naming the field and the remedy. Makes `nvme_dir` where only that is missing.
+    fn check_machine(&self, py: Python<'_>) -> PyResult<Vec<String>> {
+        py.detach(|| guarded(|| crate::tier::machine::check(&self.inner)))
+    }
+
     #[getter]
     fn dram_bytes(&self) -> u64 {
         self.inner.dram_bytes

@@ -26,6 +26,10 @@ pub(super) struct PoolReport {
     pub(super) adopted_blocks: u64,
     /// Pools of the same namespace that others hold.
     pub(super) taken: Vec<String>,
+    /// What the user should know and can change, each with its remedy.
+    pub(super) warnings: Vec<String>,
+    /// What was removed for its room.
+    pub(super) removed: Vec<String>,
     /// The store below it, if there is one.
     pub(super) disk: Option<DiskReport>,
 }

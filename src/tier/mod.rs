@@ -4,6 +4,7 @@
 //! there; every hold ends; nothing here waits for a copy. Read the files in a block's order: [`offload`] (a step completes blocks),
 //! [`residency`] and [`extents`] (where they are), [`spill`] (to disk), [`hit`] and [`load`] (a request comes back for them), [`restore`] (from disk),
 //! [`adoption`] (after a restart). [`disk_tier`] is the nvme tier's state, [`mover`] its thread.
+//! [`machine`] tells before all that what cannot work.
 
 pub mod adoption;
 pub mod disk_tier;
@@ -12,6 +13,7 @@ pub mod extents;
 pub mod health;
 pub mod hit;
 pub mod load;
+pub mod machine;
 pub mod mover;
 pub mod namespace;
 pub mod offload;

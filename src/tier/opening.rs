@@ -155,7 +155,7 @@ fn which(engine: DiskEngine) -> probe::Engine {
 }
 
 /// A twentieth of the file system, at most 10 GiB: it is never ours alone.
-fn default_reserve(dir: &std::path::Path) -> u64 {
+pub(super) fn default_reserve(dir: &std::path::Path) -> u64 {
     let total = nix::sys::statvfs::statvfs(dir).map_or(0, |found| found.blocks() * found.fragment_size());
     (total / 20).min(10 << 30)
 }

@@ -164,6 +164,7 @@ fn open_pool(dir: &Path, geometry: &SlotGeometry, slots: u64) -> Pool {
         namespace: [1; 16],
         facts: "{}",
         bytes,
+        total: bytes,
         explicit: true,
         adopt: false,
         geometry,

@@ -18,10 +18,15 @@
 mod adoption;
 mod blocks;
 mod damage;
+mod growth;
+mod huge;
 mod killed;
 mod listing;
+mod mounts;
 mod opening;
 mod place;
 mod privacy;
+mod refused;
 mod room;
+mod sharing;
 mod stock;

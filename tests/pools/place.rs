@@ -28,6 +28,9 @@ pub(crate) struct Purpose {
     pub(crate) bytes: u64,
     pub(crate) geometry: SlotGeometry,
     pub(crate) adopt: bool,
+    /// What all engines get together.
+    pub(crate) total: u64,
+    pub(crate) explicit: bool,
 }
 
 impl Purpose {
@@ -35,7 +38,14 @@ impl Purpose {
     pub(crate) fn of(slots: u64, ranks: usize, part: u64) -> Self {
         let own = RankBytes { block_bytes: vec![part], replica_of: None };
         let geometry = SlotGeometry::lay_out(&grouping(), &vec![own; ranks]).expect("it fits");
-        Self { namespace: [0xab; 16], bytes: bytes_for(slots, &geometry), geometry, adopt: true }
+        let bytes = bytes_for(slots, &geometry);
+        // Far more than the tests of one directory ever have at once.
+        Self { namespace: [0xab; 16], bytes, geometry, adopt: true, total: 1 << 30, explicit: true }
+    }
+
+    /// The same for another model.
+    pub(crate) fn of_model(&self, number: u8) -> Self {
+        Self { namespace: [number; 16], ..self.clone() }
     }
 
     pub(crate) fn small() -> Self {
@@ -51,9 +61,9 @@ impl Purpose {
     }
 
     pub(crate) fn open_with(&self, dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<Opened> {
-        let Self { namespace, bytes, ref geometry, adopt } = *self;
+        let Self { namespace, bytes, ref geometry, adopt, total, explicit } = *self;
         let facts = r#"{"model":"tiny"}"#;
-        open(&Wish { pool_dir: dir, namespace, facts, bytes, explicit: true, adopt, geometry, near: &[] }, progress)
+        open(&Wish { pool_dir: dir, namespace, facts, bytes, total, explicit, adopt, geometry, near: &[] }, progress)
     }
 }
 

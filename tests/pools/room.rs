@@ -2,69 +2,17 @@
 //!
 //! Uses own small tmpfs mounts. Where they cannot be made (no root, no mounts in this container) the tests say so and end.
 
-use std::ffi::CString;
 use std::fs;
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use kvcellar::block::SlotIndex;
 use kvcellar::error::Error;
 use kvcellar::pool::Pool;
 use kvcellar::pool::budget::Bound;
 
+use crate::mounts::{Tmpfs, touch_all};
 use crate::place::{Place, Purpose, bytes_for};
 use crate::stock::{Stock, left_behind};
-
-/// A tmpfs of its own size, unmounted when dropped.
-struct Tmpfs {
-    path: PathBuf,
-    // Dropped after the file system is unmounted.
-    _place: Place,
-}
-
-impl Tmpfs {
-    fn mount(bytes: u64) -> Option<Self> {
-        let place = Place::new();
-        let path = place.path().join("small");
-        fs::create_dir(&path).expect("made");
-        let target = CString::new(path.as_os_str().as_bytes()).expect("no zero in a path");
-        let options = CString::new(format!("size={bytes}")).expect("no zero");
-        // SAFETY: all strings live through the call and end with a zero; mount keeps none of them.
-        let done =
-            unsafe { libc::mount(c"tmpfs".as_ptr(), target.as_ptr(), c"tmpfs".as_ptr(), 0, options.as_ptr().cast()) };
-        if done != 0 {
-            println!("skipped: no tmpfs can be mounted here ({})", std::io::Error::last_os_error());
-            return None;
-        }
-        Some(Self { path, _place: place })
-    }
-
-    /// Leaves this many bytes free.
-    fn fill_up(&self, leave: u64) {
-        let found = nix::sys::statvfs::statvfs(&self.path).expect("it is mounted");
-        let free = found.blocks_available() * found.fragment_size();
-        fs::write(self.path.join("filler"), vec![1; free.saturating_sub(leave) as usize]).expect("it fits");
-    }
-}
-
-impl Drop for Tmpfs {
-    fn drop(&mut self) {
-        let target = CString::new(self.path.as_os_str().as_bytes()).expect("no zero in a path");
-        // SAFETY: the string lives through the call. Detached, so that a pool that is still mapped does not keep it.
-        unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
-    }
-}
-
-/// Touches every page of every slot: a page that is not there kills the test.
-fn touch_all(pool: &Pool) {
-    for slot in 0..pool.slot_count() {
-        let len = (pool.geometry().slot_bytes - pool.geometry().descriptor_bytes) as usize;
-        let start = pool.payload(SlotIndex(slot)).as_ptr();
-        // SAFETY: inside the slot's payload; this test owns the pool.
-        unsafe { start.write_bytes(0x5a, len) };
-    }
-}
 
 /// Nothing of a pool that could not be made is left.
 fn assert_no_pools(dir: &Path) {
@@ -100,7 +48,7 @@ fn a_file_system_without_room_for_one_block_is_an_error_that_names_dram_size() {
 #[test]
 fn more_than_the_machine_has_is_an_error_that_names_dram_size() {
     let place = Place::new();
-    let error = Purpose { bytes: 1 << 60, ..Purpose::small() }.open(place.path()).expect_err("too much").to_string();
+    let error = Purpose { bytes: 1 << 60, total: 1 << 60, ..Purpose::small() }.open(place.path()).expect_err("too much").to_string();
     assert!(error.starts_with("dram_size") && error.contains("whole memory"), "{error}");
     assert_no_pools(place.path());
     let error = Purpose { bytes: 4096, ..Purpose::small() }.open(place.path()).expect_err("too little").to_string();
@@ -113,7 +61,7 @@ fn more_than_the_machine_has_is_an_error_that_names_dram_size() {
 fn a_replaced_pool_is_capped_like_a_fresh_one() {
     let Some(tmpfs) = Tmpfs::mount(1 << 20) else { return };
     drop(Purpose::of(1000, 2, 4096).open(&tmpfs.path).expect("a smaller pool"));
-    let opened = Purpose::of(900, 2, 4096).open(&tmpfs.path).expect("the other pool's room");
+    let opened = Purpose::of(900, 2, 9000).open(&tmpfs.path).expect("the other pool's room");
     assert!(!opened.adopted);
     assert!(opened.pool.bytes() <= 1 << 20, "{} bytes", opened.pool.bytes());
     touch_all(&opened.pool);

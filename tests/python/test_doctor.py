@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from kvcellar import __main__ as command
 from kvcellar import window
+from kvcellar._native import run_command
 
 
 def test_the_installed_vllm_is_named(tmp_path: Path) -> None:
@@ -32,9 +33,11 @@ def test_a_version_outside_the_window_is_a_problem(version: str, monkeypatch: py
     assert args[:3] == ["--vllm", version, "--vllm-problem"] and "0.31 to 0.33" in args[3]
 
 
-def test_no_vllm_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_without_vllm_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> str:
         raise ModuleNotFoundError("vllm")
 
     monkeypatch.setattr(window, "vllm_version", missing)
-    assert command._about_vllm()[0] == "--vllm-problem"
+    args = command._about_vllm()
+    assert args[0] == "--vllm-missing" and "0.31 to 0.33" in args[1]
+    assert run_command(["doctor", *args]) == 0

@@ -4,6 +4,8 @@ import ctypes
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 from kvcellar import ConfigError, DataLostError, KvcellarError, SystemRefusedError, UnsupportedError, window
 from kvcellar._native import Config, CopyWorker, StoredRun, TierEngine, check_controls, run_command
+
+from tests.vllm.places import temporary_disk_dir
 
 BLOCK_TOKENS = 16
 PAGE = 1000
@@ -30,6 +34,12 @@ def pool_dir() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(dir="/dev/shm"))
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture
+def disk_dir() -> Iterator[Path]:
+    with temporary_disk_dir() as path:
+        yield path
 
 
 def config(pool_dir: Path, **more: object) -> Config:
@@ -67,6 +77,118 @@ def test_a_size_over_the_machines_memory_is_refused_by_name(pool_dir: Path) -> N
 def test_a_size_under_one_block_is_refused_by_name(pool_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"dram_size.*does not hold one block.*at least"):
         open_pool(TierEngine(config(pool_dir, dram_size="64KiB"), GROUPING))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"pool_dir": "{shm}/no/such"}, ["pool_dir", "does not exist", "mkdir -p"]),
+        ({"pool_dir": "{shm}/file"}, ["pool_dir", "no directory"]),
+        ({"pool_dir": "{tmp}"}, ["pool_dir", "not lie in memory", "tmpfs"]),
+        ({"pool_dir": "{shm}/planted"}, ["pool_dir", "private directory", "Remove it"]),
+        ({"dram_size": "512TiB"}, ["dram_size", "whole memory"]),
+        ({"nvme_dir": "{tmp}/no/such"}, ["nvme_dir", "does not exist", "mkdir -p"]),
+        ({"nvme_dir": "{tmp}/file"}, ["nvme_dir", "no directory"]),
+        ({"nvme_dir": "{tmp}/planted"}, ["nvme_dir", "private directory", "Remove it"]),
+        ({"nvme_dir": "{shm}"}, ["nvme_dir", "same directory as pool_dir"]),
+        ({"nvme_dir": "{shm}/planted"}, ["nvme_dir", "tmpfs", "no disk"]),
+        ({"nvme_dir": "{tmp}", "nvme_size": "4000TiB"}, ["nvme_size", "has in all", "nvme_dir"]),
+        ({"trace_file": "{tmp}/no/such"}, ["trace_file", "does not exist", "Make"]),
+        ({"trace_file": "{tmp}"}, ["trace_file", "is a directory"]),
+    ],
+)
+def test_what_cannot_work_here_is_told_in_one_line(
+    settings: dict[str, str], words: list[str], pool_dir: Path, disk_dir: Path
+) -> None:
+    import os
+
+    for place in (pool_dir, disk_dir):
+        (place / "file").touch()
+        (place / "planted").mkdir()
+        (place / "planted" / f"kvcellar-{os.geteuid()}").symlink_to(disk_dir)
+    filled = {key: value.format(shm=pool_dir, tmp=disk_dir) for key, value in settings.items()}
+    before = sorted(disk_dir.rglob("*"))
+    checked = config(pool_dir, **filled)
+    with pytest.raises(ConfigError) as caught:
+        checked.check_machine()
+    text = str(caught.value)
+    assert all(word in text for word in words) and "\n" not in text, text
+    assert text.startswith(words[0]), text
+    assert sorted(disk_dir.rglob("*")) == before, "looking made something"
+
+
+def test_a_machine_that_suits_is_not_complained_of(pool_dir: Path, disk_dir: Path) -> None:
+    nvme = disk_dir / "fresh"
+    settings = config(pool_dir, nvme_dir=str(nvme), nvme_size="64MiB", nvme_reserve=0, trace_file=str(disk_dir / "t"))
+    assert settings.check_machine() == []
+    assert nvme.is_dir(), "a missing directory below one that exists is made"
+    assert Config.parse("{}").check_machine() == []
+
+
+def test_a_tier_that_will_hold_nothing_is_told_before_the_start(pool_dir: Path, disk_dir: Path) -> None:
+    settings = config(pool_dir, nvme_dir=str(disk_dir), nvme_reserve="4000TiB")
+    (warning,) = settings.check_machine()
+    assert all(word in warning for word in ("nvme_dir", "hold nothing", "free", "nvme_reserve"))
+    whole = shutil.disk_usage(pool_dir).total
+    if whole > 2 * (memory := int(next(iter(Path("/proc/meminfo").open())).split()[1]) << 10):
+        pytest.skip(f"shared memory of {whole} bytes is larger than memory of {memory}")
+    if whole < memory:
+        (warning,) = config(pool_dir, dram_size=whole + (1 << 20)).check_machine()
+        assert all(word in warning for word in ("dram_size", "in all", "--shm-size"))
+
+
+def test_directories_without_rights_are_told(pool_dir: Path, disk_dir: Path) -> None:
+    import os
+
+    if os.geteuid() == 0:
+        program = (
+            "import os, sys; os.setgid(65534); os.setuid(65534)\n"
+            "from kvcellar._native import Config\n"
+            "from kvcellar import ConfigError\n"
+            "try:\n    Config.parse(sys.argv[1]).check_machine()\n"
+            "except ConfigError as error:\n    print(error)\n"
+        )
+        pool_dir.chmod(0o755)
+        done = subprocess.run(
+            [sys.executable, "-c", program, json.dumps({"pool_dir": str(pool_dir)})],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if "ModuleNotFoundError" in done.stderr or "PermissionError" in done.stderr:
+            pytest.skip("another user cannot read this package")
+        text = done.stdout
+    else:
+        disk_dir.chmod(0o500)
+        with pytest.raises(ConfigError) as caught:
+            config(pool_dir, nvme_dir=str(disk_dir)).check_machine()
+        text = str(caught.value)
+    assert "cannot be written to by this user" in text and "rights" in text, text
+
+
+def test_engines_share_a_size_and_the_second_model_learns_it(pool_dir: Path) -> None:
+    ranks = json.dumps([{"block_bytes": [2 * PAGE], "replica_of": None}])
+    first, second, third = (TierEngine(config(pool_dir), GROUPING) for _ in range(3))
+    one = first.open_pool(ranks, '{"model": "a"}', True, lambda done, total: None, engines=2)
+    two = second.open_pool(ranks, '{"model": "b"}', True, lambda done, total: None, engines=2)
+    assert one.bytes + two.bytes <= 1 << 20 and one.slots == two.slots
+    assert one.warnings == two.warnings == [] and one.removed == []
+    with pytest.raises(ConfigError, match=r"dram_size.*process \d+ has.*Write a larger"):
+        third.open_pool(ranks, '{"model": "c"}', True, lambda done, total: None)
+    first.close()
+    report = third.open_pool(ranks, '{"model": "c"}', True, lambda done, total: None)
+    assert len(report.removed) == 1 and "removed 1 leftover" in report.removed[0]
+    assert len(report.warnings) == 1 and "dram_size" in report.warnings[0]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["pool", "ls", "--pool-dir"], ["pool", "rm", "--all", "--pool-dir"], ["store", "ls"], ["store", "stat"]]
+    + [["store", "verify"], ["store", "drop", "--yes"], ["bench", "compression"]],
+)
+def test_a_directory_that_is_not_there_is_no_empty_one(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command([*command, "/nonexistent/kvcellar"]) == 1
+    assert "/nonexistent/kvcellar" in capfd.readouterr().err
 
 
 def test_missing_rights_name_the_path_and_the_remedy() -> None:

@@ -123,6 +123,7 @@ fn engine_with_pool(
         namespace: [9; 16],
         facts: "{}",
         bytes,
+        total: bytes,
         explicit: true,
         adopt: true,
         geometry: &geometry,

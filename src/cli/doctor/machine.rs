@@ -9,6 +9,7 @@ use super::finding::{Finding, Status};
 use crate::config::size::show;
 use crate::nvme::probe;
 use crate::pool::budget::Machine;
+use crate::pool::pages;
 
 /// `CAP_IPC_LOCK` in the kernel's masks of capabilities.
 const CAP_IPC_LOCK: u32 = 14;
@@ -19,7 +20,21 @@ const SHARED_MEMORY_MIN: u64 = 1 << 30;
 
 /// All lines about the machine.
 pub fn examine(pool_dir: &Path) -> Vec<Finding> {
-    vec![kernel(), ring(), memlock(), shared_memory(pool_dir)]
+    vec![kernel(), ring(), memlock(), shared_memory(pool_dir), populate()]
+}
+
+/// Whether the kernel makes a pool's pages exist by itself.
+fn populate() -> Finding {
+    match pages::refusal() {
+        None => Finding::ok("populate", "allowed"),
+        Some(why) => Finding::new(
+            Status::Warning,
+            "populate",
+            format!("not to be had: {why}"),
+            "Pages of a pool are allocated and touched one by one, which makes a start slower: Linux 5.14 or later, and a \
+             seccomp profile that allows MADV_POPULATE_WRITE, are faster",
+        ),
+    }
 }
 
 fn kernel() -> Finding {
@@ -94,7 +109,7 @@ fn judge_memlock(soft: u64, may_lock: Option<bool>) -> Finding {
 fn shared_memory(pool_dir: &Path) -> Finding {
     let name = "shared memory";
     let machine = Machine::look(pool_dir);
-    let Some(free) = machine.shared_memory else {
+    let Some(place) = machine.file_system else {
         return Finding::new(
             Status::Problem,
             name,
@@ -102,8 +117,17 @@ fn shared_memory(pool_dir: &Path) -> Finding {
             "Set pool_dir to a directory in shared memory that this user may write to",
         );
     };
-    let least = [Some(free), machine.cgroup, machine.available].into_iter().flatten().min().unwrap_or(free);
-    let found = format!("{} free at {}, {} to be had in all", show(free), pool_dir.display(), show(least));
+    if !place.is_memory() {
+        return Finding::new(
+            Status::Problem,
+            name,
+            format!("{} does not lie in memory", pool_dir.display()),
+            "Set pool_dir to a tmpfs such as /dev/shm",
+        );
+    }
+    let least = [place.free_bytes, machine.cgroup, machine.available].into_iter().flatten().min().unwrap_or(u64::MAX);
+    let free = place.free_bytes.map_or("no bound".to_owned(), |free| format!("{} free", show(free)));
+    let found = format!("{} ({}) at {}, {} to be had in all", free, place.kind, pool_dir.display(), show(least));
     if least < SHARED_MEMORY_MIN {
         return Finding::new(
             Status::Warning,

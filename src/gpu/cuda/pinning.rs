@@ -16,7 +16,7 @@ use super::device::Device;
 use super::notes::Notes;
 use crate::block::SlotIndex;
 use crate::limits::PIN_CALL_BYTES_MAX;
-use crate::pool::Pool;
+use crate::pool::{self, Pool};
 
 /// Memory may be used in every context of the process, and by kernels.
 pub(super) const REGISTER_PORTABLE_MAPPED: u32 = 3;
@@ -61,8 +61,8 @@ impl Pinning {
     /// Begins to pin the pool's slots: `chunk_bytes` at once, or `piece_bytes` at least. Without a thread (the system refused one) everything stays ordinary memory.
     pub fn start(pool: Arc<Pool>, device: Arc<Device>, notes: Arc<Notes>, chunk_bytes: u64, piece_bytes: u64) -> Self {
         let slot_bytes = pool.geometry().slot_bytes;
-        let piece_slots = slots_in(piece_bytes.min(chunk_bytes), slot_bytes);
-        let at_once = (slots_in(chunk_bytes, slot_bytes) / piece_slots) as usize;
+        let piece_slots = piece_slots(piece_bytes.min(chunk_bytes), slot_bytes, pool::system_page_bytes());
+        let at_once = (slots_in(chunk_bytes, slot_bytes) / piece_slots).max(1) as usize;
         let pieces = pool.slot_count().div_ceil(piece_slots) as usize;
         let waiting = (0..pieces).step_by(at_once).map(|first| first..pieces.min(first + at_once)).collect();
         let shared = Arc::new(Shared {
@@ -232,6 +232,13 @@ fn slots_in(bytes: u64, slot_bytes: u64) -> u32 {
     (bytes.min(PIN_CALL_BYTES_MAX) / slot_bytes.max(1)).clamp(1, u64::from(u32::MAX)) as u32
 }
 
+/// Slots of one piece: whole pages of the system, so that no page belongs to two pieces. The first slot begins on a page.
+fn piece_slots(piece_bytes: u64, slot_bytes: u64, page_bytes: u64) -> u32 {
+    // Slots are multiples of a power of two, and so is a page: this many of them end on a page.
+    let whole = (page_bytes >> slot_bytes.trailing_zeros()).max(1) as u32;
+    slots_in(piece_bytes, slot_bytes).next_multiple_of(whole)
+}
+
 fn gib(bytes: u64) -> String {
     format!("{:.1}", bytes as f64 / f64::from(1 << 30))
 }
@@ -239,7 +246,19 @@ fn gib(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::limits::PIN_CHUNK_BYTES;
+    use crate::limits::{PIN_CHUNK_BYTES, PIN_PIECE_BYTES};
+
+    #[test]
+    fn no_page_belongs_to_two_pieces() {
+        for page_bytes in [4096, 16_384, 65_536] {
+            for slot_bytes in [8192, 12_288, 1 << 20, (3 << 20) + 4096, 40 << 20] {
+                let slots = piece_slots(PIN_PIECE_BYTES, slot_bytes, page_bytes);
+                assert_eq!(u64::from(slots) * slot_bytes % page_bytes, 0, "{slots} slots of {slot_bytes}");
+                assert!(u64::from(slots) * slot_bytes <= PIN_PIECE_BYTES.max(slot_bytes) + 16 * slot_bytes);
+            }
+        }
+        assert_eq!(piece_slots(100 << 10, 12_288, 4096), 8, "ordinary pages change nothing");
+    }
 
     #[test]
     fn pieces_hold_whole_slots_and_no_more_than_the_driver_takes() {
