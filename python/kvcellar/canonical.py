@@ -5,6 +5,7 @@ a process gets in; what cannot be written down is a doubt, never a guess. Does n
 `kvcellar.neutral`.
 """
 
+import dataclasses
 import enum
 import functools
 import hashlib
@@ -165,7 +166,7 @@ def attributes(value: object) -> dict[str, object] | None:
 
     What a property has remembered is left out: it follows from the rest, and when it is first asked is chance.
     """
-    names = list(getattr(type(value), "__dataclass_fields__", ()))
+    names = [field.name for field in _fields(value)]
     for cls in type(value).__mro__:
         slots = cls.__dict__.get("__slots__", ())
         names += [slots] if isinstance(slots, str) else list(slots)
@@ -177,6 +178,10 @@ def attributes(value: object) -> dict[str, object] | None:
     cached = {name for name in names if isinstance(_class_attribute(type(value), name), functools.cached_property)}
     found = {name: getattr(value, name, None) for name in names if not name.startswith("__") and name not in cached}
     return dict(sorted(found.items()))
+
+
+def _fields(value: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
 
 
 def _as_text(value: object) -> str:

@@ -134,6 +134,8 @@ FIELDS: dict[str, str] = {
     "ParallelConfig.disable_nccl_for_dp_synchronization": "how ranks agree on a step's size",
     "ParallelConfig.enable_fault_tolerance": _LIMIT,
     "ParallelConfig.fault_tolerance_config": _LIMIT,
+    "EPLBConfig.log_balancedness": _WATCHING,
+    "EPLBConfig.log_balancedness_interval": _WATCHING,
     # -- the scheduler -----------------------------------------------------------------------------------------------
     "SchedulerConfig.max_num_batched_tokens": _BATCHING,
     "SchedulerConfig.max_num_scheduled_tokens": _BATCHING,

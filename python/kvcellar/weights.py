@@ -174,11 +174,11 @@ def _files(folder: Path, load: LoadConfig | None) -> Iterator[tuple[str, Path]]:
     ignored = load.ignore_patterns or [] if load is not None else []
     ignored = [ignored] if isinstance(ignored, str) else ignored
     for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not _matches(name, NEUTRAL_FOLDERS)]
+        folders[:] = [name for name in folders if not matches(name, NEUTRAL_FOLDERS)]
         for name in names:
             path = Path(parent, name)
             relative = path.relative_to(folder).as_posix()
-            if not _matches(name, NEUTRAL_FILES) and not _matches(relative, ignored) and not name.startswith("."):
+            if not matches(name, NEUTRAL_FILES) and not matches(relative, ignored) and not name.startswith("."):
                 yield f"{relative}{_blob(path)}", path
 
 
@@ -188,7 +188,8 @@ def _blob(path: Path) -> str:
     return f"@{target.name}" if target.parent.name == "blobs" else ""
 
 
-def _matches(name: str, patterns: dict[str, str] | list[str]) -> bool:
+def matches(name: str, patterns: dict[str, str] | list[str]) -> bool:
+    """Whether a name fits one of the patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
