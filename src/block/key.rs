@@ -27,6 +27,17 @@ pub struct ExtentIndex(pub u32);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Generation(pub u32);
 
+/// A LoRA adapter by the content of its files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct AdapterId([u8; 16]);
+
+impl AdapterId {
+    /// Takes a digest of an adapter's files. Returns `None` for another length, and for all zeros: no digest is that.
+    pub fn new(digest: &[u8]) -> Option<Self> {
+        digest.try_into().ok().filter(|digest| *digest != [0; 16]).map(Self)
+    }
+}
+
 /// vLLM's hash of a block and all blocks before it: 16 or 32 bytes, opaque.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct BlockHash {
@@ -53,6 +64,17 @@ impl BlockHash {
     /// A hash of 32 bytes.
     pub fn of_digest(bytes: [u8; 32]) -> Self {
         Self { bytes, len: 32 }
+    }
+
+    /// The hash under which KV is kept that was computed with this adapter.
+    ///
+    /// vLLM's hash names an adapter by name and path only; what lies there may have been exchanged. Both numbers
+    /// are digests, so their sum without carry is as unlike any other as they are.
+    #[inline]
+    pub fn for_adapter(mut self, adapter: &AdapterId) -> Self {
+        let own = &mut self.bytes[..self.len as usize];
+        own.iter_mut().zip(adapter.0.iter().cycle()).for_each(|(byte, of_adapter)| *byte ^= of_adapter);
+        self
     }
 
     /// The hash's own bytes.
@@ -110,6 +132,25 @@ mod tests {
     fn only_lengths_of_supported_algorithms_are_hashes() {
         assert!(BlockHash::new(&[1; 32]).is_some() && BlockHash::new(&[1; 16]).is_some());
         assert!(BlockHash::new(&[1; 8]).is_none() && BlockHash::new(&[]).is_none());
+    }
+
+    #[test]
+    fn an_adapter_changes_a_hash_of_either_length_and_leaves_its_length() {
+        let adapters = [[1; 16], [2; 16]].map(|digest| AdapterId::new(&digest).expect("16 bytes"));
+        for len in [16, 32] {
+            let plain = BlockHash::new(&vec![7; len]).expect("a hash");
+            let [one, other] = adapters.map(|adapter| plain.for_adapter(&adapter));
+            assert!(one != plain && other != plain && one != other, "{len} bytes");
+            assert!(one.as_bytes().len() == len && one == plain.for_adapter(&adapters[0]), "{len} bytes");
+            assert_ne!(one.low_u64(), other.low_u64(), "events in integer form tell them apart, too");
+            assert_eq!(one.padded()[len..], [0; 32][len..], "padding stays padding");
+        }
+    }
+
+    #[test]
+    fn an_adapter_is_named_by_sixteen_bytes_that_say_something() {
+        assert!(AdapterId::new(&[1; 16]).is_some());
+        assert!(AdapterId::new(&[0; 16]).is_none() && AdapterId::new(&[1; 15]).is_none() && AdapterId::new(&[]).is_none());
     }
 
     #[test]

@@ -7,5 +7,5 @@ pub mod plan;
 mod prefetch;
 
 pub use geometry::{GroupKind, GroupSpec, Grouping, RankPart, SlotGeometry};
-pub use key::{BlockHash, BlockKey, ExtentIndex, Generation, GroupIndex, SlotIndex, Tier};
+pub use key::{AdapterId, BlockHash, BlockKey, ExtentIndex, Generation, GroupIndex, SlotIndex, Tier};
 pub use prefetch::prefetch;

@@ -136,12 +136,22 @@ impl PyTierEngine {
         self.run(py, |engine| engine.pool().filter(|_| !keep).map_or(Ok(()), |pool| pool.hide()))
     }
 
-    /// A request arrived. `controls`: JSON object of the user's wishes, or `None`.
-    fn add_request(&self, py: Python<'_>, request: &str, controls: Option<&str>, lora_name: &str) -> PyResult<()> {
+    /// A request arrived. `controls`: JSON object of the user's wishes, or `None`; `adapter`: 16 bytes that say what its LoRA adapter consists of,
+    /// nothing without one.
+    #[pyo3(signature = (request, controls, lora_name, adapter=inputs::NO_ADAPTER))]
+    fn add_request(
+        &self,
+        py: Python<'_>,
+        request: &str,
+        controls: Option<&str>,
+        lora_name: &str,
+        adapter: &[u8],
+    ) -> PyResult<()> {
+        let adapter = inputs::adapter(adapter)?;
         self.run(py, |engine| {
             TierEngine::check_request_id(request)?;
             let controls = controls.map(Controls::parse).transpose()?.unwrap_or_default();
-            engine.add_request(request, controls, lora_name);
+            engine.add_request(request, controls, lora_name, adapter);
             Ok(())
         })
     }

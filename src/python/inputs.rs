@@ -4,7 +4,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList};
 
-use crate::block::BlockHash;
+use crate::block::{AdapterId, BlockHash};
 use crate::tier::offload::GroupOffer;
 
 /// Block hashes as vLLM hands them out.
@@ -17,6 +17,18 @@ pub(super) fn hashes(list: &Bound<'_, PyList>) -> PyResult<Vec<BlockHash>> {
         hashes.push(hash);
     }
     Ok(hashes)
+}
+
+/// What a request without an adapter gives.
+pub(super) const NO_ADAPTER: &[u8] = &[];
+
+/// An adapter's digest; nothing for none.
+pub(super) fn adapter(digest: &[u8]) -> PyResult<Option<AdapterId>> {
+    match AdapterId::new(digest) {
+        Some(adapter) => Ok(Some(adapter)),
+        None if digest.is_empty() => Ok(None),
+        None => Err(PyValueError::new_err(format!("an adapter's digest has 16 bytes, not {}", digest.len()))),
+    }
 }
 
 /// One group's part of an offer: first block, block ids, encoded extra keys.

@@ -16,7 +16,7 @@ use super::residency::{Census, Residency};
 use super::trace::{self, Trace};
 use super::window::Window;
 use crate::block::plan::{ANSWERED, BlockCopy, StepPlan};
-use crate::block::{BlockHash, BlockKey, ExtentIndex, Grouping, SlotIndex, Tier};
+use crate::block::{AdapterId, BlockHash, BlockKey, ExtentIndex, Grouping, SlotIndex, Tier};
 use crate::config::{Config, Controls};
 use crate::error::{Error, Result};
 use crate::events::{EventLog, Run};
@@ -220,10 +220,10 @@ impl TierEngine {
         self.plan = StepPlan::default();
     }
 
-    /// A request arrived.
-    pub fn add_request(&mut self, id: &str, controls: Controls, lora: &str) {
+    /// A request arrived. `lora`: name of its adapter, empty for none; `adapter`: what that consists of.
+    pub fn add_request(&mut self, id: &str, controls: Controls, lora: &str, adapter: Option<AdapterId>) {
         self.serial = self.serial.wrapping_add(1).max(1);
-        self.requests.insert(id.to_owned(), Request::new(self.serial, controls, lora.into()));
+        self.requests.insert(id.to_owned(), Request::new(self.serial, controls, lora.into(), adapter));
     }
 
     /// Block hashes the engine already has of a request; `None` for an unknown request.
@@ -234,7 +234,7 @@ impl TierEngine {
     /// Appends block hashes of a request.
     pub fn add_hashes(&mut self, id: &str, hashes: &[BlockHash]) {
         if let Some(request) = self.requests.get_mut(id) {
-            request.hashes.extend_from_slice(hashes);
+            request.add_hashes(hashes);
         }
     }
 

@@ -8,9 +8,12 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::pool::header::FORMAT_VERSION;
 
+/// The one fact that is told to people only: where the model lay. A copy of it elsewhere is the same model.
+const LABEL: &str = "model";
+
 /// The facts with what the engine itself adds, and their fingerprint.
 ///
-/// `facts`: a JSON object of what the connector knows (model, weights, dtype, layout, ranks, ISA, hash algorithm, vLLM's minor version).
+/// `facts`: a JSON object of what the connector knows (`python/kvcellar/facts.py`).
 ///
 /// # Errors
 /// [`Error::Config`] when `facts` is no JSON object.
@@ -30,6 +33,9 @@ pub fn fingerprint(
     facts["slot"] = serde_json::to_value(geometry).unwrap_or_default();
     // serde_json sorts the keys of an object, so equal facts give equal text.
     let text = facts.to_string();
-    let fingerprint = xxh3_128(text.as_bytes()).to_be_bytes();
+    if let Some(facts) = facts.as_object_mut() {
+        facts.remove(LABEL);
+    }
+    let fingerprint = xxh3_128(facts.to_string().as_bytes()).to_be_bytes();
     Ok((text, fingerprint))
 }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use crate::block::{BlockHash, BlockKey, GroupIndex, Grouping, SlotIndex};
+use crate::block::{AdapterId, BlockHash, BlockKey, GroupIndex, Grouping, SlotIndex};
 use crate::config::Controls;
 
 /// One request, from its arrival until its last offload is done.
@@ -12,10 +12,12 @@ pub struct Request {
     pub serial: u32,
     /// What the user asked of the cache.
     pub controls: Controls,
-    /// Block hashes so far, at the granularity of `request.block_hashes`.
+    /// Block hashes so far, at the granularity of `request.block_hashes`, with the adapter mixed in.
     pub hashes: Vec<BlockHash>,
     /// Name of the LoRA adapter, empty for none.
     pub lora: Box<str>,
+    /// What its LoRA adapter consists of; `None` without one.
+    adapter: Option<AdapterId>,
     /// Tokens vLLM held at the last lookup.
     pub local: u32,
     /// Tokens no hit may pass any more, because a load up to there failed.
@@ -38,12 +40,13 @@ pub struct Request {
 
 impl Request {
     /// A request that just arrived.
-    pub fn new(serial: u32, controls: Controls, lora: Box<str>) -> Self {
+    pub fn new(serial: u32, controls: Controls, lora: Box<str>, adapter: Option<AdapterId>) -> Self {
         Self {
             serial,
             controls,
             hashes: Vec::new(),
             lora,
+            adapter,
             local: 0,
             barrier: None,
             tainted: false,
@@ -53,6 +56,15 @@ impl Request {
             waiting_since: None,
             batches: 0,
             finished: None,
+        }
+    }
+
+    /// Appends hashes as vLLM made them. The only place where they enter: keys, parents, both tiers and events carry
+    /// the adapter from here.
+    pub fn add_hashes(&mut self, hashes: &[BlockHash]) {
+        match self.adapter {
+            None => self.hashes.extend_from_slice(hashes),
+            Some(adapter) => self.hashes.extend(hashes.iter().map(|hash| hash.for_adapter(&adapter))),
         }
     }
 

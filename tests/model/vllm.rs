@@ -174,7 +174,7 @@ impl Simulation {
     fn arrive(&mut self, family: u8, tokens: u32) {
         self.serial += 1;
         let id = format!("request-{}", self.serial);
-        self.engine.add_request(&id, Controls::default(), "");
+        self.engine.add_request(&id, Controls::default(), "", None);
         let hashes: Vec<BlockHash> = (0..tokens / self.grouping.hash_tokens).map(|index| hash(family, index)).collect();
         self.engine.add_hashes(&id, &hashes);
         let groups = self.grouping.groups.len();

@@ -15,6 +15,7 @@
 )]
 #![expect(clippy::expect_used, clippy::panic, reason = "what goes wrong in a test's own helper fails the test")]
 
+mod adapters;
 mod adoption;
 mod blocks;
 mod damage;

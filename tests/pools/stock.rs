@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use kvcellar::block::plan::{BlockCopy, StepPlan, VERIFY};
-use kvcellar::block::{GroupIndex, SlotIndex};
+use kvcellar::block::{AdapterId, GroupIndex, SlotIndex};
 use kvcellar::config::{Config, Controls};
 use kvcellar::pool::Pool;
 use kvcellar::pool::memory::SlotMemory;
@@ -23,6 +23,8 @@ pub(crate) struct Stock {
     /// Blocks that were adopted.
     pub(crate) adopted: u64,
     requests: u64,
+    /// What the adapter of the next requests consists of; all have one name.
+    pub(crate) adapter: Option<AdapterId>,
 }
 
 /// What a slot would be adopted as.
@@ -38,7 +40,7 @@ impl Stock {
     pub(crate) fn of(opened: Opened) -> Self {
         let mut engine = TierEngine::new(&Config::default(), grouping()).expect("an engine");
         let adopted = engine.open_pool(opened.pool, opened.adopted);
-        Self { engine, adopted, requests: 0 }
+        Self { engine, adopted, requests: 0, adapter: None }
     }
 
     pub(crate) fn pool(&self) -> Arc<Pool> {
@@ -48,7 +50,8 @@ impl Stock {
     fn request(&mut self, hashes: &[u64]) -> String {
         self.requests += 1;
         let id = format!("request-{}", self.requests);
-        self.engine.add_request(&id, Controls::default(), "");
+        let name = self.adapter.map_or("", |_| "sql");
+        self.engine.add_request(&id, Controls::default(), name, self.adapter);
         self.engine.add_hashes(&id, &hashes.iter().map(|number| hash(*number)).collect::<Vec<_>>());
         id
     }

@@ -247,7 +247,7 @@ impl Rig {
         let id = format!("request-{}", self.requests);
         let hashes: Vec<BlockHash> = (0..blocks).map(|index| hash(chain, index)).collect();
         let mut engine = self.lock();
-        engine.add_request(&id, Controls::default(), "");
+        engine.add_request(&id, Controls::default(), "", None);
         engine.add_hashes(&id, &hashes);
         drop(engine);
         id

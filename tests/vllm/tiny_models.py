@@ -1,5 +1,6 @@
 """Tiny random models with a fixed seed. They say nothing sensible, but their logprobs depend on every byte of KV."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,98 @@ def llama(path: Path) -> Path:
         tie_word_embeddings=False,
     )
     return _save(config, LlamaForCausalLM, path)
+
+
+# Longest prompt for which a LongRoPE model that is started for no more uses its short factors.
+SHORT_TOKENS = 256
+
+
+def long_rope(path: Path) -> Path:
+    """A Phi-3 whose rotary embeddings have one set of factors up to `SHORT_TOKENS` and quite another beyond."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    head_dim = 32
+    config = Phi3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4 * SHORT_TOKENS,
+        original_max_position_embeddings=SHORT_TOKENS,
+        initializer_range=SPREAD,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 1.0,
+            "original_max_position_embeddings": SHORT_TOKENS,
+            "short_factor": [1.0] * (head_dim // 2),
+            "long_factor": [8.0 + dimension for dimension in range(head_dim // 2)],
+        },
+    )
+    return _save(config, Phi3ForCausalLM, path)
+
+
+def adapter(path: Path, model: Path, seed: int, *, rank: int = 8, spread: float = 0.5) -> Path:
+    """A random LoRA adapter for the attention of a model with Llama's names; another seed is another adapter.
+
+    Written into `path`, in the place of what lies there.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rows = {
+        "q_proj": config.num_attention_heads * head_dim,
+        "k_proj": config.num_key_value_heads * head_dim,
+        "v_proj": config.num_key_value_heads * head_dim,
+    }
+    random = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(config.num_hidden_layers):
+        for name, width in rows.items():
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, config.hidden_size, generator=random) * spread
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(width, rank, generator=random) * spread
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path / "adapter_model.safetensors")
+    settings = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "tiny",
+        "bias": "none",
+        "lora_alpha": rank,
+        "r": rank,
+        "target_modules": sorted(rows),
+        "task_type": "CAUSAL_LM",
+    }
+    (path / "adapter_config.json").write_text(json.dumps(settings))
+    return path
+
+
+def vision_config(path: Path) -> Path:
+    """The configuration of a tiny Qwen2-VL, without weights: enough for vLLM to configure itself."""
+    from transformers import Qwen2VLConfig
+
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+    }
+    eyes = {"depth": 2, "embed_dim": 64, "num_heads": 2, "hidden_size": 128, "patch_size": 14}
+    config = Qwen2VLConfig(text_config=text, vision_config=eyes, image_token_id=500, video_token_id=501)
+    config.architectures = ["Qwen2VLForConditionalGeneration"]
+    config.save_pretrained(path)
+    settings = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 50176}
+    (path / "preprocessor_config.json").write_text(json.dumps(settings))
+    return path

@@ -85,7 +85,7 @@ impl Tier {
         let id = format!("{what}-{chain}");
         let hashes: Vec<BlockHash> = (0..self.chain_blocks).map(|index| hash(chain, index)).collect();
         let mut engine = lock(&self.engine);
-        engine.add_request(&id, Controls::default(), "");
+        engine.add_request(&id, Controls::default(), "", None);
         engine.add_hashes(&id, &hashes);
         id
     }

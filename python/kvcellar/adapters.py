@@ -1,0 +1,262 @@
+"""The identity of LoRA adapters: what a worker has loaded, and whether that is what lies on disk now.
+
+vLLM names an adapter by name and path. Both may stay while the files are exchanged, and files may be exchanged while
+the old adapter is still loaded. So each worker notes what it loads (`Loads`), and the scheduler's side (`Adapters`)
+gives an adapter an identity only while every rank has loaded exactly what its files hold now. Everything else is a
+doubt, and a request with a doubtful adapter is neither stored nor loaded.
+"""
+
+import os
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
+
+from kvcellar.content import ChangedError, Stamp, digest_files
+from kvcellar.weights import NEUTRAL_FILES, matches
+
+logger = init_logger(f"vllm.{__name__}")
+
+BASE: Final = b""
+NOT_YET: Final = "not yet"
+# Adapters of which a worker remembers what it loaded, and directories of which digests are remembered.
+ADAPTERS_MAX = 4096
+FILES_MAX = 256
+# Time stamps of a file system are no finer than its clock's ticks: what was written just now may be written again
+# without one changing.
+_SETTLED_NS = 100_000_000
+
+_digests: "OrderedDict[Path, tuple[tuple[tuple[str, Stamp], ...], bytes]]" = OrderedDict()
+
+
+@dataclass(frozen=True)
+class RankLoads:
+    """What one rank has loaded.
+
+    Attributes:
+        epoch: grows when loads may have been missed; whatever was known before is void.
+        loaded: by adapter number, the digest of its files, or `None` where it cannot be known.
+    """
+
+    epoch: int
+    loaded: dict[int, bytes | None]
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What ranks have loaded, each one's whole state.
+
+    Attributes:
+        ranks: by rank.
+    """
+
+    ranks: dict[int, RankLoads]
+
+    def joined(self, other: "AdapterReport") -> "AdapterReport":
+        """Both reports; of one rank the other's, which is later."""
+        return AdapterReport({**self.ranks, **other.ranks})
+
+
+def digest(path: str) -> bytes | None:
+    """What an adapter's files hold, 16 bytes; `None` where that cannot be known.
+
+    Remembered as long as no file's stamp changes: a few `stat` calls then.
+    """
+    folder = _local(path)
+    if folder is None:
+        return None
+    try:
+        stamps = _stamps(folder)
+        known = _digests.get(folder)
+        if known is not None and known[0] == stamps:
+            return known[1]
+        found = digest_files((name, folder / name) for name, _ in stamps)
+        if _stamps(folder) != stamps:
+            return None
+    except (OSError, ChangedError, ValueError):
+        return None
+    if time.time_ns() - max(max(stamp.modified_ns, stamp.changed_ns) for _, stamp in stamps) > _SETTLED_NS:
+        _digests[folder] = (stamps, found)
+        while len(_digests) > ADAPTERS_MAX:
+            _digests.popitem(last=False)
+    return found
+
+
+def _local(path: str) -> Path | None:
+    """The folder that vLLM loads for this path, if it is there already."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder.absolute()
+    if folder.is_absolute() or os.environ.get("VLLM_USE_MODELSCOPE", "0").lower() in ("1", "true"):
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
+def _stamps(folder: Path) -> tuple[tuple[str, Stamp], ...]:
+    """The adapter's files by name.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds nothing, or far too much for an adapter.
+    """
+    names = [entry.name for entry in os.scandir(folder) if entry.is_file() and not matches(entry.name, NEUTRAL_FILES)]
+    if not 0 < len(names) <= FILES_MAX:
+        raise ValueError(f"{folder} has {len(names)} files")
+    return tuple((name, Stamp.of((folder / name).stat())) for name in sorted(names))
+
+
+def of_request(request: Any) -> bytes | None:
+    """What the files at a request's path hold; `None` for adapters that come in another way than from there."""
+    if type(request) is not LoRARequest or not request.lora_path:
+        return None
+    return digest(request.lora_path)
+
+
+@dataclass
+class Loads:
+    """A worker's notes of what it loads. One of them a process: vLLM's loading is a function of a class."""
+
+    _by_manager: "weakref.WeakKeyDictionary[Any, OrderedDict[int, bytes | None]]" = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _epoch: int = 0
+    _changed: bool = True
+    _installed: Callable[..., Any] | None = None
+
+    def observe(self) -> None:
+        """Look on at vLLM's loading from now on. May be called again; never raises into vLLM.
+
+        Somebody else may have put a function of their own in our place meanwhile (RL frameworks load adapters from
+        memory so): then what was noted is void, and theirs is looked on at.
+        """
+        try:
+            from vllm.lora.worker_manager import WorkerLoRAManager
+
+            present = WorkerLoRAManager._load_adapter
+        except (ImportError, AttributeError):
+            logger.warning_once(
+                "KV Cellar: this vLLM loads LoRA adapters in an unknown way, so their KV is neither kept nor loaded."
+            )
+            return
+        if present is self._installed:
+            return
+        with self._lock:
+            if self._installed is not None:
+                self._forget()
+            self._installed = _observed(present, self)
+        WorkerLoRAManager._load_adapter = self._installed
+
+    def _forget(self) -> None:
+        self._by_manager.clear()
+        self._epoch += 1
+        self._changed = True
+
+    def note(self, manager: Any, number: int, content: bytes | None) -> None:
+        """A worker's manager has loaded (or may have loaded, with `None`) an adapter."""
+        with self._lock:
+            notes = self._by_manager.setdefault(manager, OrderedDict())
+            notes[number] = content
+            notes.move_to_end(number)
+            while len(notes) > ADAPTERS_MAX:
+                notes.popitem(last=False)
+            self._changed = True
+
+    def take_report(self, rank: int) -> AdapterReport | None:
+        """This rank's state if it changed since the last call; the first call always returns one."""
+        self.observe()
+        with self._lock:
+            if not self._changed:
+                return None
+            self._changed = False
+            # Two engines in one process share the class, and numbers of adapters are each engine's own.
+            managers = list(self._by_manager.values())
+            loaded = dict(managers[0]) if len(managers) == 1 else {}
+            return AdapterReport({rank: RankLoads(self._epoch, loaded)})
+
+
+LOADS: Final = Loads()
+
+
+def _observed(load: Callable[..., Any], loads: Loads) -> Callable[..., Any]:
+    """vLLM's loading with a look at the files before and after it."""
+
+    def load_adapter(manager: Any, lora_request: Any, *args: Any, **kwargs: Any) -> Any:
+        before = _quietly(lambda: of_request(lora_request))
+        # Noted first: from here on the adapter may be the new one.
+        _quietly(lambda: loads.note(manager, lora_request.lora_int_id, None))
+        loaded = load(manager, lora_request, *args, **kwargs)
+        after = _quietly(lambda: of_request(lora_request))
+        if before is not None and before == after:
+            _quietly(lambda: loads.note(manager, lora_request.lora_int_id, before))
+        return loaded
+
+    return load_adapter
+
+
+def _quietly(look: Callable[[], bytes | None]) -> bytes | None:
+    """What was seen; nothing, and a line in the log, where looking failed."""
+    try:
+        return look()
+    except Exception:
+        logger.exception("KV Cellar: a LoRA adapter could not be looked at; its KV is neither kept nor loaded")
+        return None
+
+
+class Adapters:
+    """The scheduler's side: which adapter a request's KV belongs to."""
+
+    def __init__(self, ranks: int) -> None:
+        """Args: ranks: how many workers report."""
+        self._ranks = ranks
+        self._reported: dict[int, RankLoads] = {}
+        self._given: dict[int, bytes] = {}
+
+    def confirm(self, report: AdapterReport) -> frozenset[int]:
+        """Ranks have told what they loaded.
+
+        Returns:
+            Adapters that turned out to be another one than `identity` had said: what was stored with them since then
+            may be wrong and has to be dropped.
+
+        """
+        before, self._reported = self._reported, {**self._reported, **report.ranks}
+        missed = any(rank in before and before[rank].epoch != now.epoch for rank, now in report.ranks.items())
+        wrong = {number for number, given in self._given.items() if missed or self._contradicts(number, given)}
+        present = {number for rank in self._reported.values() for number in rank.loaded}
+        self._given = {number: given for number, given in self._given.items() if number in present - wrong}
+        return frozenset(wrong)
+
+    def _contradicts(self, number: int, given: bytes) -> bool:
+        return any(rank.loaded.get(number, given) != given for rank in self._reported.values())
+
+    def identity(self, request: LoRARequest | None) -> bytes | Literal["not yet"] | None:
+        """What the KV of a request belongs to.
+
+        Returns:
+            16 bytes; nothing (`BASE`) for a request without an adapter; `NOT_YET` until every rank has reported once;
+            `None` for a doubt: the request must be neither stored nor loaded.
+
+        """
+        if request is None:
+            return BASE
+        if len(self._reported) < self._ranks:
+            return NOT_YET
+        loaded = {rank.loaded.get(request.lora_int_id) for rank in self._reported.values()}
+        (only,) = loaded if len(loaded) == 1 else (None,)
+        if only is None or of_request(request) != only:
+            return None
+        self._given[request.lora_int_id] = only
+        return only
