@@ -7,45 +7,34 @@ connector answers that holds nothing.
 
 import functools
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, TypeVar, cast
 
-P = ParamSpec("P")
-R = TypeVar("R")
-S = TypeVar("S", bound="Guarded")
+M = TypeVar("M", bound=Callable[..., Any])
 
 # Names of all guarded methods, for the test that injects a fault into each.
 HOOKS: set[str] = set()
 
 
-class Guarded(Protocol):
-    """What has guarded hooks."""
-
-    def _hook_failed(self, hook: str, error: Exception) -> None:
-        """Take out of service what raised ``error`` in ``hook``. Must not raise."""
-
-
-def hook(
-    neutral: Callable[..., R],
-) -> Callable[[Callable[Concatenate[S, P], R]], Callable[Concatenate[S, P], R]]:
-    """Guard a hook.
+def hook(neutral: Callable[..., Any]) -> Callable[[M], M]:
+    """Guard a hook: a method of an object that has ``_hook_failed(name, error)``, which must not raise.
 
     Args:
         neutral: called with the hook's own arguments after it failed; its result is vLLM's answer. Must not raise.
     """
 
-    def guard(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    def guard(method: M) -> M:
         name = method.__name__
         HOOKS.add(name)
 
         @functools.wraps(method)
-        def guarded(self: S, *arguments: P.args, **named: P.kwargs) -> R:
+        def guarded(self: Any, *arguments: Any, **named: Any) -> Any:
             try:
                 return method(self, *arguments, **named)
             except Exception as error:  # noqa: BLE001  (the one place where every exception ends)
                 self._hook_failed(name, error)
                 return neutral(self, *arguments, **named)
 
-        return guarded
+        return cast("M", guarded)
 
     return guard
 

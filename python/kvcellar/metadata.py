@@ -9,6 +9,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from kvcellar.adapters import AdapterReport
+
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
@@ -41,6 +43,7 @@ class RankOffer(KVConnectorHandshakeMetadata):
         isa: how this machine's attention kernels pack KV.
         block_bytes: per KV cache group, bytes of one block on this rank.
         near_node: the memory node next to this rank's GPU; None where that is not known.
+        attention: the attention backends that vLLM has chosen for this rank's layers.
     """
 
     machine: str
@@ -48,6 +51,7 @@ class RankOffer(KVConnectorHandshakeMetadata):
     isa: str
     block_bytes: tuple[int, ...]
     near_node: int | None = None
+    attention: tuple[str, ...] = ()
 
 
 @dataclass
@@ -58,13 +62,13 @@ class RankReport:
         offer: this rank's part of a block, once, where there was no handshake.
         trouble: why this rank cannot take part any more, for the log.
         released: this rank has let go of the pool.
-        adapters: all LoRA adapters that this rank has loaded, by vLLM's integer id, when that changed.
+        adapters: the LoRA adapters that this rank has loaded, when that changed.
     """
 
     offer: RankOffer | None = None
     trouble: str | None = None
     released: bool = False
-    adapters: object | None = None
+    adapters: AdapterReport | None = None
 
 
 @dataclass

@@ -45,6 +45,13 @@ def open_pool(
             "tensor and pipeline parallel ranks on one machine, or serve without KV Cellar"
         )
     stable = facts.hashes_are_stable(vllm_config)
+    known = facts.identify(vllm_config, ranks)
+    if known.doubts:
+        logger.warning(
+            "KV Cellar: what makes KV bytes interchangeable cannot be known, so this start uses nothing of another "
+            "one, and no other will use its blocks: %s",
+            "; ".join(known.doubts),
+        )
     if not stable:
         logger.warning(
             "KV Cellar: block hashes change with every start (%s without PYTHONHASHSEED), so nothing survives a "
@@ -60,8 +67,8 @@ def open_pool(
     near = sorted({rank.near_node for rank in ranks if rank.near_node is not None})
     report = engine.open_pool(
         json.dumps(native_ranks),
-        facts.collect(vllm_config, ranks),
-        stable,
+        known.text,
+        stable and not known.doubts,
         PopulateProgress(),
         near,
         engines,

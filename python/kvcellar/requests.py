@@ -26,7 +26,19 @@ _WARNINGS_MAX = 10
 
 
 class UnusableRequest(Exception):
-    """A request that must be left out; says why."""
+    """A request that must be left out; says why.
+
+    Attributes:
+        usual: it is nobody's mistake and not worth a line in the log.
+    """
+
+    def __init__(self, why: str, *, usual: bool = False) -> None:
+        super().__init__(why)
+        self.usual = usual
+
+
+class AskAgain(Exception):
+    """What a request's KV belongs to is not known yet, but will be after the next step."""
 
 
 class KnownRequest:
@@ -150,23 +162,24 @@ class LeftOut:
     """Counts requests that are served without KV Cellar, and logs the first ones."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self._taken = 0
+        self._logged = 0
+        self._fresh = 0
 
     def take(self) -> int:
         """How many there were since the last call."""
-        taken, self._taken = self._taken, self.count
-        return self.count - taken
+        fresh, self._fresh = self._fresh, 0
+        return fresh
 
-    def add(self, request: Request, why: str) -> None:
+    def add(self, request: Request, why: UnusableRequest) -> None:
         """One more."""
-        self.count += 1
+        self._fresh += 1
+        self._logged += not why.usual
         # An id may be long or hold anything: its representation is cut.
-        log = logger.warning if self.count <= _WARNINGS_MAX else logger.debug
+        log = logger.debug if why.usual or self._logged > _WARNINGS_MAX else logger.warning
         log(
             "KV Cellar: request %.80r is served without it (nothing stored, nothing loaded): %.300s",
             request.request_id,
             why,
         )
-        if self.count == _WARNINGS_MAX:
+        if self._logged == _WARNINGS_MAX and not why.usual:
             logger.warning("KV Cellar: further requests served without it are counted, not logged")

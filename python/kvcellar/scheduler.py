@@ -25,12 +25,13 @@ from vllm.v1.request import Request
 
 from kvcellar import KvcellarError, deployment, eligibility, opening, window
 from kvcellar._native import Config, TierEngine, Watch
+from kvcellar.adapters import NOT_YET, AdapterReport, Adapters
 from kvcellar.events import EventMaker
 from kvcellar.groups import Groups
 from kvcellar.metadata import RankOffer, StepMetadata, WorkerReport
 from kvcellar.offers import GroupOffer, Offer
 from kvcellar.others import ForeignBlocks
-from kvcellar.requests import KnownRequest, LeftOut, UnusableRequest, controls, plain
+from kvcellar.requests import AskAgain, KnownRequest, LeftOut, UnusableRequest, controls, plain
 from kvcellar.stats import KVCellarStats, of_engine, of_side, without_tiers
 
 logger = init_logger(f"vllm.{__name__}")
@@ -72,6 +73,7 @@ class SchedulerSide:
         self._requests: dict[str, KnownRequest] = {}
         self._left_out_ids: set[str] = set()
         self._left_out = LeftOut()
+        self._adapters = Adapters(self._world())
         self._names = 0
         # Loads that vLLM waits for, and those of them that no step has ordered yet: vLLM's id and the engine's name.
         self._loading: dict[str, str] = {}
@@ -114,10 +116,13 @@ class SchedulerSide:
             # vLLM 0.33 repeats the handshake after a sleep; the pool and its workers are as they were.
             self._offers.update(offers)
 
-    def _is_complete(self) -> bool:
+    def _world(self) -> int:
         parallel = self._vllm_config.parallel_config
-        world = parallel.pipeline_parallel_size * parallel.tensor_parallel_size
-        return not self._opened and not self._retired and self._opening is None and len(self._offers) == world
+        return int(parallel.pipeline_parallel_size * parallel.tensor_parallel_size)
+
+    def _is_complete(self) -> bool:
+        waits = not (self._opened or self._retired) and self._opening is None
+        return waits and len(self._offers) == self._world()
 
     def _open(self) -> None:
         try:
@@ -193,9 +198,7 @@ class SchedulerSide:
         return StepMetadata(b"", failed=failed, retire=not self._closed)
 
     def _close_when_released(self) -> None:
-        parallel = self._vllm_config.parallel_config
-        world = parallel.pipeline_parallel_size * parallel.tensor_parallel_size
-        if self._retired and not self._closed and len(self._released) == world:
+        if self._retired and not self._closed and len(self._released) == self._world():
             self._closed = self._counted = True
             self._engine.close()
 
@@ -209,16 +212,39 @@ class SchedulerSide:
         try:
             self._refuse_unusable(request)
             wishes = controls(request)
+            adapter = self._adapter(request)
         except UnusableRequest as error:
-            self._left_out_ids.add(request.request_id)
-            self._left_out.add(request, str(error))
-            self._counted = True
+            self._leave_out(request, error)
+            return
+        except AskAgain:
             return
         self._left_out_ids.discard(request.request_id)
         lora = request.lora_request.name if request.lora_request is not None else ""
         name = known.name if known is not None else self._name(request.request_id)
-        self._engine.add_request(name, wishes, lora)
+        self._engine.add_request(name, wishes, lora, adapter)
         self._requests[request.request_id] = KnownRequest(request, name, self._groups)
+
+    def _leave_out(self, request: Request, why: UnusableRequest) -> None:
+        self._left_out_ids.add(request.request_id)
+        self._left_out.add(request, why)
+        self._counted = True
+
+    def _adapter(self, request: Request) -> bytes:
+        """The identity of the request's LoRA adapter, which its blocks are kept under; empty without one.
+
+        Raises:
+            UnusableRequest: the workers have not loaded what the adapter's files hold now.
+            AskAgain: no worker has told yet what it loaded.
+        """
+        found = self._adapters.identity(request.lora_request)
+        if found is None:
+            raise UnusableRequest(
+                "its LoRA adapter is not (yet) loaded as its files are now, so nobody knows whose KV this is",
+                usual=True,
+            )
+        if found == NOT_YET:
+            raise AskAgain
+        return bytes(found)
 
     def _name(self, request_id: str) -> str:
         if plain(request_id):
@@ -243,7 +269,9 @@ class SchedulerSide:
             self.add(request)
             known = self._requests.get(request.request_id)
             if known is None:
-                return 0, False
+                self._active = True
+                # Neither known nor left out: the next step's reports tell.
+                return 0 if request.request_id in self._left_out_ids else None, False
         self._active = self._counted = True
         known.looked_up(num_computed_tokens, self._groups)
         hit = self._engine.lookup(known.name, request.num_tokens, num_computed_tokens, known.new_hashes())
@@ -364,8 +392,7 @@ class SchedulerSide:
                 start = min(start, known.offered[index] * group.block_tokens)
                 groups.append(known.take_group(index, self._groups, fresh[index], ready))
         except UnusableRequest as error:
-            self._left_out_ids.add(request.request_id)
-            self._left_out.add(request, str(error))
+            self._leave_out(request, error)
             self._requests.pop(request.request_id, None)
             self._engine.finish(known.name, request.num_prompt_tokens, request.num_tokens, None)
             return None
@@ -406,6 +433,8 @@ class SchedulerSide:
                 self._add_offers({key: rank.offer})
             if rank.released:
                 self._released.add(key)
+            if rank.adapters is not None:
+                self._hear_of_adapters(rank.adapters)
             if rank.trouble is not None and not self._retired:
                 logger.error("KV Cellar: a worker is out of service, and so are the tiers: %s", rank.trouble)
                 self._errors += 1
@@ -413,6 +442,27 @@ class SchedulerSide:
         self._close_when_released()
         if self._is_complete():
             self._open_beside_requests()
+
+    def _hear_of_adapters(self, report: AdapterReport) -> None:
+        """Act on what a rank has loaded: requests that run with an exchanged adapter may have stored wrong blocks."""
+        exchanged = self._adapters.confirm(report)
+        if not exchanged or self._closed:
+            return
+        running = [
+            known.request
+            for known in self._requests.values()
+            if known.request.lora_request is not None and known.request.lora_request.lora_int_id in exchanged
+        ]
+        for request in running:
+            known = self._requests.pop(request.request_id)
+            self._leave_out(request, UnusableRequest("its LoRA adapter was exchanged while it ran"))
+            self._engine.finish(known.name, request.num_prompt_tokens, request.num_tokens, None)
+        if running:
+            logger.warning(
+                "KV Cellar: a LoRA adapter was exchanged while requests ran with it. What they stored since cannot be "
+                "told apart, so both tiers are emptied"
+            )
+            self.reset()
 
     # -- asked by vLLM now and then ------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from kvcellar import KvcellarError, UnsupportedError, facts, nvrtc, views
 from kvcellar._native import Config, CopyWorker, Watch
+from kvcellar.adapters import LOADS, Loads
 from kvcellar.metadata import RankOffer, RankReport, StepMetadata, WorkerReport
 from kvcellar.stats import KVCellarStats, of_side, of_worker
 
@@ -40,6 +41,11 @@ class WorkerSide:
         self._config = config
         self._beside_others = beside_others
         self._key = (get_pp_group().rank_in_group, get_tp_group().rank_in_group)
+        self._rank = self._key[0] * vllm_config.parallel_config.tensor_parallel_size + self._key[1]
+        self._adapters: Loads | None = None
+        if vllm_config.lora_config is not None:
+            self._adapters = LOADS
+            LOADS.observe()
         self._native: CopyWorker | None = None
         self._kv_caches: dict[str, torch.Tensor] = {}
         self._gpu: int | None = None
@@ -73,11 +79,10 @@ class WorkerSide:
 
     def _register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._gpu = _gpu_of(kv_caches)
-        rank = self._key[0] * self._vllm_config.parallel_config.tensor_parallel_size + self._key[1]
         self._kv_caches = dict(kv_caches)
         layers = views.native(self._group_views(kv_caches))
         self._native = CopyWorker(
-            self._config, rank, layers, self._gpu, nvrtc.libraries() if self._gpu is not None else []
+            self._config, self._rank, layers, self._gpu, nvrtc.libraries() if self._gpu is not None else []
         )
         if self._beside_others:
             # MultiConnector passes on one handshake only, and other connectors refuse what is not theirs.
@@ -104,7 +109,14 @@ class WorkerSide:
             return None
         layout = self._kv_cache_config.kv_cache_layout or "unknown"
         native = self._native
-        return RankOffer(facts.machine(), layout, _isa(self._gpu), tuple(native.block_bytes), native.near_node)
+        return RankOffer(
+            facts.machine(),
+            layout,
+            _isa(self._gpu),
+            tuple(native.block_bytes),
+            native.near_node,
+            facts.attention(self._vllm_config),
+        )
 
     # -- one step's way ------------------------------------------------------------------------------------------------
 
@@ -200,6 +212,8 @@ class WorkerSide:
 
     def take_report(self) -> WorkerReport | None:
         """What the scheduler's side has to know, told once."""
+        if self._adapters is not None:
+            self._report.adapters = self._adapters.take_report(self._rank)
         report, self._report = self._report, RankReport()
         return None if report == RankReport() else WorkerReport({self._key: report})
 
