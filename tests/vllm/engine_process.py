@@ -1,0 +1,138 @@
+"""An engine in a process of its own, asked over a pipe: front end, EngineCore and worker are that one process.
+
+Such an engine starts in some seconds where the usual three processes take a minute, and several of them can be asked
+at once. What is asked is a function of the engine, named by its module, which runs over there.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from tests.vllm.engines import Engine, environment, open_engine
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# EngineCore in the front end's process, and the worker in EngineCore's.
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+START_DEADLINE_S = 300.0
+ANSWER_DEADLINE_S = 600.0
+STOP_DEADLINE_S = 30.0
+
+
+class OverThereError(Exception):
+    """What went wrong in the engine's process, with its stack."""
+
+
+@dataclass
+class EngineProcess:
+    """A running engine."""
+
+    process: BaseProcess
+    pipe: Connection
+    log: Path
+
+    def begin(self, function: Callable[Concatenate[Engine, P], R], *arguments: P.args, **named: P.kwargs) -> None:
+        """Lets the engine's process call `function` with its engine; `result` waits for the answer."""
+        self.pipe.send((function, arguments, named))
+
+    def result(self, deadline_s: float = ANSWER_DEADLINE_S) -> Any:
+        """The answer to what was begun first.
+
+        Raises:
+            OverThereError: the function failed, or the process ended.
+
+        """
+        try:
+            if not self.pipe.poll(deadline_s):
+                raise OverThereError(f"no answer within {deadline_s:.0f} s:\n{self.log_tail()}")
+            value, problem = self.pipe.recv()
+        except EOFError:
+            raise OverThereError(f"the engine's process ended:\n{self.log_tail()}") from None
+        if problem is not None:
+            raise OverThereError(f"{problem}\n{self.log_tail()}")
+        return value
+
+    def call(self, function: Callable[Concatenate[Engine, P], R], *arguments: P.args, **named: P.kwargs) -> R:
+        """What `function` answers over there."""
+        self.begin(function, *arguments, **named)
+        answer: R = self.result()
+        return answer
+
+    def log_tail(self) -> str:
+        """The last lines that the process wrote."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
+
+    def end(self) -> None:
+        """Ends the engine; a process that does not end by itself is killed."""
+        with contextlib.suppress(BrokenPipeError):
+            self.pipe.send(None)
+        self.process.join(STOP_DEADLINE_S)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.pipe.close()
+
+
+def _serve(pipe: Connection, log: str, arguments: dict[str, Any]) -> None:
+    """Runs in the engine's process until told to end or until nobody is there any more."""
+    with open(log, "wb", buffering=0) as output:  # noqa: PTH123
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    try:
+        with open_engine(**arguments, distributed_executor_backend="uni") as engine:
+            pipe.send((None, None))
+            while (wish := pipe.recv()) is not None:
+                pipe.send(_answered(engine, *wish))
+    except EOFError:
+        return
+    except BaseException:
+        with contextlib.suppress(BrokenPipeError):
+            pipe.send((None, traceback.format_exc()))
+        raise
+
+
+def _answered(
+    engine: Engine, function: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[Any, str | None]:
+    try:
+        return function(engine, *arguments, **named), None
+    except Exception:
+        return None, traceback.format_exc()
+
+
+@contextlib.contextmanager
+def start_engine(
+    work_dir: Path, pool_dir: Path, *, env: Mapping[str, str] | None = None, name: str = "engine", **arguments: Any
+) -> Iterator[EngineProcess]:
+    """Starts an engine and ends it afterwards; `EngineProcess.result` tells once when it is ready.
+
+    Args:
+        work_dir: where the operation log and the process's output go.
+        pool_dir: where the pool goes.
+        env: environment of the process, from its first instruction on.
+        name: tells engines of one `work_dir` apart.
+        arguments: more of `open_engine`.
+
+    """
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    log = work_dir / f"{name}.log"
+    log.touch()
+    options = {"work_dir": work_dir, "pool_dir": pool_dir, "name": name, **arguments}
+    with environment({**ONE_PROCESS, **(env or {})}):
+        process = spawn.Process(target=_serve, args=(there, str(log), options), name=name)
+        process.start()
+    there.close()
+    engine = EngineProcess(process, here, log)
+    try:
+        yield engine
+    finally:
+        engine.end()
