@@ -22,7 +22,6 @@ R = TypeVar("R")
 
 # EngineCore in the front end's process, and the worker in EngineCore's.
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-START_DEADLINE_S = 300.0
 ANSWER_DEADLINE_S = 600.0
 STOP_DEADLINE_S = 30.0
 
@@ -38,33 +37,45 @@ class EngineProcess:
     process: BaseProcess
     pipe: Connection
     log: Path
+    calls: int = 0
 
-    def begin(self, function: Callable[Concatenate[Engine, P], R], *arguments: P.args, **named: P.kwargs) -> None:
-        """Lets the engine's process call `function` with its engine; `result` waits for the answer."""
-        self.pipe.send((function, arguments, named))
+    def wait_ready(self) -> None:
+        """Waits until the engine has started.
 
-    def result(self, deadline_s: float = ANSWER_DEADLINE_S) -> Any:
-        """The answer to what was begun first.
+        Raises:
+            OverThereError: it could not start.
+
+        """
+        self._answer(0)
+
+    def call(self, function: Callable[Concatenate[Engine, P], R], *arguments: P.args, **named: P.kwargs) -> R:
+        """What `function` answers over there.
 
         Raises:
             OverThereError: the function failed, or the process ended.
 
         """
-        try:
-            if not self.pipe.poll(deadline_s):
-                raise OverThereError(f"no answer within {deadline_s:.0f} s:\n{self.log_tail()}")
-            value, problem = self.pipe.recv()
-        except EOFError:
-            raise OverThereError(f"the engine's process ended:\n{self.log_tail()}") from None
+        self.calls += 1
+        self.pipe.send((self.calls, function, arguments, named))
+        answer: R = self._answer(self.calls)
+        return answer
+
+    def _answer(self, number: int) -> Any:
+        """The answer to one call. Answers that nobody waited for, because a test was cut off, are passed over."""
+        came, value, problem = self._receive()
+        while came < number:
+            came, value, problem = self._receive()
         if problem is not None:
             raise OverThereError(f"{problem}\n{self.log_tail()}")
         return value
 
-    def call(self, function: Callable[Concatenate[Engine, P], R], *arguments: P.args, **named: P.kwargs) -> R:
-        """What `function` answers over there."""
-        self.begin(function, *arguments, **named)
-        answer: R = self.result()
-        return answer
+    def _receive(self) -> Any:
+        try:
+            if self.pipe.poll(ANSWER_DEADLINE_S):
+                return self.pipe.recv()
+        except EOFError:
+            raise OverThereError(f"the engine's process ended:\n{self.log_tail()}") from None
+        raise OverThereError(f"no answer within {ANSWER_DEADLINE_S:.0f} s:\n{self.log_tail()}")
 
     def log_tail(self) -> str:
         """The last lines that the process wrote."""
@@ -88,14 +99,15 @@ def _serve(pipe: Connection, log: str, arguments: dict[str, Any]) -> None:
             os.dup2(output.fileno(), stream)
     try:
         with open_engine(**arguments, distributed_executor_backend="uni") as engine:
-            pipe.send((None, None))
+            pipe.send((0, None, None))
             while (wish := pipe.recv()) is not None:
-                pipe.send(_answered(engine, *wish))
+                number, *call = wish
+                pipe.send((number, *_answered(engine, *call)))
     except EOFError:
         return
     except BaseException:
         with contextlib.suppress(BrokenPipeError):
-            pipe.send((None, traceback.format_exc()))
+            pipe.send((0, None, traceback.format_exc()))
         raise
 
 
@@ -112,7 +124,7 @@ def _answered(
 def start_engine(
     work_dir: Path, pool_dir: Path, *, env: Mapping[str, str] | None = None, name: str = "engine", **arguments: Any
 ) -> Iterator[EngineProcess]:
-    """Starts an engine and ends it afterwards; `EngineProcess.result` tells once when it is ready.
+    """Starts an engine and ends it afterwards; `EngineProcess.wait_ready` waits for it.
 
     Args:
         work_dir: where the operation log and the process's output go.

@@ -102,7 +102,7 @@ def open_pair(work_dir: Path, pool_dir: Path, transfers: Mapping[str, Mapping[st
             engine = start_engine(work_dir, pool_dir, env=env, name=role, cellar={}, transfer=transfer, **options)
             engines[role] = stack.enter_context(engine)
         for role, engine in engines.items():
-            engine.result()
+            engine.wait_ready()
             # NIXL moves the thread that computes to the machine's last core, in both engines.
             engine.call(_keep_to, own[role])
         yield Pair(**engines)
