@@ -25,7 +25,7 @@ ROUNDS = 2
 LENGTHS = [2 * BLOCK_TOKENS, 5 * BLOCK_TOKENS + 1, 11 * BLOCK_TOKENS - 1]
 # The same tokens, computed in passes of other shapes: the last bits differ.
 LOGPROB_DIFFERENCE_MAX = 1e-3
-ORDERS = {"nixl first": ("nixl", "ours"), "ours first": ("ours", "nixl")}
+ORDERS = {"nixl_first": ("nixl", "ours"), "ours_first": ("ours", "nixl")}
 # Starting two engines counts, on cores that others use too.
 pytestmark = pytest.mark.timeout(1200)
 EXTERNAL = "vllm:external_prefix_cache_hits_total"
