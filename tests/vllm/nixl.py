@@ -71,13 +71,13 @@ class Pair:
         return answer
 
 
-def _keep_to(engine: Engine, core: int) -> None:
-    os.sched_setaffinity(0, {core})
+def _run_on(engine: Engine, cores: set[int]) -> None:
+    os.sched_setaffinity(0, cores)
 
 
 @contextlib.contextmanager
 def open_pair(work_dir: Path, pool_dir: Path, transfers: Mapping[str, Mapping[str, Any]], **options: Any) -> Iterator[Pair]:
-    """Starts a prefill and a decode engine beside each other, each on cores of its own where there are several.
+    """Starts a prefill and a decode engine beside each other, and lets both use the same cores.
 
     Args:
         work_dir: where operation logs and the processes' output go.
@@ -86,23 +86,21 @@ def open_pair(work_dir: Path, pool_dir: Path, transfers: Mapping[str, Mapping[st
         options: more of `open_engine`, for both.
 
     """
-    cores = sorted(os.sched_getaffinity(0))
-    own = {"prefill": cores[0], "decode": cores[-1]}
+    cores = os.sched_getaffinity(0)
     with contextlib.ExitStack() as stack:
         engines = {}
         for role, transfer in transfers.items():
             env = {
                 "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
                 "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
-                "VLLM_CPU_OMP_THREADS_BIND": str(own[role]),
                 # Nothing but this machine's memory and loopback.
                 "UCX_TLS": "tcp,sm,self",
                 "UCX_NET_DEVICES": "lo",
             }
             engine = start_engine(work_dir, pool_dir, env=env, name=role, cellar={}, transfer=transfer, **options)
             engines[role] = stack.enter_context(engine)
-        for role, engine in engines.items():
+        for engine in engines.values():
             engine.wait_ready()
-            # NIXL moves the thread that computes to the machine's last core, in both engines.
-            engine.call(_keep_to, own[role])
+            # NIXL keeps the thread that computes to the machine's last core, in both engines.
+            engine.call(_run_on, cores)
         yield Pair(**engines)

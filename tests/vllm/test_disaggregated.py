@@ -12,19 +12,17 @@ from typing import Any
 import pytest
 
 from tests.vllm import nixl, tiny_models
-from tests.vllm.answers import Answer, assert_identical
+from tests.vllm.answers import Answer
 from tests.vllm.engine_process import OverThereError
 from tests.vllm.engines import Engine
 from tests.vllm.places import temporary_pool_dir
 from tests.vllm.prompts import prompt
+from tests.vllm.references import cold, from_us, is_close
 from tests.vllm.server import BLOCK_TOKENS, free_port, transfer_config
 
 ANSWER_TOKENS = 8
-NOTHING = {"load": False, "store": False}
 ROUNDS = 2
 LENGTHS = [2 * BLOCK_TOKENS, 5 * BLOCK_TOKENS + 1, 11 * BLOCK_TOKENS - 1]
-# The same tokens, computed in passes of other shapes: the last bits differ.
-LOGPROB_DIFFERENCE_MAX = 1e-3
 ORDERS = {"nixl_first": ("nixl", "ours"), "ours_first": ("ours", "nixl")}
 # Starting two engines counts, on cores that others use too.
 pytestmark = pytest.mark.timeout(1200)
@@ -73,19 +71,10 @@ def tokens_of(rng: random.Random, length: int) -> list[int]:
     return prompt(rng, length, 0, tiny_models.VOCABULARY - 1)
 
 
-def assert_close(reference: Answer, answer: Answer, what: str) -> None:
-    assert answer.tokens == reference.tokens, f"{what}: {answer.tokens} instead of {reference.tokens}"
-    for expected, got in zip(reference.logprobs, answer.logprobs, strict=True):
-        known = {token: value for token, value, _ in expected}
-        shared = [(value, known[token]) for token, value, _ in got if token in known]
-        assert len(shared) >= len(got) - 1, f"{what}: other tokens are likely"
-        assert all(abs(a - b) < LOGPROB_DIFFERENCE_MAX for a, b in shared), f"{what}: {shared}"
-
-
-def cold(pair: nixl.Pair, tokens: list[int]) -> Answer:
-    """The decode engine's own answer, without anybody's cache."""
-    pair.decode.call(Engine.reset_gpu_cache)
-    return pair.decode.call(Engine.complete, tokens, ANSWER_TOKENS, NOTHING)
+def assert_right(pair: nixl.Pair, tokens: list[int], answer: Answer, what: str) -> None:
+    """Against the decode engine's own answer, which nobody helped it with."""
+    reference = pair.decode.call(cold, tokens, ANSWER_TOKENS)
+    assert is_close(reference, answer), f"{what}: {answer} instead of {reference}"
 
 
 def forget(pair: nixl.Pair) -> None:
@@ -103,7 +92,7 @@ def test_handed_over_prompts_are_answered_as_without_us(pair: nixl.Pair, seed: i
         answer = pair.complete(tokens, ANSWER_TOKENS)
         fetched = pair.decode.call(Engine.metrics).value(EXTERNAL) - before
         assert fetched >= length - 1, "NIXL fetched nothing"
-        assert_close(cold(pair, tokens), answer, f"{length} tokens, seed {seed}")
+        assert_right(pair, tokens, answer, f"{length} tokens, seed {seed}")
     forget(pair)
 
 
@@ -114,7 +103,7 @@ def test_a_prompt_that_the_prefill_engine_loads_from_us_is_handed_over_right(pai
     before = pair.prefill.call(Engine.metrics).hit_tokens
     answer = pair.complete(tokens, ANSWER_TOKENS)
     assert pair.prefill.call(Engine.metrics).hit_tokens - before == 9 * BLOCK_TOKENS, "not loaded from us"
-    assert_close(cold(pair, tokens), answer, f"seed {seed}")
+    assert_right(pair, tokens, answer, f"seed {seed}")
     forget(pair)
 
 
@@ -122,29 +111,16 @@ def test_what_the_decode_engine_loads_from_us_is_right_to_the_bit(pair: nixl.Pai
     rng = random.Random(f"bits-{seed}")
     loaded = 0
     for round_number in range(ROUNDS):
-        # The first time it comes from the prefill engine, later it is computed here, and then loaded here.
         tokens = tokens_of(rng, rng.randint(3, 12) * BLOCK_TOKENS + rng.randint(1, BLOCK_TOKENS - 1))
+        # First it comes from the prefill engine, then it is computed here, then loaded here.
         pair.complete(tokens, ANSWER_TOKENS)
         forget(pair)
         for turn in range(3):
-            before = pair.decode.call(Engine.settle).hit_tokens
-            pair.decode.call(Engine.reset_gpu_cache)
-            answer = pair.decode.call(Engine.complete, tokens, ANSWER_TOKENS)
-            hit = pair.decode.call(Engine.settle).hit_tokens - before
-            # vLLM's own hit, of the same length and computed in the same shapes.
-            reference = same_shape(pair, tokens, hit)
-            assert_identical(reference, answer, f"round {round_number}, turn {turn}, {hit} tokens hit, seed {seed}")
+            hit, right = pair.decode.call(from_us, tokens, ANSWER_TOKENS)
+            assert right, f"round {round_number}, turn {turn}, {hit} tokens hit, seed {seed}"
             loaded += hit > 0
     assert loaded >= ROUNDS, "hardly anything was loaded from us"
     forget(pair)
-
-
-def same_shape(pair: nixl.Pair, tokens: list[int], hit: int) -> Answer:
-    """The answer after vLLM computed what was hit, in its own cache, without us."""
-    pair.decode.call(Engine.reset_gpu_cache)
-    if hit:
-        pair.decode.call(Engine.complete, tokens[:hit], 1, NOTHING)
-    return pair.decode.call(Engine.complete, tokens, ANSWER_TOKENS, NOTHING)
 
 
 def test_the_prefill_engine_gets_its_blocks_back_when_we_load_instead(pair: nixl.Pair, seed: int) -> None:
@@ -156,7 +132,7 @@ def test_the_prefill_engine_gets_its_blocks_back_when_we_load_instead(pair: nixl
         answer = pair.complete(tokens, ANSWER_TOKENS)
         # `forget` fails while the prefill engine waits for somebody to fetch its blocks.
         forget(pair)
-        assert_close(cold(pair, tokens), answer, f"seed {seed}")
+        assert_right(pair, tokens, answer, f"seed {seed}")
     for engine in (pair.prefill, pair.decode):
         assert not engine.call(Engine.settle).leftovers()
 
@@ -166,13 +142,9 @@ def test_a_prefill_engine_that_cannot_be_reached_costs_time_and_nothing_else(pai
     params = pair.hand_over(tokens)
     gone = {**params, "remote_engine_id": f"gone-{seed}", "remote_port": free_port()}
     answer, _ = pair.decode.call(Engine.transfer, tokens, ANSWER_TOKENS, gone)
-    pair.decode.call(Engine.settle)
-    pair.decode.call(Engine.reset_gpu_cache)
-    # What we kept of it, if anything.
-    again = pair.decode.call(Engine.complete, tokens, ANSWER_TOKENS)
-    reference = cold(pair, tokens)
-    assert_close(reference, answer, f"without the prefill engine, seed {seed}")
-    assert_close(reference, again, f"from us, seed {seed}")
+    hit, right = pair.decode.call(from_us, tokens, ANSWER_TOKENS)
+    assert right, f"{hit} tokens from us, seed {seed}"
+    assert_right(pair, tokens, answer, f"without the prefill engine, seed {seed}")
     # The prefill engine gets its blocks back from whoever does reach it.
     pair.decode.call(Engine.reset_gpu_cache)
     pair.decode.call(Engine.transfer, tokens, 1, params)
