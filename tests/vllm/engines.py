@@ -64,6 +64,15 @@ class Engine:
         self.served.append(Served(tuple(tokens), answer.tokens))
         return answer
 
+    def transfer(
+        self, tokens: Sequence[int], max_tokens: int, params: Mapping[str, object]
+    ) -> tuple[Answer, dict[str, Any] | None]:
+        """`complete` with whole `kv_transfer_params`, and those that come back: one half of a disaggregated request."""
+        sampling = self._sampling(max_tokens, None)
+        sampling.extra_args = {"kv_transfer_params": dict(params)}
+        outputs = self.llm.generate([{"prompt_token_ids": list(tokens)}], sampling, use_tqdm=False)
+        return Answer.of_output(outputs[0]), outputs[0].kv_transfer_params
+
     def converse(self, conversations: Sequence[Conversation], max_tokens: int) -> list[Answer]:
         """Runs all conversations at once, each at its own pace: its next turn starts when it has the last answer."""
         engine = self.llm.llm_engine
