@@ -43,9 +43,11 @@ def _keep_to_own_cores() -> None:
         os.sched_setaffinity(0, cores[int(name.removeprefix("gw")) :: count])
 
 
-def pytest_report_header() -> str:
-    """Tells the seed that reproduces this run."""
-    return f"kvcellar: KVCELLAR_TEST_SEED={SEED}"
+def pytest_report_header() -> list[str]:
+    """Tells the seed that reproduces this run, and what the engines compute in."""
+    from tests.vllm.sizes import DATA_TYPE, VARIABLE
+
+    return [f"kvcellar: KVCELLAR_TEST_SEED={SEED}", f"kvcellar: {VARIABLE}={DATA_TYPE.name}, {DATA_TYPE.reason}"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -76,8 +78,9 @@ def shared_server(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory
     """One real `vllm serve` for the tests that need its HTTP interface: 64 blocks of KV cache and a small pool."""
     from tests.vllm.places import temporary_pool_dir
     from tests.vllm.server import open_server
+    from tests.vllm.sizes import kv_mib
 
-    cellar = {"dram_size": "192MiB", "namespace_salt": "shared-server"}
+    cellar = {"dram_size": kv_mib(192), "namespace_salt": "shared-server"}
     with (
         temporary_pool_dir() as pool_dir,
         open_server(tmp_path_factory.mktemp("server"), pool_dir, cellar=cellar) as server,

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.vllm import oplog
+from tests.deadlines import PACE, deadline
+from tests.vllm import oplog, speed
 from tests.vllm.answers import Answer
 from tests.vllm.metrics import Snapshot
 from tests.vllm.places import real_model, temporary_pool_dir
 from tests.vllm.prompts import Conversation
-from tests.vllm.server import BLOCK_TOKENS, CHUNK_TOKENS, MAX_MODEL_LEN, SETTLE_ROUNDS, transfer_config
+from tests.vllm.server import BLOCK_TOKENS, CHUNK_TOKENS, MAX_MODEL_LEN, SETTLE_S, START_GOOD_S, transfer_config
+from tests.vllm.sizes import DATA_TYPE, MIB, kv_bytes
 from tests.vllm.subscriber import Subscriber
 
 # A request shorter than a block: it makes the engine step and touches no key.
@@ -105,7 +107,8 @@ class Engine:
 
     def settle(self) -> Snapshot:
         """Lets all copies end and all numbers arrive."""
-        for _ in range(SETTLE_ROUNDS):
+        end = time.monotonic() + deadline(SETTLE_S)
+        while time.monotonic() < end:
             self.complete(NUDGE, max_tokens=1)
             if oplog.outstanding(self.trace()) == 0:
                 self.complete(NUDGE, max_tokens=1)
@@ -171,7 +174,8 @@ def open_engine(
         "max_model_len": MAX_MODEL_LEN,
         "max_num_seqs": 8,
         "max_num_batched_tokens": CHUNK_TOKENS,
-        "kv_cache_memory_bytes": 1 << 30,
+        "dtype": DATA_TYPE.name,
+        "kv_cache_memory_bytes": kv_bytes(1024 * MIB),
         "enable_prefix_caching": True,
         "enable_chunked_prefill": True,
         "disable_log_stats": False,
@@ -182,8 +186,11 @@ def open_engine(
         ours = transfer_config({key: value for key, value in settings.items() if value is not None})
         arguments["kv_transfer_config"] = {**ours, **(transfer or {})}
     arguments.update(options)
+    speed.learn()
     with environment(env or {}):
+        begun = time.monotonic()
         engine = Engine(LLM(**arguments), trace_file, pool_dir, not arguments.get("skip_tokenizer_init", False))
+        PACE.see(time.monotonic() - begun, START_GOOD_S)
         try:
             yield engine
         finally:

@@ -11,6 +11,7 @@ from tests.vllm.engines import Engine, open_engine
 from tests.vllm.places import temporary_pool_dir
 from tests.vllm.prompts import prompt
 from tests.vllm.server import BLOCK_TOKENS
+from tests.vllm.sizes import kv_mib
 
 ANSWER_TOKENS = 8
 ROUNDS = 3
@@ -21,7 +22,7 @@ LONG_TOKENS = 1445
 @contextmanager
 def started(tmp_path_factory: pytest.TempPathFactory, *, verify: bool) -> Iterator[Engine]:
     with temporary_pool_dir() as pool_dir:
-        cellar = {"dram_size": "512MiB", "namespace_salt": f"identity-{verify}", "verify_loads": verify}
+        cellar = {"dram_size": kv_mib(512), "namespace_salt": f"identity-{verify}", "verify_loads": verify}
         work_dir = tmp_path_factory.mktemp("identity")
         with open_engine(work_dir, pool_dir, cellar=cellar, max_model_len=2048, max_num_batched_tokens=2048) as engine:
             yield engine
