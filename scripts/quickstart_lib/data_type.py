@@ -26,6 +26,10 @@ class DataType:
         """Bytes of one number, in weights and in the KV cache alike."""
         return BYTES[self.name]
 
+    def sentence(self) -> str:
+        """For people."""
+        return f"the model is computed in {self.name}: {self.reason}"
+
     def scaled(self, bfloat16_bytes: int) -> int:
         """A size that holds as many tokens in this type as `bfloat16_bytes` do in bfloat16."""
         return bfloat16_bytes * self.element_bytes // BYTES["bfloat16"]
