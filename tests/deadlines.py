@@ -7,6 +7,7 @@ check of behaviour may depend on it, with one exception: loads that need not be 
 
 import hashlib
 import os
+import sys
 import time
 from dataclasses import dataclass
 
@@ -67,4 +68,5 @@ def shrunk(full: int, least: int) -> int:
 
 
 if __name__ == "__main__":
-    print(f"{PACE.factor:.2f}")
+    # For scripts: the deadline for the seconds given, as a whole number.
+    print(round(deadline(float(sys.argv[1]))))

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from tests.vllm.server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
+# Files whose tests start engines of their own, many of them: they fill up whichever worker has time.
+EACH_ALONE = {"test_index.py", "test_nvme.py"}
 SEED = int(os.environ.get("KVCELLAR_TEST_SEED", "20817"))
 
 
@@ -50,8 +52,17 @@ def pytest_report_header() -> list[str]:
     return [f"kvcellar: KVCELLAR_TEST_SEED={SEED}", f"kvcellar: {VARIABLE}={DATA_TYPE.name}, {DATA_TYPE.reason}"]
 
 
+def group(item: pytest.Item) -> str:
+    """Tests of one group run in one worker of pytest-xdist, and share what is started once a module or session."""
+    if "shared_server" in getattr(item, "fixturenames", ()):
+        return "shared_server"
+    return item.nodeid if item.path.name in EACH_ALONE else item.path.name
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves long campaigns out unless the caller selects by marker."""
+    """Deals tests out, and leaves long campaigns out unless the caller selects by marker."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
     if config.option.markexpr:
         return
     for item in items:

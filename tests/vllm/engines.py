@@ -21,6 +21,7 @@ from tests.vllm.subscriber import Subscriber
 
 # A request shorter than a block: it makes the engine step and touches no key.
 NUDGE = (1, 2, 3)
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Engine:
     trace_file: Path
     pool_dir: Path
     detokenize: bool
+    one_process: bool = False
     served: list[Served] = field(default_factory=list)
     # Outputs of EngineCore that `converse` received: one a step.
     steps: int = 0
@@ -117,9 +119,13 @@ class Engine:
         raise AssertionError(f"copies did not end: {oplog.outstanding(self.trace())} loads and batches outstanding")
 
     def close(self) -> None:
-        """Ends the engine's processes."""
+        """Ends the engine's processes, or what it has left in this one."""
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
+        if self.one_process:
+            from vllm.distributed import cleanup_dist_env_and_memory
+
+            cleanup_dist_env_and_memory()
         gc.collect()
 
 
@@ -148,6 +154,7 @@ def open_engine(
     transfer: Mapping[str, object] | None = None,
     env: Mapping[str, str] | None = None,
     name: str = "engine",
+    one_process: bool = False,
     **options: Any,
 ) -> Iterator[Engine]:
     """Starts an engine and ends it afterwards.
@@ -160,6 +167,8 @@ def open_engine(
         transfer: further keys of `kv_transfer_config`, which win over ours.
         env: environment of the engine's processes.
         name: tells engines of one `work_dir` apart.
+        one_process: EngineCore and worker in this process, which starts several times sooner. Such an engine steps
+            only while it is asked something.
         options: arguments of `vllm.LLM` beside those set here.
 
     """
@@ -185,11 +194,13 @@ def open_engine(
         settings = {"pool_dir": str(pool_dir), "trace_file": str(trace_file), **cellar}
         ours = transfer_config({key: value for key, value in settings.items() if value is not None})
         arguments["kv_transfer_config"] = {**ours, **(transfer or {})}
+    if one_process:
+        arguments["distributed_executor_backend"] = "uni"
     arguments.update(options)
     speed.learn()
-    with environment(env or {}):
-        begun = time.monotonic()
-        engine = Engine(LLM(**arguments), trace_file, pool_dir, not arguments.get("skip_tokenizer_init", False))
+    with environment({**(ONE_PROCESS if one_process else {}), **(env or {})}):
+        begun, detokenize = time.monotonic(), not arguments.get("skip_tokenizer_init", False)
+        engine = Engine(LLM(**arguments), trace_file, pool_dir, detokenize, one_process)
         PACE.see(time.monotonic() - begun, START_GOOD_S)
         try:
             yield engine
