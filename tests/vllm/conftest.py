@@ -56,9 +56,11 @@ def group(item: pytest.Item) -> str:
     """Tests of one group run in one worker of pytest-xdist, and share what is started once a module or session."""
     if "shared_server" in getattr(item, "fixturenames", ()):
         return "shared_server"
-    return item.nodeid if item.path.name in EACH_ALONE else item.path.name
+    # pytest-xdist takes a group's name for a part of the parameters where it has brackets.
+    return item.nodeid.replace("]", "") if item.path.name in EACH_ALONE else item.path.name
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deals tests out, and leaves long campaigns out unless the caller selects by marker."""
     for item in items:

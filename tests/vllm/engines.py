@@ -168,7 +168,8 @@ def open_engine(
         env: environment of the engine's processes.
         name: tells engines of one `work_dir` apart.
         one_process: EngineCore and worker in this process, which starts several times sooner. Such an engine steps
-            only while it is asked something.
+            only while it is asked something; one at a time; and what it computes may differ in the last bits from
+            what an engine in processes of its own does, whose threads are counted otherwise.
         options: arguments of `vllm.LLM` beside those set here.
 
     """

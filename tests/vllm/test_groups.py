@@ -27,9 +27,12 @@ def model(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @contextmanager
-def started(model: Path, work_dir: Path, cellar: dict[str, object] | None, **transfer: Any) -> Iterator[Engine]:
+def started(
+    model: Path, work_dir: Path, cellar: dict[str, object] | None, *, one_process: bool = False, **transfer: Any
+) -> Iterator[Engine]:
     with temporary_pool_dir() as pool_dir:
         options: dict[str, Any] = {"skip_tokenizer_init": True, "max_num_batched_tokens": 1024}
+        options["one_process"] = one_process
         with open_engine(work_dir, pool_dir, cellar=cellar, model=model, transfer=transfer, **options) as engine:
             yield engine
 
@@ -116,7 +119,8 @@ def test_a_wrong_group_mapping_is_seen(model: Path, tmp_path: Path, seed: int) -
     """The permanent mutation test: if this comparison finds nothing, the one above proves nothing."""
     mutant = {"kv_connector": "SwappedGroupsConnector", "kv_connector_module_path": "tests.vllm.mutants"}
     asked = prompts(seed)
-    with started(model, tmp_path, {"dram_size": kv_mib(128), "namespace_salt": "mutant"}, **mutant) as engine:
+    cellar: dict[str, object] = {"dram_size": kv_mib(128), "namespace_salt": "mutant"}
+    with started(model, tmp_path, cellar, one_process=True, **mutant) as engine:
         references = [gpu_hit for _, gpu_hit in cold_and_gpu(engine, asked)]
         answers = after_dram_hits(engine, asked)
     differing = sum(differences(reference, answer) > 0 for reference, answer in zip(references, answers, strict=True))

@@ -30,7 +30,9 @@ def engine(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> It
     with temporary_pool_dir() as pool_dir:
         cellar = {"dram_size": kv_mib(100), "namespace_salt": "hit-model", "verify_loads": True}
         options: dict[str, Any] = {"num_gpu_blocks_override": KV_BLOCKS, "max_num_batched_tokens": CHUNK_TOKENS}
-        with open_engine(tmp_path_factory.mktemp("hit-model"), pool_dir, cellar=cellar, **options) as engine:
+        with open_engine(
+            tmp_path_factory.mktemp("hit-model"), pool_dir, cellar=cellar, one_process=True, **options
+        ) as engine:
             yield engine
 
 

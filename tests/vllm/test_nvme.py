@@ -165,7 +165,7 @@ def campaign(tmp_path: Path, seed: int, blocks: int) -> None:
             options = {**cellar, "nvme_dir": str(disk)}
             with (
                 temporary_pool_dir() as pool_dir,
-                open_engine(tmp_path, pool_dir, cellar=options, name=f"part-{part}") as engine,
+                open_engine(tmp_path, pool_dir, cellar=options, name=f"part-{part}", one_process=True) as engine,
             ):
                 before = settle(engine)
                 gauges = tuple(int(before.cellar(name)) for name in ("nvme_io_uring", "nvme_registered"))
@@ -245,7 +245,9 @@ def test_at_eight_conversations_the_replay_agrees(tmp_path: Path, seed: int) -> 
     with (
         temporary_disk_dir() as disk,
         temporary_pool_dir() as pool_dir,
-        open_engine(tmp_path, pool_dir, cellar={**cellar, "nvme_dir": str(disk)}, **options) as engine,
+        open_engine(
+            tmp_path, pool_dir, cellar={**cellar, "nvme_dir": str(disk)}, one_process=True, **options
+        ) as engine,
     ):
         for _ in range(2):
             lanes = [Conversation(Random(f"{seed}-{lane}"), (120, 300), 1000) for lane in range(8)]
