@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from tests.deadlines import deadline
 from tests.vllm.cache_model import Replay
 from tests.vllm.engines import Engine, open_heard
 from tests.vllm.prompts import prompt
@@ -16,7 +17,7 @@ from tests.vllm.sizes import kv_mib
 from tests.vllm.subscriber import Event, Subscriber
 
 PROMPTS = 16
-# Longer than the publisher's thread ever waits.
+# Longer than the publisher's thread ever waits on a good machine.
 QUIET_S = 0.3
 
 
@@ -33,7 +34,7 @@ class Run:
         while seen != len(self.subscriber.sequences):
             seen = len(self.subscriber.sequences)
             self.engine.settle()
-            time.sleep(QUIET_S)
+            time.sleep(deadline(QUIET_S))
 
 
 @pytest.fixture(scope="module")

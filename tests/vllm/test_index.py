@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import zmq
 
-from tests.deadlines import deadline
+from tests.deadlines import deadline, shrunk
 from tests.python.index_server import IndexServer, index_server
 from tests.vllm.engines import Engine, open_engine
 from tests.vllm.places import temporary_disk_dir, temporary_pool_dir
@@ -321,7 +321,7 @@ def test_the_index_says_what_the_real_engine_holds(tmp_path: Path, seed: int, en
                     engine.settle()
                     said.append(assert_true(server, engine, texts, "after the restart"))
                     assert said[-1]["storage_local"] > 0, "nothing survived"
-                traffic(engine, 40)
+                traffic(engine, shrunk(40, 20))
                 said.append(assert_true(server, engine, texts, "after traffic"))
                 engine.reset_gpu_cache()
                 engine.settle()
