@@ -11,6 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from quickstart_lib.arguments import MODEL, SERVER_LOG, WORKING_SET_RATIO_MIN, Arguments, parse
+from quickstart_lib.data_type import DataType
 from quickstart_lib.failure import QuickstartError
 from quickstart_lib.fleet.arguments import FleetArguments
 from quickstart_lib.fleet.arguments import parse as parse_fleet
@@ -51,7 +52,7 @@ def run(arguments: Arguments) -> None:
     from quickstart_lib.server import MODEL_NAME, Server, command, connector_flag, free_port
     from quickstart_lib.subscriber import Subscriber
 
-    console = open_console()
+    console = open_console(arguments.data_type)
     writer = Writer(MODEL, arguments.seed)
     size = cache_size.plan(arguments, MODEL, writer)
     counters = []
@@ -110,14 +111,16 @@ def run_fleet(arguments: FleetArguments) -> None:
     """
     from quickstart_lib.fleet import verdict
 
-    verdict.run(arguments, open_console())
+    verdict.run(arguments, open_console(arguments.data_type))
 
 
-def open_console() -> "Console":
-    """The terminal."""
+def open_console(data_type: DataType) -> "Console":
+    """The terminal, with the first line on it: every time that follows depends on the data type."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    console.print(data_type.sentence())
+    return console
 
 
 def pool_folder() -> tempfile.TemporaryDirectory[str]:
@@ -167,9 +170,9 @@ def judge(arguments: Arguments, result: dict[str, Any], empty_hits: list[str]) -
 
 
 def _footnote(result: dict[str, Any]) -> str:
-    machine = result["machine"]
+    machine, dtype = result["machine"], result["load"]["dtype"]
     return (
-        f"SmolLM2-135M, vLLM {machine['vllm']} on {machine['cores']} cores ({machine['cpu']}), no GPU; "
+        f"SmolLM2-135M in {dtype}, vLLM {machine['vllm']} on {machine['cores']} cores ({machine['cpu']}), no GPU; "
         f"vLLM's KV cache holds 1/{result['working_set_tokens'] / result['gpu_cache_tokens']:.1f} of the conversations"
     )
 

@@ -4,11 +4,15 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from quickstart_lib.data_type import BYTES, DataType, of_this_machine
+
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache"
 MODEL = CACHE / "model" / "smollm2-135m"
 SERVER_LOG = CACHE / "quickstart-server.log"
 WORKING_SET_RATIO_MIN = 4.0
+# In bfloat16: the tiers hold as many tokens in either type.
+DRAM_MIB, NVME_MIB = 256, 2048
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Arguments:
     nvme_dir: Path
     seed: int
     with_kvcellar: bool
+    data_type: DataType
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -54,8 +59,10 @@ def parse(argv: list[str]) -> Arguments:
         default=5.0,
         help=f"conversations' KV over vLLM's KV cache (default 5, at least {WORKING_SET_RATIO_MIN:g})",
     )
-    parser.add_argument("--dram-size", default="256MiB", help="capacity of the DRAM tier (default 256MiB)")
-    parser.add_argument("--nvme-size", default="2GiB", help="capacity of the NVMe tier (default 2GiB)")
+    for tier, mib in (("dram", DRAM_MIB), ("nvme", NVME_MIB)):
+        default = f"default {mib}MiB, twice that in float32"
+        parser.add_argument(f"--{tier}-size", help=f"capacity of the {tier.upper()} tier ({default})")
+    add_data_type(parser)
     parser.add_argument(
         "--nvme-dir",
         type=Path,
@@ -81,4 +88,16 @@ def parse(argv: list[str]) -> Arguments:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
     if given["working_set_ratio"] < WORKING_SET_RATIO_MIN:
         parser.error(f"--working-set-ratio must be at least {WORKING_SET_RATIO_MIN:g}")
-    return Arguments(with_kvcellar=not given.pop("without_kvcellar"), **given)
+    data_type = of_this_machine(given.pop("dtype"))
+    for name, mib in (("dram_size", DRAM_MIB), ("nvme_size", NVME_MIB)):
+        given[name] = given[name] or f"{data_type.scaled(mib)}MiB"
+    return Arguments(with_kvcellar=not given.pop("without_kvcellar"), data_type=data_type, **given)
+
+
+def add_data_type(parser: argparse.ArgumentParser) -> None:
+    """Add `--dtype`, which ends up as a name or None."""
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(BYTES),
+        help="what the model is computed in (default: bfloat16 where this processor multiplies it, else float32)",
+    )

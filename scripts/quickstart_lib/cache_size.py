@@ -14,12 +14,13 @@ NULL_BLOCKS = 1
 
 @dataclass(frozen=True)
 class CacheSize:
-    """The server's cache and the load it faces."""
+    """The server's cache, the data type that its bytes follow from, and the load it faces."""
 
     working_set_tokens: int
     block_bytes: int
     gpu_blocks: int
     model_len_tokens: int
+    dtype: str
 
     @property
     def gpu_bytes(self) -> int:
@@ -27,11 +28,11 @@ class CacheSize:
         return self.gpu_blocks * self.block_bytes
 
 
-def kv_bytes_per_token(model: Path) -> int:
-    """Bytes of K and V of one token over all layers, in bf16."""
+def kv_bytes_per_token(model: Path, element_bytes: int) -> int:
+    """Bytes of K and V of one token over all layers."""
     config = json.loads((model / "config.json").read_text())
     values = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
-    return int(values * 2)
+    return int(values * element_bytes)
 
 
 def plan(arguments: Arguments, model: Path, writer: Writer) -> CacheSize:
@@ -54,7 +55,8 @@ def plan(arguments: Arguments, model: Path, writer: Writer) -> CacheSize:
             f"a KV cache of 1/{arguments.working_set_ratio:g} of {working_set} tokens does not hold one request of "
             f"{model_len} tokens: raise --conversations or lower --probe-tokens"
         )
-    return CacheSize(working_set, BLOCK_TOKENS * kv_bytes_per_token(model), gpu_blocks, model_len)
+    block_bytes = BLOCK_TOKENS * kv_bytes_per_token(model, arguments.data_type.element_bytes)
+    return CacheSize(working_set, block_bytes, gpu_blocks, model_len, arguments.data_type.name)
 
 
 def conversation_label(index: int) -> str:

@@ -91,7 +91,7 @@ def _load(arguments: Arguments) -> dict[str, Any]:
         "nvme_size",
         "seed",
     )
-    return {name: getattr(arguments, name) for name in names}
+    return {name: getattr(arguments, name) for name in names} | {"dtype": arguments.data_type.name}
 
 
 def _goals(measured: Measurements, events: dict[str, Any], facts: CacheFacts) -> list[dict[str, Any]]:

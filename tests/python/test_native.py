@@ -15,6 +15,7 @@ import pytest
 from kvcellar import ConfigError, DataLostError, KvcellarError, SystemRefusedError, UnsupportedError, window
 from kvcellar._native import Config, CopyWorker, StoredRun, TierEngine, check_controls, run_command
 
+from tests.deadlines import deadline
 from tests.vllm.places import temporary_disk_dir
 
 BLOCK_TOKENS = 16
@@ -296,7 +297,8 @@ class Layers:
 
 
 def wait_until_idle(engine: TierEngine) -> None:
-    for _ in range(5000):
+    end = time.monotonic() + deadline(30.0)
+    while time.monotonic() < end:
         if dict(engine.gauges())["filling_slots"] == 0 or not engine.pending_work():
             return
         time.sleep(0.001)

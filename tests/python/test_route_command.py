@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.deadlines import deadline
+
 ENGINE = ("--engine", "http://127.0.0.1:9")
 
 
 def kvcellar(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A command that ends by itself."""
     command = [sys.executable, "-m", "kvcellar", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=deadline(120.0))
 
 
 def picker_config(folder: Path, plugin: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.vllm.engines import open_engine
 from tests.vllm.places import ROOT, real_model, temporary_disk_dir, temporary_pool_dir
+from tests.vllm.sizes import kv_mib
 
 TEXTS = 12
 TOKENS = 900
@@ -27,7 +28,7 @@ def main() -> int:
     """Fills a store, stops the engine, and measures what lies there."""
     report = Path(sys.argv[1])
     with temporary_disk_dir() as disk, temporary_pool_dir() as pool:
-        cellar = {"dram_size": "512MiB", "nvme_dir": str(disk), "nvme_size": "1GiB", "write_through": True}
+        cellar = {"dram_size": kv_mib(512), "nvme_dir": str(disk), "nvme_size": kv_mib(1024), "write_through": True}
         with open_engine(pool, pool, cellar=cellar) as engine:
             for tokens in prompts():
                 engine.complete(tokens, 4)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from tests.vllm.server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
+# Files whose tests start engines of their own, many of them: they fill up whichever worker has time.
+EACH_ALONE = {"test_index.py", "test_nvme.py"}
 SEED = int(os.environ.get("KVCELLAR_TEST_SEED", "20817"))
 
 
@@ -43,13 +45,26 @@ def _keep_to_own_cores() -> None:
         os.sched_setaffinity(0, cores[int(name.removeprefix("gw")) :: count])
 
 
-def pytest_report_header() -> str:
-    """Tells the seed that reproduces this run."""
-    return f"kvcellar: KVCELLAR_TEST_SEED={SEED}"
+def pytest_report_header() -> list[str]:
+    """Tells the seed that reproduces this run, and what the engines compute in."""
+    from tests.vllm.sizes import DATA_TYPE, VARIABLE
+
+    return [f"kvcellar: KVCELLAR_TEST_SEED={SEED}", f"kvcellar: {VARIABLE}={DATA_TYPE.name}, {DATA_TYPE.reason}"]
 
 
+def group(item: pytest.Item) -> str:
+    """Tests of one group run in one worker of pytest-xdist, and share what is started once a module or session."""
+    if "shared_server" in getattr(item, "fixturenames", ()):
+        return "shared_server"
+    # pytest-xdist takes a group's name for a part of the parameters where it has brackets.
+    return item.nodeid.replace("]", "") if item.path.name in EACH_ALONE else item.path.name
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves long campaigns out unless the caller selects by marker."""
+    """Deals tests out, and leaves long campaigns out unless the caller selects by marker."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
     if config.option.markexpr:
         return
     for item in items:
@@ -76,8 +91,9 @@ def shared_server(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory
     """One real `vllm serve` for the tests that need its HTTP interface: 64 blocks of KV cache and a small pool."""
     from tests.vllm.places import temporary_pool_dir
     from tests.vllm.server import open_server
+    from tests.vllm.sizes import kv_mib
 
-    cellar = {"dram_size": "192MiB", "namespace_salt": "shared-server"}
+    cellar = {"dram_size": kv_mib(192), "namespace_salt": "shared-server"}
     with (
         temporary_pool_dir() as pool_dir,
         open_server(tmp_path_factory.mktemp("server"), pool_dir, cellar=cellar) as server,

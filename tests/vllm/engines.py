@@ -9,16 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.vllm import oplog
+from tests.deadlines import PACE, deadline
+from tests.vllm import oplog, speed
 from tests.vllm.answers import Answer
 from tests.vllm.metrics import Snapshot
 from tests.vllm.places import real_model, temporary_pool_dir
 from tests.vllm.prompts import Conversation
-from tests.vllm.server import BLOCK_TOKENS, CHUNK_TOKENS, MAX_MODEL_LEN, SETTLE_ROUNDS, transfer_config
+from tests.vllm.server import BLOCK_TOKENS, CHUNK_TOKENS, MAX_MODEL_LEN, SETTLE_S, START_GOOD_S, transfer_config
+from tests.vllm.sizes import DATA_TYPE, MIB, kv_bytes
 from tests.vllm.subscriber import Subscriber
 
 # A request shorter than a block: it makes the engine step and touches no key.
 NUDGE = (1, 2, 3)
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Engine:
     trace_file: Path
     pool_dir: Path
     detokenize: bool
+    one_process: bool = False
     served: list[Served] = field(default_factory=list)
     # Outputs of EngineCore that `converse` received: one a step.
     steps: int = 0
@@ -114,7 +118,8 @@ class Engine:
 
     def settle(self) -> Snapshot:
         """Lets all copies end and all numbers arrive."""
-        for _ in range(SETTLE_ROUNDS):
+        end = time.monotonic() + deadline(SETTLE_S)
+        while time.monotonic() < end:
             self.complete(NUDGE, max_tokens=1)
             if oplog.outstanding(self.trace()) == 0:
                 self.complete(NUDGE, max_tokens=1)
@@ -123,9 +128,13 @@ class Engine:
         raise AssertionError(f"copies did not end: {oplog.outstanding(self.trace())} loads and batches outstanding")
 
     def close(self) -> None:
-        """Ends the engine's processes."""
+        """Ends the engine's processes, or what it has left in this one."""
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
+        if self.one_process:
+            from vllm.distributed import cleanup_dist_env_and_memory
+
+            cleanup_dist_env_and_memory()
         gc.collect()
 
 
@@ -154,6 +163,7 @@ def open_engine(
     transfer: Mapping[str, object] | None = None,
     env: Mapping[str, str] | None = None,
     name: str = "engine",
+    one_process: bool = False,
     **options: Any,
 ) -> Iterator[Engine]:
     """Starts an engine and ends it afterwards.
@@ -166,6 +176,9 @@ def open_engine(
         transfer: further keys of `kv_transfer_config`, which win over ours.
         env: environment of the engine's processes.
         name: tells engines of one `work_dir` apart.
+        one_process: EngineCore and worker in this process, which starts several times sooner. Such an engine steps
+            only while it is asked something; one at a time; and what it computes may differ in the last bits from
+            what an engine in processes of its own does, whose threads are counted otherwise.
         options: arguments of `vllm.LLM` beside those set here.
 
     """
@@ -180,7 +193,8 @@ def open_engine(
         "max_model_len": MAX_MODEL_LEN,
         "max_num_seqs": 8,
         "max_num_batched_tokens": CHUNK_TOKENS,
-        "kv_cache_memory_bytes": 1 << 30,
+        "dtype": DATA_TYPE.name,
+        "kv_cache_memory_bytes": kv_bytes(1024 * MIB),
         "enable_prefix_caching": True,
         "enable_chunked_prefill": True,
         "disable_log_stats": False,
@@ -190,9 +204,14 @@ def open_engine(
         settings = {"pool_dir": str(pool_dir), "trace_file": str(trace_file), **cellar}
         ours = transfer_config({key: value for key, value in settings.items() if value is not None})
         arguments["kv_transfer_config"] = {**ours, **(transfer or {})}
+    if one_process:
+        arguments["distributed_executor_backend"] = "uni"
     arguments.update(options)
-    with environment(env or {}):
-        engine = Engine(LLM(**arguments), trace_file, pool_dir, not arguments.get("skip_tokenizer_init", False))
+    speed.learn()
+    with environment({**(ONE_PROCESS if one_process else {}), **(env or {})}):
+        begun, detokenize = time.monotonic(), not arguments.get("skip_tokenizer_init", False)
+        engine = Engine(LLM(**arguments), trace_file, pool_dir, detokenize, one_process)
+        PACE.see(time.monotonic() - begun, START_GOOD_S)
         try:
             yield engine
         finally:

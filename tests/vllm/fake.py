@@ -13,7 +13,11 @@ from pathlib import Path
 
 import httpx
 
+from tests.deadlines import deadline
+
+# On a good machine; see `deadline`.
 READY_S = 30.0
+ANSWER_S = 60.0
 BLOCKS = 600
 BLOCK_TOKENS = 16
 
@@ -26,6 +30,11 @@ def low_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("0.0.0.0", port))  # noqa: S104 - so does the publisher
             return port
+
+
+def client(port: int, good_s: float) -> httpx.Client:
+    """A client of a port of this machine."""
+    return httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=deadline(good_s))
 
 
 @dataclass
@@ -43,8 +52,8 @@ class Fake:
     process: subprocess.Popen[bytes] | None = None
 
     def __post_init__(self) -> None:
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", trust_env=False, timeout=60.0)
-        self.operator = httpx.Client(base_url=f"http://127.0.0.1:{self.admin_port}", trust_env=False, timeout=30.0)
+        self.client = client(self.port, ANSWER_S)
+        self.operator = client(self.admin_port, READY_S)
 
     @property
     def seen(self) -> Path:
@@ -70,7 +79,7 @@ class Fake:
         log = self.work_dir / f"{self.name}.log"
         with log.open("ab") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        end = time.monotonic() + READY_S
+        end = time.monotonic() + deadline(READY_S)
         while True:
             with contextlib.suppress(httpx.TransportError):
                 self.operator.get("/state")
@@ -83,7 +92,7 @@ class Fake:
         """Ends its life."""
         if self.process is not None:
             self.process.send_signal(how)
-            self.process.wait(30.0)
+            self.process.wait(deadline(READY_S))
             self.process = None
 
     def close(self) -> None:

@@ -29,6 +29,7 @@ from tests.vllm.places import ROOT, temporary_pool_dir
 from tests.vllm.processes import engine_cores
 from tests.vllm.prompts import Conversation
 from tests.vllm.server import BLOCK_TOKENS
+from tests.vllm.sizes import kv_mib
 from tests.vllm.sums import FILE_VARIABLE, Sums, clock_cost_ns
 
 GOAL_SHARE = 0.01
@@ -138,7 +139,7 @@ def compare(workload: Workload, seed: int) -> Rounds:
     """Interleaved rounds, each engine first in half of them."""
     rng, rounds = random.Random(seed), Rounds()
     # No operation log: writing it would be measured too.
-    cellar = {"dram_size": "512MiB", "namespace_salt": "overhead", "trace_file": None}
+    cellar = {"dram_size": kv_mib(512), "namespace_salt": "overhead", "trace_file": None}
     with (
         tempfile.TemporaryDirectory() as work_dir,
         started(Path(work_dir), "with", cellar) as ours,

@@ -12,9 +12,12 @@ from typing import Any
 
 import httpx
 
-from tests.vllm.server import free_port
+from tests.deadlines import deadline
+from tests.vllm.server import ANSWER_S, free_port
 
+# On a good machine; see `deadline`.
 READY_S = 60.0
+STOP_S = 10.0
 TYPES = "type.googleapis.com/envoy"
 
 
@@ -45,7 +48,7 @@ class Router:
 
     def wait_engines(self, count: int) -> None:
         """Waits until so many engines may get requests."""
-        end = time.monotonic() + READY_S
+        end = time.monotonic() + deadline(READY_S)
         while True:
             rows = self.admin.get("/debug/engines").json()
             if sum(row["health"] == "healthy" and bool(row["models"]) for row in rows) == count:
@@ -57,7 +60,7 @@ class Router:
 
 def wait_port(client: httpx.Client, path: str, process: subprocess.Popen[bytes], log: Path) -> None:
     """Waits for any HTTP answer."""
-    end = time.monotonic() + READY_S
+    end = time.monotonic() + deadline(READY_S)
     while True:
         with contextlib.suppress(httpx.TransportError):
             client.get(path)
@@ -71,7 +74,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     """Ends a process as an operator would, then by force."""
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(10.0)
+        process.wait(deadline(STOP_S))
     process.kill()
     process.wait()
 
@@ -87,8 +90,8 @@ def open_router(work_dir: Path, *flags: str, name: str = "router", picker_port: 
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{http}"
     with (
-        httpx.Client(base_url=f"http://127.0.0.1:{admin}", trust_env=False) as shown,
-        httpx.Client(base_url=url, trust_env=False, timeout=120.0) as client,
+        httpx.Client(base_url=f"http://127.0.0.1:{admin}", trust_env=False, timeout=deadline(READY_S)) as shown,
+        httpx.Client(base_url=url, trust_env=False, timeout=deadline(ANSWER_S)) as client,
     ):
         try:
             wait_port(shown, "/healthz", process, log)
@@ -108,7 +111,7 @@ def cluster(name: str, port: int) -> dict[str, Any]:
     return {
         "name": name,
         "type": "STATIC",
-        "connect_timeout": "1s",
+        "connect_timeout": f"{deadline(1.0):.0f}s",
         "typed_extension_protocol_options": {
             "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
                 "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
@@ -124,7 +127,7 @@ def cluster(name: str, port: int) -> dict[str, Any]:
 
 def envoy_config(port: int, admin: int, picker: int, body_mode: str) -> dict[str, Any]:
     """A gateway whose engines are named by the picker."""
-    duplex = body_mode == "FULL_DUPLEX_STREAMED"
+    duplex, long = body_mode == "FULL_DUPLEX_STREAMED", f"{deadline(600.0):.0f}s"
     mode = {
         "request_header_mode": "SEND",
         "response_header_mode": "SEND",
@@ -135,9 +138,9 @@ def envoy_config(port: int, admin: int, picker: int, body_mode: str) -> dict[str
     }
     processor = {
         "@type": "type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor",
-        "grpc_service": {"envoy_grpc": {"cluster_name": "picker"}, "timeout": "600s"},
+        "grpc_service": {"envoy_grpc": {"cluster_name": "picker"}, "timeout": long},
         "processing_mode": mode,
-        "message_timeout": "30s",
+        "message_timeout": f"{deadline(30.0):.0f}s",
         "metadata_options": {"receiving_namespaces": {"untyped": ["envoy.lb"]}},
         "mutation_rules": {"allow_all_routing": True},
     }
@@ -150,7 +153,7 @@ def envoy_config(port: int, admin: int, picker: int, body_mode: str) -> dict[str
                 {
                     "name": "all",
                     "domains": ["*"],
-                    "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "engines", "timeout": "600s"}}],
+                    "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "engines", "timeout": long}}],
                 }
             ]
         },
@@ -163,7 +166,7 @@ def envoy_config(port: int, admin: int, picker: int, body_mode: str) -> dict[str
         "name": "engines",
         "type": "ORIGINAL_DST",
         "lb_policy": "CLUSTER_PROVIDED",
-        "connect_timeout": "2s",
+        "connect_timeout": f"{deadline(2.0):.0f}s",
         "original_dst_lb_config": {"use_http_header": True, "http_header_name": "x-gateway-destination-endpoint"},
     }
     listener = {
@@ -192,7 +195,7 @@ def open_envoy(work_dir: Path, picker: int, body_mode: str = "FULL_DUPLEX_STREAM
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     with (
         httpx.Client(base_url=f"http://127.0.0.1:{admin}", trust_env=False) as shown,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=120.0) as client,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=deadline(ANSWER_S)) as client,
     ):
         try:
             wait_port(shown, "/ready", process, log)

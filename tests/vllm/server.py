@@ -14,15 +14,21 @@ from typing import Any
 
 import httpx
 
-from tests.vllm import oplog
+from tests.deadlines import PACE, deadline
+from tests.vllm import oplog, speed
 from tests.vllm.answers import Answer
 from tests.vllm.metrics import Snapshot
 from tests.vllm.places import real_model
 from tests.vllm.processes import Family, family, kill, wait_until
+from tests.vllm.sizes import DATA_TYPE, MIB, kv_bytes
 
-START_DEADLINE_S = 300.0
-STOP_DEADLINE_S = 15.0
-SETTLE_ROUNDS = 400
+# On a good machine these are long; see `deadline`.
+START_S = 300.0
+STOP_S = 15.0
+ANSWER_S = 120.0
+SETTLE_S = 60.0
+# What a start takes on a good machine that does something else beside it.
+START_GOOD_S = 60.0
 
 # The smallest blocks that the CPU's attention kernels take; 64 of them hold two of the longest requests.
 BLOCK_TOKENS = 32
@@ -94,7 +100,7 @@ class Server:
 
     def wait_ready(self) -> None:
         """Waits for the first healthy answer."""
-        end = time.monotonic() + START_DEADLINE_S
+        begun, patience_s = time.monotonic(), deadline(START_S)
         while True:
             if self.process.poll() is not None:
                 raise RuntimeError(
@@ -103,9 +109,12 @@ class Server:
             with contextlib.suppress(httpx.TransportError):
                 if self.client.get("/health").status_code == httpx.codes.OK:
                     break
-            if time.monotonic() > end:
-                raise RuntimeError(f"the server was not ready within {START_DEADLINE_S:.0f} s:\n{self.log_tail()}")
+            if time.monotonic() > begun + patience_s:
+                raise RuntimeError(f"the server was not ready within {patience_s:.0f} s:\n{self.log_tail()}")
             time.sleep(0.2)
+        PACE.see(time.monotonic() - begun, START_GOOD_S)
+        # What it answers with is waited for as the start has just taught.
+        self.client.timeout = httpx.Timeout(deadline(ANSWER_S))
         self._family = family(self.process.pid)
 
     def complete(
@@ -137,7 +146,8 @@ class Server:
 
     def settle(self) -> Snapshot:
         """Lets all copies end and all numbers arrive: requests below a block make the engine step without a key."""
-        for _ in range(SETTLE_ROUNDS):
+        end = time.monotonic() + deadline(SETTLE_S)
+        while time.monotonic() < end:
             self.complete([1, 2, 3], max_tokens=1)
             idle = self.metrics().value("vllm:num_requests_running") == 0
             if idle and oplog.outstanding(self.trace()) == 0:
@@ -152,7 +162,7 @@ class Server:
         """Ends the server as an operator would, then by force; and whatever it left running."""
         self.process.terminate()
         try:
-            self.process.wait(STOP_DEADLINE_S)
+            self.process.wait(deadline(STOP_S))
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -187,13 +197,15 @@ def open_server(
     With `events_port` it publishes its events there and replays them one port above. `more`: further options of vLLM.
     """
     port = port or free_port()
+    speed.learn()
     log = work_dir / f"{name}.log"
     trace_file = work_dir / f"{name}.trace.jsonl"
     config = transfer_config({"pool_dir": str(pool_dir), "trace_file": str(trace_file), **cellar})
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model or real_model())]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model", "--seed", "0"]
     command += ["--enforce-eager", "--block-size", str(BLOCK_TOKENS), "--num-gpu-blocks-override", str(kv_blocks)]
-    command += ["--kv-cache-memory-bytes", str(256 << 20), "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "8"]
+    command += ["--dtype", DATA_TYPE.name, "--kv-cache-memory-bytes", str(kv_bytes(256 * MIB))]
+    command += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "8"]
     command += ["--max-num-batched-tokens", str(CHUNK_TOKENS), "--enable-prompt-tokens-details"]
     command += ["--kv-transfer-config", json.dumps(config)]
     command += more
@@ -207,7 +219,7 @@ def open_server(
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
-    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120.0, trust_env=False)
+    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=deadline(ANSWER_S), trust_env=False)
     server = Server(process, port, log, trace_file, pool_dir, client, events_port)
     try:
         server.wait_ready()

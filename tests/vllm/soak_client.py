@@ -12,10 +12,11 @@ from typing import Any, Self
 
 import aiohttp
 
+from tests.deadlines import deadline
 from tests.vllm.soak_plan import Leave, Plan
 
-# Longer than anything may take, so that a request at this end is one that was stuck.
-DEADLINE_S = 30.0
+# Longer than anything takes on a good machine: a request at this end, see `deadline`, is one that was stuck.
+STUCK_S = 30.0
 # A reader's pause: longer than an engine may be silent.
 PAUSE_S = 3.5
 TEXTS = re.compile(rb'"text":"((?: \d+)*)"')
@@ -88,7 +89,7 @@ class Client:
         """One request, to its end."""
         answer = Answer(plan)
         try:
-            async with asyncio.timeout(DEADLINE_S):
+            async with asyncio.timeout(deadline(STUCK_S)):
                 if plan.leave in {Leave.UPLOAD, Leave.BEFORE}:
                     end = await self._leave(plan, answer)
                 else:

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 
 import pytest
 
+from tests.deadlines import deadline
 from tests.vllm.cache_model import Replay
 from tests.vllm.engines import Engine, open_heard
 from tests.vllm.prompts import prompt
 from tests.vllm.server import BLOCK_TOKENS
+from tests.vllm.sizes import kv_mib
 from tests.vllm.subscriber import Event, Subscriber
 
 PROMPTS = 16
-# Longer than the publisher's thread ever waits.
+# Longer than the publisher's thread ever waits on a good machine.
 QUIET_S = 0.3
 
 
@@ -32,14 +34,14 @@ class Run:
         while seen != len(self.subscriber.sequences):
             seen = len(self.subscriber.sequences)
             self.engine.settle()
-            time.sleep(QUIET_S)
+            time.sleep(deadline(QUIET_S))
 
 
 @pytest.fixture(scope="module")
 def run(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory, seed: int) -> Iterator[Run]:
     """Sixteen prompts through a pool that holds about half of their blocks, with loads in between."""
     rng = random.Random(f"events-{seed}")
-    cellar = {"dram_size": "64MiB", "namespace_salt": "events"}
+    cellar = {"dram_size": kv_mib(64), "namespace_salt": "events"}
     with open_heard(tmp_path_factory.mktemp("events"), cellar=cellar) as (engine, subscriber):
         run = Run(engine, subscriber)
         prompts = [prompt(rng, rng.randint(150, 400)) for _ in range(PROMPTS)]

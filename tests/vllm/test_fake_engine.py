@@ -12,11 +12,13 @@ import msgspec
 import pytest
 import zmq
 
+from tests.deadlines import deadline
 from tests.vllm.fake import open_fake
 from tests.vllm.metrics import Snapshot
 from tests.vllm.places import temporary_pool_dir
 from tests.vllm.processes import wait_until
 from tests.vllm.server import BLOCK_TOKENS, KV_BLOCKS, free_port, open_server
+from tests.vllm.sizes import kv_mib
 from tests.vllm.subscriber import Event, Subscriber
 
 NAMES = ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info"]
@@ -69,7 +71,7 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         else:
             request.getfixturevalue("vllm_installed")
             pool_dir = ends.enter_context(temporary_pool_dir())
-            cellar = {"dram_size": "64MiB", "namespace_salt": "conformance"}
+            cellar = {"dram_size": kv_mib(64), "namespace_salt": "conformance"}
             events = free_port()
             # Without it vLLM 0.32 renders nothing.
             more = ["--enable-scale-out"]
@@ -198,7 +200,7 @@ def replay(endpoint: str) -> list[tuple[int, Any]]:
         socket.connect(endpoint)
         socket.send_multipart((b"", (0).to_bytes(8, "big")))
         while True:
-            assert socket.poll(20_000), "the replay did not end"
+            assert socket.poll(deadline(20.0) * 1000), "the replay did not end"
             _, _, number, payload = socket.recv_multipart()
             if number == b"\xff" * 8:
                 return found

@@ -14,6 +14,7 @@ from tests.vllm.engines import Engine, open_engine
 from tests.vllm.places import temporary_pool_dir
 from tests.vllm.prompts import prompt
 from tests.vllm.server import BLOCK_TOKENS
+from tests.vllm.sizes import kv_mib
 
 ANSWER_TOKENS = 16
 LENGTHS = [blocks * BLOCK_TOKENS + more for blocks in (2, 3, 6, 12, 20) for more in (0, 1, -1)]
@@ -26,9 +27,12 @@ def model(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @contextmanager
-def started(model: Path, work_dir: Path, cellar: dict[str, object] | None, **transfer: Any) -> Iterator[Engine]:
+def started(
+    model: Path, work_dir: Path, cellar: dict[str, object] | None, *, one_process: bool = False, **transfer: Any
+) -> Iterator[Engine]:
     with temporary_pool_dir() as pool_dir:
         options: dict[str, Any] = {"skip_tokenizer_init": True, "max_num_batched_tokens": 1024}
+        options["one_process"] = one_process
         with open_engine(work_dir, pool_dir, cellar=cellar, model=model, transfer=transfer, **options) as engine:
             yield engine
 
@@ -69,7 +73,7 @@ def with_us(
     model: Path, tmp_path_factory: pytest.TempPathFactory, seed: int
 ) -> Iterator[tuple[Engine, list[tuple[Answer, Answer]]]]:
     """A verified engine, and its cold and GPU-hit answers."""
-    cellar = {"dram_size": "128MiB", "namespace_salt": "groups", "verify_loads": True}
+    cellar = {"dram_size": kv_mib(128), "namespace_salt": "groups", "verify_loads": True}
     with started(model, tmp_path_factory.mktemp("groups"), cellar) as engine:
         yield engine, cold_and_gpu(engine, prompts(seed))
 
@@ -115,7 +119,8 @@ def test_a_wrong_group_mapping_is_seen(model: Path, tmp_path: Path, seed: int) -
     """The permanent mutation test: if this comparison finds nothing, the one above proves nothing."""
     mutant = {"kv_connector": "SwappedGroupsConnector", "kv_connector_module_path": "tests.vllm.mutants"}
     asked = prompts(seed)
-    with started(model, tmp_path, {"dram_size": "128MiB", "namespace_salt": "mutant"}, **mutant) as engine:
+    cellar: dict[str, object] = {"dram_size": kv_mib(128), "namespace_salt": "mutant"}
+    with started(model, tmp_path, cellar, one_process=True, **mutant) as engine:
         references = [gpu_hit for _, gpu_hit in cold_and_gpu(engine, asked)]
         answers = after_dram_hits(engine, asked)
     differing = sum(differences(reference, answer) > 0 for reference, answer in zip(references, answers, strict=True))

@@ -14,6 +14,7 @@ from tests.vllm.hit_model import HitModel
 from tests.vllm.places import temporary_pool_dir
 from tests.vllm.prompts import Conversation
 from tests.vllm.server import BLOCK_TOKENS, KV_BLOCKS
+from tests.vllm.sizes import kv_mib
 
 # Prompts are computed in chunks that end in the middle of blocks.
 CHUNK_TOKENS = 200
@@ -27,9 +28,11 @@ LIMIT_TOKENS = 1000
 def engine(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """A small KV cache, and a pool that holds more than it but not the working set. Bytes of all loads are verified."""
     with temporary_pool_dir() as pool_dir:
-        cellar = {"dram_size": "100MiB", "namespace_salt": "hit-model", "verify_loads": True}
+        cellar = {"dram_size": kv_mib(100), "namespace_salt": "hit-model", "verify_loads": True}
         options: dict[str, Any] = {"num_gpu_blocks_override": KV_BLOCKS, "max_num_batched_tokens": CHUNK_TOKENS}
-        with open_engine(tmp_path_factory.mktemp("hit-model"), pool_dir, cellar=cellar, **options) as engine:
+        with open_engine(
+            tmp_path_factory.mktemp("hit-model"), pool_dir, cellar=cellar, one_process=True, **options
+        ) as engine:
             yield engine
 
 

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from tests.vllm.engines import Engine, open_engine
 from tests.vllm.places import temporary_pool_dir
 from tests.vllm.prompts import prompt
 from tests.vllm.server import BLOCK_TOKENS
+from tests.vllm.sizes import kv_mib
 
 ANSWER_TOKENS = 8
 ROUNDS = 3
@@ -19,18 +21,19 @@ LONG_TOKENS = 1445
 
 
 @contextmanager
-def started(tmp_path_factory: pytest.TempPathFactory, *, verify: bool) -> Iterator[Engine]:
+def started(tmp_path_factory: pytest.TempPathFactory, *, verify: bool, one_process: bool) -> Iterator[Engine]:
+    options: dict[str, Any] = {"max_model_len": 2048, "max_num_batched_tokens": 2048, "one_process": one_process}
     with temporary_pool_dir() as pool_dir:
-        cellar = {"dram_size": "512MiB", "namespace_salt": f"identity-{verify}", "verify_loads": verify}
+        cellar = {"dram_size": kv_mib(512), "namespace_salt": f"identity-{verify}", "verify_loads": verify}
         work_dir = tmp_path_factory.mktemp("identity")
-        with open_engine(work_dir, pool_dir, cellar=cellar, max_model_len=2048, max_num_batched_tokens=2048) as engine:
+        with open_engine(work_dir, pool_dir, cellar=cellar, **options) as engine:
             yield engine
 
 
 @pytest.fixture(scope="module")
 def engine(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """An engine as users run it."""
-    with started(tmp_path_factory, verify=False) as engine:
+    with started(tmp_path_factory, verify=False, one_process=False) as engine:
         yield engine
 
 
@@ -90,7 +93,7 @@ def test_verified_loads_are_identical_and_every_byte_is_right(
 ) -> None:
     rng = random.Random(seed + 2)
     lengths = [blocks * BLOCK_TOKENS + more for blocks in (2, 6) for more in (0, 1, -1)]
-    with started(tmp_path_factory, verify=True) as engine:
+    with started(tmp_path_factory, verify=True, one_process=True) as engine:
         compare(engine, [prompt(rng, length) for length in lengths], rounds=2)
         after = engine.settle()
         assert after.cellar("verified_loads_total") == after.cellar("hit_blocks_total", tier="dram") > 0

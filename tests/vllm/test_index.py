@@ -13,12 +13,14 @@ import msgspec
 import pytest
 import zmq
 
+from tests.deadlines import deadline, shrunk
 from tests.python.index_server import IndexServer, index_server
 from tests.vllm.engines import Engine, open_engine
 from tests.vllm.places import temporary_disk_dir, temporary_pool_dir
 from tests.vllm.processes import wait_until
 from tests.vllm.prompts import prompt
 from tests.vllm.server import BLOCK_TOKENS, KV_BLOCKS, free_port
+from tests.vllm.sizes import kv_mib
 from tests.vllm.test_events import block_hash
 
 ANSWER_TOKENS = 4
@@ -160,7 +162,7 @@ def test_pyzmq_hears_our_publisher_and_its_replays(vllm_installed: None) -> None
                 socket.set(zmq.LINGER, 0)
             live.subscribe(b"")
             live.connect(f"tcp://127.0.0.1:{port}")
-            assert live.poll(20_000), "no batch came"
+            assert live.poll(deadline(20.0) * 1000), "no batch came"
             _, number, payload = live.recv_multipart()
             kinds = {event["type"] for event in msgspec.msgpack.decode(payload)[1]}
             assert "BlockStored" in kinds
@@ -168,7 +170,7 @@ def test_pyzmq_hears_our_publisher_and_its_replays(vllm_installed: None) -> None
             asking.send_multipart((b"", (0).to_bytes(8, "big")))
             replayed = []
             while True:
-                assert asking.poll(20_000), "the replay did not end"
+                assert asking.poll(deadline(20.0) * 1000), "the replay did not end"
                 _, _, at, body = asking.recv_multipart()
                 if at == b"\xff" * 8:
                     break
@@ -177,7 +179,7 @@ def test_pyzmq_hears_our_publisher_and_its_replays(vllm_installed: None) -> None
             assert (int.from_bytes(number, "big"), payload) in replayed
         finally:
             process.terminate()
-            process.wait(15)
+            process.wait(deadline(15.0))
 
 
 def test_what_was_recorded_plays_as_the_same_blocks(vllm_installed: None, tmp_path: Path) -> None:
@@ -190,9 +192,10 @@ def test_what_was_recorded_plays_as_the_same_blocks(vllm_installed: None, tmp_pa
     time.sleep(0.5)
     recording = tmp_path / "events.jsonl"
     events = [sys.executable, "-m", "kvcellar", "events"]
-    arguments = ["--engine", source, "--seconds", "3"]
-    subprocess.run([*events, "record", *arguments, "--output", str(recording)], check=True, timeout=60)
-    tail = subprocess.run([*events, "tail", *arguments], check=True, timeout=60, capture_output=True, text=True)
+    arguments = ["--engine", source, "--seconds", f"{deadline(3.0):.0f}"]
+    patience_s = deadline(60.0)
+    subprocess.run([*events, "record", *arguments, "--output", str(recording)], check=True, timeout=patience_s)
+    tail = subprocess.run([*events, "tail", *arguments], check=True, timeout=patience_s, capture_output=True, text=True)
     publisher.close()
     rows = [json.loads(line) for line in tail.stdout.splitlines()]
     assert sum(row["stored_per_second"].get("gpu", 0) for row in rows) == 13
@@ -201,7 +204,7 @@ def test_what_was_recorded_plays_as_the_same_blocks(vllm_installed: None, tmp_pa
     assert "1000001" not in text, "a token id"
     play = free_port()
     with subprocess.Popen(
-        [*events, "replay", str(recording), "--port", str(play), "--speed", "0", "--linger", "6"],
+        [*events, "replay", str(recording), "--port", str(play), "--speed", "0", "--linger", f"{deadline(6.0):.0f}"],
         stderr=subprocess.DEVNULL,
     ) as process:
         try:
@@ -210,7 +213,7 @@ def test_what_was_recorded_plays_as_the_same_blocks(vllm_installed: None, tmp_pa
                 wait_until(lambda: [row["blocks"] for row in server.get("/v1/engines")["engines"]] == [13], "13 blocks")
         finally:
             process.terminate()
-            process.wait(15)
+            process.wait(deadline(15.0))
 
 
 def block_chain(tokens: Sequence[int]) -> list[int]:
@@ -252,11 +255,11 @@ def view(server: IndexServer, texts: Sequence[Sequence[int]]) -> dict[int, set[s
 
 def assert_true(server: IndexServer, engine: Engine, texts: Sequence[Sequence[int]], when: str) -> dict[str, int]:
     """The index says what is so, block by block and tier by tier. Returns blocks by tier."""
-    deadline = time.monotonic() + 20
+    end = time.monotonic() + deadline(20.0)
     while True:
         expected, found = truth(engine), view(server, texts)
         counted = sum(row["blocks"] for row in server.get("/v1/engines")["engines"])
-        if (expected == found and counted == len(expected)) or time.monotonic() > deadline:
+        if (expected == found and counted == len(expected)) or time.monotonic() > end:
             break
         engine.settle()
         time.sleep(0.2)
@@ -303,7 +306,7 @@ def test_the_index_says_what_the_real_engine_holds(tmp_path: Path, seed: int, en
         temporary_pool_dir() as pool_dir,
         index_server("--engine", source) as server,
     ):
-        cellar = {"dram_size": "64MiB", "nvme_dir": str(disk), "nvme_size": "1GiB", "namespace_salt": "index"}
+        cellar = {"dram_size": kv_mib(64), "nvme_dir": str(disk), "nvme_size": kv_mib(1024), "namespace_salt": "index"}
         for part in range(2):
             with open_engine(
                 tmp_path,
@@ -318,7 +321,7 @@ def test_the_index_says_what_the_real_engine_holds(tmp_path: Path, seed: int, en
                     engine.settle()
                     said.append(assert_true(server, engine, texts, "after the restart"))
                     assert said[-1]["storage_local"] > 0, "nothing survived"
-                traffic(engine, 40)
+                traffic(engine, shrunk(40, 20))
                 said.append(assert_true(server, engine, texts, "after traffic"))
                 engine.reset_gpu_cache()
                 engine.settle()

@@ -18,10 +18,11 @@ from tests.vllm.places import pool_files, temporary_pool_dir
 from tests.vllm.processes import kill, mappers, wait_until
 from tests.vllm.prompts import prompt
 from tests.vllm.server import BLOCK_TOKENS, Server, open_server
+from tests.vllm.sizes import kv_mib
 from tests.vllm.traffic import background
 
 # Loads are verified against checksums: an adopted block must be what it was.
-CELLAR = {"dram_size": "256MiB", "namespace_salt": "kill", "verify_loads": True}
+CELLAR = {"dram_size": kv_mib(256), "namespace_salt": "kill", "verify_loads": True}
 ANSWER_TOKENS = 8
 # How long processes without a front end, and a start that meets them, may take to let go.
 LET_GO_S = 120.0

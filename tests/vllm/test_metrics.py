@@ -9,6 +9,7 @@ import pytest
 from tests.vllm.places import pool_files, real_model
 from tests.vllm.prompts import prompt
 from tests.vllm.server import BLOCK_TOKENS, Server
+from tests.vllm.sizes import DATA_TYPE
 
 COUNTERS = (
     "offload_bytes",
@@ -33,8 +34,8 @@ def block_bytes(model: Path) -> int:
     """Bytes of KV that one block takes: K and V of all layers."""
     config = json.loads((model / "config.json").read_text())
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    element = {"bfloat16": 2, "float16": 2, "float32": 4}[config.get("dtype") or config["torch_dtype"]]
-    return int(2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * element * BLOCK_TOKENS)
+    numbers = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim
+    return int(numbers * DATA_TYPE.element_bytes * BLOCK_TOKENS)
 
 
 def test_every_metric_is_there(shared_server: Server) -> None:

@@ -14,6 +14,7 @@ from tests.vllm.engines import Engine, open_engine
 from tests.vllm.places import temporary_pool_dir
 from tests.vllm.prompts import prompt
 from tests.vllm.server import BLOCK_TOKENS, transfer_config
+from tests.vllm.sizes import kv_mib
 
 ANSWER_TOKENS = 8
 
@@ -27,7 +28,12 @@ def engine(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> It
     with temporary_pool_dir() as pool_dir:
         trace_file = work_dir / "engine.trace.jsonl"
         ours = transfer_config(
-            {"pool_dir": str(pool_dir), "trace_file": str(trace_file), "dram_size": "128MiB", "namespace_salt": "multi"}
+            {
+                "pool_dir": str(pool_dir),
+                "trace_file": str(trace_file),
+                "dram_size": kv_mib(128),
+                "namespace_salt": "multi",
+            }
         )
         example = {
             "kv_connector": "ExampleConnector",
@@ -106,7 +112,7 @@ def test_the_module_path_serves_without_the_plugin(vllm_installed: None, tmp_pat
     tokens = prompt(random.Random(f"path-{seed}"), 100)
     by_path = {"kv_connector_module_path": "kvcellar.connector"}
     with temporary_pool_dir() as pool_dir:
-        cellar = {"dram_size": "64MiB", "namespace_salt": "path"}
+        cellar = {"dram_size": kv_mib(64), "namespace_salt": "path"}
         with open_engine(tmp_path, pool_dir, cellar=cellar, transfer=by_path, env={"VLLM_PLUGINS": ""}) as engine:
             engine.complete(tokens, 2)
             engine.settle()

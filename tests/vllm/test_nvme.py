@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.deadlines import deadline
 from tests.vllm.answers import Answer, assert_identical
 from tests.vllm.cache_model import Replay
 from tests.vllm.engines import Engine, open_engine, open_heard
@@ -22,11 +23,13 @@ from tests.vllm.places import ROOT, temporary_disk_dir, temporary_pool_dir
 from tests.vllm.processes import wait_until
 from tests.vllm.prompts import Conversation
 from tests.vllm.server import BLOCK_TOKENS, KV_BLOCKS
+from tests.vllm.sizes import MIB, kv_bytes, kv_mib
 from tests.vllm.subscriber import Subscriber
 
-NVME_BYTES = 2 << 30
+NVME_BYTES = kv_bytes(2048 * MIB)
 ANSWER_TOKENS = 4
-SETTLE_ROUNDS = 300
+# On a good machine; see `deadline`.
+SETTLE_S = 60.0
 # Empty directories.
 EMPTY_BYTES_MAX = 64 << 10
 # Set for a run that may not use io_uring, or may lock little memory: what the gauges must say then.
@@ -122,7 +125,8 @@ class Tiers:
 def settle(engine: Engine) -> Snapshot:
     """Lets copies and writes end."""
     quiet = 0
-    for _ in range(SETTLE_ROUNDS):
+    end = time.monotonic() + deadline(SETTLE_S)
+    while time.monotonic() < end:
         snapshot = engine.settle()
         busy = snapshot.cellar("nvme_writing") + snapshot.cellar("nvme_reading")
         busy += snapshot.cellar("pool_slots", state="filling")
@@ -152,7 +156,7 @@ def hits(snapshot: Snapshot) -> tuple[float, float]:
 def campaign(tmp_path: Path, seed: int, blocks: int) -> None:
     """Serves every prompt three times, with a restart that leaves only the disk before the third."""
     work = prompts(seed, blocks)
-    cellar = {"dram_size": "64MiB", "load_policy": "always", "nvme_size": NVME_BYTES, "namespace_salt": "nvme"}
+    cellar = {"dram_size": kv_mib(64), "load_policy": "always", "nvme_size": NVME_BYTES, "namespace_salt": "nvme"}
     expected: list[Answer] = []
     overlapped = 0.0
     with temporary_disk_dir() as disk, Sampler(disk) as sampler:
@@ -161,7 +165,7 @@ def campaign(tmp_path: Path, seed: int, blocks: int) -> None:
             options = {**cellar, "nvme_dir": str(disk)}
             with (
                 temporary_pool_dir() as pool_dir,
-                open_engine(tmp_path, pool_dir, cellar=options, name=f"part-{part}") as engine,
+                open_engine(tmp_path, pool_dir, cellar=options, name=f"part-{part}", one_process=True) as engine,
             ):
                 before = settle(engine)
                 gauges = tuple(int(before.cellar(name)) for name in ("nvme_io_uring", "nvme_registered"))
@@ -236,12 +240,14 @@ def test_the_same_where_the_system_gives_less(limit: str, gauges: str) -> None:
 
 def test_at_eight_conversations_the_replay_agrees(tmp_path: Path, seed: int) -> None:
     """The recorded order of operations, fed to the model: every hit, eviction and restore, exactly."""
-    cellar = {"dram_size": "64MiB", "load_policy": "always", "nvme_size": NVME_BYTES, "namespace_salt": "nvme-eight"}
+    cellar = {"dram_size": kv_mib(64), "load_policy": "always", "nvme_size": NVME_BYTES, "namespace_salt": "nvme-eight"}
     options: dict[str, Any] = {"num_gpu_blocks_override": KV_BLOCKS, "max_num_batched_tokens": 200}
     with (
         temporary_disk_dir() as disk,
         temporary_pool_dir() as pool_dir,
-        open_engine(tmp_path, pool_dir, cellar={**cellar, "nvme_dir": str(disk)}, **options) as engine,
+        open_engine(
+            tmp_path, pool_dir, cellar={**cellar, "nvme_dir": str(disk)}, one_process=True, **options
+        ) as engine,
     ):
         for _ in range(2):
             lanes = [Conversation(Random(f"{seed}-{lane}"), (120, 300), 1000) for lane in range(8)]
@@ -284,7 +290,7 @@ def on_disk(subscriber: Subscriber) -> dict[int, tuple[int | None, tuple[int, ..
 
 def test_an_idle_engine_says_again_what_survived_a_restart(tmp_path: Path, seed: int) -> None:
     """Nobody sends it a request; its subscriber is new too."""
-    cellar = {"dram_size": "64MiB", "nvme_size": NVME_BYTES, "namespace_salt": "nvme-again", "write_through": True}
+    cellar = {"dram_size": kv_mib(64), "nvme_size": NVME_BYTES, "namespace_salt": "nvme-again", "write_through": True}
     told: list[dict[int, tuple[int | None, tuple[int, ...]]]] = []
     with temporary_disk_dir() as disk:
         for part in range(2):
@@ -314,7 +320,7 @@ def test_a_working_set_of_a_gibibyte(tmp_path: Path, seed: int) -> None:
 def test_a_directory_removed_under_a_running_engine_costs_hits_only(tmp_path: Path, seed: int) -> None:
     """Requests go on with the same answers; the tier says that it is gone, to the metrics and to subscribers."""
     work = prompts(seed, 120)
-    cellar = {"dram_size": "64MiB", "nvme_size": NVME_BYTES, "namespace_salt": "nvme-gone", "write_through": True}
+    cellar = {"dram_size": kv_mib(64), "nvme_size": NVME_BYTES, "namespace_salt": "nvme-gone", "write_through": True}
     with (
         temporary_disk_dir() as disk,
         open_heard(tmp_path, cellar={**cellar, "nvme_dir": str(disk)}) as (engine, subscriber),

@@ -16,6 +16,7 @@ from tests.vllm.places import real_model, temporary_pool_dir
 from tests.vllm.processes import wait_until
 from tests.vllm.router import Router, open_envoy, open_router
 from tests.vllm.server import Server, free_port, open_server
+from tests.vllm.sizes import kv_mib
 
 WORDS = [
     "a",
@@ -63,7 +64,7 @@ class Fleet:
             open_server(
                 self.work_dir,
                 self.pool_dir,
-                cellar={"dram_size": "64MiB", "namespace_salt": name},
+                cellar={"dram_size": kv_mib(64), "namespace_salt": name},
                 name=f"{name}-{time.monotonic_ns()}",
                 port=port,
                 events_port=events,

@@ -14,6 +14,7 @@ from random import Random
 import psutil
 import pytest
 
+from tests.deadlines import shrunk
 from tests.vllm.fake import Fake
 from tests.vllm.router import open_envoy, open_router
 from tests.vllm.soak_campaign import Campaign
@@ -69,7 +70,7 @@ def soak(fleet: Fleet, tmp_path: Path, seed: int, length: Length) -> None:
             fleet,
             Random(f"soak-{seed}"),
             growth,
-            rate=60.0,
+            rate=float(shrunk(60, 10)),
             disturb_every_s=0.8,
             rest_s=length.rest_s,
         )

@@ -11,6 +11,7 @@ import pytest
 from tests.vllm.places import real_model, temporary_pool_dir
 from tests.vllm.router import Router, open_router
 from tests.vllm.server import Server, open_server
+from tests.vllm.sizes import kv_mib
 
 # ruff: noqa: RUF001 (characters that look alike are what a tokenizer must tell apart)
 ALPHABETS = [
@@ -80,7 +81,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A real engine; only its tokenizer matters."""
     with (
         temporary_pool_dir() as pool_dir,
-        open_server(tmp_path_factory.mktemp("engine"), pool_dir, cellar={"dram_size": "64MiB"}) as server,
+        open_server(tmp_path_factory.mktemp("engine"), pool_dir, cellar={"dram_size": kv_mib(64)}) as server,
     ):
         yield server
 

@@ -15,6 +15,7 @@ from tests.vllm.engines import Engine, open_engine
 from tests.vllm.places import temporary_pool_dir
 from tests.vllm.prompts import prompt
 from tests.vllm.server import BLOCK_TOKENS
+from tests.vllm.sizes import kv_mib
 
 ANSWER_TOKENS = 12
 RANKS = 2
@@ -37,7 +38,7 @@ def engine(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest
     if len(cores) < RANKS:
         pytest.skip(f"{RANKS} ranks need {RANKS} cores, this process may use {len(cores)}")
     with temporary_pool_dir() as pool_dir:
-        cellar = {"dram_size": "64MiB", "namespace_salt": request.param, "verify_loads": True}
+        cellar = {"dram_size": kv_mib(64), "namespace_salt": request.param, "verify_loads": True}
         options: dict[str, Any] = {
             "model": model,
             "skip_tokenizer_init": True,

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 
 import httpx
 
+from tests.deadlines import deadline, shrunk
 from tests.vllm.answers import Answer
 from tests.vllm.prompts import prompt
 from tests.vllm.server import Server, completion
 
-TIMEOUT_S = 180.0
+# Several requests share the engine; see `deadline`.
+ANSWER_S = 180.0
 
 
 async def _answer(client: httpx.AsyncClient, tokens: Sequence[int], max_tokens: int) -> Answer:
@@ -23,7 +25,7 @@ async def _answer(client: httpx.AsyncClient, tokens: Sequence[int], max_tokens: 
 
 
 async def _all(url: str, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Answer]:
-    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=deadline(ANSWER_S), trust_env=False) as client:
         return list(await asyncio.gather(*(_answer(client, tokens, max_tokens) for tokens in prompts)))
 
 
@@ -49,7 +51,7 @@ async def _abandon(client: httpx.AsyncClient, tokens: Sequence[int], max_tokens:
 
 
 async def _abandon_all(url: str, prompts: Sequence[Sequence[int]], max_tokens: int, delays_s: Sequence[float]) -> int:
-    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=deadline(ANSWER_S), trust_env=False) as client:
         pairs = zip(prompts, delays_s, strict=True)
         return sum(await asyncio.gather(*(_abandon(client, tokens, max_tokens, delay_s) for tokens, delay_s in pairs)))
 
@@ -71,12 +73,11 @@ class Load:
 
     def run(self, server: Server, rng: random.Random) -> None:
         """One client."""
-        with httpx.Client(base_url=server.url, timeout=TIMEOUT_S, trust_env=False) as client:
+        with httpx.Client(base_url=server.url, timeout=deadline(ANSWER_S), trust_env=False) as client:
             while not self.stop.is_set():
+                tokens = prompt(rng, rng.randint(shrunk(150, 70), shrunk(500, 160)))
                 try:
-                    client.post(
-                        "/v1/completions", json=completion(prompt(rng, rng.randint(150, 500)), 16)
-                    ).raise_for_status()
+                    client.post("/v1/completions", json=completion(tokens, shrunk(16, 4))).raise_for_status()
                     self.answers += 1
                 except httpx.HTTPError:
                     self.errors += 1
@@ -96,4 +97,4 @@ def background(server: Server, rng: random.Random, clients: int) -> Iterator[Loa
     finally:
         load.stop.set()
         for thread in threads:
-            thread.join(TIMEOUT_S)
+            thread.join(deadline(ANSWER_S))

@@ -4,7 +4,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from quickstart_lib.arguments import CACHE, ROOT
+from quickstart_lib.arguments import CACHE, ROOT, add_data_type
+from quickstart_lib.data_type import DataType, of_this_machine
 
 LOG_STEM = CACHE / "quickstart-fleet"
 
@@ -26,6 +27,7 @@ class FleetArguments:
     policy: str
     rounds: int
     seed: int
+    data_type: DataType
 
 
 def parse(argv: list[str]) -> FleetArguments:
@@ -63,6 +65,7 @@ def parse(argv: list[str]) -> FleetArguments:
     )
     parser.add_argument("--rounds", type=int, default=1, help="how often all three ways are played (default 1)")
     parser.add_argument("--seed", type=int, default=7, help="seed of texts and of their order (default 7)")
+    add_data_type(parser)
     given = vars(parser.parse_args(argv))
     given.pop("fleet")
     minima = {"conversations": 4, "turns": 2, "systems": 1, "system_sentences": 1, "output_tokens": 1}
@@ -76,4 +79,4 @@ def parse(argv: list[str]) -> FleetArguments:
     for name in ("kv_cache_share", "dram_share"):
         if not 0 < given[name] < 1:
             parser.error(f"--{name.replace('_', '-')} must lie between 0 and 1: else routing has nothing to save")
-    return FleetArguments(**given)
+    return FleetArguments(data_type=of_this_machine(given.pop("dtype")), **given)

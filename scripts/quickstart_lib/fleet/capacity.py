@@ -38,7 +38,8 @@ def plan(arguments: FleetArguments, model: Path, talks: list[Talk]) -> CacheSize
             f"a KV cache of {blocks * BLOCK_TOKENS} tokens does not hold {arguments.concurrency} requests of "
             f"{model_len} tokens: raise --conversations or --kv-cache-share"
         )
-    return CacheSize(working_set, BLOCK_TOKENS * kv_bytes_per_token(model), blocks + NULL_BLOCKS, model_len)
+    block_bytes = BLOCK_TOKENS * kv_bytes_per_token(model, arguments.data_type.element_bytes)
+    return CacheSize(working_set, block_bytes, blocks + NULL_BLOCKS, model_len, arguments.data_type.name)
 
 
 def dram_bytes(arguments: FleetArguments, size: CacheSize) -> int:

@@ -21,7 +21,7 @@ def build(arguments: FleetArguments, played: dict[str, Played], texts: Texts, si
     return {
         "commit": machine.commit(),
         "machine": machine.describe(),
-        "load": {name: getattr(arguments, name) for name in names},
+        "load": {name: getattr(arguments, name) for name in names} | {"dtype": arguments.data_type.name},
         "engines": {"count": len(NAMES), **asdict(sizes)},
         "ways": ways,
         "texts": asdict(texts),
