@@ -6,12 +6,13 @@ tiers after they went out of service.
 
 import random
 from collections.abc import Iterator
+from inspect import isfunction
 
 import pytest
-from tests.vllm.engine_process import EngineProcess, start_engine
 
 from tests.vllm import faults, tiny_models
 from tests.vllm.answers import Answer
+from tests.vllm.engine_process import EngineProcess, start_engine
 from tests.vllm.engines import Engine
 from tests.vllm.places import temporary_pool_dir
 from tests.vllm.prompts import prompt
@@ -128,7 +129,7 @@ def test_every_hook_that_is_overridden_is_guarded() -> None:
 
     # Without work of its own, or called as a class.
     plain = {"start_load_kv", "wait_for_layer_load", "save_kv_layer", "request_finished", "requires_kv_delivery"}
-    own = {name for name, value in vars(KVCellarConnector).items() if callable(value) and not name.startswith("_")}
+    own = {name for name, value in vars(KVCellarConnector).items() if isfunction(value) and not name.startswith("_")}
     assert own - plain == hooks.HOOKS
 
 
