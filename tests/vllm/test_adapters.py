@@ -134,7 +134,8 @@ def test_an_adapter_has_its_files_identity_once_every_rank_has_loaded_them(folde
     adapters = Adapters(2)
     assert adapters.identity(None) == BASE
     assert adapters.identity(request(folder)) == NOT_YET
-    load(manager(), folder)
+    worker = manager()
+    load(worker, folder)
     first = loads.take_report(0)
     adapters.confirm(first)
     assert adapters.identity(request(folder)) == NOT_YET, "one of two ranks"
@@ -201,7 +202,8 @@ def test_files_exchanged_while_they_are_loaded_are_a_doubt(
     monkeypatch.setattr(WorkerLoRAManager, "_load_adapter", slow)
     loads = adapters.Loads()
     loads.observe()
-    load(manager(), folder)
+    worker = manager()
+    load(worker, folder)
     assert loads.take_report(0).ranks[0].loaded == {NUMBER: None}
 
 
@@ -272,7 +274,8 @@ def test_a_fault_of_ours_while_looking_on_does_not_reach_vllm(
         raise RuntimeError("a bug")
 
     monkeypatch.setattr("kvcellar.adapters.of_request", broken)
-    assert load(manager(), folder)
+    worker = manager()
+    assert load(worker, folder)
     assert loads.take_report(0).ranks[0].loaded == {NUMBER: None}
 
 

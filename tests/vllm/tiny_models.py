@@ -129,26 +129,3 @@ def adapter(path: Path, model: Path, seed: int, *, rank: int = 8, spread: float 
     }
     (path / "adapter_config.json").write_text(json.dumps(settings))
     return path
-
-
-def vision_config(path: Path) -> Path:
-    """The configuration of a tiny Qwen2-VL, without weights: enough for vLLM to configure itself."""
-    from transformers import Qwen2VLConfig
-
-    text = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-    }
-    eyes = {"depth": 2, "embed_dim": 64, "num_heads": 2, "hidden_size": 128, "patch_size": 14}
-    config = Qwen2VLConfig(text_config=text, vision_config=eyes, image_token_id=500, video_token_id=501)
-    config.architectures = ["Qwen2VLForConditionalGeneration"]
-    config.save_pretrained(path)
-    settings = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 50176}
-    (path / "preprocessor_config.json").write_text(json.dumps(settings))
-    return path
