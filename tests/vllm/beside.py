@@ -47,7 +47,7 @@ def _tokens(rng: random.Random, blocks: int, more: int) -> list[int]:
 
 
 def _begin(engine: Engine, tokens: list[int], wish: Wish) -> str:
-    sampling = engine._sampling(ANSWER_TOKENS, None)  # noqa: SLF001
+    sampling = engine._sampling(ANSWER_TOKENS, None)
     sampling.extra_args = {"kv_transfer_params": wish.params()}
     engine.llm.llm_engine.add_request(wish.name, {"prompt_token_ids": tokens}, sampling)
     return wish.name

@@ -121,7 +121,7 @@ def _answered(
 ) -> tuple[Any, str | None]:
     try:
         return function(engine, *arguments, **named), None
-    except Exception:
+    except Exception:  # noqa: BLE001  (told to whoever asked)
         return None, traceback.format_exc()
 
 

@@ -76,7 +76,9 @@ def _run_on(engine: Engine, cores: set[int]) -> None:
 
 
 @contextlib.contextmanager
-def open_pair(work_dir: Path, pool_dir: Path, transfers: Mapping[str, Mapping[str, Any]], **options: Any) -> Iterator[Pair]:
+def open_pair(
+    work_dir: Path, pool_dir: Path, transfers: Mapping[str, Mapping[str, Any]], **options: Any
+) -> Iterator[Pair]:
     """Starts a prefill and a decode engine beside each other, and lets both use the same cores.
 
     Args:

@@ -1,4 +1,4 @@
-"""The brake on copies of blocks (slow_copies.c): made, preloaded into an engine's process, and worked from inside it."""
+"""The brake on copies of blocks (slow_copies.c): made, preloaded into an engine's process, used inside it."""
 
 import ctypes
 import os

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorTransferResults,
     SupportsHMA,
@@ -72,6 +73,8 @@ class Desk:
     # Called when vLLM gave a load its blocks, before the step in which it is written.
     on_blocks: Callable[[Load], None] = lambda load: None
     bad_blocks: set[int] = field(default_factory=set)
+    # Ranks whose payload the scheduler's side was given.
+    shaken: list[tuple[int, int]] = field(default_factory=list)
 
     def write(self, load: Load) -> None:
         """Puts the load's bytes into its blocks."""
@@ -93,6 +96,13 @@ desk = Desk()
 
 
 @dataclass
+class Payload(KVConnectorHandshakeMetadata):
+    """What each rank tells every scheduler's side, and through it other engines."""
+
+    address: str
+
+
+@dataclass
 class LoadsOfStep(KVConnectorMetadata):
     """Names of loads that got their blocks in this step."""
 
@@ -106,7 +116,7 @@ def wish_of(request: Any) -> Wish | None:
 
 
 class StandInConnector(KVConnectorBase_V1, SupportsHMA):
-    """Both sides."""
+    """Both sides. With `"handshake": true` it exchanges payloads as NIXL does, and takes nobody else's for its own."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         """Nothing is loaded yet."""
@@ -158,7 +168,30 @@ class StandInConnector(KVConnectorBase_V1, SupportsHMA):
         bad, desk.bad_blocks = desk.bad_blocks, set()
         return bad
 
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        """This rank's payload."""
+        return Payload("here") if self._shakes_hands() else None
+
+    def _shakes_hands(self) -> bool:
+        return bool(self._kv_transfer_config.get_from_extra_config("handshake", default=False))
+
     # -- scheduler
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        """All ranks' payloads.
+
+        Raises:
+            TypeError: one of them is somebody else's.
+
+        """
+        if not self._shakes_hands():
+            return
+        for rank, payload in metadata.items():
+            if not isinstance(payload, Payload):
+                raise TypeError(f"rank {rank} told {type(payload).__name__} instead of its payload")
+            desk.shaken.append(rank)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         """What the request wishes, once."""

@@ -5,7 +5,6 @@ that vLLM gave to the other while we still copied them were kept with what the o
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest

@@ -1,8 +1,9 @@
-"""What vLLM asks each connector's class, and all of them together, before a model is loaded: KV cache layouts.
+"""Beside connectors that ask for a KV cache layout, and beside one that exchanges a handshake.
 
-The connectors named here run on GPUs only; what their classes answer can be asked anywhere.
+Of the connectors named here some run on GPUs only; what their classes answer can be asked anywhere.
 """
 
+import random
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,12 @@ from typing import Any
 import pytest
 
 from tests.vllm import tiny_models
-from tests.vllm.server import transfer_config
+from tests.vllm.engine_process import start_engine
+from tests.vllm.engines import Engine
+from tests.vllm.places import temporary_pool_dir
+from tests.vllm.prompts import prompt
+from tests.vllm.references import from_us
+from tests.vllm.server import BLOCK_TOKENS, transfer_config
 
 # Connectors that people put beside ours, and what they ask for on a GPU.
 NEIGHBOURS = ("NixlConnector", "MooncakeConnector", "OffloadingConnector", "ExampleConnector")
@@ -86,3 +92,35 @@ def test_between_any_two_others_the_layout_is_theirs(model: Path, gpu: None) -> 
     for two in permutations(NEIGHBOURS, 2):
         children = [child(two[0]), transfer_config({}), child(two[1])]
         assert wished(config_of(model, multi(children))) == LAYER_MAJOR, two
+
+
+def shaken(_engine: Engine) -> list[tuple[int, int]]:
+    """Asked in the engine's process: ranks whose payload came through."""
+    from tests.vllm.stand_in import desk
+
+    return desk.shaken
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("first", ["ours", "theirs"])
+def test_beside_a_handshake_both_know_their_ranks(model: Path, tmp_path: Path, first: str, seed: int) -> None:
+    """vLLM carries one payload a rank, and a connector that gets another's refuses to start."""
+    other = {
+        **child("StandInConnector"),
+        "kv_connector_module_path": "tests.vllm.stand_in",
+        "kv_connector_extra_config": {"handshake": True},
+    }
+    tokens = prompt(random.Random(f"handshake-{seed}"), 5 * BLOCK_TOKENS + 7, 0, tiny_models.VOCABULARY - 1)
+    with temporary_pool_dir() as pool_dir:
+        trace_file = tmp_path / "engine.trace.jsonl"
+        ours = transfer_config({"pool_dir": str(pool_dir), "trace_file": str(trace_file), "dram_size": "64MiB"})
+        children = [ours, other] if first == "ours" else [other, ours]
+        options: dict[str, Any] = {"model": model, "skip_tokenizer_init": True, "dtype": "float32"}
+        transfer = multi(children)
+        with start_engine(tmp_path, pool_dir, cellar={}, transfer=transfer, **options) as engine:
+            engine.wait_ready()
+            assert engine.call(shaken) == [(0, 0)]
+            engine.call(Engine.complete, tokens, 1)
+            hit, right = engine.call(from_us, tokens, 2)
+            assert right, f"{hit} tokens hit, seed {seed}"
+            assert hit == 5 * BLOCK_TOKENS, "nothing was kept"
