@@ -125,7 +125,7 @@ pub(super) fn head(path: &Path) -> std::io::Result<Vec<u8>> {
 
 /// Files below the pool directory are multiples of this.
 fn page_bytes(wish: &Wish<'_>) -> u64 {
-    FileSystem::of(wish.pool_dir).map_or_else(system_page_bytes, |found| found.page_bytes)
+    FileSystem::of(wish.pool_dir).map_or(limits::SLOT_ALIGN, |found| found.page_bytes)
 }
 
 fn take(
@@ -169,9 +169,9 @@ fn take(
     create(wish, path, room, progress)
 }
 
-/// `bytes` as a file can have them.
+/// `bytes` as a file can have them. Where pages are no larger than what slots are multiples of, a pool's length always is one.
 fn floor(bytes: u64, page: u64) -> u64 {
-    bytes / page * page
+    if page > limits::SLOT_ALIGN { bytes / page * page } else { bytes }
 }
 
 fn make_room(wish: &Wish<'_>, path: &Path, own_bytes: u64, patience: Duration) -> Result<Room> {
@@ -226,7 +226,11 @@ fn create(wish: &Wish<'_>, path: &Path, room: Room, progress: &mut dyn FnMut(u64
             let warnings = cut(wish, &machine, budget).into_iter().collect();
             let mut removed: Vec<String> = ledger::describe_removed(&room.removed).into_iter().collect();
             removed.extend(room.replaced.map(|old| {
-                format!("replaced this model's pool of {} by one of {}; its blocks are lost", show(old), show(pool.bytes()))
+                format!(
+                    "replaced this model's pool of {} by one of {}; its blocks are lost",
+                    show(old),
+                    show(pool.bytes())
+                )
             }));
             Ok(Opened { pool, adopted: false, budget: Some(budget), taken: Vec::new(), warnings, removed })
         }
