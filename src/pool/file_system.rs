@@ -70,12 +70,7 @@ impl FileSystem {
 
 impl From<&Statfs> for FileSystem {
     fn from(found: &Statfs) -> Self {
-        #[expect(
-            clippy::useless_conversion,
-            clippy::unnecessary_fallible_conversions,
-            reason = "types differ by platform"
-        )]
-        let (number, block) = (i64::from(found.filesystem_type().0), u64::try_from(found.block_size()).unwrap_or(1));
+        let (number, block) = (found.filesystem_type().0, u64::try_from(found.block_size()).unwrap_or(1));
         let kind = match number {
             TMPFS => Kind::Tmpfs,
             HUGETLBFS => Kind::Hugetlbfs,

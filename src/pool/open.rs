@@ -146,7 +146,7 @@ fn take(
         fs::remove_file(path).map_err(|error| io(path, error))?;
         drop((file, locks));
         let room = make_room(wish, path, 0, patience)?;
-        return create(wish, path, room, progress);
+        return create(wish, path, &room, progress);
     };
     let mut room = make_room(wish, path, left.bytes, patience)?;
     let machine = Machine::look(wish.pool_dir);
@@ -166,7 +166,7 @@ fn take(
     fs::remove_file(path).map_err(|error| io(path, error))?;
     drop((file, locks));
     room.replaced = (fate == Fate::Replace).then_some(left.bytes);
-    create(wish, path, room, progress)
+    create(wish, path, &room, progress)
 }
 
 /// `bytes` as a file can have them. Where pages are no larger than what slots are multiples of, a pool's length always is one.
@@ -208,7 +208,7 @@ fn cut(wish: &Wish<'_>, machine: &Machine, got: Budget) -> Option<String> {
     })
 }
 
-fn create(wish: &Wish<'_>, path: &Path, room: Room, progress: &mut dyn FnMut(u64, u64)) -> Result<Opened> {
+fn create(wish: &Wish<'_>, path: &Path, room: &Room, progress: &mut dyn FnMut(u64, u64)) -> Result<Opened> {
     let (machine, page) = (Machine::look(wish.pool_dir), page_bytes(wish));
     let budget = machine.budget(room.most, 0);
     let layout = Layout::within(floor(budget.bytes, page), wish.bytes, wish.geometry.slot_bytes);
