@@ -107,8 +107,7 @@ impl Machine {
 
     /// What a user can do about a bound.
     pub fn remedy(&self, bound: Bound) -> String {
-        let (kind, page) =
-            self.file_system.map_or((Kind::Tmpfs, super::system_page_bytes()), |found| (found.kind, found.page_bytes));
+        let (kind, page) = self.file_system.map_or((Kind::Tmpfs, 0), |found| (found.kind, found.page_bytes));
         match bound {
             Bound::Configured => "write a larger dram_size".to_owned(),
             Bound::Engines => {
@@ -144,12 +143,7 @@ mod tests {
     fn machine(shared: u64) -> Machine {
         let file_system =
             FileSystem { kind: Kind::Tmpfs, page_bytes: 4096, total_bytes: Some(shared), free_bytes: Some(shared) };
-        Machine {
-            file_system: Some(file_system),
-            cgroup: None,
-            available: Some(100 * GIB),
-            total: Some(128 * GIB),
-        }
+        Machine { file_system: Some(file_system), cgroup: None, available: Some(100 * GIB), total: Some(128 * GIB) }
     }
 
     #[test]
@@ -183,7 +177,9 @@ mod tests {
         let machine = machine(GIB);
         let bounds = [Bound::Configured, Bound::Engines, Bound::SharedMemory, Bound::Cgroup, Bound::Available];
         let mut remedies = bounds.map(|bound| machine.remedy(bound)).to_vec();
-        assert!(remedies[2].contains("--shm-size") && remedies[2].contains("emptyDir") && remedies[2].contains("pool_dir"));
+        assert!(
+            remedies[2].contains("--shm-size") && remedies[2].contains("emptyDir") && remedies[2].contains("pool_dir")
+        );
         remedies.sort();
         remedies.dedup();
         assert_eq!(remedies.len(), bounds.len());

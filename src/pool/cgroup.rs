@@ -92,7 +92,14 @@ mod tests {
     #[test]
     fn page_cache_is_not_counted_as_used_and_shared_memory_is() {
         let gib = |count: u64| (count * GIB).to_string();
-        let stat = format!("anon {}\nfile {}\nshmem {}\ninactive_file {}\nactive_file {}\n", GIB, 60 * GIB, 10 * GIB, 30 * GIB, 20 * GIB);
+        let stat = format!(
+            "anon {}\nfile {}\nshmem {}\ninactive_file {}\nactive_file {}\n",
+            GIB,
+            60 * GIB,
+            10 * GIB,
+            30 * GIB,
+            20 * GIB
+        );
         let files = [("pod/memory.max", &*gib(100)), ("pod/memory.current", &*gib(61)), ("pod/memory.stat", &*stat)];
         assert_eq!(found("0::/pod\n", &files), Some(89 * GIB), "100 - (61 - 50)");
         let stat = format!("inactive_file 1\ntotal_inactive_file {}\ntotal_active_file {}\n", 30 * GIB, 20 * GIB);

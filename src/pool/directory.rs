@@ -19,7 +19,7 @@ pub fn ensure(pool_dir: &Path) -> Result<PathBuf> {
     match DirBuilder::new().mode(0o700).create(&dir) {
         Ok(()) => return Ok(dir),
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && !pool_dir.exists() => {
             let problem = format!("{} does not exist", pool_dir.display());
             return Err(Error::config("pool_dir", problem, "Make it, on a tmpfs, or leave pool_dir out for /dev/shm"));
         }

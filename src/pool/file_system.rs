@@ -7,6 +7,7 @@ use std::path::Path;
 use nix::sys::statfs::{Statfs, fstatfs, statfs};
 
 use crate::config::size::show;
+use crate::limits::SLOT_ALIGN;
 
 // The kernel's numbers (linux/magic.h).
 const TMPFS: i64 = 0x0102_1994;
@@ -31,7 +32,7 @@ pub enum Kind {
 pub struct FileSystem {
     /// Its kind.
     pub kind: Kind,
-    /// Files are multiples of this, in bytes.
+    /// Files must be multiples of this, in bytes.
     pub page_bytes: u64,
     /// Bytes in all; `None`: not bounded by itself.
     pub total_bytes: Option<u64>,
@@ -69,8 +70,7 @@ impl FileSystem {
 
 impl From<&Statfs> for FileSystem {
     fn from(found: &Statfs) -> Self {
-        #[expect(clippy::useless_conversion, clippy::unnecessary_fallible_conversions, reason = "types differ by platform")]
-        let (number, block) = (i64::from(found.filesystem_type().0), u64::try_from(found.block_size()).unwrap_or(1));
+        let (number, block) = (found.filesystem_type().0, u64::try_from(found.block_size()).unwrap_or(1));
         let kind = match number {
             TMPFS => Kind::Tmpfs,
             HUGETLBFS => Kind::Hugetlbfs,
@@ -89,7 +89,7 @@ impl From<&Statfs> for FileSystem {
             total = least(total, all);
             free = least(free, unused);
         }
-        let page_bytes = if kind == Kind::Hugetlbfs { block } else { super::system_page_bytes() };
+        let page_bytes = if kind == Kind::Hugetlbfs { block } else { SLOT_ALIGN };
         Self { kind, page_bytes, total_bytes: total, free_bytes: free }
     }
 }
@@ -126,7 +126,7 @@ mod tests {
     #[test]
     fn shared_memory_is_memory_and_proc_is_not() {
         let shm = FileSystem::of(Path::new("/dev/shm")).expect("it is there");
-        assert!(shm.is_memory() && shm.page_bytes == super::super::system_page_bytes());
+        assert!(shm.is_memory() && shm.page_bytes == SLOT_ALIGN);
         assert!(shm.total_bytes >= shm.free_bytes);
         assert!(!FileSystem::of(Path::new("/proc")).expect("it is there").is_memory());
         assert!(FileSystem::of(Path::new("/nonexistent/kvcellar")).is_none());

@@ -44,12 +44,7 @@ pub struct Purpose {
 
 impl Purpose {
     /// Describes a new pool.
-    pub fn new(
-        namespace: [u8; 16],
-        ranks: u32,
-        layout: Layout,
-        descriptor_bytes: u64,
-    ) -> Self {
+    pub fn new(namespace: [u8; 16], ranks: u32, layout: Layout, descriptor_bytes: u64) -> Self {
         let created_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         Self {
             magic: MAGIC,

@@ -26,7 +26,11 @@ impl Layout {
         let alone = Self::slots_in(bytes, slot_bytes);
         let table_slots = Self::slots_in(wanted, slot_bytes).min(alone.saturating_mul(TABLE_HEADROOM)).max(alone);
         let slots = Self { slots: 0, table_slots, slot_bytes }.slots_within(bytes);
-        if slots == 0 { Self { slots: alone, table_slots: alone, slot_bytes } } else { Self { slots, table_slots, slot_bytes } }
+        if slots == 0 {
+            Self { slots: alone, table_slots: alone, slot_bytes }
+        } else {
+            Self { slots, table_slots, slot_bytes }
+        }
     }
 
     /// Slots of a file of `bytes` whose table has a line for each and no more.

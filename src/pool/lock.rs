@@ -209,7 +209,7 @@ mod tests {
         let error = Turn::wait(dir.path(), Duration::from_millis(30)).expect_err("it is taken").to_string();
         assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
         std::thread::scope(|scope| {
-            let next = scope.spawn(|| Turn::wait(dir.path(), Duration::from_secs(60)));
+            let next = scope.spawn(|| Turn::wait(dir.path(), Duration::from_mins(1)));
             drop(turn);
             assert!(next.join().expect("no panic").is_ok());
         });

@@ -31,7 +31,7 @@ impl Mapping {
         if (raw.len() as u64) < limits::HEADER_BYTES {
             return Err(Error::lost("pool file", format!("{} is too short", path.display())));
         }
-        let page_bytes = FileSystem::of_file(file).map_or_else(super::system_page_bytes, |found| found.page_bytes);
+        let page_bytes = FileSystem::of_file(file).map_or(limits::SLOT_ALIGN, |found| found.page_bytes);
         Ok(Self { raw, page_bytes })
     }
 

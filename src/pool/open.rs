@@ -125,7 +125,7 @@ pub(super) fn head(path: &Path) -> std::io::Result<Vec<u8>> {
 
 /// Files below the pool directory are multiples of this.
 fn page_bytes(wish: &Wish<'_>) -> u64 {
-    FileSystem::of(wish.pool_dir).map_or_else(system_page_bytes, |found| found.page_bytes)
+    FileSystem::of(wish.pool_dir).map_or(limits::SLOT_ALIGN, |found| found.page_bytes)
 }
 
 fn take(
@@ -146,7 +146,7 @@ fn take(
         fs::remove_file(path).map_err(|error| io(path, error))?;
         drop((file, locks));
         let room = make_room(wish, path, 0, patience)?;
-        return create(wish, path, room, progress);
+        return create(wish, path, &room, progress);
     };
     let mut room = make_room(wish, path, left.bytes, patience)?;
     let machine = Machine::look(wish.pool_dir);
@@ -166,12 +166,12 @@ fn take(
     fs::remove_file(path).map_err(|error| io(path, error))?;
     drop((file, locks));
     room.replaced = (fate == Fate::Replace).then_some(left.bytes);
-    create(wish, path, room, progress)
+    create(wish, path, &room, progress)
 }
 
-/// `bytes` as a file can have them.
+/// `bytes` as a file can have them. Where pages are no larger than what slots are multiples of, a pool's length always is one.
 fn floor(bytes: u64, page: u64) -> u64 {
-    bytes / page * page
+    if page > limits::SLOT_ALIGN { bytes / page * page } else { bytes }
 }
 
 fn make_room(wish: &Wish<'_>, path: &Path, own_bytes: u64, patience: Duration) -> Result<Room> {
@@ -208,7 +208,7 @@ fn cut(wish: &Wish<'_>, machine: &Machine, got: Budget) -> Option<String> {
     })
 }
 
-fn create(wish: &Wish<'_>, path: &Path, room: Room, progress: &mut dyn FnMut(u64, u64)) -> Result<Opened> {
+fn create(wish: &Wish<'_>, path: &Path, room: &Room, progress: &mut dyn FnMut(u64, u64)) -> Result<Opened> {
     let (machine, page) = (Machine::look(wish.pool_dir), page_bytes(wish));
     let budget = machine.budget(room.most, 0);
     let layout = Layout::within(floor(budget.bytes, page), wish.bytes, wish.geometry.slot_bytes);
@@ -226,7 +226,11 @@ fn create(wish: &Wish<'_>, path: &Path, room: Room, progress: &mut dyn FnMut(u64
             let warnings = cut(wish, &machine, budget).into_iter().collect();
             let mut removed: Vec<String> = ledger::describe_removed(&room.removed).into_iter().collect();
             removed.extend(room.replaced.map(|old| {
-                format!("replaced this model's pool of {} by one of {}; its blocks are lost", show(old), show(pool.bytes()))
+                format!(
+                    "replaced this model's pool of {} by one of {}; its blocks are lost",
+                    show(old),
+                    show(pool.bytes())
+                )
             }));
             Ok(Opened { pool, adopted: false, budget: Some(budget), taken: Vec::new(), warnings, removed })
         }

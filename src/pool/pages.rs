@@ -163,7 +163,8 @@ fn advise_populate(address: *mut u8, len: usize) -> io::Result<()> {
 
 fn allocate(file: &File, start: usize, len: usize) -> io::Result<()> {
     repeat_interrupted(|| {
-        fallocate(file, FallocateFlags::empty(), start as libc::off_t, len as libc::off_t).map_err(io::Error::from)
+        fallocate(file, FallocateFlags::empty(), start.cast_signed() as libc::off_t, len.cast_signed() as libc::off_t)
+            .map_err(io::Error::from)
     })
 }
 

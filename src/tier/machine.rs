@@ -37,7 +37,7 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
 fn pool(config: &Config) -> Result<Option<String>> {
     let (key, dir) = ("pool_dir", config.pool_dir.as_path());
     let make = || format!("Make it (mkdir -p {}), on a tmpfs, or leave pool_dir out for /dev/shm", dir.display());
-    is_directory(key, dir, look(dir).map_err(|error| unreadable(key, dir, &error, make()))?)?;
+    is_directory(key, dir, &look(dir).map_err(|error| unreadable(key, dir, &error, make()))?)?;
     let found = FileSystem::of(dir);
     if found.is_some_and(|found| !found.is_memory()) {
         return Err(Error::config(
@@ -67,7 +67,7 @@ fn pool(config: &Config) -> Result<Option<String>> {
 
 fn disk(nvme: &NvmeConfig, dir: &Path, pool_dir: &Path) -> Result<Option<String>> {
     let key = "nvme_dir";
-    is_directory(key, dir, look_or_make(dir)?)?;
+    is_directory(key, dir, &look_or_make(dir)?)?;
     if fs::canonicalize(dir).ok().is_some_and(|dir| fs::canonicalize(pool_dir).ok() == Some(dir)) {
         return Err(Error::config(key, "is the same directory as pool_dir", "Name a directory on a local disk"));
     }
@@ -115,7 +115,7 @@ fn trace(file: &Path) -> Result<()> {
     }
     let dir = file.parent().unwrap_or(file);
     let make = || format!("Make {}, or name a file in another directory", dir.display());
-    is_directory(key, dir, look(dir).map_err(|error| unreadable(key, dir, &error, make()))?)?;
+    is_directory(key, dir, &look(dir).map_err(|error| unreadable(key, dir, &error, make()))?)?;
     may_write(key, dir, file)
 }
 
@@ -141,7 +141,7 @@ fn unreadable(key: &str, dir: &Path, error: &std::io::Error, remedy: String) -> 
     Error::config(key, problem, remedy)
 }
 
-fn is_directory(key: &str, dir: &Path, found: Metadata) -> Result<()> {
+fn is_directory(key: &str, dir: &Path, found: &Metadata) -> Result<()> {
     if found.is_dir() {
         return Ok(());
     }

@@ -36,19 +36,21 @@ impl Drop for Reserved {
 
 #[test]
 fn a_pool_lies_in_huge_pages_and_survives_there() {
-    let Some(_pages) = Reserved::pages(8) else {
+    let Some(_pages) = Reserved::pages(5) else {
         println!("skipped: no huge pages can be reserved here");
         return;
     };
     let Some(mount) = Tmpfs::huge() else { return };
     let found = FileSystem::of(&mount.path).expect("it is mounted");
     assert_eq!((found.kind, found.page_bytes), (Kind::Hugetlbfs, 2 << 20));
-    let purpose = Purpose::of(500, 2, 4096);
+    let purpose = Purpose::of(550, 2, 4096);
     assert!(purpose.bytes > 6 << 20 && purpose.bytes < 8 << 20, "{}", purpose.bytes);
     let opened = purpose.open(&mount.path).expect("a pool");
     assert!(opened.pool.bytes().is_multiple_of(2 << 20) && opened.pool.bytes() <= purpose.bytes);
     assert!(opened.pool.slot_count() > 400, "{} slots", opened.pool.slot_count());
     touch_all(&opened.pool);
+    let entry = kvcellar::pool::registry::list(&mount.path).expect("listed").remove(0);
+    assert_eq!((entry.bytes, entry.file_bytes), (opened.pool.bytes(), opened.pool.bytes()));
     let worker = Pool::attach(&opened.pool.ticket()).expect("a worker attaches");
     worker.touch();
     drop(worker);

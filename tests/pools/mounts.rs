@@ -35,8 +35,7 @@ impl Tmpfs {
         let target = CString::new(path.as_os_str().as_bytes()).expect("no zero in a path");
         let options = CString::new(options).expect("no zero");
         // SAFETY: all strings live through the call and end with a zero; mount keeps none of them.
-        let done =
-            unsafe { libc::mount(c"none".as_ptr(), target.as_ptr(), kind.as_ptr(), 0, options.as_ptr().cast()) };
+        let done = unsafe { libc::mount(c"none".as_ptr(), target.as_ptr(), kind.as_ptr(), 0, options.as_ptr().cast()) };
         if done != 0 {
             println!("skipped: no {kind:?} can be mounted here ({})", std::io::Error::last_os_error());
             return None;

@@ -48,7 +48,10 @@ fn a_file_system_without_room_for_one_block_is_an_error_that_names_dram_size() {
 #[test]
 fn more_than_the_machine_has_is_an_error_that_names_dram_size() {
     let place = Place::new();
-    let error = Purpose { bytes: 1 << 60, total: 1 << 60, ..Purpose::small() }.open(place.path()).expect_err("too much").to_string();
+    let error = Purpose { bytes: 1 << 60, total: 1 << 60, ..Purpose::small() }
+        .open(place.path())
+        .expect_err("too much")
+        .to_string();
     assert!(error.starts_with("dram_size") && error.contains("whole memory"), "{error}");
     assert_no_pools(place.path());
     let error = Purpose { bytes: 4096, ..Purpose::small() }.open(place.path()).expect_err("too little").to_string();

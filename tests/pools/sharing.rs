@@ -127,7 +127,8 @@ fn processes_that_start_at_the_same_moment_stay_within_the_total() {
         assert!(used <= total, "{used} of {total}");
         sharers.iter().all(|sharer| place.path().join(format!("said-{}", sharer.id())).exists())
     });
-    let said = |sharer: &Child| std::fs::read_to_string(place.path().join(format!("said-{}", sharer.id()))).expect("read");
+    let said =
+        |sharer: &Child| std::fs::read_to_string(place.path().join(format!("said-{}", sharer.id()))).expect("read");
     let words: Vec<String> = sharers.iter().map(said).collect();
     let got: Vec<u64> = words.iter().filter_map(|word| word.parse().ok()).collect();
     assert_eq!(got.len(), 3, "{words:?}");

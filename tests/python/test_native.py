@@ -43,7 +43,7 @@ def disk_dir() -> Iterator[Path]:
         yield path
 
 
-def config(pool_dir: Path, **more: object) -> Config:
+def config(pool_dir: Path, /, **more: object) -> Config:
     return Config.parse(json.dumps({"dram_size": "1MiB", "pool_dir": str(pool_dir), **more}))
 
 
