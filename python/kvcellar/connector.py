@@ -34,9 +34,9 @@ from kvcellar import UnsupportedError, deployment, eligibility, groups, window
 from kvcellar._native import Config
 from kvcellar.groups import Groups
 from kvcellar.hooks import hook, nothing
-from kvcellar.metadata import StepMetadata
+from kvcellar.metadata import RankReport, StepMetadata, WorkerReport
 from kvcellar.scheduler import SchedulerSide
-from kvcellar.stats import KVCellarPromMetrics, KVCellarStats
+from kvcellar.stats import KVCellarPromMetrics, KVCellarStats, of_side, without_tiers
 from kvcellar.worker import WorkerSide
 
 if TYPE_CHECKING:
@@ -97,6 +97,18 @@ def _recompute_failed_loads(transfer: Any, outer: Any | None, config: Config) ->
         read.kv_load_failure_policy,
     )
     read.kv_load_failure_policy = "recompute"
+
+
+def _stats_of_the_failed(_connector: "KVCellarConnector") -> KVConnectorStats:
+    """What can be reported when reporting fails: that it does, and that nothing is in service."""
+    return without_tiers(of_side(1, 0))
+
+
+def _report_of_the_failed(connector: "KVCellarConnector") -> KVConnectorWorkerMetadata | None:
+    """What a worker that cannot report has to say: without it the scheduler's side would wait for its copies."""
+    if connector._worker is None:
+        return None
+    return WorkerReport({connector._worker.key: RankReport(trouble="it cannot report", released=True)})
 
 
 def _all_from_host(_connector: "KVCellarConnector", _request: "Request", num_external_tokens: int) -> dict[Any, int]:
@@ -199,7 +211,7 @@ class KVCellarConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is not None:
             self._scheduler.shutdown()
 
-    @hook(nothing)
+    @hook(_stats_of_the_failed)
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         """What changed since the last step."""
         if self._worker is not None:
@@ -254,7 +266,7 @@ class KVCellarConnector(KVConnectorBase_V1, SupportsHMA):
         """Loads that ended."""
         return self._worker.results() if self._worker is not None else KVConnectorTransferResults()
 
-    @hook(nothing)
+    @hook(_report_of_the_failed)
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """What the scheduler's side has to know of this worker."""
         return self._worker.take_report() if self._worker is not None else None

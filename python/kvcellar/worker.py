@@ -31,6 +31,9 @@ class WorkerSide:
 
     States: *serving*, and *out of service* after an internal error of either side. Out of service it starts no copy;
     every load that vLLM waits for is reported, exactly once.
+
+    Attributes:
+        key: this worker's (pipeline, tensor) rank.
     """
 
     def __init__(
@@ -40,8 +43,8 @@ class WorkerSide:
         self._kv_cache_config = kv_cache_config
         self._config = config
         self._beside_others = beside_others
-        self._key = (get_pp_group().rank_in_group, get_tp_group().rank_in_group)
-        self._rank = self._key[0] * vllm_config.parallel_config.tensor_parallel_size + self._key[1]
+        self.key = (get_pp_group().rank_in_group, get_tp_group().rank_in_group)
+        self._rank = self.key[0] * vllm_config.parallel_config.tensor_parallel_size + self.key[1]
         self._adapters: Loads | None = None
         if vllm_config.lora_config is not None:
             self._adapters = LOADS
@@ -215,7 +218,7 @@ class WorkerSide:
         if self._adapters is not None:
             self._report.adapters = self._adapters.take_report(self._rank)
         report, self._report = self._report, RankReport()
-        return None if report == RankReport() else WorkerReport({self._key: report})
+        return None if report == RankReport() else WorkerReport({self.key: report})
 
     def take_stats(self) -> KVCellarStats | None:
         """What was copied since the last step. Says in the log what a GPU's copier has to say."""

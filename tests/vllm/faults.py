@@ -1,6 +1,6 @@
 """Faults in a running engine: hooks and native calls that raise as told, and connectors made anew between two of them.
 
-Everything here runs in the engine's own process (see `engine_process`), where both sides of the connector can be reached.
+Everything here runs in the engine's own process (see `engine_process`), where both sides can be reached.
 """
 
 import ast
@@ -14,6 +14,7 @@ from tests.vllm.answers import Answer
 from tests.vllm.engines import Engine
 
 ROUNDS = 2
+IDLE_STEPS = 3
 ABORTED = "aborted"
 
 
@@ -47,6 +48,22 @@ MODES = {
     "second, after its work": lambda: Schedule(2, 1, late=True),
     "always": lambda: Schedule(1, 1 << 30),
 }
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Where a fault is put in.
+
+    Attributes:
+        target: "scheduler" or "worker" for a hook, "TierEngine" or "CopyWorker" for a native call.
+        name: the hook or call.
+        mode: a key of `MODES`.
+
+    """
+
+    target: str
+    name: str
+    mode: str
 
 
 class FaultyHook:
@@ -126,6 +143,7 @@ class Outcome:
     """What a run with a fault came to."""
 
     raised: int
+    raised_then: int
     answers: tuple[Answer, ...]
     again: tuple[Answer, ...]
     free_blocks_missing: int
@@ -137,39 +155,40 @@ class Outcome:
 
 
 def run(
-    engine: Engine, target: str, name: str, mode: str, prompts: Sequence[Sequence[int]], max_tokens: int
+    engine: Engine, fault: Fault, prompts: Sequence[Sequence[int]], max_tokens: int, then: Fault | None = None
 ) -> Outcome:
     """Traffic with a fault in it, from new connectors on.
 
     Args:
         engine: the engine.
-        target: "scheduler" or "worker" for a hook, "TierEngine" or "CopyWorker" for a native call.
-        name: the hook or call.
-        mode: a key of `MODES`.
+        fault: the fault.
         prompts: asked for all at once, in several rounds, each after vLLM's own cache was emptied.
         max_tokens: tokens of each answer.
+        then: a fault in a native call that is made because of the first one.
 
     """
-    schedule = MODES[mode]()
+    schedule = MODES[fault.mode]()
     errors_before = engine.metrics().cellar("internal_errors_total")
     scheduler, (worker, tensors) = _renew(engine)
-    if target == "scheduler":
-        scheduler._scheduler = FaultyHook(scheduler._scheduler, name, schedule)
-    elif target == "worker":
-        worker._worker = FaultyHook(worker._worker, name, schedule)
-    elif target == "TierEngine":
-        scheduler._scheduler._engine = FaultyCall(scheduler._scheduler._engine, name, schedule)
+    _put_in(scheduler, worker, fault, schedule)
+    second = MODES[then.mode]() if then is not None else None
+    if then is not None and second is not None:
+        _put_in(scheduler, worker, then, second)
     _shake_hands(engine, scheduler, worker, tensors)
-    if target == "CopyWorker":
-        worker._worker._native = FaultyCall(worker._worker._native, name, schedule)
+    for one, its in ((fault, schedule), (then, second)):
+        # The native worker is made while hands are shaken.
+        if one is not None and its is not None and one.target == "CopyWorker":
+            worker._worker._native = FaultyCall(worker._worker._native, one.name, its)
     answers: tuple[Answer, ...] = ()
     for _ in range(ROUNDS):
         engine.reset_gpu_cache()
         answers = together(engine, prompts, max_tokens)
-    engine.llm.reset_prefix_cache(reset_connector=True)
+    for _ in range(2):
+        engine.llm.reset_prefix_cache(reset_connector=True)
     for _ in range(ROUNDS):
         answers = together(engine, prompts, max_tokens)
         engine.reset_gpu_cache()
+    _idle(engine)
     retired_from = engine.metrics().hit_tokens
     again = together(engine, prompts, max_tokens)
     for _ in range(3):
@@ -180,6 +199,7 @@ def run(
     out = metrics.cellar("in_service") == 0
     outcome = Outcome(
         raised=schedule.raised,
+        raised_then=second.raised if second is not None else 0,
         answers=answers,
         again=again,
         free_blocks_missing=pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
@@ -193,15 +213,32 @@ def run(
     return outcome
 
 
+def _put_in(scheduler: Any, worker: Any, fault: Fault, schedule: Schedule) -> None:
+    if fault.target == "scheduler":
+        scheduler._scheduler = FaultyHook(scheduler._scheduler, fault.name, schedule)
+    elif fault.target == "worker":
+        worker._worker = FaultyHook(worker._worker, fault.name, schedule)
+    elif fault.target == "TierEngine":
+        scheduler._scheduler._engine = FaultyCall(scheduler._scheduler._engine, fault.name, schedule)
+
+
+def _idle(engine: Engine) -> None:
+    """What EngineCore's loop does when no request runs: it asks whether to step all the same."""
+    core = _core(engine)
+    for _ in range(IDLE_STEPS):
+        if core.scheduler.has_requests():
+            core.step()
+
+
 def _end(scheduler: Any, worker: Any) -> None:
     """Shut both sides, past the faults: shutting down is itself a hook that may have been made to fail."""
     if isinstance(worker._worker, FaultyHook):
         worker._worker = worker._worker.side
-    if isinstance(worker._worker._native, FaultyCall):
+    while isinstance(worker._worker._native, FaultyCall):
         worker._worker._native = worker._worker._native._native
     if isinstance(scheduler._scheduler, FaultyHook):
         scheduler._scheduler = scheduler._scheduler.side
-    if isinstance(scheduler._scheduler._engine, FaultyCall):
+    while isinstance(scheduler._scheduler._engine, FaultyCall):
         scheduler._scheduler._engine = scheduler._scheduler._engine._native
 
 

@@ -14,6 +14,7 @@ from tests.vllm import faults, tiny_models
 from tests.vllm.answers import Answer
 from tests.vllm.engine_process import EngineProcess, start_engine
 from tests.vllm.engines import Engine
+from tests.vllm.faults import Fault
 from tests.vllm.places import temporary_pool_dir
 from tests.vllm.prompts import prompt
 
@@ -60,8 +61,17 @@ NOT_CALLED = {
         "release": "made after a fault only: see the test of the second fault",
     },
 }
-ONCE = {"set_xfer_handshake_metadata_pp_aware", "bind_kv_cache_manager", "register_kv_caches", "get_handshake_metadata"}
-ONCE_NATIVE = {"open_pool", "ticket", "attached", "attach", "release_with", "reset"}
+ONCE = {
+    "set_xfer_handshake_metadata_pp_aware",
+    "bind_kv_cache_manager",
+    "register_kv_caches",
+    "get_handshake_metadata",
+    "open_pool",
+    "ticket",
+    "attached",
+    "attach",
+    "release_with",
+}
 AT_THE_END = {"shutdown", "close"}
 
 
@@ -99,12 +109,18 @@ def alone(engine: EngineProcess, prompts: list[list[int]]) -> list[Answer]:
     return answers
 
 
-def cases() -> list[tuple[str, str]]:
-    rows = [(side, hook) for hook, side in HOOKS.items() if hook not in AT_THE_END]
+def cases() -> list[Fault]:
+    places = [(side, hook) for hook, side in HOOKS.items() if hook not in AT_THE_END]
     for name in ("TierEngine", "CopyWorker"):
         calls = faults.native_calls(name) - set(NOT_CALLED[name]) - AT_THE_END
-        rows += [(name, call) for call in sorted(calls)]
-    return rows
+        places += [(name, call) for call in sorted(calls)]
+    # What is called once cannot fail a second time.
+    return [
+        Fault(target, name, mode)
+        for target, name in places
+        for mode in faults.MODES
+        if name not in ONCE or not mode.startswith("second")
+    ]
 
 
 def assert_close(reference: Answer, answer: Answer, what: str) -> None:
@@ -138,7 +154,8 @@ def test_without_a_fault_everything_is_served_from_the_tiers(
 ) -> None:
     """The traffic does what the other tests count on."""
     before = engine.call(Engine.metrics).hit_tokens
-    outcome = engine.call(faults.run, "scheduler", "no hook of this name", "first", prompts, MAX_TOKENS)
+    fault = Fault("scheduler", "no hook of this name", "first")
+    outcome = engine.call(faults.run, fault, prompts, MAX_TOKENS)
     assert engine.call(Engine.metrics).hit_tokens > before
     assert (outcome.errors, outcome.in_service) == (0, 1)
     check(outcome, alone, "no fault")
@@ -153,15 +170,32 @@ def check(outcome: faults.Outcome, alone: list[Answer], what: str) -> None:
     assert outcome.loaded_out_of_service == 0, what
 
 
-@pytest.mark.parametrize("mode", list(faults.MODES))
-@pytest.mark.parametrize(("target", "name"), cases())
+@pytest.mark.parametrize("fault", cases(), ids=lambda fault: f"{fault.target}.{fault.name}-{fault.mode}")
 def test_a_fault_costs_the_tiers_and_nothing_else(
-    engine: EngineProcess, prompts: list[list[int]], alone: list[Answer], target: str, name: str, mode: str
+    engine: EngineProcess, prompts: list[list[int]], alone: list[Answer], fault: Fault
 ) -> None:
-    if mode.startswith("second") and (name in ONCE | ONCE_NATIVE):
-        pytest.skip("called once")
-    outcome = engine.call(faults.run, target, name, mode, prompts, MAX_TOKENS)
+    outcome = engine.call(faults.run, fault, prompts, MAX_TOKENS)
     assert outcome.raised > 0, "the fault was never reached"
-    check(outcome, alone, f"{target}.{name}, {mode}")
+    check(outcome, alone, str(fault))
     assert outcome.errors > 0
+    assert outcome.in_service == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "then"),
+    [
+        (Fault("TierEngine", "lookup", "first"), Fault("TierEngine", "withdraw", "always")),
+        (Fault("TierEngine", "step", "second, after its work"), Fault("TierEngine", "close", "always")),
+        (Fault("CopyWorker", "begin_step", "second, after its work"), Fault("CopyWorker", "release", "always")),
+        (Fault("CopyWorker", "start_loads", "second, after its work"), Fault("CopyWorker", "release", "always")),
+    ],
+    ids=["withdraw", "close", "release", "release with loads"],
+)
+def test_a_second_fault_on_the_way_out_changes_nothing(
+    engine: EngineProcess, prompts: list[list[int]], alone: list[Answer], fault: Fault, then: Fault
+) -> None:
+    outcome = engine.call(faults.run, fault, prompts, MAX_TOKENS, then)
+    assert outcome.raised > 0
+    assert outcome.raised_then > 0
+    check(outcome, alone, f"{fault}, {then}")
     assert outcome.in_service == 0
