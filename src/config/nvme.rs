@@ -46,7 +46,7 @@ pub enum Admission {
 pub struct NvmeConfig {
     /// Directory on the disk.
     pub dir: Option<PathBuf>,
-    /// Most bytes that the store may take on disk, everything included.
+    /// Most bytes that all stores of this user below `dir` may take on disk together, everything included.
     pub bytes: u64,
     /// Bytes of the file system that stay free whatever happens; `None`: a twentieth of it, at most 10 GiB.
     pub reserve_bytes: Option<u64>,
@@ -71,7 +71,7 @@ pub const NVME_BYTES_DEFAULT: u64 = 16 << 30;
 pub(crate) const KEYS: &[(&str, &str)] = &[
     ("nvme_dir", "an absolute path"),
     ("nvme_size", "a size such as \"100GiB\" or a positive number of bytes"),
-    ("nvme_reserve", "a size such as \"10GiB\" or a positive number of bytes"),
+    ("nvme_reserve", "a size such as \"10GiB\", a number of bytes, or 0"),
     ("nvme_engine", "\"auto\", \"io_uring\" or \"threads\""),
     ("nvme_admission", "\"all\" or \"reused\""),
     ("write_through", "true or false"),
@@ -106,6 +106,8 @@ impl NvmeConfig {
         match key {
             "nvme_dir" => self.dir = Some(absolute_path(key, value)?),
             "nvme_size" => self.bytes = size::parse(key, value)?,
+            // Nothing is a reserve, too.
+            "nvme_reserve" if value.as_u64() == Some(0) => self.reserve_bytes = Some(0),
             "nvme_reserve" => self.reserve_bytes = Some(size::parse(key, value)?),
             "nvme_engine" => {
                 self.engine = match text {
@@ -176,6 +178,16 @@ fn seconds(text: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nothing_may_be_reserved() {
+        let mut config = NvmeConfig::default();
+        assert!(config.set("nvme_reserve", &Value::from(0)).is_ok_and(|known| known));
+        assert_eq!(config.reserve_bytes, Some(0));
+        assert!(
+            config.set("nvme_reserve", &Value::from(-1)).is_err() && config.set("nvme_size", &Value::from(0)).is_err()
+        );
+    }
 
     #[test]
     fn times_have_units() {

@@ -117,7 +117,8 @@ fn take(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Opened> {
     let wanted = purpose(wish, 0);
-    let found = head(path).ok().and_then(|bytes| Purpose::read(&bytes).ok()).filter(|found| found.fits(&wanted));
+    let head = head(path).ok().filter(|bytes| !header::is_private_in(bytes));
+    let found = head.and_then(|bytes| Purpose::read(&bytes).ok()).filter(|found| found.fits(&wanted));
     let quiet = locks.drain_mappers(Duration::from_millis(if found.is_some() { limits::ADOPTION_WAIT_MS } else { 0 }));
     if let Some(found) = found.filter(|_| quiet && wish.adopt)
         && let Ok(pool) = adopt(wish, path, &file, &found, &locks, progress)

@@ -9,12 +9,13 @@ use pyo3::types::{PyBytes, PyList};
 use super::PyConfig;
 use super::errors::guarded;
 use super::inputs::{self, OwnedOffer, PyOffer};
-use super::reports::{DiskReport, EngineStats, PoolReport, run_object};
+use super::reports::{DiskReport, EngineStats, PoolReport, ResetReport, run_object};
 use crate::block::geometry::RankBytes;
 use crate::block::{BlockKey, Grouping, SlotGeometry, Tier};
 use crate::cli::bench_lookup::WarmTable;
 use crate::config::{Config, Controls};
 use crate::error::{Error, Result};
+use crate::pool::Pool;
 use crate::pool::open::{self, Wish};
 use crate::tier::load::Hit;
 use crate::tier::mover::{self, Mover};
@@ -63,7 +64,9 @@ impl PyTierEngine {
 
     /// Creates or adopts the pool. `ranks`: JSON list of what each rank offers; `facts`: JSON object that makes up the namespace; `stable`: block hashes
     /// mean the same after a restart. `progress(done, total)` is called in bytes. `near`: memory nodes next to the ranks' devices, where they are known.
-    #[pyo3(signature = (ranks, facts, stable, progress, near=Vec::new()))]
+    /// `engines`: of this machine that start together and share the sizes.
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of the connector's one call")]
+    #[pyo3(signature = (ranks, facts, stable, progress, near=Vec::new(), engines=1))]
     fn open_pool(
         &self,
         py: Python<'_>,
@@ -72,10 +75,14 @@ impl PyTierEngine {
         stable: bool,
         progress: Py<PyAny>,
         near: Vec<u32>,
+        engines: u32,
     ) -> PyResult<PoolReport> {
         let config = self.config.clone();
         py.detach(|| {
             guarded(|| {
+                // An earlier pool of this process may still be mapped, which would keep it from being adopted.
+                #[cfg(feature = "cuda")]
+                crate::gpu::cuda::pinning::settle();
                 let ranks: Vec<RankBytes> = serde_json::from_str(ranks)
                     .map_err(|error| Error::config("ranks", error.to_string(), "This is a bug in the connector"))?;
                 let grouping = self.lock().grouping().clone();
@@ -87,7 +94,7 @@ impl PyTierEngine {
                     facts: &facts,
                     bytes: config.dram_bytes,
                     explicit: config.dram_explicit,
-                    adopt: config.keep_pool && stable,
+                    adopt: config.keep_pool && stable && !self.lock().is_private(),
                     geometry: &geometry,
                     near: &near,
                 };
@@ -100,10 +107,11 @@ impl PyTierEngine {
                     (opened.pool.path().display().to_string(), opened.pool.slot_count(), opened.pool.bytes());
                 let adopted_blocks = self.lock().open_pool(opened.pool, opened.adopted);
                 let identity = Identity { namespace, facts: &facts, stable };
-                let disk = opening::open_disk(&self.engine, &config, identity, &mut report)?.map(|(mover, disk)| {
-                    *self.mover.lock().unwrap_or_else(PoisonError::into_inner) = Some(mover);
-                    DiskReport::from(disk)
-                });
+                let disk =
+                    opening::open_disk(&self.engine, &config, identity, engines, &mut report)?.map(|(mover, disk)| {
+                        *self.mover.lock().unwrap_or_else(PoisonError::into_inner) = mover;
+                        DiskReport::from(disk)
+                    });
                 Ok(PoolReport {
                     path: pool_facts.0,
                     slots: pool_facts.1,
@@ -222,12 +230,9 @@ impl PyTierEngine {
         })
     }
 
-    /// Makes everything stored so far worthless.
-    fn reset(&self, py: Python<'_>) -> PyResult<()> {
-        self.run(py, |engine| {
-            engine.reset();
-            Ok(())
-        })
+    /// Makes everything stored so far worthless, and what is stored from here on this process's alone, unless `on_reset` is `keep`.
+    fn reset(&self, py: Python<'_>) -> PyResult<ResetReport> {
+        self.run(py, |engine| Ok(engine.reset().into()))
     }
 
     /// Events of this step: `StoredRun` and `RemovedRun` objects. `integers`: hashes as vLLM's 64-bit integers.
@@ -278,12 +283,13 @@ impl PyTierEngine {
         })
     }
 
-    /// Lets go of the pool. Without `keep_pool` its file is removed.
+    /// Lets go of the pool. Its file is removed without `keep_pool`, and after a reset: no later start could use it.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         let keep = self.config.keep_pool;
         py.detach(|| {
             guarded(|| {
-                let removed = self.lock().pool().filter(|_| !keep).map_or(Ok(()), |pool| pool.unlink());
+                let useless = |pool: &&Arc<Pool>| !keep || pool.header().is_private();
+                let removed = self.lock().pool().filter(useless).map_or(Ok(()), |pool| pool.unlink());
                 // Without the engine's lock: the mover needs it to write what is dirty.
                 mover::shut(&self.engine);
                 drop(self.mover.lock().unwrap_or_else(PoisonError::into_inner).take());

@@ -59,12 +59,11 @@ impl PyConfig {
         self.inner.events
     }
 
-    /// The same configuration with another answer to whether events are kept, and this part of both tiers' sizes.
+    /// The same configuration with another answer to whether events are kept, and this part of the dram tier's size.
     fn narrowed(&self, events: bool, shares: u64) -> Self {
         let mut inner = self.inner.clone();
         inner.events &= events;
         inner.dram_bytes = (inner.dram_bytes / shares.max(1)).max(1);
-        inner.nvme.bytes = (inner.nvme.bytes / shares.max(1)).max(1);
         Self { inner }
     }
 }
@@ -138,6 +137,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<worker::PyCopyWorker>()?;
     module.add_class::<reports::PoolReport>()?;
     module.add_class::<reports::DiskReport>()?;
+    module.add_class::<reports::ResetReport>()?;
     module.add_class::<reports::StoredRun>()?;
     module.add_class::<reports::RemovedRun>()?;
     module.add_class::<reports::EngineStats>()?;
