@@ -183,6 +183,16 @@ pub const GEOMETRY_BYTES_MAX: usize = 1 << 20;
 /// Descriptors that are read at once when a store is scanned: enough to keep a device busy. Memory: one descriptor each.
 pub const SCAN_DEPTH: usize = 256;
 
+/// How long a start waits for another one that looks after the stores of the same directory, in ms. Then it serves without an
+/// nvme tier and says so.
+pub const LEDGER_WAIT_MS: u64 = 60_000;
+
+/// How often it looks, in ms.
+pub const LEDGER_LOOK_MS: u64 = 20;
+
+/// Bytes that this user's directory and its ledger take beside the stores.
+pub const LEDGER_BYTES: u64 = 2 * SLOT_ALIGN;
+
 /// How often a start tries to lock a store that is being replaced or removed at the same moment. Then it counts as taken.
 pub const STORE_CLAIM_TRIES: u32 = 3;
 
@@ -297,6 +307,9 @@ pub const PIN_PIECE_BYTES: u64 = 32 << 20;
 
 /// Most bytes the driver pins in one call.
 pub const PIN_CALL_BYTES_MAX: u64 = 64 << 30;
+
+/// How long a process's end waits for the piece that is being unpinned, in ms.
+pub const UNPIN_EXIT_MS: u64 = 500;
 
 /// Notes for people that wait to be taken. Further ones are dropped.
 pub const COPIER_NOTES_MAX: usize = 64;

@@ -176,6 +176,8 @@ pub struct Gauges {
     pub nvme_writing: u64,
     /// Reads from disk under way.
     pub nvme_reading: u64,
+    /// Extents that failed, or wait to be erased, and hold no blocks meanwhile.
+    pub nvme_retired: u64,
     /// 1 while the nvme tier is in service, else 0.
     pub nvme_in_service: u64,
     /// 1 with `io_uring`, 0 with threads.
@@ -188,7 +190,7 @@ pub struct Gauges {
 
 impl Gauges {
     /// Name and value of each gauge.
-    pub fn all(&self) -> [(&'static str, u64); 18] {
+    pub fn all(&self) -> [(&'static str, u64); 19] {
         [
             ("total_slots", self.total_slots),
             ("free_slots", self.free_slots),
@@ -204,6 +206,7 @@ impl Gauges {
             ("nvme_extents", self.nvme_extents),
             ("nvme_writing", self.nvme_writing),
             ("nvme_reading", self.nvme_reading),
+            ("nvme_retired", self.nvme_retired),
             ("nvme_in_service", self.nvme_in_service),
             ("nvme_io_uring", self.nvme_io_uring),
             ("nvme_direct", self.nvme_direct),

@@ -76,6 +76,7 @@ GAUGES: Mapping[str, str] = {
     "nvme_extents": "Extents that exist on disk, used or not.",
     "nvme_writing": "Blocks being written to disk.",
     "nvme_reading": "Blocks being read from disk.",
+    "nvme_retired": "Extents that failed, or wait to be erased, and hold no blocks meanwhile.",
     "nvme_in_service": "1 while the nvme tier is in service.",
     "nvme_io_uring": "1 with io_uring, 0 with threads.",
     "nvme_direct": "1 with O_DIRECT, 0 with buffered I/O.",

@@ -186,7 +186,7 @@ impl Field {
         };
         let tier = |engine: &str, namespace: u8| {
             let settings = json!({
-                "nvme_dir": dir, "nvme_size": capacity, "nvme_reserve": "1MiB", "nvme_engine": engine,
+                "nvme_dir": dir, "nvme_size": capacity * u64::from(tier::TOGETHER), "nvme_reserve": "1MiB", "nvme_engine": engine,
                 "write_through": true, "events": false,
             });
             Tier::open(&Config::parse(&settings.to_string())?, pool(namespace)?, grouping(), blocks, namespace)

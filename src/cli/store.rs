@@ -39,20 +39,26 @@ pub fn list(dir: &Path, json: bool) -> i32 {
         println!("no stores below {}", dir.display());
         return 0;
     }
-    println!("{:<36} {:>10} {:<8} {:>9} {:>9} {:>8} model", "name", "size", "state", "process", "extents", "age");
+    println!(
+        "{:<36} {:>10} {:<8} {:>9} {:>9} {:>8} {:>8} {:>5} model",
+        "name", "size", "state", "process", "extents", "age", "used", "goes"
+    );
     for entry in &entries {
         let model = entry.facts.as_ref().and_then(|facts| facts["model"].as_str()).unwrap_or("?");
         let number = |value: Option<u64>| value.map_or("?".to_owned(), |value| value.to_string());
         println!(
-            "{:<36} {:>10} {:<8} {:>9} {:>9} {:>8} {model}",
+            "{:<36} {:>10} {:<8} {:>9} {:>9} {:>8} {:>8} {:>5} {model}",
             entry.name,
             show(entry.bytes),
             entry.state,
             number(entry.owner_pid.map(u64::from)),
             number(entry.extents),
             age(entry.created_s),
+            age(entry.used_s),
+            entry.goes.map_or("-".to_owned(), |turn| turn.to_string()),
         );
     }
+    println!("goes: the order in which a start that needs room removes what nobody uses, its own namespace's last");
     0
 }
 

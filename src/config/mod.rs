@@ -25,6 +25,16 @@ pub enum UnsupportedGroups {
     Bypass,
 }
 
+/// What `reset_cache` means, which vLLM calls when weights may have changed, and also at pause and sleep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnReset {
+    /// Everything stored is dropped, and what follows belongs to this process alone.
+    #[default]
+    Erase,
+    /// Nothing: the user promises that weights never change in a running engine.
+    Keep,
+}
+
 /// Configuration of one engine. Sizes are bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a key that users write as true or false")]
@@ -53,6 +63,8 @@ pub struct Config {
     pub namespace_salt: String,
     /// Debug mode: compare the bytes that arrive with the bytes that were offloaded.
     pub verify_loads: bool,
+    /// See [`OnReset`].
+    pub on_reset: OnReset,
     /// The nvme tier.
     pub nvme: NvmeConfig,
     /// Where the engine writes its operation log, if anywhere. Hashes and counts, never tokens.
@@ -75,6 +87,7 @@ pub const KEYS: &[(&str, &str)] = &[
     ("events", "true or false"),
     ("namespace_salt", "a string"),
     ("verify_loads", "true or false"),
+    ("on_reset", "\"erase\" or \"keep\""),
     ("trace_file", "an absolute path"),
 ];
 
@@ -93,6 +106,7 @@ impl Default for Config {
             events: true,
             namespace_salt: String::new(),
             verify_loads: false,
+            on_reset: OnReset::Erase,
             nvme: NvmeConfig::default(),
             trace_file: None,
         }
@@ -145,6 +159,13 @@ impl Config {
             "events" => self.events = boolean(key, value)?,
             "namespace_salt" => value.as_str().ok_or_else(|| wrong(key, value))?.clone_into(&mut self.namespace_salt),
             "verify_loads" => self.verify_loads = boolean(key, value)?,
+            "on_reset" => {
+                self.on_reset = match value.as_str() {
+                    Some("erase") => OnReset::Erase,
+                    Some("keep") => OnReset::Keep,
+                    _ => return Err(wrong(key, value)),
+                };
+            }
             "trace_file" => self.trace_file = Some(absolute_path(key, value)?),
             _ if self.nvme.set(key, value)? => {}
             _ => return Err(unknown(key)),
@@ -212,7 +233,7 @@ mod tests {
     #[test]
     fn every_documented_key_is_accepted() {
         let json = r#"{"dram_size":"512MiB","pool_dir":"/dev/shm","keep_pool":false,"copy_threads":3,"unsupported_groups":"bypass",
-            "strict_load_failure":true,"events":false,"without_prefix_caching":true,"local_engines":4,"namespace_salt":"x","verify_loads":true,"trace_file":"/tmp/t",
+            "strict_load_failure":true,"events":false,"without_prefix_caching":true,"local_engines":4,"namespace_salt":"x","verify_loads":true,"on_reset":"keep","trace_file":"/tmp/t",
             "nvme_dir":"/disk","nvme_size":"1GiB","nvme_reserve":"2GiB","nvme_engine":"threads","nvme_admission":"reused",
             "write_through":true,"clean_percent":25,"load_policy":"auto","retention":"24h"}"#;
         let config = Config::parse(json).expect("valid");
@@ -242,6 +263,7 @@ mod tests {
             (r#"{"unsupported_groups": "some"}"#, "unsupported_groups"),
             (r#"{"local_engines": 0}"#, "local_engines"),
             (r#"{"without_prefix_caching": 1}"#, "without_prefix_caching"),
+            (r#"{"on_reset": true}"#, "on_reset"),
             (r#"{"nvme_dir": "relative"}"#, "nvme_dir"),
             (r#"{"nvme_size": "1GiB"}"#, "nvme_dir"),
             (r#"{"load_policy": "maybe"}"#, "load_policy"),

@@ -46,7 +46,7 @@ pub enum Admission {
 pub struct NvmeConfig {
     /// Directory on the disk.
     pub dir: Option<PathBuf>,
-    /// Most bytes that the store may take on disk, everything included.
+    /// Most bytes that all stores of this user below `dir` may take on disk together, everything included.
     pub bytes: u64,
     /// The user wrote the size; a default may be more than the disk has.
     pub bytes_explicit: bool,
@@ -182,6 +182,16 @@ fn seconds(text: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nothing_may_be_reserved() {
+        let mut config = NvmeConfig::default();
+        assert!(config.set("nvme_reserve", &Value::from(0)).is_ok_and(|known| known));
+        assert_eq!(config.reserve_bytes, Some(0));
+        assert!(
+            config.set("nvme_reserve", &Value::from(-1)).is_err() && config.set("nvme_size", &Value::from(0)).is_err()
+        );
+    }
 
     #[test]
     fn times_have_units() {

@@ -1,15 +1,24 @@
-//! The private directories and files of stores: 0700 and 0600, ours, no links.
+//! The private directories and files of stores: 0700 and 0600, ours, no links; and whether a file passes the page cache by.
 //!
-//! Owns who may look: every file of a store is opened here. Does not know what is in them.
+//! Owns who may look: every file of a store is opened here, for engines, commands and `kvcellar doctor` alike. Promises: a file that is open with
+//! `O_DIRECT` lies on a filesystem that means it. Does not know what is in them.
 
 use std::fs::{DirBuilder, File, Metadata, OpenOptions};
 use std::io::ErrorKind;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::statfs::{FsType, OVERLAYFS_SUPER_MAGIC, TMPFS_MAGIC, fstatfs};
 use nix::unistd::Uid;
 
+use super::buffer::Buffer;
 use crate::error::{Error, Result};
+use crate::limits::SLOT_ALIGN;
+
+/// Filesystems in memory, or on top of others, that take `O_DIRECT` without meaning it.
+const NOT_DIRECT: [FsType; 3] = [TMPFS_MAGIC, OVERLAYFS_SUPER_MAGIC, RAMFS_MAGIC];
+const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 
 /// What a user can do when the system refuses something in a store.
 pub const REMEDY: &str = "Give this user the rights, or set nvme_dir to a directory it may write to";
@@ -23,7 +32,7 @@ pub enum How {
     OrNew,
     /// It must not exist.
     New,
-    /// It must exist; the page cache is passed by where the filesystem can.
+    /// It must exist; the page cache is passed by where the filesystem means it.
     Direct,
 }
 
@@ -89,6 +98,9 @@ pub fn open(path: &Path, how: How) -> Result<File> {
     .map_err(|error| Error::io("opening", path, error, REMEDY))?;
     let found = file.metadata().map_err(|error| Error::io("reading", path, error, REMEDY))?;
     if found.is_file() && is_ours(&found) {
+        if is_direct(&file) && !means_direct(&file) {
+            make_buffered(&file).map_err(|error| Error::io("opening", path, error, REMEDY))?;
+        }
         return Ok(file);
     }
     Err(Error::config("nvme_dir", format!("{} is not a private file of this user", path.display()), "Remove it"))
@@ -105,6 +117,28 @@ fn attempt(path: &Path, how: How, direct: i32) -> std::io::Result<File> {
         .mode(0o600)
         .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC | direct)
         .open(path)
+}
+
+/// Whether transfers of this file pass the page cache by.
+pub fn is_direct(file: &File) -> bool {
+    fcntl(file, FcntlArg::F_GETFL).is_ok_and(|flags| OFlag::from_bits_retain(flags).contains(OFlag::O_DIRECT))
+}
+
+/// Whether the filesystem means `O_DIRECT`: known ones do not, and some refuse only the transfer. A page that cannot be read for another reason says
+/// nothing about that.
+fn means_direct(file: &File) -> bool {
+    if fstatfs(file).is_ok_and(|found| NOT_DIRECT.contains(&found.filesystem_type())) {
+        return false;
+    }
+    let refused = |error: std::io::Error| error.raw_os_error() == Some(libc::EINVAL);
+    file.metadata().map_or(0, |found| found.len()) < SLOT_ALIGN
+        || !file.read_at(Buffer::pages(SLOT_ALIGN as usize).bytes_mut(), 0).is_err_and(refused)
+}
+
+fn make_buffered(file: &File) -> std::io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?) - OFlag::O_DIRECT;
+    fcntl(file, FcntlArg::F_SETFL(flags))?;
+    Ok(())
 }
 
 /// Whether it belongs to this user alone.

@@ -9,6 +9,7 @@ pub mod directory;
 pub mod disk;
 pub mod extent;
 pub mod inspection;
+pub mod ledger;
 pub mod probe;
 mod queue;
 pub mod recovery;

@@ -10,8 +10,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
-
+use super::directory::is_direct;
 use super::disk::{Completion, Completions, DiskError, Kind, Operation};
 use crate::error::{Error, Result};
 use crate::limits::{DISK_SEGMENTS_MAX, DISK_WRITES_SHARE};
@@ -185,11 +184,6 @@ impl Segments {
 /// The error of a disk that takes no segment.
 pub(super) fn refused(problem: String, remedy: &str) -> Error {
     Error::DeviceDead { device: "the NVMe tier's disk".to_owned(), problem, remedy: remedy.to_owned() }
-}
-
-/// Whether `file` is open with `O_DIRECT`. A file that does not even tell is taken as buffered.
-pub(super) fn is_direct(file: &File) -> bool {
-    fcntl(file, FcntlArg::F_GETFL).is_ok_and(|flags| OFlag::from_bits_retain(flags).contains(OFlag::O_DIRECT))
 }
 
 /// The end of `operation`.

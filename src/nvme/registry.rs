@@ -6,13 +6,15 @@ use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
 use super::directory::{self, How, REMEDY};
+use super::ledger;
 use super::segments;
 use super::store::{self, LOCK_NAME};
-use super::superblock::Superblock;
+use super::superblock::{self, Superblock};
 use crate::error::{Error, Result};
 use crate::pool::lock::{self, PoolLocks};
 
@@ -35,8 +37,17 @@ pub struct Entry {
     pub extent_bytes: Option<u64>,
     /// Extents in its segments.
     pub extents: Option<u64>,
+    /// Its contents are of weights that were changed in its last owner's process: no start can use them.
+    pub private: bool,
     /// When it was made, in seconds since 1970.
     pub created_s: Option<u64>,
+    /// When an engine last opened it, closed it or wrote to it, in seconds since 1970.
+    pub used_s: Option<u64>,
+    /// The same, as exact as the filesystem has it.
+    #[serde(skip)]
+    pub last_use: Option<SystemTime>,
+    /// Its turn when a start needs room, from 1; `None` for one in use.
+    pub goes: Option<usize>,
     /// The facts behind its namespace.
     pub facts: Option<serde_json::Value>,
 }
@@ -46,10 +57,20 @@ pub struct Entry {
 /// # Errors
 /// [`Error::Io`] when the directory is there but cannot be read.
 pub fn list(nvme_dir: &Path) -> Result<Vec<Entry>> {
-    let dir = directory::path(nvme_dir);
-    let found = match fs::read_dir(&dir) {
+    let mut entries = list_in(&directory::path(nvme_dir))?;
+    let mut turns: Vec<usize> = (0..entries.len()).filter(|at| entries[*at].state != "used").collect();
+    turns.sort_by_cached_key(|at| ledger::order(&entries[*at]));
+    for (turn, at) in turns.into_iter().enumerate() {
+        entries[at].goes = Some(turn + 1);
+    }
+    Ok(entries)
+}
+
+/// The stores in this user's directory, by name.
+pub(super) fn list_in(dir: &Path) -> Result<Vec<Entry>> {
+    let found = match fs::read_dir(dir) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-        other => other.map_err(|error| Error::io("listing", &dir, error, REMEDY))?,
+        other => other.map_err(|error| Error::io("listing", dir, error, REMEDY))?,
     };
     let mut entries: Vec<Entry> = found
         .filter_map(|place| place.ok().map(|place| place.path()))
@@ -61,7 +82,8 @@ pub fn list(nvme_dir: &Path) -> Result<Vec<Entry>> {
     Ok(entries)
 }
 
-fn name(path: &Path) -> String {
+/// Name of a store's directory.
+pub(super) fn name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
@@ -80,6 +102,7 @@ fn describe(path: PathBuf) -> Result<Entry> {
         (false, Some(_)) => "left",
         (false, None) => "damaged",
     };
+    let last_use = last_use(&path);
     let extents = superblock.as_ref().map(|found| extents(&path, found.geometry.slot_bytes)).transpose()?;
     Ok(Entry {
         name: name(&path),
@@ -89,13 +112,27 @@ fn describe(path: PathBuf) -> Result<Entry> {
         capacity_bytes: superblock.as_ref().map(|found| found.capacity_bytes),
         extent_bytes: superblock.as_ref().map(|found| found.geometry.slot_bytes),
         extents,
+        private: superblock.as_ref().is_some_and(|found| found.private),
         created_s: superblock.as_ref().map(|found| found.created_s),
+        used_s: last_use.and_then(|when| when.duration_since(UNIX_EPOCH).ok()).map(|since| since.as_secs()),
+        last_use,
+        goes: None,
         facts: superblock.and_then(|found| serde_json::from_str(&found.facts).ok()),
         path,
     })
 }
 
-fn bytes_on_disk(dir: &Path) -> Result<u64> {
+/// When an engine last did something to a store: its superblock is written when it is opened and
+/// closed, its segments in between. Reading leaves no trace.
+fn last_use(dir: &Path) -> Option<SystemTime> {
+    let segments = segments::present(dir).unwrap_or_default().into_iter().map(|number| segments::path(dir, number));
+    let files = segments.chain([dir.join(superblock::NAME)]);
+    let changed = |path: PathBuf| fs::symlink_metadata(path).and_then(|found| found.modified()).ok();
+    files.filter_map(changed).max().or_else(|| changed(dir.join(LOCK_NAME)))
+}
+
+/// Bytes that a store takes on disk, its directory included.
+pub(super) fn bytes_on_disk(dir: &Path) -> Result<u64> {
     let fail = |error| Error::io("reading", dir, error, REMEDY);
     let mut bytes = fs::symlink_metadata(dir).map_err(fail)?.blocks() * 512;
     for file in fs::read_dir(dir).map_err(fail)? {

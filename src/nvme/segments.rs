@@ -75,7 +75,9 @@ impl Segments {
     /// [`Error::Io`]; [`Error::Config`] for files that are not ours alone.
     pub fn adopt(dir: &Path, layout: Layout, reserve_bytes: u64) -> Result<Self> {
         let mut segments = Self { dir: dir.to_owned(), layout, held: Vec::new() };
+        // First what is too much goes, then what is missing is made: at no moment there is more than the capacity.
         remove_from(dir, layout.segments())?;
+        present(dir)?.into_iter().try_for_each(|number| segments.cut(number))?;
         let count = present(dir)?.last().map_or(0, |last| last + 1);
         for number in 0..count {
             let wanted = layout.extents_in(number);
@@ -92,14 +94,21 @@ impl Segments {
         Ok(segments)
     }
 
+    /// Gives back what a segment has beyond its size.
+    fn cut(&self, number: u32) -> Result<()> {
+        let path = path(&self.dir, number);
+        let fail = |error| Error::io("sizing", &path, error, REMEDY);
+        let file = directory::open(&path, How::Existing)?;
+        let bytes = u64::from(self.layout.extents_in(number)) * self.layout.extent_bytes;
+        let len = file.metadata().map_err(fail)?.len();
+        if len > bytes { file.set_len(bytes).map_err(fail) } else { Ok(()) }
+    }
+
     fn mend(&self, number: u32, wanted: u32, reserve_bytes: u64) -> Result<Segment> {
         let path = path(&self.dir, number);
         let fail = |error| Error::io("sizing", &path, error, REMEDY);
         let file = directory::open(&path, How::OrNew)?;
         let bytes = u64::from(wanted) * self.layout.extent_bytes;
-        if file.metadata().map_err(fail)?.len() > bytes {
-            file.set_len(bytes).map_err(fail)?;
-        }
         let found = file.metadata().map_err(fail)?;
         let real = (found.blocks() * 512).min(bytes);
         if found.len() == bytes && real == bytes {

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::directory::{self, How, REMEDY};
+use super::ledger::{Ledger, Room};
 use super::segments::{self, Segments};
 use super::snapshot::{self, Subject};
 use super::space::{self, Layout};
@@ -35,8 +36,11 @@ pub struct Wish<'a> {
     pub namespace: [u8; 16],
     /// The facts behind the fingerprint, as JSON.
     pub facts: &'a str,
-    /// Bound of everything in the store, in bytes on disk.
+    /// Bound of everything in the store, in bytes on disk. It gets less where other engines have
+    /// taken some of `total_bytes`.
     pub capacity_bytes: u64,
+    /// Bound of all stores of this user below `dir` together, in bytes on disk.
+    pub total_bytes: u64,
     /// Bytes of the filesystem that stay free for others.
     pub reserve_bytes: u64,
     /// Sizes of an extent.
@@ -71,6 +75,17 @@ pub struct Opened {
     pub taken: Vec<String>,
     /// Why earlier contents are gone or must be scanned, for the log; empty when there is nothing to say.
     pub why: String,
+    /// Stores that nobody used and that went for this one, for the log.
+    pub removed: Vec<String>,
+    /// What somebody should know, with the remedy.
+    pub warnings: Vec<String>,
+}
+
+impl Opened {
+    fn of(store: Store, segments: Vec<File>, recovery: Recovery, why: String) -> Self {
+        let (taken, removed, warnings) = (Vec::new(), Vec::new(), Vec::new());
+        Self { store, segments, recovery, taken, why, removed, warnings }
+    }
 }
 
 /// A store on disk, owned by this process.
@@ -88,18 +103,33 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the first store of the namespace that nobody owns. It is marked as not closed, durably, when this returns.
+    /// Opens the first store of the namespace that nobody owns. It is marked as not closed, durably, when this returns. Stores that nobody uses
+    /// are removed as far as needed to stay within the wish's total.
     ///
     /// # Errors
-    /// [`Error::TryLater`] when all are taken, [`Error::Config`] when not even one block fits or something is not private, [`Error::Io`].
+    /// [`Error::TryLater`] when all are taken, or others leave no room for one block; [`Error::Config`] when not even one block fits or something is
+    /// not private; [`Error::Io`].
     pub fn open(wish: &Wish<'_>) -> Result<Opened> {
+        let new = blank(wish)?;
+        let most = wish.capacity_bytes.min(wish.total_bytes.saturating_sub(limits::LEDGER_BYTES));
+        if layout(wish, most, &new)?.extents_max == 0 {
+            return Err(Error::config(
+                "nvme_size",
+                format!("{} does not hold one block of {}", show(most), show(wish.geometry.slot_bytes)),
+                "Give it at least some hundred blocks",
+            ));
+        }
         let dir = directory::ensure(wish.dir)?;
+        let ledger = Ledger::lock(&dir)?;
         let mut taken = Vec::new();
         for index in 0..limits::STORE_INDEX_MAX {
             let path = dir.join(format!("{}-{index}", namespace_name(&wish.namespace)));
             match claim(&path)? {
                 None => taken.push(holder(&path)),
-                Some(lock) => return take(wish, path, lock).map(|opened| Opened { taken, ..opened }),
+                Some(lock) => {
+                    let room = ledger.make_room(&path, wish.capacity_bytes, wish.total_bytes)?;
+                    return take(wish, path, lock, new, room).map(|opened| Opened { taken, ..opened });
+                }
             }
         }
         Err(Error::TryLater { what: "every store of this namespace".to_owned(), holder: taken.join(", ") })
@@ -120,19 +150,25 @@ impl Store {
         &self.superblock.geometry
     }
 
+    /// The most bytes that it may take on disk.
+    pub fn capacity_bytes(&self) -> u64 {
+        self.superblock.capacity_bytes
+    }
+
     /// The generation of contents: extents of another one are worthless.
     pub fn cache_generation(&self) -> u64 {
         self.superblock.cache_generation
     }
 
-    /// Makes everything written so far worthless, for this and every later engine: durably, when it returns. Where no new superblock can be written
-    /// (a full disk), the old one is removed instead: the store is no more, and the next start makes it anew.
+    /// Makes everything written so far worthless, and what is written from here on worth something to this process alone, for its weights changed:
+    /// durably, when it returns. The next start makes the store anew. Where no new superblock can be written (a full disk), the old one is removed
+    /// instead: the store is no more.
     ///
     /// # Errors
     /// [`Error::Io`]; the store must be used no further. Only when not even its superblock could be removed do the old contents still count later.
     pub fn bump_cache_generation(&mut self) -> Result<u64> {
         let cache_generation = self.superblock.cache_generation + 1;
-        let next = Superblock { cache_generation, clean: None, ..self.superblock.clone() };
+        let next = Superblock { cache_generation, private: true, clean: None, ..self.superblock.clone() };
         let written = self.write_superblock(next);
         if written.is_err() && directory::remove(&self.path.join(superblock::NAME)).is_ok() {
             self.dir.sync_all().map_err(|error| Error::io("making durable", &self.path, error, REMEDY))?;
@@ -255,6 +291,9 @@ fn reusable(wish: &Wish<'_>, path: &Path) -> Result<std::result::Result<Superblo
         Err(Error::DataLost { what, problem }) => return Ok(Err(format!("its {what} is damaged: {problem}"))),
         Err(error) => return Err(error),
     };
+    if found.private {
+        return Ok(Err("it was of weights that were changed in the process that stored it".to_owned()));
+    }
     if !wish.reuse {
         return Ok(Err("earlier contents were not wanted".to_owned()));
     }
@@ -264,38 +303,56 @@ fn reusable(wish: &Wish<'_>, path: &Path) -> Result<std::result::Result<Superblo
     Ok(Ok(found))
 }
 
-fn take(wish: &Wish<'_>, path: PathBuf, lock: PoolLocks) -> Result<Opened> {
-    let new = Superblock {
+/// The superblock of a new store, but for its segments' size.
+fn blank(wish: &Wish<'_>) -> Result<Superblock> {
+    Ok(Superblock {
         store: random()?,
         namespace: wish.namespace,
         capacity_bytes: wish.capacity_bytes,
         segment_bytes: 0,
         cache_generation: 0,
+        private: false,
         created_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         clean: None,
         facts: wish.facts.to_owned(),
         geometry: wish.geometry.clone(),
-    };
-    let (superblock_bytes, extent_bytes) = (new.encode()?.len() as u64, wish.geometry.slot_bytes);
-    let segment_bytes = space::segment_bytes(wish.capacity_bytes, wish.segment_bytes_max);
-    let fresh = Layout::new(wish.capacity_bytes, superblock_bytes, extent_bytes, segment_bytes);
+    })
+}
+
+/// How a capacity is divided in a store made anew.
+fn layout(wish: &Wish<'_>, capacity_bytes: u64, new: &Superblock) -> Result<Layout> {
+    let segment_bytes = space::segment_bytes(capacity_bytes, wish.segment_bytes_max);
+    Ok(Layout::new(capacity_bytes, new.encode()?.len() as u64, wish.geometry.slot_bytes, segment_bytes))
+}
+
+fn take(wish: &Wish<'_>, path: PathBuf, lock: PoolLocks, new: Superblock, room: Room) -> Result<Opened> {
+    let Room { capacity_bytes, removed, warnings, used } = room;
+    let fresh = layout(wish, capacity_bytes, &new)?;
     if fresh.extents_max == 0 {
-        return Err(Error::config(
-            "nvme_size",
-            format!("{} does not hold one block of {}", show(wish.capacity_bytes), show(extent_bytes)),
-            "Give it at least some hundred blocks",
-        ));
+        return Err(no_room(wish, &path, &lock, &used)?);
     }
+    let wish = &Wish { capacity_bytes, ..wish.clone() };
+    let (superblock_bytes, extent_bytes) = (new.encode()?.len() as u64, wish.geometry.slot_bytes);
     let reused = reusable(wish, &path)?.and_then(|found| {
         let per_segment = (found.segment_bytes / extent_bytes) as u32;
-        let layout = Layout::with(wish.capacity_bytes, superblock_bytes, extent_bytes, per_segment);
+        let layout = Layout::with(capacity_bytes, superblock_bytes, extent_bytes, per_segment);
         let grown_out = layout.extents_max < fresh.extents_max / 2;
         if grown_out { Err("its segments are too small for its new capacity".to_owned()) } else { Ok((found, layout)) }
     });
-    match reused {
+    let opened = match reused {
         Ok((found, layout)) => reopen(wish, path, lock, found, layout),
-        Err(why) => create(wish, path, lock, new, fresh, why),
-    }
+        Err(why) => create(wish, path, lock, Superblock { capacity_bytes, ..new }, fresh, why),
+    };
+    opened.map(|opened| Opened { removed, warnings, ..opened })
+}
+
+/// Others leave no room for one block: what the claim made goes again, with whatever lay there.
+fn no_room(wish: &Wish<'_>, path: &Path, lock: &PoolLocks, used: &[String]) -> Result<Error> {
+    clear(path)?;
+    lock.unlink(&path.join(LOCK_NAME))?;
+    // Files of others may lie there: they stay.
+    drop(std::fs::remove_dir(path));
+    Ok(Error::TryLater { what: format!("nvme_size {}", show(wish.total_bytes)), holder: used.join(", ") })
 }
 
 fn create(
@@ -309,7 +366,7 @@ fn create(
     clear(&path)?;
     let segment_bytes = u64::from(layout.per_segment) * layout.extent_bytes;
     let store = assemble(wish, path, lock, Superblock { segment_bytes, ..superblock }, layout)?;
-    Ok(Opened { store, segments: Vec::new(), recovery: Recovery::Fresh, taken: Vec::new(), why })
+    Ok(Opened::of(store, Vec::new(), Recovery::Fresh, why))
 }
 
 fn reopen(wish: &Wish<'_>, path: PathBuf, lock: PoolLocks, found: Superblock, layout: Layout) -> Result<Opened> {
@@ -327,7 +384,8 @@ fn reopen(wish: &Wish<'_>, path: PathBuf, lock: PoolLocks, found: Superblock, la
         }
         Err(why) => (Recovery::Scan, why),
     };
-    Ok(Opened { segments: store.segments.open_direct()?, store, recovery, taken: Vec::new(), why })
+    let segments = store.segments.open_direct()?;
+    Ok(Opened::of(store, segments, recovery, why))
 }
 
 /// What a clean close left, or why it cannot be used.

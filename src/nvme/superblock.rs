@@ -15,13 +15,14 @@ use crate::error::{Error, Result};
 use crate::limits::{self, FACTS_BYTES_MAX, GEOMETRY_BYTES_MAX, SLOT_ALIGN};
 
 /// Version of everything in a store's directory.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 /// The file's name.
 pub const NAME: &str = "superblock";
 
 const MAGIC: [u8; 8] = *b"KVCSTORE";
 const CLEAN: u32 = 1;
+const PRIVATE: u32 = 2;
 
 /// What a store says about itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,6 +37,9 @@ pub struct Superblock {
     pub segment_bytes: u64,
     /// Extents of another generation are worthless.
     pub cache_generation: u64,
+    /// The contents are of weights that were changed in the process that stored them, and are worth
+    /// nothing to another one.
+    pub private: bool,
     /// When the store was made, in seconds since 1970.
     pub created_s: u64,
     /// The snapshot that describes the contents; `None` while somebody may write, and after a crash.
@@ -100,7 +104,7 @@ impl Superblock {
         let mut fixed = Fixed {
             magic: MAGIC,
             version: FORMAT_VERSION,
-            flags: if self.clean.is_some() { CLEAN } else { 0 },
+            flags: self.flags(),
             store: self.store,
             namespace: self.namespace,
             capacity_bytes: self.capacity_bytes,
@@ -115,6 +119,10 @@ impl Superblock {
         };
         fixed.checksum = checksum(&fixed, &[facts, &geometry]);
         Ok([bytemuck::bytes_of(&fixed), facts, &geometry].concat())
+    }
+
+    fn flags(&self) -> u32 {
+        (if self.clean.is_some() { CLEAN } else { 0 }) | (if self.private { PRIVATE } else { 0 })
     }
 
     /// Reads a superblock, trusting nothing in it.
@@ -148,6 +156,7 @@ impl Superblock {
             capacity_bytes: fixed.capacity_bytes,
             segment_bytes: fixed.segment_bytes,
             cache_generation: fixed.cache_generation,
+            private: fixed.flags & PRIVATE != 0,
             created_s: fixed.created_s,
             clean: (fixed.flags & CLEAN != 0)
                 .then_some(Clean { next_sequence: fixed.next_sequence, snapshot_sum: fixed.snapshot_sum }),

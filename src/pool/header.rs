@@ -114,6 +114,9 @@ struct Owner {
     cache_generation: AtomicU64,
     pid: AtomicU32,
     bell: AtomicU32,
+    /// Not 0: the contents are worth something to the present owner's process only.
+    private: AtomicU32,
+    reserved: AtomicU32,
 }
 
 /// A view of a mapped pool's header.
@@ -186,10 +189,30 @@ impl<'a> Header<'a> {
         self.owner().cache_generation.load(Ordering::Acquire)
     }
 
-    /// Makes everything stored so far worthless, for this and every later engine.
+    /// Says that what is stored from here on belongs to this process alone: no later start adopts
+    /// this pool. Lasts as long as the file, also when the process is killed.
+    pub fn make_private(self) {
+        self.owner().private.store(1, Ordering::Release);
+    }
+
+    /// Whether no later start may adopt this pool.
+    pub fn is_private(self) -> bool {
+        self.owner().private.load(Ordering::Acquire) != 0
+    }
+
+    /// Makes everything stored so far worthless, and what is stored from here on private: weights
+    /// that changed in a process exist nowhere else. The mark comes first, so that no kill in
+    /// between leaves blocks of the new weights to be adopted.
     pub fn bump_cache_generation(self) -> u64 {
+        self.make_private();
         self.owner().cache_generation.fetch_add(1, Ordering::AcqRel) + 1
     }
+}
+
+/// Whether no later start may adopt the pool with these first bytes.
+pub fn is_private_in(bytes: &[u8]) -> bool {
+    let at = OWNER_OFFSET + std::mem::offset_of!(Owner, private);
+    bytes.get(at..at + 4).is_none_or(|mark| bytemuck::pod_read_unaligned::<u32>(mark) != 0)
 }
 
 /// Process id of the last owner, from the first bytes of a pool file that is not mapped.

@@ -22,7 +22,7 @@ pub trait SlotMemory: Send + Sync {
     fn prefetch(&self, slot: SlotIndex);
     /// The generation of all contents.
     fn cache_generation(&self) -> u64;
-    /// Makes all contents worthless.
+    /// Makes all contents worthless, and what follows this process's alone.
     fn bump_cache_generation(&self) -> u64;
     /// What a slot holds, if an earlier engine left a whole block of the present generation with all its checksums.
     fn left_behind(&self, slot: SlotIndex) -> Option<(BlockKey, Generation, Lineage)>;

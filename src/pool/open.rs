@@ -136,7 +136,8 @@ fn take(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Opened> {
     let wanted = purpose(wish, Layout::within(0, 0, wish.geometry.slot_bytes));
-    let found = head(path).ok().and_then(|bytes| Purpose::read(&bytes).ok()).filter(|found| found.fits(&wanted));
+    let head = head(path).ok().filter(|bytes| !header::is_private_in(bytes));
+    let found = head.and_then(|bytes| Purpose::read(&bytes).ok()).filter(|found| found.fits(&wanted));
     let patience = Duration::from_millis(limits::ADOPTION_WAIT_MS);
     let quiet = locks.drain_mappers(if found.is_some() { patience } else { Duration::ZERO });
     let page = page_bytes(wish);

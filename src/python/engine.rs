@@ -9,12 +9,13 @@ use pyo3::types::{PyBytes, PyList};
 use super::PyConfig;
 use super::errors::guarded;
 use super::inputs::{self, OwnedOffer, PyOffer};
-use super::reports::{DiskReport, EngineStats, PoolReport, run_object};
+use super::reports::{DiskReport, EngineStats, PoolReport, ResetReport, run_object};
 use crate::block::geometry::RankBytes;
 use crate::block::{BlockKey, Grouping, SlotGeometry, Tier};
 use crate::cli::bench_lookup::WarmTable;
 use crate::config::{Config, Controls};
 use crate::error::{Error, Result};
+use crate::pool::Pool;
 use crate::pool::open::{self, Wish};
 use crate::tier::load::Hit;
 use crate::tier::mover::{self, Mover};
@@ -79,6 +80,9 @@ impl PyTierEngine {
         let config = self.config.clone();
         py.detach(|| {
             guarded(|| {
+                // An earlier pool of this process may still be mapped, which would keep it from being adopted.
+                #[cfg(feature = "cuda")]
+                crate::gpu::cuda::pinning::settle();
                 let ranks: Vec<RankBytes> = serde_json::from_str(ranks)
                     .map_err(|error| Error::config("ranks", error.to_string(), "This is a bug in the connector"))?;
                 let grouping = self.lock().grouping().clone();
@@ -91,7 +95,7 @@ impl PyTierEngine {
                     bytes: (config.dram_bytes / engines.max(1)).max(1),
                     total: config.dram_bytes,
                     explicit: config.dram_explicit,
-                    adopt: config.keep_pool && stable,
+                    adopt: config.keep_pool && stable && !self.lock().is_private(),
                     geometry: &geometry,
                     near: &near,
                 };
@@ -104,10 +108,11 @@ impl PyTierEngine {
                     (opened.pool.path().display().to_string(), opened.pool.slot_count(), opened.pool.bytes());
                 let adopted_blocks = self.lock().open_pool(opened.pool, opened.adopted);
                 let identity = Identity { namespace, facts: &facts, stable };
-                let disk = opening::open_disk(&self.engine, &config, identity, &mut report)?.map(|(mover, disk)| {
-                    *self.mover.lock().unwrap_or_else(PoisonError::into_inner) = Some(mover);
-                    DiskReport::from(disk)
-                });
+                let disk =
+                    opening::open_disk(&self.engine, &config, identity, engines, &mut report)?.map(|(mover, disk)| {
+                        *self.mover.lock().unwrap_or_else(PoisonError::into_inner) = mover;
+                        DiskReport::from(disk)
+                    });
                 Ok(PoolReport {
                     path: pool_facts.0,
                     slots: pool_facts.1,
@@ -242,12 +247,9 @@ impl PyTierEngine {
         })
     }
 
-    /// Makes everything stored so far worthless.
-    fn reset(&self, py: Python<'_>) -> PyResult<()> {
-        self.run(py, |engine| {
-            engine.reset();
-            Ok(())
-        })
+    /// Makes everything stored so far worthless, and what is stored from here on this process's alone, unless `on_reset` is `keep`.
+    fn reset(&self, py: Python<'_>) -> PyResult<ResetReport> {
+        self.run(py, |engine| Ok(engine.reset().into()))
     }
 
     /// Events of this step: `StoredRun` and `RemovedRun` objects. `integers`: hashes as vLLM's 64-bit integers.
@@ -306,12 +308,13 @@ impl PyTierEngine {
         })
     }
 
-    /// Lets go of the pool. Without `keep_pool` its file is removed.
+    /// Lets go of the pool. Its file is removed without `keep_pool`, and after a reset: no later start could use it.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         let keep = self.config.keep_pool;
         py.detach(|| {
             guarded(|| {
-                let removed = self.lock().pool().filter(|_| !keep).map_or(Ok(()), |pool| pool.unlink());
+                let useless = |pool: &&Arc<Pool>| !keep || pool.header().is_private();
+                let removed = self.lock().pool().filter(useless).map_or(Ok(()), |pool| pool.unlink());
                 // Without the engine's lock: the mover needs it to write what is dirty.
                 mover::shut(&self.engine);
                 drop(self.mover.lock().unwrap_or_else(PoisonError::into_inner).take());

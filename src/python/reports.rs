@@ -6,7 +6,7 @@ use pyo3::types::{PyBytes, PyList};
 use crate::block::{BlockHash, Tier};
 use crate::events::Run;
 use crate::gpu::worker::CopyStats;
-use crate::tier::engine::StatsDelta;
+use crate::tier::engine::{self, StatsDelta};
 use crate::tier::opening;
 
 /// The pool an engine got.
@@ -60,11 +60,36 @@ pub(super) struct DiskReport {
     taken: Vec<String>,
     /// What else there is to say.
     why: String,
+    /// Stores that nobody used and that went for this one.
+    removed: Vec<String>,
+    /// What somebody should know, with the remedy.
+    warnings: Vec<String>,
+}
+
+/// What a reset of the caches did.
+#[pyclass(frozen, get_all, module = "kvcellar._native")]
+pub(super) struct ResetReport {
+    /// Blocks of the dram tier that are gone.
+    blocks_dropped_dram: u64,
+    /// Blocks of the nvme tier that are gone.
+    blocks_dropped_nvme: u64,
+    /// Bytes of both.
+    bytes: u64,
+    /// `on_reset` is `keep`: nothing was dropped.
+    kept: bool,
+}
+
+impl From<engine::ResetReport> for ResetReport {
+    fn from(report: engine::ResetReport) -> Self {
+        let engine::ResetReport { blocks_dropped_dram, blocks_dropped_nvme, bytes, kept } = report;
+        Self { blocks_dropped_dram, blocks_dropped_nvme, bytes, kept }
+    }
 }
 
 impl From<opening::DiskReport> for DiskReport {
     fn from(report: opening::DiskReport) -> Self {
-        let opening::DiskReport { path, extents_max, blocks, recovery, damaged, disk, taken, why } = report;
+        let opening::DiskReport { path, extents_max, blocks, recovery, damaged, disk, taken, why, removed, warnings } =
+            report;
         Self {
             path,
             extents_max,
@@ -77,6 +102,8 @@ impl From<opening::DiskReport> for DiskReport {
             engine_why: disk.why,
             taken,
             why,
+            removed,
+            warnings,
         }
     }
 }

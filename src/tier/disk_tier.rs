@@ -153,9 +153,7 @@ pub enum Moved {
     /// Descriptors were read.
     Described {
         /// Which extents, with what was found.
-        found: Vec<(ExtentIndex, Option<(BlockKey, Lineage)>)>,
-        /// The disk refused.
-        failed: bool,
+        found: Vec<(ExtentIndex, DescriptorRead)>,
         /// It was a trial.
         trial: bool,
     },
@@ -171,6 +169,9 @@ pub enum Moved {
     /// The store's directory is gone.
     Gone,
 }
+
+/// What an extent's own descriptor says it holds, or why it says nothing.
+pub type DescriptorRead = std::result::Result<(BlockKey, Lineage), Trouble>;
 
 /// Why a transfer was of no use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

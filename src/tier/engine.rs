@@ -17,7 +17,7 @@ use super::trace::{self, Trace};
 use super::window::Window;
 use crate::block::plan::{ANSWERED, BlockCopy, StepPlan};
 use crate::block::{AdapterId, BlockHash, BlockKey, ExtentIndex, Grouping, SlotIndex, Tier};
-use crate::config::{Config, Controls};
+use crate::config::{Config, Controls, OnReset};
 use crate::error::{Error, Result};
 use crate::events::{EventLog, Run};
 use crate::limits;
@@ -52,6 +52,22 @@ pub struct TierEngine {
     lookup_seconds: Samples,
     reported: (Counters, Gauges),
     progress: (u64, Instant),
+    on_reset: OnReset,
+    /// A reset came: what is stored belongs to this process alone, in whatever pool or store.
+    private: bool,
+}
+
+/// What a reset dropped.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ResetReport {
+    /// Blocks of the dram tier.
+    pub blocks_dropped_dram: u64,
+    /// Blocks of the nvme tier.
+    pub blocks_dropped_nvme: u64,
+    /// Bytes of both.
+    pub bytes: u64,
+    /// Nothing was dropped: the user promised that weights never change in a running engine.
+    pub kept: bool,
 }
 
 /// What changed since the last collection.
@@ -94,6 +110,8 @@ impl TierEngine {
             lookup_seconds: Samples::default(),
             reported: (Counters::default(), Gauges::default()),
             progress: (0, Instant::now()),
+            on_reset: config.on_reset,
+            private: false,
         })
     }
 
@@ -110,8 +128,17 @@ impl TierEngine {
         self.record(|_| trace::line("open", &[("slots", slots.into()), ("adopted", 0.into())]));
     }
 
+    /// Whether a reset came: nothing of an earlier engine may be used, and no later one may use what is stored.
+    pub fn is_private(&self) -> bool {
+        self.private
+    }
+
     /// Gives the engine a pool, and takes over what an earlier engine left in it. Returns the number of blocks taken over.
     pub fn open_pool(&mut self, pool: Pool, adopt: bool) -> u64 {
+        let adopt = adopt && !self.private;
+        if self.private {
+            pool.header().make_private();
+        }
         let pool = Arc::new(pool);
         let memory: Arc<dyn SlotMemory> = Arc::new(Arc::clone(&pool));
         let mut residency =
@@ -181,7 +208,8 @@ impl TierEngine {
 
     /// One round of writing everything dirty to disk before the engine stops. Returns whether nothing is left to do.
     pub fn flush(&mut self) -> bool {
-        if self.disk.is_none() {
+        // What belongs to this process alone is worth nothing when it ends.
+        if self.disk.is_none() || self.private {
             return true;
         }
         self.flushing = true;
@@ -311,9 +339,16 @@ impl TierEngine {
         pending && self.progress.1.elapsed() < Duration::from_millis(limits::PENDING_WORK_STALL_MS)
     }
 
-    /// Makes everything stored so far worthless, durably: weights changed. Copies under way end where they are and are then forgotten.
-    pub fn reset(&mut self) {
+    /// Makes everything stored so far worthless: weights may have changed. What is stored from here on belongs to this process alone, for such weights
+    /// exist nowhere else: both tiers are marked durably when this returns, and no later start uses them. Copies under way end where they are and
+    /// are then forgotten. With `on_reset: keep` nothing happens.
+    pub fn reset(&mut self) -> ResetReport {
+        if self.on_reset == OnReset::Keep {
+            return ResetReport { kept: true, ..ResetReport::default() };
+        }
         self.poll();
+        self.private = true;
+        let report = self.droppable();
         for request in self.requests.values_mut() {
             request.tainted = true;
         }
@@ -321,12 +356,27 @@ impl TierEngine {
             batch.stale = true;
         }
         self.reset_disk();
-        let Some(residency) = &mut self.residency else { return };
+        let Some(residency) = &mut self.residency else { return report };
         let generation = residency.memory().bump_cache_generation();
         for slot in residency.visible_slots() {
             residency.drop_block(slot, DropReason::Reset);
         }
         self.record(|_| trace::line("reset", &[("generation", generation.into())]));
+        report
+    }
+
+    /// What a reset drops now.
+    fn droppable(&self) -> ResetReport {
+        let slots = self.residency.as_ref().map_or(0, |residency| residency.visible_slots().len() as u64);
+        let slot_bytes = self.pool.as_ref().map_or(0, |pool| pool.geometry().slot_bytes);
+        let (extents, extent_bytes) =
+            self.disk.as_ref().map_or((0, 0), |disk| (disk.extents.committed(), disk.layout.extent_bytes));
+        ResetReport {
+            blocks_dropped_dram: slots,
+            blocks_dropped_nvme: extents,
+            bytes: slots * slot_bytes + extents * extent_bytes,
+            kept: false,
+        }
     }
 
     /// Nothing on disk is to be found again, by nobody.
@@ -418,6 +468,7 @@ impl TierEngine {
             nvme_extents: u64::from(disk.extents.ready()),
             nvme_writing: disk.extents.writing(),
             nvme_reading: disk.reads.values().map(|read| read.parts.len() as u64).sum(),
+            nvme_retired: disk.extents.retired(),
             nvme_in_service: u64::from(disk.health.is_in()),
             nvme_io_uring: u64::from(device.engine == "io_uring"),
             nvme_direct: u64::from(device.direct),

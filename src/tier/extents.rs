@@ -1,37 +1,17 @@
 //! Which block is in the nvme tier, in which state: the one place that changes it.
 //!
-//! Legal states of an extent: `Free -> Writing -> Committed -> Free`, `Writing -> Free` (the write failed), and `Committed -> Doomed -> Free` (dropped while it is
-//! read). Every change goes through `Extents::transition`, which also appends the event; nothing else may. A committed extent that nobody reads is in the
-//! order of eviction, and only then.
+//! States and what follows from what are [`super::extent_state`]'s. Every change of a running engine goes through `Extents::transition`, which also keeps the counts and the free
+//! list and appends the event; nothing else may. A committed extent that nobody reads is in the order of eviction, and only then.
 
+use super::extent_state::{Change, State};
 use super::table::BlockTable;
 use crate::block::descriptor::Lineage;
 use crate::block::{BlockHash, BlockKey, ExtentIndex, GroupIndex, SlotIndex, Tier};
 use crate::events::EventLog;
 use crate::policy::{Eviction, Heat, Lru};
 
-const FREE: u8 = 0;
-const WRITING: u8 = 1;
-const COMMITTED: u8 = 2;
-const DOOMED: u8 = 3;
-
 /// Its stored event was appended. Without that no removed event is due either.
 const ANNOUNCED: u8 = 1;
-
-/// A change of an extent's state.
-#[derive(Debug)]
-enum Transition {
-    /// Free -> Writing, under a key.
-    Reserve(BlockKey),
-    /// Writing -> Committed.
-    Commit(Lineage),
-    /// Writing -> Free.
-    Fail,
-    /// Committed -> Free, or -> Doomed while it is read.
-    Remove,
-    /// Doomed -> Free.
-    Release,
-}
 
 /// When an extent was written.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -121,68 +101,70 @@ impl Extents {
         self.table.record(slot(extent)).pins > 0
     }
 
-    /// A retired extent was erased: it may be used again.
-    pub fn reinstate(&mut self, extent: ExtentIndex) {
-        self.retired = self.retired.saturating_sub(1);
-        self.free.push(extent.0);
+    /// Extents that are not used again before the next start, or before they are erased.
+    pub fn retired(&self) -> u64 {
+        self.retired
     }
 
-    fn transition(&mut self, extent: ExtentIndex, change: Transition, events: &mut EventLog) {
-        let at = slot(extent);
-        match (self.table.record(at).state, change) {
-            (FREE, Transition::Reserve(key)) => {
-                self.table.insert(at, &key);
-                let record = self.table.record_mut(at);
-                (record.state, record.flags) = (WRITING, 0);
-                self.writing += 1;
+    /// A retired extent was erased: it may be used again.
+    pub fn reinstate(&mut self, extent: ExtentIndex, events: &mut EventLog) {
+        self.transition(extent, Change::Reinstate, events);
+    }
+
+    fn state(&self, extent: ExtentIndex) -> State {
+        State::of(self.table.record(slot(extent)).state)
+    }
+
+    fn transition(&mut self, extent: ExtentIndex, change: Change, events: &mut EventLog) {
+        let (before, at) = (self.state(extent), slot(extent));
+        let Some(after) = before.after(change, self.is_read(extent)) else {
+            debug_assert!(false, "extent {extent:?} is {before:?} and cannot take {change:?}");
+            return;
+        };
+        if before == State::Committed {
+            let record = self.table.record(at);
+            if let Some(key) = record.key().filter(|_| record.flags & ANNOUNCED != 0) {
+                events.removed(Tier::Nvme, key);
             }
-            (WRITING, Transition::Commit(lineage)) => {
-                let record = self.table.record_mut(at);
-                (record.state, record.flags) = (COMMITTED, ANNOUNCED);
-                self.writing -= 1;
-                self.committed += 1;
-                if let Some(key) = self.table.record(at).key() {
-                    events.stored(Tier::Nvme, key, lineage);
-                }
-            }
-            (WRITING, Transition::Fail) => {
-                self.table.remove(at);
-                self.table.record_mut(at).state = FREE;
-                self.writing -= 1;
-            }
-            (COMMITTED, Transition::Remove) => {
-                let record = self.table.record(at);
-                if let Some(key) = record.key().filter(|_| record.flags & ANNOUNCED != 0) {
-                    events.removed(Tier::Nvme, key);
-                }
-                let read = record.pins > 0;
-                self.table.remove(at);
-                self.order.remove(at);
-                self.committed -= 1;
-                self.table.record_mut(at).state = if read { DOOMED } else { FREE };
-            }
-            (DOOMED, Transition::Release) => self.table.record_mut(at).state = FREE,
-            (state, change) => debug_assert!(false, "extent {extent:?} in state {state} cannot take {change:?}"),
+            self.order.remove(at);
+        }
+        if matches!(before, State::Writing | State::Committed) && after != State::Committed {
+            self.table.remove(at);
+        }
+        self.table.record_mut(at).state = after as u8;
+        self.recount(extent, before, after);
+    }
+
+    fn recount(&mut self, extent: ExtentIndex, before: State, after: State) {
+        for (state, count) in [
+            (State::Writing, &mut self.writing),
+            (State::Committed, &mut self.committed),
+            (State::Retired, &mut self.retired),
+        ] {
+            *count = *count + u64::from(after == state) - u64::from(before == state);
+        }
+        if after == State::Free && before != State::Free {
+            self.free.push(extent.0);
         }
     }
 
     /// Takes over what a reopened store holds. It is announced later, when its descriptor has been read.
     pub fn adopt(&mut self, extent: ExtentIndex, key: &BlockKey, stamp: Stamp) -> bool {
-        if extent.0 >= self.ready || self.table.find(key).is_some() || self.table.record(slot(extent)).state != FREE {
+        if extent.0 >= self.ready || self.table.find(key).is_some() || self.state(extent) != State::Free {
             return false;
         }
         self.table.insert(slot(extent), key);
         let record = self.table.record_mut(slot(extent));
-        (record.state, record.flags) = (COMMITTED, 0);
+        (record.state, record.flags) = (State::Committed as u8, 0);
+        self.recount(extent, State::Free, State::Committed);
         self.stamps[extent.0 as usize] = stamp;
-        self.committed += 1;
         self.order.insert(slot(extent), Heat::Hot);
         true
     }
 
     /// After adoption: the extents that hold nothing, and nothing else, are free.
     pub fn recount_free(&mut self) {
-        let free = |extent: &u32| self.table.record(SlotIndex(*extent)).state == FREE;
+        let free = |extent: &u32| self.state(ExtentIndex(*extent)) == State::Free;
         self.free = (0..self.ready).rev().filter(free).collect();
     }
 
@@ -192,7 +174,7 @@ impl Extents {
             return None;
         }
         let found = self.table.find(key)?;
-        (self.table.record(found).state == COMMITTED).then_some(ExtentIndex(found.0))
+        (self.state(ExtentIndex(found.0)) == State::Committed).then_some(ExtentIndex(found.0))
     }
 
     /// Whether the key has an extent, committed or not.
@@ -207,7 +189,7 @@ impl Extents {
         }
         let mut run = 0;
         self.table.find_run(hashes, step, group, |found| {
-            let here = found.is_some_and(|extent| self.table.record(extent).state == COMMITTED);
+            let here = found.is_some_and(|extent| self.state(ExtentIndex(extent.0)) == State::Committed);
             run += usize::from(here);
             here
         });
@@ -218,8 +200,7 @@ impl Extents {
     pub fn evict(&mut self, events: &mut EventLog) -> Option<BlockKey> {
         let victim = self.order.victim(&|_| true)?;
         let evicted = self.table.record(victim).key();
-        self.transition(ExtentIndex(victim.0), Transition::Remove, events);
-        self.free.push(victim.0);
+        self.transition(ExtentIndex(victim.0), Change::Drop { retire: false }, events);
         evicted
     }
 
@@ -232,40 +213,33 @@ impl Extents {
     /// Takes a free extent for a block that will be written.
     pub fn reserve(&mut self, key: &BlockKey, stamp: Stamp, events: &mut EventLog) -> Option<ExtentIndex> {
         let extent = ExtentIndex(self.free.pop()?);
-        self.transition(extent, Transition::Reserve(*key), events);
+        self.transition(extent, Change::Reserve, events);
+        self.table.insert(slot(extent), key);
+        self.table.record_mut(slot(extent)).flags = 0;
         self.stamps[extent.0 as usize] = stamp;
         Some(extent)
     }
 
     /// The write has ended well.
     pub fn commit(&mut self, extent: ExtentIndex, lineage: Lineage, events: &mut EventLog) {
-        self.transition(extent, Transition::Commit(lineage), events);
+        self.transition(extent, Change::Commit, events);
+        let record = self.table.record_mut(slot(extent));
+        record.flags = ANNOUNCED;
+        if let Some(key) = record.key() {
+            events.stored(Tier::Nvme, key, lineage);
+        }
         self.order.insert(slot(extent), Heat::Hot);
     }
 
     /// The write failed. A `retired` extent is not used again.
     pub fn fail(&mut self, extent: ExtentIndex, retire: bool, events: &mut EventLog) {
-        self.transition(extent, Transition::Fail, events);
-        self.give_back(extent, retire);
+        self.transition(extent, Change::Fail { retire }, events);
     }
 
-    fn give_back(&mut self, extent: ExtentIndex, retire: bool) {
-        if retire {
-            self.retired += 1;
-        } else {
-            self.free.push(extent.0);
-        }
-    }
-
-    /// Drops a block from disk. A `retired` extent is not used again.
+    /// Drops a block from disk, also one that was dropped before and is still read. A `retired` extent is not used again.
     pub fn discard(&mut self, extent: ExtentIndex, retire: bool, events: &mut EventLog) {
-        if self.table.record(slot(extent)).state != COMMITTED {
-            return;
-        }
-        let read = self.table.record(slot(extent)).pins > 0;
-        self.transition(extent, Transition::Remove, events);
-        if !read {
-            self.give_back(extent, retire);
+        if matches!(self.state(extent), State::Committed | State::Doomed | State::Condemned) {
+            self.transition(extent, Change::Drop { retire }, events);
         }
     }
 
@@ -282,12 +256,9 @@ impl Extents {
         if record.pins > 0 {
             return;
         }
-        match record.state {
-            COMMITTED => self.order.insert(slot(extent), Heat::Hot),
-            DOOMED => {
-                self.transition(extent, Transition::Release, events);
-                self.free.push(extent.0);
-            }
+        match self.state(extent) {
+            State::Committed => self.order.insert(slot(extent), Heat::Hot),
+            State::Doomed | State::Condemned => self.transition(extent, Change::Release, events),
             _ => debug_assert!(false, "extent {extent:?} was read in another state"),
         }
     }
@@ -304,7 +275,7 @@ impl Extents {
         self.in_service = false;
         for extent in (0..self.ready).map(SlotIndex) {
             let record = self.table.record_mut(extent);
-            if record.state == COMMITTED && record.flags & ANNOUNCED != 0 {
+            if State::of(record.state) == State::Committed && record.flags & ANNOUNCED != 0 {
                 record.flags &= !ANNOUNCED;
                 if let Some(key) = record.key() {
                     events.removed(Tier::Nvme, key);
@@ -315,19 +286,18 @@ impl Extents {
 
     /// The next extent from `from` on whose block was not announced.
     pub fn unannounced(&self, from: u32) -> Option<ExtentIndex> {
-        (from..self.ready)
-            .find(|extent| {
-                let record = self.table.record(SlotIndex(*extent));
-                record.state == COMMITTED && record.flags & ANNOUNCED == 0
-            })
-            .map(ExtentIndex)
+        (from..self.ready).map(ExtentIndex).find(|extent| self.is_unannounced(*extent))
+    }
+
+    /// Whether an extent holds a block that was not announced.
+    pub fn is_unannounced(&self, extent: ExtentIndex) -> bool {
+        self.state(extent) == State::Committed && self.table.record(slot(extent)).flags & ANNOUNCED == 0
     }
 
     /// Announces a block of a reopened store, if it is still the one that was read.
     pub fn announce(&mut self, extent: ExtentIndex, key: &BlockKey, lineage: Lineage, events: &mut EventLog) {
-        let record = self.table.record_mut(slot(extent));
-        if record.state == COMMITTED && record.flags & ANNOUNCED == 0 && record.key().as_ref() == Some(key) {
-            record.flags |= ANNOUNCED;
+        if self.is_unannounced(extent) && self.key(extent).as_ref() == Some(key) {
+            self.table.record_mut(slot(extent)).flags |= ANNOUNCED;
             events.stored(Tier::Nvme, *key, lineage);
         }
     }
@@ -341,8 +311,73 @@ impl Extents {
     pub fn committed_in(&self, from: u32, to: u32) -> impl Iterator<Item = (ExtentIndex, BlockKey, Stamp)> + '_ {
         (from..to.min(self.ready)).filter_map(|extent| {
             let record = self.table.record(SlotIndex(extent));
-            let key = record.key().filter(|_| record.state == COMMITTED)?;
+            let key = record.key().filter(|_| State::of(record.state) == State::Committed)?;
             Some((ExtentIndex(extent), key, self.stamps[extent as usize]))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HERE: ExtentIndex = ExtentIndex(0);
+
+    fn key(byte: u8) -> BlockKey {
+        BlockKey { hash: BlockHash::new(&[byte; 32]).expect("32 bytes"), group: GroupIndex(0) }
+    }
+
+    /// One extent, committed and being read by so many.
+    fn read_by(readers: u32) -> (Extents, EventLog) {
+        let (mut extents, mut events) = (Extents::new(1), EventLog::new(true));
+        extents.make_ready(1);
+        assert_eq!(extents.reserve(&key(1), Stamp::default(), &mut events), Some(HERE));
+        extents.commit(HERE, Lineage::default(), &mut events);
+        for _ in 0..readers {
+            extents.begin_read(HERE);
+        }
+        (extents, events)
+    }
+
+    #[test]
+    fn an_extent_whose_read_failed_is_never_handed_out_again() {
+        let (mut extents, mut events) = read_by(1);
+        extents.discard(HERE, true, &mut events);
+        extents.end_read(HERE, &mut events);
+        assert_eq!((extents.retired(), extents.free(), extents.committed()), (1, 0, 0));
+        assert_eq!(extents.reserve(&key(2), Stamp::default(), &mut events), None);
+    }
+
+    #[test]
+    fn a_failed_read_retires_what_was_dropped_before_it_ended() {
+        // By a reset, by another reader that found other bytes, in either order.
+        for retires in [[false, true], [true, false], [true, true]] {
+            let (mut extents, mut events) = read_by(2);
+            for retire in retires {
+                extents.discard(HERE, retire, &mut events);
+                extents.end_read(HERE, &mut events);
+            }
+            assert_eq!((extents.retired(), extents.free()), (1, 0), "{retires:?}");
+        }
+    }
+
+    #[test]
+    fn what_was_dropped_while_it_was_read_is_free_after_it() {
+        let (mut extents, mut events) = read_by(2);
+        extents.discard(HERE, false, &mut events);
+        extents.end_read(HERE, &mut events);
+        assert_eq!((extents.free(), extents.evict(&mut events)), (0, None));
+        extents.end_read(HERE, &mut events);
+        assert_eq!((extents.retired(), extents.free()), (0, 1));
+        assert_eq!(extents.reserve(&key(2), Stamp::default(), &mut events), Some(HERE));
+    }
+
+    #[test]
+    fn a_retired_extent_comes_back_when_it_was_erased() {
+        let (mut extents, mut events) = read_by(0);
+        extents.discard(HERE, true, &mut events);
+        assert_eq!((extents.retired(), extents.free()), (1, 0));
+        extents.reinstate(HERE, &mut events);
+        assert_eq!((extents.retired(), extents.free()), (0, 1));
     }
 }

@@ -9,6 +9,7 @@
 pub mod adoption;
 pub mod disk_tier;
 pub mod engine;
+mod extent_state;
 pub mod extents;
 pub mod health;
 pub mod hit;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender};
 use hashbrown::HashMap;
 
-use super::disk_tier::{DiskTier, Job, Moved, SealOrder, Trouble};
+use super::disk_tier::{DescriptorRead, DiskTier, Job, Moved, SealOrder, Trouble};
 use super::engine::TierEngine;
 use crate::block::descriptor::{self, Lineage};
 use crate::block::{BlockKey, ExtentIndex, Generation, SlotIndex};
@@ -73,8 +73,7 @@ struct Desk {
 
 struct Described {
     waiting: usize,
-    found: Vec<(ExtentIndex, Option<(BlockKey, Lineage)>)>,
-    failed: bool,
+    found: Vec<(ExtentIndex, DescriptorRead)>,
     trial: bool,
 }
 
@@ -240,7 +239,7 @@ impl Desk {
             operations.push(self.operation(token, Kind::Read, *extent, Buffer::pages(bytes)));
         }
         let waiting = extents.len();
-        self.described.insert(group, Described { waiting, found: Vec::with_capacity(waiting), failed: false, trial });
+        self.described.insert(group, Described { waiting, found: Vec::with_capacity(waiting), trial });
     }
 
     fn done(&mut self, completion: Completion) -> Option<Moved> {
@@ -258,19 +257,19 @@ impl Desk {
                 let group = token >> GROUP_SHIFT << GROUP_SHIFT;
                 let described = self.described.get_mut(&group)?;
                 let ranks = self.pool.geometry().parts.len();
-                described.failed |= outcome.is_err();
-                let read = descriptor::unseal(buffer.bytes(), ranks)
-                    .and_then(|(key, seal, _)| Ok((key, seal, descriptor::read(buffer.bytes(), ranks)?.2)))
-                    .ok()
-                    .filter(|(_, seal, _)| seal.store == self.store_id)
-                    .map(|(key, _, lineage)| (key, lineage));
+                let whole = || {
+                    let (key, seal, _) = descriptor::unseal(buffer.bytes(), ranks).ok()?;
+                    let (_, _, lineage) = descriptor::read(buffer.bytes(), ranks).ok()?;
+                    (seal.store == self.store_id).then_some((key, lineage))
+                };
+                let read = outcome.map_err(|_| Trouble::Device).and_then(|()| whole().ok_or(Trouble::Corrupt));
                 described.found.push((extent, read));
                 described.waiting -= 1;
                 if described.waiting > 0 {
                     return None;
                 }
-                let Described { found, failed, trial, .. } = self.described.remove(&group)?;
-                Some(Moved::Described { found, failed, trial })
+                let Described { found, trial, .. } = self.described.remove(&group)?;
+                Some(Moved::Described { found, trial })
             }
         }
     }

@@ -1,19 +1,19 @@
 //! Opening the nvme tier: store, disk, what survived, mover.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::disk_tier::DiskSettings;
 use super::engine::TierEngine;
 use super::mover::{Mover, ToMover};
-use crate::config::nvme::DiskEngine;
+use crate::config::size::show;
 use crate::config::{Config, NvmeConfig};
 use crate::error::{Error, Result};
 use crate::nvme::buffer::Region;
 use crate::nvme::disk::{Completions, Description, Disk};
-use crate::nvme::probe;
-use crate::nvme::recovery;
 use crate::nvme::snapshot::Entry;
 use crate::nvme::store::{Opened, Recovery, Store, Wish};
+use crate::nvme::{probe, recovery, space};
 
 /// What a start tells about its nvme tier.
 #[derive(Debug, Clone)]
@@ -34,6 +34,30 @@ pub struct DiskReport {
     pub taken: Vec<String>,
     /// What else there is to say; empty for nothing.
     pub why: String,
+    /// Stores that nobody used and that went for this one.
+    pub removed: Vec<String>,
+    /// What somebody should know, with the remedy.
+    pub warnings: Vec<String>,
+}
+
+impl DiskReport {
+    /// There is no tier, although one was asked for: the engine serves without it.
+    fn none(dir: &Path, why: &Error) -> Self {
+        Self {
+            path: dir.display().to_string(),
+            extents_max: 0,
+            blocks: 0,
+            recovery: "none",
+            damaged: 0,
+            disk: Description { engine: "none", direct: false, registered: false, why: String::new() },
+            taken: Vec::new(),
+            why: String::new(),
+            removed: Vec::new(),
+            warnings: vec![format!(
+                "there is no nvme tier: {why}. Raise nvme_size, set nvme_dir to another disk, or stop one of them"
+            )],
+        }
+    }
 }
 
 /// What a start knows of its contents.
@@ -47,7 +71,8 @@ pub struct Identity<'a> {
     pub stable: bool,
 }
 
-/// Gives an engine that has a pool the nvme tier of its configuration, if there is one, and starts its mover.
+/// Gives an engine that has a pool the nvme tier of its configuration, if there is one, and starts its mover. `engines`: of this machine that start
+/// together and share `nvme_size`. Where others have taken all of it there is no tier, no mover and a warning: a cache must not keep vLLM from serving.
 ///
 /// # Errors
 /// Those of [`Store::open`] and of [`probe::open`]; the engine is as it was then.
@@ -55,27 +80,37 @@ pub fn open_disk(
     engine: &Arc<Mutex<TierEngine>>,
     config: &Config,
     identity: Identity<'_>,
+    engines: u32,
     progress: &mut dyn FnMut(u64, u64),
-) -> Result<Option<(Mover, DiskReport)>> {
+) -> Result<Option<(Option<Mover>, DiskReport)>> {
     let nvme = &config.nvme;
     let Some(dir) = &nvme.dir else { return Ok(None) };
     let Some(pool) = lock(engine).pool().cloned() else { return Ok(None) };
+    let private = lock(engine).is_private();
     let reserve_bytes = nvme.reserve_bytes.unwrap_or_else(|| default_reserve(dir));
     let wish = Wish {
         dir,
         namespace: identity.namespace,
         facts: identity.facts,
-        capacity_bytes: nvme.bytes,
+        capacity_bytes: nvme.bytes / u64::from(engines.max(1)),
+        total_bytes: nvme.bytes,
         reserve_bytes,
         geometry: pool.geometry(),
-        reuse: identity.stable,
+        reuse: identity.stable && !private,
         segment_bytes_max: None,
     };
-    let Opened { mut store, mut segments, recovery, taken, why } = Store::open(&wish)?;
+    let Opened { mut store, mut segments, recovery, taken, why, removed, mut warnings } = match Store::open(&wish) {
+        Err(full @ Error::TryLater { .. }) => return Ok(Some((None, DiskReport::none(dir, &full)))),
+        other => other?,
+    };
+    if private {
+        store.bump_cache_generation()?;
+    }
     if segments.is_empty() {
         // At once, so that it is known how the disk can be used, and that there is room at all.
         segments.extend(store.grow()?);
     }
+    warnings.extend(shortage(&store, reserve_bytes)?);
     let (entries, next_sequence, found, damaged) = match recovery {
         Recovery::Fresh => (Vec::new(), 1, "fresh", 0),
         Recovery::Snapshot(entries, next) => (entries, next, "snapshot", 0),
@@ -87,7 +122,7 @@ pub fn open_disk(
     let (jobs, inbox) = crossbeam_channel::unbounded();
     let completions: Arc<dyn Completions> = Arc::new(ToMover::new(jobs.clone(), Arc::clone(&pool)));
     let regions: Vec<Arc<dyn Region>> = vec![Arc::clone(&pool) as Arc<dyn Region>];
-    let disk = probe::open(which(nvme.engine), regions, &completions, store.path())?;
+    let disk = probe::open(nvme.engine, regions, &completions, store.path())?;
     for segment in segments {
         disk.add_segment(segment)?;
     }
@@ -100,6 +135,8 @@ pub fn open_disk(
         disk: disk.describe(),
         taken,
         why,
+        removed,
+        warnings,
     };
     install(engine, store, disk, jobs, &entries, next_sequence, nvme);
     let mover = Mover::start(engine, inbox).ok_or_else(|| Error::DeviceDead {
@@ -107,7 +144,7 @@ pub fn open_disk(
         problem: "no thread could be started".to_owned(),
         remedy: "Raise the limit on processes".to_owned(),
     })?;
-    Ok(Some((mover, report)))
+    Ok(Some((Some(mover), report)))
 }
 
 fn install(
@@ -136,7 +173,7 @@ fn scan(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<recovery::Scanned> {
     let (completions, arrivals) = recovery::channel();
-    let disk = probe::open(which(nvme.engine), Vec::new(), &completions, store.path())?;
+    let disk = probe::open(nvme.engine, Vec::new(), &completions, store.path())?;
     for segment in segments {
         let again = segment
             .try_clone()
@@ -146,16 +183,26 @@ fn scan(
     recovery::scan(store, disk.as_ref(), &arrivals, recovery::buffers(store), progress)
 }
 
-fn which(engine: DiskEngine) -> probe::Engine {
-    match engine {
-        DiskEngine::Auto => probe::Engine::Auto,
-        DiskEngine::IoUring => probe::Engine::IoUring,
-        DiskEngine::Threads => probe::Engine::Threads,
+/// What the disk has not: a store that will never hold what it was given.
+fn shortage(store: &Store, reserve_bytes: u64) -> Result<Option<String>> {
+    let free = space::free_bytes(store.path())?;
+    let room = free.saturating_sub(reserve_bytes);
+    let here = u64::from(store.extents_ready()) * store.extent_bytes();
+    let facts = format!("{} free, reserve {}", show(free), show(reserve_bytes));
+    let remedy = "Free some, write a smaller nvme_reserve, or set nvme_dir to another disk";
+    if here == 0 {
+        return Ok(Some(format!("the nvme tier holds nothing: {facts}. {remedy}")));
     }
+    let most = here.saturating_add(room);
+    let few = most < store.capacity_bytes() - store.capacity_bytes() / 10;
+    Ok(few.then(|| {
+        let wanted = show(store.capacity_bytes());
+        format!("the nvme tier has room for {} of its {wanted} on this disk: {facts}. {remedy}", show(most))
+    }))
 }
 
 /// A twentieth of the file system, at most 10 GiB: it is never ours alone.
-pub(super) fn default_reserve(dir: &std::path::Path) -> u64 {
+pub(super) fn default_reserve(dir: &Path) -> u64 {
     let total = nix::sys::statvfs::statvfs(dir).map_or(0, |found| found.blocks() * found.fragment_size());
     (total / 20).min(10 << 30)
 }

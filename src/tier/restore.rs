@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use serde_json::Value;
 
-use super::disk_tier::{Job, Moved, Read, ReadPart, Trouble};
+use super::disk_tier::{DescriptorRead, Job, Moved, Read, ReadPart, Trouble};
 use super::engine::TierEngine;
 use super::trace::{self, names};
 use crate::block::descriptor::Lineage;
@@ -93,7 +93,7 @@ impl TierEngine {
             match one {
                 Moved::Read { token, outcomes } => self.read_ended(token, outcomes, &mut wake),
                 Moved::Written { token, trouble } => self.written(token, trouble),
-                Moved::Described { found, failed, trial } => self.described(found, failed, trial),
+                Moved::Described { found, trial } => self.described(found, trial),
                 Moved::Grown { ready, last } => {
                     if let Some(disk) = &mut self.disk {
                         disk.extents.make_ready(ready);
@@ -102,9 +102,10 @@ impl TierEngine {
                     }
                 }
                 Moved::Erased(extents) => {
-                    for extent in extents {
-                        if let Some(disk) = &mut self.disk {
-                            disk.extents.reinstate(extent);
+                    if let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) {
+                        let events = &mut residency.events;
+                        for extent in extents {
+                            disk.extents.reinstate(extent, events);
                         }
                     }
                 }
@@ -243,30 +244,35 @@ impl TierEngine {
         disk.order(Job::Describe { extents: batch, trial: false });
     }
 
-    fn described(&mut self, found: Vec<(ExtentIndex, Option<(BlockKey, Lineage)>)>, failed: bool, trial: bool) {
+    fn described(&mut self, found: Vec<(ExtentIndex, DescriptorRead)>, trial: bool) {
         let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return };
         disk.describing &= trial;
+        let failed = found.iter().any(|(_, read)| matches!(read, Err(Trouble::Device)));
+        for (extent, read) in found.into_iter().filter(|_| !trial) {
+            match read {
+                Ok((key, lineage)) => disk.extents.announce(extent, &key, lineage, &mut residency.events),
+                Err(Trouble::Device) => {
+                    residency.counters.dropped(DropReason::DiskFailed, 1);
+                    disk.extents.discard(extent, true, &mut residency.events);
+                }
+                // What cannot describe itself is not what the directory says, unless it was written anew meanwhile.
+                Err(_) if disk.extents.is_unannounced(extent) => {
+                    residency.counters.corrupt_extents += 1;
+                    residency.counters.dropped(DropReason::Corrupt, 1);
+                    disk.extents.discard(extent, false, &mut residency.events);
+                }
+                Err(_) => {}
+            }
+        }
         if failed {
             residency.counters.disk_errors += 1;
             if disk.health.failed(Instant::now()) {
                 self.outage("reading failed repeatedly");
             }
-            return;
-        }
-        if disk.health.well() {
+        } else if disk.health.well() {
             disk.extents.in_service = true;
             disk.announce_from = Some(0);
             eprintln!("kvcellar: the nvme tier is in service again");
-        }
-        for (extent, read) in found.into_iter().filter(|_| !trial) {
-            if let Some((key, lineage)) = read {
-                disk.extents.announce(extent, &key, lineage, &mut residency.events);
-            } else {
-                // What cannot describe itself is not what the directory says.
-                residency.counters.corrupt_extents += 1;
-                residency.counters.dropped(DropReason::Corrupt, 1);
-                disk.extents.discard(extent, false, &mut residency.events);
-            }
         }
         self.announce();
     }

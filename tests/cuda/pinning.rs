@@ -1,7 +1,10 @@
 //! Pinning in pieces and in the background: what waits, what is copied meanwhile, and what happens when the system has had enough.
 
+use std::path::Path;
+
 use kvcellar::block::plan::StepPlan;
 use kvcellar::gpu::cuda::copier::Options;
+use kvcellar::gpu::cuda::pinning::settle;
 use kvcellar::pool::slot_table::Fill;
 
 use crate::ledger::until;
@@ -28,8 +31,8 @@ fn every_slot_is_pinned_in_the_end_and_unpinned_after() {
         notes.iter().any(|note| note.starts_with("pinned"))
     });
     drop(vllm);
-    assert_eq!(stub.calls("cuMemHostUnregister"), 5);
     stub.is_clean();
+    assert_eq!(stub.calls("cuMemHostUnregister"), 5);
 }
 
 /// A driver that pins no more than two slots at once: eight, four, and then two at a time.
@@ -49,8 +52,8 @@ fn what_is_refused_is_tried_in_halves() {
     });
     assert!(!notes.iter().any(|note| note.contains("memlock")), "{notes:?}");
     drop(vllm);
-    assert_eq!(stub.calls("cuMemHostUnregister"), 5);
     stub.is_clean();
+    assert_eq!(stub.calls("cuMemHostUnregister"), 5);
 }
 
 #[test]
@@ -132,7 +135,50 @@ fn what_cannot_be_pinned_is_copied_as_ordinary_memory_and_said() {
         assert!(vllm.slot_is(copy.slot, 10 + copy.block as u8));
     }
     drop(vllm);
+    stub.is_clean();
     let pinned = stub.calls("cuMemHostUnregister");
     assert!(pinned >= 1, "what was pinned did not stay");
+}
+
+/// How often this process maps a file.
+fn mapped(path: &Path) -> usize {
+    let maps = std::fs::read_to_string("/proc/self/maps").expect("this process's maps");
+    maps.lines().filter(|line| line.ends_with(path.to_str().expect("text"))).count()
+}
+
+/// A stopping process has 5 s for everything, and TP=1 has flush and snapshot behind it.
+#[test]
+fn letting_go_waits_for_copies_and_not_for_unpinning() {
+    let stub = Stub::take(7);
+    stub.strict();
+    let scene = Scene::simple(9);
+    let before = mapped(scene.pool.path());
+    let mut vllm = Vllm::new(&stub, &scene, options(&scene));
+    until("all pieces are pinned", || stub.calls("cuMemHostRegister_v2") == 5);
+    let copy = scene.begin(8, 0, 3);
+    vllm.step(&StepPlan { stores_after: vec![copy], ..StepPlan::default() }, &[], &[(3, 7)]);
+    stub.hold_unpinning(true);
+    at_once("letting go", || drop(vllm));
+    assert_eq!(scene.line(8).fill(1), Fill::Done, "the copy was not waited for");
+    assert!(stub.calls("cuMemHostUnregister") <= 1, "it was unpinned on the way");
+    assert_eq!(mapped(scene.pool.path()), before + 1, "pinned memory was unmapped");
+    stub.hold_unpinning(false);
+    settle();
+    // The process lives on: all of it is unpinned and unmapped.
+    assert_eq!((stub.calls("cuMemHostUnregister"), mapped(scene.pool.path())), (5, before));
+    stub.is_clean();
+}
+
+#[test]
+fn letting_go_does_not_wait_for_a_pinning_under_way() {
+    let stub = Stub::take(8);
+    let scene = Scene::simple(9);
+    stub.hold_pinning(true);
+    let vllm = Vllm::new(&stub, &scene, options(&scene));
+    until("a piece is being pinned", || stub.calls("cuMemHostRegister_v2") == 1);
+    at_once("letting go", || drop(vllm));
+    stub.hold_pinning(false);
+    settle();
+    assert_eq!((stub.calls("cuMemHostRegister_v2"), stub.calls("cuMemHostUnregister")), (1, 1));
     stub.is_clean();
 }

@@ -6,6 +6,7 @@ use std::process::Command;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use kvcellar::gpu::ComputeStream;
+use kvcellar::gpu::cuda::pinning;
 
 /// What the stub does to the copier's calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,6 +128,10 @@ impl Stub {
         static TURN: Mutex<()> = Mutex::new(());
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let stub = Self { library: library(), _turn: turn };
+        // What an earlier test let go of, however that ended.
+        stub.hold_pinning(false);
+        stub.hold_unpinning(false);
+        pinning::settle();
         call!(stub.library, c"stub_reset", (u64), seed);
         stub
     }
@@ -173,6 +178,11 @@ impl Stub {
     /// Pinning takes until it is let go.
     pub(crate) fn hold_pinning(&self, held: bool) {
         self.set(c"register_held", held.into());
+    }
+
+    /// Unpinning takes until it is let go.
+    pub(crate) fn hold_unpinning(&self, held: bool) {
+        self.set(c"unregister_held", held.into());
     }
 
     /// A function answers `code` for `times` calls, after `skip` good ones.
@@ -227,8 +237,9 @@ impl Stub {
         (count, String::from_utf8_lossy(&text[..end]).into_owned())
     }
 
-    /// The checker found nothing.
+    /// The checker found nothing, also in what was let go of.
     pub(crate) fn is_clean(&self) {
+        pinning::settle();
         let (count, first) = self.wrongs();
         assert_eq!(count, 0, "{first}");
     }

@@ -7,8 +7,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use kvcellar::nvme::buffer::Buffer;
+use kvcellar::nvme::directory::{How, open};
 use kvcellar::nvme::disk::{Completion, Completions, DiskError, Kind, Operation};
-use kvcellar::nvme::probe::open_segment;
 
 pub(crate) const PAGE: usize = 4096;
 
@@ -94,7 +94,8 @@ pub(crate) fn folder() -> tempfile::TempDir {
 
 /// A segment of zeroes.
 pub(crate) fn segment(folder: &Path, name: &str, pages: usize) -> File {
-    let (file, _) = open_segment(&folder.join(name), true).expect("a segment");
+    drop(open(&folder.join(name), How::OrNew).expect("made"));
+    let file = open(&folder.join(name), How::Direct).expect("a segment");
     file.set_len((pages * PAGE) as u64).expect("its length");
     file
 }

@@ -6,10 +6,11 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
+use kvcellar::config::nvme::DiskEngine;
 use kvcellar::error::Error;
 use kvcellar::nvme::buffer::{Arena, Region};
 use kvcellar::nvme::disk::{Completions, Disk, DiskError};
-use kvcellar::nvme::probe::{self, Engine};
+use kvcellar::nvme::probe;
 use kvcellar::nvme::ring::RingDisk;
 
 use crate::conformance::has_ring;
@@ -56,7 +57,7 @@ fn a_refused_ring_becomes_threads_and_says_why() {
         let (folder, inbox) = (folder(), Inbox::new());
         let completions = Arc::clone(&inbox) as Arc<dyn Completions>;
         let open = |engine| probe::open(engine, Vec::new(), &completions, folder.path());
-        let disk = open(Engine::Auto).expect("a disk");
+        let disk = open(DiskEngine::Auto).expect("a disk");
         let description = disk.describe();
         assert_eq!(description.engine, "threads");
         assert!(description.why.contains("io_uring is refused"), "{}", description.why);
@@ -68,7 +69,7 @@ fn a_refused_ring_becomes_threads_and_says_why() {
         disk.add_segment(segment(folder.path(), "s", 1)).expect("a segment");
         disk.submit(vec![read(1, 0, 0, 1)]);
         assert_eq!(inbox.one().outcome, Ok(()));
-        let error = open(Engine::IoUring).err().expect("a refusal");
+        let error = open(DiskEngine::IoUring).err().expect("a refusal");
         let Error::Unsupported { remedy, .. } = &error else { panic!("{error}") };
         assert!(remedy.contains("seccomp") && remedy.contains("threads"), "{remedy}");
     });

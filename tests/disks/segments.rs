@@ -3,10 +3,12 @@
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::sync::Arc;
 
+use kvcellar::config::nvme::DiskEngine;
 use kvcellar::error::Error;
 use kvcellar::limits::DISK_SEGMENTS_MAX;
+use kvcellar::nvme::directory::{How, is_direct, open};
 use kvcellar::nvme::disk::{Completions, Disk};
-use kvcellar::nvme::probe::{self, Engine, open_segment};
+use kvcellar::nvme::probe;
 use kvcellar::nvme::threads::ThreadDisk;
 
 use crate::inbox::{Inbox, folder, segment};
@@ -19,12 +21,12 @@ fn completions() -> Arc<dyn Completions> {
 fn a_segment_is_private_and_no_link_is_followed() {
     let folder = folder();
     let path = folder.path().join("s");
-    assert!(matches!(open_segment(&path, false), Err(Error::Io { .. })), "there is none");
-    let (file, _) = open_segment(&path, true).expect("a segment");
+    assert!(matches!(open(&path, How::Direct), Err(Error::Io { .. })), "there is none");
+    let file = open(&path, How::New).expect("a segment");
     assert_eq!(file.metadata().expect("facts").permissions().mode() & 0o777, 0o600);
     symlink(&path, folder.path().join("link")).expect("a link");
-    assert!(open_segment(&folder.path().join("link"), false).is_err());
-    assert!(open_segment(folder.path(), false).is_err(), "a folder");
+    assert!(open(&folder.path().join("link"), How::Direct).is_err());
+    assert!(open(folder.path(), How::Direct).is_err(), "a folder");
 }
 
 #[test]
@@ -33,9 +35,9 @@ fn memory_file_systems_are_buffered() {
         return println!("skipped: there is no /dev/shm");
     };
     let path = folder.path().join("s");
-    std::fs::write(&path, [0; 8192]).expect("a file");
-    let (file, direct) = open_segment(&path, false).expect("a segment");
-    assert!(!direct);
+    std::os::unix::fs::FileExt::write_all_at(&open(&path, How::New).expect("a file"), &[0; 8192], 0).expect("written");
+    let file = open(&path, How::Direct).expect("a segment");
+    assert!(!is_direct(&file), "as an engine and as doctor opens it");
     let disk = ThreadDisk::start(completions(), 1).expect("a disk");
     disk.add_segment(file).expect("a segment");
     let description = disk.describe();
@@ -45,7 +47,9 @@ fn memory_file_systems_are_buffered() {
 #[test]
 fn a_disk_is_direct_only_if_all_its_segments_are() {
     let folder = folder();
-    let (file, direct) = open_segment(&folder.path().join("s"), true).expect("a segment");
+    drop(open(&folder.path().join("s"), How::New).expect("made"));
+    let file = open(&folder.path().join("s"), How::Direct).expect("a segment");
+    let direct = is_direct(&file);
     let disk = ThreadDisk::start(completions(), 1).expect("a disk");
     assert!(!disk.describe().direct, "no segment yet");
     disk.add_segment(file).expect("a segment");
@@ -74,13 +78,9 @@ fn no_more_segments_than_the_bound() {
 }
 
 #[test]
-fn engines_have_names() {
-    for (name, engine) in [("auto", Engine::Auto), ("io_uring", Engine::IoUring), ("threads", Engine::Threads)] {
-        assert_eq!(name.parse::<Engine>().expect("a name"), engine);
-    }
-    assert!(matches!("uring".parse::<Engine>(), Err(Error::Config { .. })));
+fn the_engine_is_the_one_that_was_asked_for() {
     let folder = folder();
-    let disk = probe::open(Engine::Threads, Vec::new(), &completions(), folder.path()).expect("a disk");
+    let disk = probe::open(DiskEngine::Threads, Vec::new(), &completions(), folder.path()).expect("a disk");
     assert_eq!((disk.describe().engine, disk.describe().why.is_empty()), ("threads", false));
-    assert!(probe::open(Engine::Auto, Vec::new(), &completions(), &folder.path().join("none")).is_err());
+    assert!(probe::open(DiskEngine::Auto, Vec::new(), &completions(), &folder.path().join("none")).is_err());
 }

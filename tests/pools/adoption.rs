@@ -2,10 +2,12 @@
 
 use kvcellar::block::SlotIndex;
 use kvcellar::block::plan::BlockCopy;
+use kvcellar::config::Config;
 use kvcellar::pool::memory::SlotMemory;
 use kvcellar::pool::slot_table::SlotState;
+use kvcellar::tier::engine::{ResetReport, TierEngine};
 
-use crate::place::{Place, Purpose};
+use crate::place::{Place, Purpose, grouping};
 use crate::stock::{Stock, all_verified, is_whole, left_behind, put_checksum, state, verifies, write};
 
 #[test]
@@ -141,24 +143,58 @@ fn a_block_that_is_there_twice_is_adopted_once() {
 }
 
 #[test]
-fn after_a_reset_nothing_stored_before_comes_back() {
+fn after_a_reset_no_later_engine_adopts_anything() {
     for through_engine in [false, true] {
         let place = Place::new();
         let mut stock = Stock::of(place.open(&Purpose::small()));
-        stock.store(&[1], |_| true);
-        assert_eq!(left_behind(&stock.pool()).len(), 1);
+        stock.store(&[1, 3], |_| true);
+        assert_eq!(left_behind(&stock.pool()).len(), 2);
         if through_engine {
-            stock.engine.reset();
+            let slot_bytes = stock.pool().geometry().slot_bytes;
+            let wanted = ResetReport { blocks_dropped_dram: 2, bytes: 2 * slot_bytes, ..ResetReport::default() };
+            assert_eq!(stock.engine.reset(), wanted);
         } else {
             assert_eq!(stock.pool().header().bump_cache_generation(), 1);
         }
         assert_eq!(left_behind(&stock.pool()), []);
+        // Of weights that exist in this process only.
         stock.store(&[2], |_| true);
+        assert_eq!((stock.hit(&[2]), left_behind(&stock.pool()).len()), (16, 1), "this engine goes on with it");
         drop(stock);
         let opened = place.open(&Purpose::small());
-        assert!(opened.adopted);
+        assert!(!opened.adopted, "through the engine: {through_engine}");
         let mut stock = Stock::of(opened);
-        assert_eq!((stock.adopted, stock.hit(&[1]), stock.hit(&[2])), (1, 0, 16));
-        assert_eq!(SlotMemory::cache_generation(&stock.pool()), 1);
+        assert_eq!((stock.adopted, stock.hit(&[1]), stock.hit(&[2])), (0, 0, 0));
+        assert_eq!(SlotMemory::cache_generation(&stock.pool()), 0);
+        stock.store(&[4], |_| true);
+        drop(stock);
+        assert_eq!(Stock::of(place.open(&Purpose::small())).adopted, 1, "the mark went with its pool");
     }
+}
+
+#[test]
+fn a_reset_before_there_is_a_pool_counts_as_well() {
+    let place = Place::new();
+    let mut stock = Stock::of(place.open(&Purpose::small()));
+    stock.store(&[1], |_| true);
+    drop(stock);
+    let mut engine = TierEngine::new(&Config::default(), grouping()).expect("an engine");
+    assert_eq!(engine.reset(), ResetReport::default());
+    let opened = place.open(&Purpose::small());
+    assert!(opened.adopted);
+    assert_eq!(engine.open_pool(opened.pool, true), 0);
+    assert!(engine.pool().expect("a pool").header().is_private());
+}
+
+#[test]
+fn who_keeps_on_reset_keeps_everything() {
+    let place = Place::new();
+    let config = Config::parse(r#"{"on_reset": "keep"}"#).expect("valid");
+    let mut stock = Stock::with(&config, place.open(&Purpose::small()));
+    stock.store(&[1], |_| true);
+    assert_eq!(stock.engine.reset(), ResetReport { kept: true, ..ResetReport::default() });
+    assert_eq!(stock.hit(&[1]), 16);
+    drop(stock);
+    let mut stock = Stock::of(place.open(&Purpose::small()));
+    assert_eq!((stock.adopted, stock.hit(&[1])), (1, 16));
 }

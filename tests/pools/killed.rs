@@ -3,7 +3,7 @@
 //! The owner is this test binary again, which stores, hashes and evicts blocks in random order until SIGKILL comes.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use kvcellar::block::SlotIndex;
@@ -74,6 +74,37 @@ fn owner() {
     }
 }
 
+const RESET: &str = "KVCELLAR_POOLS_RESET_DIR";
+
+/// An owner that resets its caches, stores once more and waits to be killed: nothing unless a test started this process for it.
+#[test]
+fn resetting_owner() {
+    let Ok(dir) = std::env::var(RESET) else { return };
+    let dir = PathBuf::from(dir);
+    let mut stock = Stock::of(purpose().open(&dir).expect("a pool"));
+    stock.store(&[1], |_| true);
+    stock.engine.reset();
+    stock.store(&[2], |_| true);
+    std::fs::write(ready(&dir), b"").expect("written");
+    std::thread::sleep(Duration::from_secs(60));
+}
+
+#[test]
+fn a_kill_right_after_a_reset_brings_nothing_back() {
+    let _alone = alone();
+    let place = Place::unguarded();
+    let owner = Command::new(std::env::current_exe().expect("this binary"))
+        .args(["--exact", "killed::resetting_owner", "--nocapture"])
+        .env(RESET, place.path())
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("a process");
+    kill_when_ready(owner, place.path(), Duration::ZERO);
+    let opened = place.open(&purpose());
+    assert!(!opened.adopted && opened.taken.is_empty(), "{:?}", opened.taken);
+    assert_eq!(left_behind(&std::sync::Arc::new(opened.pool)), []);
+}
+
 fn ready(dir: &Path) -> PathBuf {
     dir.join("ready")
 }
@@ -81,18 +112,22 @@ fn ready(dir: &Path) -> PathBuf {
 /// Starts an owner, lets it work for a random while, and kills it.
 fn kill_an_owner(dir: &Path, seed: u64) {
     drop(std::fs::remove_file(ready(dir)));
-    let mut owner = Command::new(std::env::current_exe().expect("this binary"))
+    let owner = Command::new(std::env::current_exe().expect("this binary"))
         .args(["--exact", "killed::owner", "--nocapture"])
         .env(DIR, dir)
         .env(SEED, seed.to_string())
         .stdout(Stdio::null())
         .spawn()
         .expect("a process");
+    kill_when_ready(owner, dir, Duration::from_micros(mix(seed) % 20_000));
+}
+
+fn kill_when_ready(mut owner: Child, dir: &Path, after: Duration) {
     until("the owner works", || {
         assert!(owner.try_wait().expect("looked at").is_none(), "the owner ended by itself");
         ready(dir).exists()
     });
-    std::thread::sleep(Duration::from_micros(mix(seed) % 20_000));
+    std::thread::sleep(after);
     owner.kill().expect("killed");
     let status = owner.wait().expect("ended");
     assert!(!status.success(), "the owner ended by itself: {status}");

@@ -38,7 +38,12 @@ pub(crate) struct Found {
 impl Stock {
     /// Gives an engine the pool, as a start does.
     pub(crate) fn of(opened: Opened) -> Self {
-        let mut engine = TierEngine::new(&Config::default(), grouping()).expect("an engine");
+        Self::with(&Config::default(), opened)
+    }
+
+    /// The same for an engine that is configured.
+    pub(crate) fn with(config: &Config, opened: Opened) -> Self {
+        let mut engine = TierEngine::new(config, grouping()).expect("an engine");
         let adopted = engine.open_pool(opened.pool, opened.adopted);
         Self { engine, adopted, requests: 0, adapter: None }
     }

@@ -370,11 +370,14 @@ def test_a_blocks_whole_way_in_one_process_and_over_a_restart(  # noqa: PLR0915 
     worker.attach(ticket)
     assert [run.tokens for run in engine.take_events(False) if isinstance(run, StoredRun)] == [tokens]
     load("third")
-    engine.reset()
+    report = engine.reset()
+    assert (report.blocks_dropped_dram, report.blocks_dropped_nvme, report.kept) == (3, 0, False)
+    assert report.bytes > 0
     engine.add_request("fourth", None, "")
     assert engine.lookup("fourth", 49, 0, known) == 0
     worker.release(0.0)
     engine.close()
+    assert not Path(json.loads(ticket)["path"]).exists(), "what no start can adopt takes no memory"
     engine = TierEngine(settings, GROUPING)
     open_pool(engine)
     engine.add_request("fifth", None, "")

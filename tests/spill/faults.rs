@@ -136,3 +136,25 @@ fn a_read_that_takes_too_long_fails_its_load_and_keeps_its_slots() {
     assert_eq!(rig.gauges().nvme_reading, 0);
     assert_eq!(rig.fetch(CHAINS - 1, 8), Ok(8));
 }
+
+#[test]
+fn an_extent_whose_read_failed_is_not_written_again() {
+    let places = Places::new();
+    let (mut rig, disk) = Rig::with_faults(&places, SLOTS, 6, MORE);
+    for chain in 0..CHAINS {
+        rig.compute(chain, 8);
+    }
+    disk.add_rule(Rule::new(Fault::Errno(EIO)).of(Kind::Read).nth(0).times(1));
+    let lost = rig.fetch(0, 8);
+    assert!(lost.is_err(), "{lost:?}");
+    rig.settle();
+    let (retired, extents) = (rig.gauges().nvme_retired, rig.gauges().nvme_extents);
+    assert!(retired > 0, "{:?}", rig.gauges());
+    // Many more blocks than there are extents: whatever may be handed out is.
+    for chain in 20..20 + extents as u32 / 8 + 8 {
+        rig.compute(chain, 8);
+    }
+    let gauges = rig.gauges();
+    assert_eq!((gauges.nvme_retired, gauges.nvme_extents), (retired, extents));
+    assert_eq!(gauges.nvme_blocks, extents - retired, "all the others hold blocks, and those none");
+}

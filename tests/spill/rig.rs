@@ -161,7 +161,7 @@ impl Rig {
         let (engine, config) = engine_with_pool(pool_dir, disk_dir, slots, nvme_size, more)?;
         let identity = Identity { namespace: [9; 16], facts: "{}", stable: true };
         let (mover, report) =
-            opening::open_disk(&engine, &config, identity, &mut |_, _| ())?.expect("a disk is configured");
+            opening::open_disk(&engine, &config, identity, 1, &mut |_, _| ())?.expect("a disk is configured");
         Self::assemble(engine, mover, Some(report))
     }
 
@@ -175,6 +175,7 @@ impl Rig {
             namespace: [9; 16],
             facts: "{}",
             capacity_bytes: config.nvme.bytes,
+            total_bytes: u64::MAX,
             reserve_bytes: 1 << 20,
             geometry: pool.geometry(),
             reuse: false,
@@ -194,12 +195,12 @@ impl Rig {
         };
         lock(&engine).open_disk(store, Arc::clone(&disk) as Arc<dyn Disk>, jobs, &[], 1, settings);
         let mover = Mover::start(&engine, inbox).expect("a mover");
-        (Self::assemble(engine, mover, None).expect("a worker"), disk)
+        (Self::assemble(engine, Some(mover), None).expect("a worker"), disk)
     }
 
     fn assemble(
         engine: Arc<Mutex<TierEngine>>,
-        mover: Mover,
+        mover: Option<Mover>,
         report: Option<DiskReport>,
     ) -> kvcellar::error::Result<Self> {
         let mut cache = vec![0_u8; KV_BLOCKS * BLOCK_BYTES];
@@ -222,7 +223,7 @@ impl Rig {
         );
         let ticket = lock(&engine).pool().expect("a pool").ticket();
         worker.attach(&ticket)?;
-        Ok(Self { engine, report, events: Vec::new(), mover: Some(mover), worker, cache, requests: 0 })
+        Ok(Self { engine, report, events: Vec::new(), mover, worker, cache, requests: 0 })
     }
 
     /// What its start told.

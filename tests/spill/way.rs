@@ -96,16 +96,66 @@ fn damaged_bytes_are_a_miss_and_the_healthy_prefix_is_not() {
 
 #[test]
 fn a_reset_leaves_nothing_to_be_found() {
-    let places = Places::new();
+    let mut places = Places::new();
     let mut rig = Rig::open(&places, 34, "64MiB", r#", "write_through": true"#);
     rig.compute(1, 8);
-    rig.lock().reset();
+    let report = rig.lock().reset();
+    assert_eq!((report.blocks_dropped_dram, report.blocks_dropped_nvme, report.kept), (8, 8, false));
     assert_eq!(rig.fetch(1, 8), Ok(0));
     rig.settle();
     assert!(rig.announced(Tier::Nvme).is_empty() && rig.announced(Tier::Dram).is_empty());
+    // Of other weights, which no later start has.
+    rig.compute(2, 8);
+    assert_eq!((rig.fetch(2, 8), rig.gauges().nvme_blocks), (Ok(8), 8), "this engine goes on with both tiers");
     rig.stop();
-    let mut again = Rig::open(&places, 34, "64MiB", "");
-    assert_eq!(again.fetch(1, 8), Ok(0), "nor by the next engine");
+    for lost_memory in [false, true] {
+        if lost_memory {
+            places.forget_pool();
+        }
+        let mut again = Rig::open(&places, 34, "64MiB", "");
+        assert_eq!((again.report().recovery, again.report().blocks), ("fresh", 0));
+        assert_eq!([again.fetch(1, 8), again.fetch(2, 8)], [Ok(0), Ok(0)], "nor by the next engine");
+        again.lock().reset();
+    }
+}
+
+#[test]
+fn who_keeps_on_reset_keeps_both_tiers() {
+    let mut places = Places::new();
+    let mut rig = Rig::open(&places, 34, "64MiB", r#", "write_through": true, "on_reset": "keep""#);
+    rig.compute(1, 8);
+    assert!(rig.lock().reset().kept);
+    assert_eq!((rig.fetch(1, 8), rig.gauges().nvme_blocks), (Ok(8), 8));
+    rig.stop();
+    places.forget_pool();
+    assert_eq!(Rig::open(&places, 34, "64MiB", "").fetch(1, 8), Ok(8));
+}
+
+#[test]
+fn a_disk_without_room_is_told_with_the_reason() {
+    let places = Places::new();
+    let mut rig = Rig::open(&places, 34, "64MiB", r#", "write_through": true, "nvme_reserve": "4000TiB""#);
+    let told = rig.report().warnings.join("");
+    assert!(
+        told.contains("holds nothing") && told.contains("free, reserve") && told.contains("nvme_reserve"),
+        "{told}"
+    );
+    rig.compute(1, 8);
+    assert_eq!(rig.fetch(1, 8), Ok(8), "memory serves");
+}
+
+#[test]
+fn an_engine_for_which_no_disk_is_left_serves_from_memory() {
+    let places = Places::new();
+    let mut first = Rig::open(&places, 34, "64MiB", "");
+    let mut second = Rig::open(&places, 34, "64MiB", "");
+    assert_eq!((first.report().warnings.len(), second.report().extents_max), (0, 0));
+    let told = second.report().warnings.join("");
+    assert!(told.contains("nvme_size 64.0 MiB") && told.contains(&std::process::id().to_string()), "{told}");
+    for rig in [&mut first, &mut second] {
+        rig.compute(1, 8);
+        assert_eq!(rig.fetch(1, 8), Ok(8));
+    }
 }
 
 #[test]

@@ -2,10 +2,11 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::process::{Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 
 use kvcellar::error::Error;
 use kvcellar::nvme::recovery;
+use kvcellar::nvme::registry::list;
 use kvcellar::nvme::store::{Recovery, Store, Wish};
 
 use crate::blocks::{is_block, key};
@@ -126,19 +127,48 @@ fn an_earlier_generation_is_worthless() {
     assert_eq!(engine.store.bump_cache_generation().expect("bumped"), 1);
     engine.put(4, 4);
     assert!(engine.check(0, None).is_err() && engine.check(4, None).is_ok());
-    let sequence = engine.sequence;
-    drop(engine);
-    let mut engine = place.open();
     assert_eq!(engine.store.cache_generation(), 1);
     let scanned = engine.scan();
-    assert_eq!((scanned.entries.len(), scanned.empty, scanned.next_sequence), (1, 7, sequence));
-    engine.recover();
-    // A close of before the bump does not count either.
-    engine.store.close_clean(&engine.entries.clone(), engine.sequence).expect("closed");
-    assert_eq!(engine.store.bump_cache_generation().expect("bumped"), 2);
-    drop(engine);
+    assert_eq!((scanned.entries.len(), scanned.empty, scanned.next_sequence), (1, 7, engine.sequence));
+}
+
+#[test]
+fn what_follows_a_reset_is_nobody_elses() {
+    for clean in [false, true] {
+        let place = Place::new();
+        let mut engine = filled(&place, 4);
+        let id = engine.store.id();
+        engine.store.bump_cache_generation().expect("bumped");
+        engine.entries.clear();
+        engine.put(4, 4);
+        if clean {
+            engine.close();
+        } else {
+            drop(engine);
+        }
+        assert!(list(place.path()).expect("listed")[0].private);
+        let engine = place.open();
+        assert_eq!((&engine.recovery, engine.store.extents_ready()), (&Recovery::Fresh, 0), "closed: {clean}");
+        assert!(engine.why.contains("weights") && engine.store.id() != id, "{}", engine.why);
+        drop(engine);
+        // The mark went with what it was on.
+        let mut engine = place.open();
+        assert_eq!(engine.recovery, Recovery::Scan);
+        engine.put(0, 1);
+        engine.close();
+        assert!(matches!(place.open().recovery, Recovery::Snapshot(..)));
+    }
+}
+
+#[test]
+fn a_kill_right_after_a_reset_brings_nothing_back() {
+    let place = Place::new();
+    let (mut child, _input) = owner(&place, true);
+    child.kill().expect("killed");
+    child.wait().expect("ended");
     let engine = place.open();
-    assert_eq!((&engine.recovery, engine.scan().entries.len()), (&Recovery::Scan, 0));
+    assert_eq!((&engine.recovery, engine.taken.len()), (&Recovery::Fresh, 0));
+    assert!(engine.why.contains("weights"), "{}", engine.why);
 }
 
 #[test]
@@ -261,16 +291,23 @@ fn owner_child() {
     let geometry = crate::blocks::geometry();
     let mut engine = Engine::open(&crate::place::wish(dir.as_ref(), &geometry)).expect("a store");
     engine.put(0, 7);
+    if std::env::var_os("KVCELLAR_TEST_RESET").is_some() {
+        engine.store.bump_cache_generation().expect("bumped");
+        engine.put(1, 8);
+    }
     println!("\nowned");
     std::io::stdout().flush().expect("told");
     let mut line = String::new();
     std::io::stdin().read_line(&mut line).expect("read");
 }
 
-#[test]
-fn another_process_owns_it_until_it_dies() {
-    let place = Place::new();
-    let mut child = Command::new(std::env::current_exe().expect("this binary"))
+/// A process that owns the store, and what keeps it waiting.
+fn owner(place: &Place, reset: bool) -> (Child, ChildStdin) {
+    let mut command = Command::new(std::env::current_exe().expect("this binary"));
+    if reset {
+        command.env("KVCELLAR_TEST_RESET", "1");
+    }
+    let mut child = command
         .args(["--exact", "adoption::owner_child", "--nocapture"])
         .env("KVCELLAR_TEST_STORE", place.path())
         .stdin(Stdio::piped())
@@ -279,6 +316,14 @@ fn another_process_owns_it_until_it_dies() {
         .expect("started");
     let lines = BufReader::new(child.stdout.take().expect("piped")).lines();
     assert!(lines.map_while(std::result::Result::ok).any(|line| line == "owned"), "the child did not get its store");
+    let input = child.stdin.take().expect("piped");
+    (child, input)
+}
+
+#[test]
+fn another_process_owns_it_until_it_dies() {
+    let place = Place::new();
+    let (mut child, _input) = owner(&place, false);
     let beside = place.open();
     assert!(beside.taken[0].ends_with(&format!("(process {})", child.id())), "{:?}", beside.taken);
     drop(beside);

@@ -15,6 +15,7 @@ fn superblock() -> Superblock {
         capacity_bytes: 1 << 30,
         segment_bytes: 4 * geometry.slot_bytes,
         cache_generation: 5,
+        private: false,
         created_s: 1_700_000_000,
         clean: Some(Clean { next_sequence: 9, snapshot_sum: 11 }),
         facts: r#"{"model":"tiny"}"#.to_owned(),
@@ -24,8 +25,8 @@ fn superblock() -> Superblock {
 
 #[test]
 fn a_superblock_is_read_as_it_was_written() {
-    for clean in [None, superblock().clean] {
-        let block = Superblock { clean, ..superblock() };
+    for (clean, private) in [(None, false), (superblock().clean, false), (superblock().clean, true), (None, true)] {
+        let block = Superblock { clean, private, ..superblock() };
         assert_eq!(Superblock::decode(&block.encode().expect("encoded")).expect("whole"), block);
     }
 }

@@ -12,6 +12,7 @@ mod capacity;
 mod damage;
 mod disk;
 mod formats;
+mod ledger;
 mod listing;
 mod place;
 mod privacy;

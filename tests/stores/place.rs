@@ -55,6 +55,7 @@ pub(crate) fn wish<'a>(dir: &'a Path, geometry: &'a SlotGeometry) -> Wish<'a> {
         namespace: NAMESPACE,
         facts: r#"{"model":"tiny"}"#,
         capacity_bytes: SMALL,
+        total_bytes: u64::MAX,
         reserve_bytes: 0,
         geometry,
         reuse: true,
@@ -70,16 +71,19 @@ pub(crate) struct Engine {
     pub(crate) recovery: Recovery,
     pub(crate) taken: Vec<String>,
     pub(crate) why: String,
+    pub(crate) removed: Vec<String>,
+    pub(crate) warnings: Vec<String>,
     pub(crate) sequence: u64,
     pub(crate) entries: Vec<Entry>,
 }
 
 impl Engine {
     pub(crate) fn open(wish: &Wish<'_>) -> Result<Self> {
-        let Opened { store, segments, recovery, taken, why } = Store::open(wish)?;
+        let Opened { store, segments, recovery, taken, why, removed, warnings } = Store::open(wish)?;
         let (completions, arrivals) = recovery::channel();
         let disk = PlainDisk::new(segments, completions);
-        Ok(Self { store, disk, arrivals, recovery, taken, why, sequence: 1, entries: Vec::new() })
+        let (sequence, entries) = (1, Vec::new());
+        Ok(Self { store, disk, arrivals, recovery, taken, why, removed, warnings, sequence, entries })
     }
 
     pub(crate) fn grow(&mut self) -> bool {

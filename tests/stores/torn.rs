@@ -26,6 +26,8 @@ struct History<'a> {
     known: Option<Vec<(u32, BlockKey)>>,
     /// Nothing happened to this store so far that makes its knowledge differ from what lies in it.
     plain: bool,
+    /// This life's engine reset its caches: the next one begins anew.
+    reset: bool,
     /// Blocks that were read whole.
     whole: u64,
     /// Extents whose bytes were refused.
@@ -47,13 +49,14 @@ impl History<'_> {
             assert_eq!(engine.known(), known, "an undamaged store forgot or invented something");
         }
         self.read_all(&engine);
+        self.reset = false;
         for _ in 0..self.choices.of(0..12) {
             self.act(&mut engine);
         }
         self.past.push(remember(engine.store.path()));
         self.read_all(&engine);
         let path = engine.store.path().to_owned();
-        let known = engine.known();
+        let known = if self.reset { Vec::new() } else { engine.known() };
         if self.choices.chance(50) {
             engine.close();
         } else {
@@ -74,6 +77,7 @@ impl History<'_> {
             0 => {
                 engine.store.bump_cache_generation().expect("bumped");
                 engine.entries.clear();
+                self.reset = true;
             }
             1 if engine.store.extents_ready() > 0 => {
                 let extent = ExtentIndex(self.choices.of(0..engine.store.extents_ready().into()) as u32);
@@ -131,6 +135,7 @@ fn whatever_is_damaged_only_true_bytes_are_read() {
             past: Vec::new(),
             known: None,
             plain: false,
+            reset: false,
             whole: 0,
             refused: 0,
         };

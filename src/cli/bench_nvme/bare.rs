@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::block::{ExtentIndex, GroupIndex, SlotGeometry, SlotIndex};
+use crate::config::nvme::DiskEngine;
 use crate::error::{Error, Result};
 use crate::limits;
 use crate::nvme::buffer::{Buffer, Region};
@@ -81,6 +82,7 @@ impl Bare {
             namespace: [3; 16],
             facts: "{}",
             capacity_bytes,
+            total_bytes: u64::MAX,
             reserve_bytes: 0,
             geometry,
             reuse: false,
@@ -91,7 +93,7 @@ impl Bare {
         fill(&pool);
         let (completions, arrivals) = recovery::channel();
         let regions: Vec<Arc<dyn Region>> = vec![Arc::clone(&pool) as Arc<dyn Region>];
-        let disk = probe::open(probe::Engine::Auto, regions, &completions, store.path())?;
+        let disk = probe::open(DiskEngine::Auto, regions, &completions, store.path())?;
         while let Some(segment) = store.grow()? {
             disk.add_segment(segment)?;
         }

@@ -16,6 +16,7 @@ use super::{Options, Outcome, Scratch, load, surroundings};
 use crate::block::descriptor::{self, Lineage, Seal};
 use crate::block::{BlockHash, BlockKey, ExtentIndex, Generation, GroupIndex, SlotGeometry};
 use crate::cli::report::{Goal, measured};
+use crate::config::nvme::DiskEngine;
 use crate::error::{Error, Result};
 use crate::limits;
 use crate::nvme::buffer::Buffer;
@@ -37,6 +38,7 @@ fn wish<'a>(dir: &'a Path, geometry: &'a SlotGeometry, blocks: u32) -> Wish<'a> 
         namespace: [4; 16],
         facts: "{}",
         capacity_bytes,
+        total_bytes: u64::MAX,
         reserve_bytes: 0,
         geometry,
         reuse: true,
@@ -145,7 +147,7 @@ fn scan(opened: Opened, blocks: u32, repetitions: u32) -> Result<(Vec<f64>, Vec<
         return Err(Error::lost("benchmark", format!("the store opened as {}", name(&recovery))));
     }
     let (completions, arrivals) = recovery::channel();
-    let disk = probe::open(probe::Engine::Auto, Vec::new(), &completions, store.path())?;
+    let disk = probe::open(DiskEngine::Auto, Vec::new(), &completions, store.path())?;
     for segment in segments {
         disk.add_segment(segment)?;
     }

@@ -24,6 +24,9 @@ const PATIENCE: Duration = Duration::from_mins(2);
 /// How often writes are looked after: rarely enough to cost nothing.
 const LOOK: Duration = Duration::from_millis(1);
 
+/// Stores that are open below one directory at a time: two tiers, and one that is driven barely.
+pub const TOGETHER: u32 = 3;
+
 /// An engine with a pool and an nvme tier.
 pub struct Tier {
     engine: Arc<Mutex<TierEngine>>,
@@ -62,8 +65,9 @@ impl Tier {
         let identity = Identity { namespace: [namespace; 16], facts: "{}", stable: false };
         let pool = lock(&engine).pool().cloned().ok_or_else(|| wrong("the engine has no pool"))?;
         bare::fill(&pool);
-        let (mover, report) = opening::open_disk(&engine, config, identity, &mut |_, _| ())?
+        let (mover, report) = opening::open_disk(&engine, config, identity, TOGETHER, &mut |_, _| ())?
             .ok_or_else(|| wrong("the engine has no nvme tier"))?;
+        let mover = mover.ok_or_else(|| wrong("the disk has no room for its nvme tier"))?;
         Ok(Self { engine, pool, device: report.disk, block_tokens, chain_blocks, _mover: mover })
     }
 

@@ -9,7 +9,8 @@ use super::finding::{Finding, Status};
 use crate::config::size::show;
 use crate::limits::SLOT_ALIGN;
 use crate::nvme::buffer::Buffer;
-use crate::nvme::{directory, probe, space};
+use crate::nvme::directory::{self, How};
+use crate::nvme::space;
 
 /// Less free space than this holds few blocks.
 const FREE_MIN: u64 = 10 << 30;
@@ -93,10 +94,11 @@ fn direct(dir: &Path) -> Finding {
             "Give this user the rights, or name another directory",
         )
     };
-    let (file, mut is_direct) = match probe::open_segment(&path, true) {
-        Ok(opened) => opened,
+    let file = match directory::open(&path, How::New).and_then(|_made| directory::open(&path, How::Direct)) {
+        Ok(file) => file,
         Err(error) => return problem("a file cannot be made", error.to_string()),
     };
+    let mut is_direct = directory::is_direct(&file);
     if let Err(error) = std::fs::remove_file(&path) {
         return problem("a file cannot be removed", error.to_string());
     }

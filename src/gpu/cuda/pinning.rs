@@ -3,19 +3,22 @@
 //! A piece is `Waiting -> Pinned` or `Waiting -> Refused` and stays so. Several neighbours are pinned by one call; a call that the driver refuses is tried again
 //! in halves, for large ones fail where smaller ones do not. Pieces that copies wait for go first. When the system pins no more, what is pinned
 //! stays; slots in the rest are copied as ordinary memory, which is slower and never wrong. One thread: while the driver pins, other calls of the process wait.
+//!
+//! Unpinning takes as long as pinning did, and a stopping process has no time for it: dropping a pinning leaves it to a thread that keeps the memory mapped meanwhile.
+//! A process that ends takes both with it; one that lives on waits by [`settle`] before it maps the pool again.
 
 use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::device::Device;
 use super::notes::Notes;
 use crate::block::SlotIndex;
-use crate::limits::PIN_CALL_BYTES_MAX;
+use crate::limits::{PIN_CALL_BYTES_MAX, UNPIN_EXIT_MS};
 use crate::pool::{self, Pool};
 
 /// Memory may be used in every context of the process, and by kernels.
@@ -51,7 +54,38 @@ struct Shared {
     started: Instant,
 }
 
-/// The pinning of one pool in this process. Dropped, it lets go of all memory: no copy may be under way then.
+/// [`stop_unpinning`] is registered once.
+static AT_EXIT: Once = Once::new();
+
+/// No further piece is unpinned.
+static STOPPING: AtomicBool = AtomicBool::new(false);
+
+/// Threads that unpin what was let go of. Bounded by the pools that this process has had.
+static UNPINNING: Mutex<Vec<JoinHandle<()>>> = Mutex::new(Vec::new());
+
+/// Waits until everything that was let go of in this process is unpinned and unmapped.
+pub fn settle() {
+    let threads = std::mem::take(&mut *unpinning());
+    for thread in threads {
+        // One that panicked unpins nothing more; the kernel does at the process's end.
+        drop(thread.join());
+    }
+}
+
+/// The process ends, and the kernel will unpin all: no thread of ours is in the driver when that is taken down.
+extern "C" fn stop_unpinning() {
+    STOPPING.store(true, Ordering::Release);
+    let deadline = Instant::now() + Duration::from_millis(UNPIN_EXIT_MS);
+    while unpinning().iter().any(|thread| !thread.is_finished()) && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn unpinning() -> MutexGuard<'static, Vec<JoinHandle<()>>> {
+    UNPINNING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The pinning of one pool in this process. Dropped, it lets go of all memory, in the background: no copy may be under way then.
 pub struct Pinning {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
@@ -59,7 +93,9 @@ pub struct Pinning {
 
 impl Pinning {
     /// Begins to pin the pool's slots: `chunk_bytes` at once, or `piece_bytes` at least. Without a thread (the system refused one) everything stays ordinary memory.
+    /// Waits for what an earlier pinning let go of: memory that is still pinned for that one is not ordinary, and must not be taken for it.
     pub fn start(pool: Arc<Pool>, device: Arc<Device>, notes: Arc<Notes>, chunk_bytes: u64, piece_bytes: u64) -> Self {
+        settle();
         let slot_bytes = pool.geometry().slot_bytes;
         let piece_slots = piece_slots(piece_bytes.min(chunk_bytes), slot_bytes, pool::system_page_bytes());
         let at_once = (slots_in(chunk_bytes, slot_bytes) / piece_slots).max(1) as usize;
@@ -109,23 +145,20 @@ impl Pinning {
 impl Drop for Pinning {
     fn drop(&mut self) {
         self.shared.lock().closed = true;
-        if let Some(thread) = self.thread.take() {
-            // A thread that panicked pins nothing more.
-            drop(thread.join());
+        let (shared, pinning) = (Arc::clone(&self.shared), self.thread.take());
+        // Where it is refused, the driver may meet a thread of ours when it is taken down.
+        AT_EXIT.call_once(|| {
+            // SAFETY: the function may run at any time and does not unwind.
+            let _refused = unsafe { libc::atexit(stop_unpinning) };
+        });
+        let mut threads = unpinning();
+        threads.retain(|thread| !thread.is_finished());
+        let unpin = move || shared.unpin(pinning);
+        match thread::Builder::new().name("kvcellar-unpin".to_owned()).spawn(unpin) {
+            Ok(thread) => threads.push(thread),
+            // What is pinned must stay mapped: until the process ends.
+            Err(_) => std::mem::forget(Arc::clone(&self.shared)),
         }
-        let shared = &self.shared;
-        let pinned = std::mem::take(&mut shared.lock().pinned);
-        let unpin = || {
-            for pieces in &pinned {
-                let (start, _) = shared.memory(pieces);
-                // SAFETY: pinned by us as this very range, still mapped, and its owner promises that no copy is under way.
-                let code = unsafe { (shared.device.driver.functions.cuMemHostUnregister)(start) };
-                shared.device.driver.check("cuMemHostUnregister", code)?;
-            }
-            Ok(())
-        };
-        // A driver that refuses has lost its context; the kernel unpins the memory with the process.
-        let _gone = shared.device.with(unpin);
     }
 }
 
@@ -157,6 +190,26 @@ impl Shared {
         let len = (end - u64::from(first)) as usize * self.pool.geometry().slot_bytes as usize;
         // SAFETY: the slots lie inside the pool's mapping, one after another.
         (unsafe { self.pool.start().add(self.pool.image_offset(SlotIndex(first))) }.as_ptr().cast(), len)
+    }
+
+    /// Unpins what was pinned, once the thread that pins has ended. The memory is unmapped by whoever lets go of it last.
+    fn unpin(&self, pinning: Option<JoinHandle<()>>) {
+        if let Some(thread) = pinning {
+            // A thread that panicked pins nothing more.
+            drop(thread.join());
+        }
+        let pinned = std::mem::take(&mut self.lock().pinned);
+        let unpin = || {
+            for pieces in pinned.iter().take_while(|_| !STOPPING.load(Ordering::Acquire)) {
+                let (start, _) = self.memory(pieces);
+                // SAFETY: pinned by us as this very range; `self.pool` keeps it mapped; no copy is under way any more, as the owner of the `Pinning` promised.
+                let code = unsafe { (self.device.driver.functions.cuMemHostUnregister)(start) };
+                self.device.driver.check("cuMemHostUnregister", code)?;
+            }
+            Ok(())
+        };
+        // A driver that refuses has lost its context; the kernel unpins the memory with the process.
+        let _gone = self.device.with(unpin);
     }
 
     fn next(&self) -> Option<Range<usize>> {

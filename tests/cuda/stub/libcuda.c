@@ -201,6 +201,9 @@ Answer cuMemHostRegister_v2(void *start, size_t len, unsigned flags) {
 
 Answer cuMemHostUnregister(void *start) {
     CALL_IN_CONTEXT("cuMemHostUnregister")
+    while (unregister_held) { unlock(); usleep(200); lock(); }
+    // The driver reads the pages it lets go of: they are still mapped.
+    (void)*(volatile char *)start;
     answer = forget_memory((uintptr_t)start, false) ? OK : INVALID_VALUE;
     unlock();
     return answer;

@@ -14,7 +14,7 @@ enum { RANGES = 4096, WRONGS = 64, FAULTS = 8, NAMES = 64 };
 typedef struct { uintptr_t at; size_t len; bool write; int stream; uint64_t number; const char *what; } Access;
 typedef struct { uintptr_t at; size_t len; bool device; } Memory;
 
-int mutation, held, strict, eager, register_held, capturing;
+int mutation, held, strict, eager, register_held, unregister_held, capturing;
 uint64_t register_limit, register_most;
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -253,7 +253,7 @@ bool forget_memory(uintptr_t at, bool device) {
 
 void stub_reset(uint64_t seed) {
     lock();
-    held = register_held = 0;
+    held = register_held = unregister_held = 0;
     mutation = NO_MUTATION;
     drain();
     memset(&host, 0, sizeof host);
@@ -276,6 +276,7 @@ void stub_set(const char *what, uint64_t value) {
     if (!strcmp(what, "mutation")) mutation = (int)value;
     if (!strcmp(what, "held")) held = (int)value;
     if (!strcmp(what, "register_held")) register_held = (int)value;
+    if (!strcmp(what, "unregister_held")) unregister_held = (int)value;
     if (!strcmp(what, "strict")) strict = (int)value;
     if (!strcmp(what, "eager")) eager = (int)value;
     if (!strcmp(what, "capturing")) capturing = (int)value;

@@ -80,5 +80,5 @@ int remember_memory(uintptr_t at, size_t len, bool device);
 bool forget_memory(uintptr_t at, bool device);
 
 // register_most: the most bytes that one call pins; 0: any.
-extern int mutation, held, strict, eager, register_held, capturing;
+extern int mutation, held, strict, eager, register_held, unregister_held, capturing;
 extern uint64_t register_limit, register_most;
