@@ -30,9 +30,9 @@ fn refuse(refusals: &[Refusal]) -> bool {
     let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
     let mut program = Vec::new();
     for Refusal(call, third, errno) in refusals {
-        let answer = statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | *errno as u32);
+        let answer = statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | errno.cast_unsigned());
         program.push(statement(load, 0));
-        program.push(equal_or_skip(*call as u32, if third.is_some() { 3 } else { 1 }));
+        program.push(equal_or_skip(call.cast_unsigned() as u32, if third.is_some() { 3 } else { 1 }));
         if let Some(third) = third {
             // The third argument's low half: 16 bytes of head, then eight for each argument.
             program.push(statement(load, 32));
@@ -133,7 +133,7 @@ fn want_of_memory_is_an_error_that_names_dram_size_in_every_way() {
 #[test]
 fn advice_that_is_refused_costs_speed_only() {
     let refusals = [
-        Refusal(libc::SYS_madvise, Some(libc::MADV_HUGEPAGE as u32), libc::EINVAL),
+        Refusal(libc::SYS_madvise, Some(libc::MADV_HUGEPAGE.cast_unsigned()), libc::EINVAL),
         Refusal(libc::SYS_mbind, None, libc::EPERM),
     ];
     let place = Place::new();
