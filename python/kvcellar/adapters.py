@@ -6,6 +6,7 @@ gives an adapter an identity only while every rank has loaded exactly what its f
 doubt, and a request with a doubtful adapter is neither stored nor loaded.
 """
 
+import hashlib
 import os
 import threading
 import time
@@ -19,7 +20,7 @@ from typing import Any, Final, Literal
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
-from kvcellar.content import ChangedError, Stamp, digest_files
+from kvcellar.content import DIGEST_BYTES, ChangedError, Stamp, digest_files
 from kvcellar.weights import NEUTRAL_FILES, matches
 
 logger = init_logger(f"vllm.{__name__}")
@@ -29,6 +30,8 @@ NOT_YET: Final = "not yet"
 # Adapters of which a worker remembers what it loaded, and directories of which digests are remembered.
 ADAPTERS_MAX = 4096
 FILES_MAX = 256
+# How often a request may be told to wait for the first report: workers that never report stop nobody.
+ASKS_MAX = 1000
 # Time stamps of a file system are no finer than its clock's ticks: what was written just now may be written again
 # without one changing.
 _SETTLED_NS = 100_000_000
@@ -121,7 +124,11 @@ def of_request(request: Any) -> bytes | None:
     """What the files at a request's path hold; `None` for adapters that come in another way than from there."""
     if type(request) is not LoRARequest or not request.lora_path:
         return None
-    return digest(request.lora_path)
+    content = digest(request.lora_path)
+    if content is None or not getattr(request, "is_3d_lora_weight", False):
+        return content
+    # The same files, read as weights of another form.
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES, person=b"3d").digest()
 
 
 @dataclass
@@ -223,6 +230,7 @@ class Adapters:
         self._ranks = ranks
         self._reported: dict[int, RankLoads] = {}
         self._given: dict[int, bytes] = {}
+        self._asked = 0
 
     def confirm(self, report: AdapterReport) -> frozenset[int]:
         """Ranks have told what they loaded.
@@ -246,14 +254,15 @@ class Adapters:
         """What the KV of a request belongs to.
 
         Returns:
-            16 bytes; nothing (`BASE`) for a request without an adapter; `NOT_YET` until every rank has reported once;
+            16 bytes; nothing (`BASE`) for a request without an adapter; `NOT_YET` until every rank has reported once (for `ASKS_MAX` times at most);
             `None` for a doubt: the request must be neither stored nor loaded.
 
         """
         if request is None:
             return BASE
         if len(self._reported) < self._ranks:
-            return NOT_YET
+            self._asked += 1
+            return NOT_YET if self._asked <= ASKS_MAX else None
         loaded = {rank.loaded.get(request.lora_int_id) for rank in self._reported.values()}
         (only,) = loaded if len(loaded) == 1 else (None,)
         if only is None or of_request(request) != only:

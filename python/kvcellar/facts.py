@@ -55,7 +55,7 @@ def identify(vllm_config: VllmConfig, offers: Sequence[RankOffer]) -> Facts:
     details: dict[str, Json] = {
         name: dump.of(part, name) for name, part in _parts(vllm_config).items() if f"VllmConfig.{name}" not in FIELDS
     }
-    details["built_for_tokens"] = built_for_tokens(vllm_config.model_config)
+    details["built_for_tokens"] = [built_for_tokens(model) for _, model, _ in _models(vllm_config)]
     details["connectors"] = transfer.others(vllm_config, dump)
     details["environment"] = environment()
     details["versions"] = versions()
@@ -148,15 +148,20 @@ def _ranks(offers: Sequence[RankOffer]) -> Json:
     }
 
 
-def _weights(vllm_config: VllmConfig, doubts: list[str]) -> Json:
-    """Identities of the model's weights, of a draft model's, and of files that the configuration names."""
+def _models(vllm_config: VllmConfig) -> list[tuple[str, ModelConfig, LoadConfig]]:
+    """The models whose KV is in the blocks, and how each is loaded: the model itself and a draft's."""
     load = vllm_config.load_config
     models: list[tuple[str, ModelConfig, LoadConfig]] = [("weights", vllm_config.model_config, load)]
     draft = vllm_config.speculative_config
     if draft is not None and getattr(draft, "draft_model_config", None) is not None:
         models.append(("draft weights", draft.draft_model_config, getattr(draft, "draft_load_config", None) or load))
+    return models
+
+
+def _weights(vllm_config: VllmConfig, doubts: list[str]) -> Json:
+    """Identities of the model's weights, of a draft model's, and of files that the configuration names."""
     found: dict[str, Json] = {}
-    for name, model, how in models:
+    for name, model, how in _models(vllm_config):
         _note(found, doubts, name, weights.identify(model, how))
     for name in _named_files(vllm_config):
         _note(found, doubts, f"file {len(found)}", weights.of_path(Path(name)))

@@ -57,7 +57,6 @@ FIELDS: dict[str, str] = {
     "ModelConfig.logprobs_mode": _SAMPLING,
     "ModelConfig.use_fp64_gumbel": _SAMPLING,
     "ModelConfig.return_sampling_mask": _SAMPLING,
-    "ModelConfig.enable_trace_replay": _SAMPLING,
     "ModelConfig.seed": "of sampling; where it makes the weights (dummy) it counts as those (weights.py)",
     "ModelConfig.max_model_len": f"{_RESULT}: facts.py takes the length that the model was built for",
     "ModelConfig.original_max_model_len": f"{_RESULT}: facts.py takes the length that the model was built for",
@@ -130,7 +129,6 @@ FIELDS: dict[str, str] = {
     "ParallelConfig.distributed_timeout_seconds": _LIMIT,
     "ParallelConfig.cpu_distributed_timeout_seconds": _LIMIT,
     "ParallelConfig.max_parallel_loading_workers": _SPEED,
-    "ParallelConfig.enable_shm_tensor_arena": "how tensors travel between processes",
     "ParallelConfig.disable_nccl_for_dp_synchronization": "how ranks agree on a step's size",
     "ParallelConfig.enable_fault_tolerance": _LIMIT,
     "ParallelConfig.fault_tolerance_config": _LIMIT,
@@ -275,7 +273,6 @@ VARIABLES: dict[str, str] = {
     "VLLM_MSGPACK_ZERO_COPY_THRESHOLD": "how processes talk",
     "VLLM_MQ_MAX_CHUNK_BYTES_MB": "how processes talk",
     "VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME": "how processes talk",
-    "VLLM_ENABLE_STARTUP_PLAN": _SPEED,
 }
 
 VARIABLE_PREFIXES: dict[str, str] = {

@@ -7,6 +7,7 @@ Does not hold what vLLM's configuration says of the model: that counts by itself
 
 import fnmatch
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ FILE_LOADERS = frozenset(
 )  # fmt: skip
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 FILES_MAX = 20_000
+_COMMIT = re.compile("[0-9a-f]{40}")
 # Files of a model's folder that do not shape KV. A name that is not here counts.
 NEUTRAL_FILES: dict[str, str] = {
     "generation_config.json": "how tokens are chosen from logits",
@@ -92,18 +94,25 @@ def identify(model: ModelConfig, load: LoadConfig) -> Identity:
         folder = _folder(model, load)
         code = _digest(folder, load, "*.py") if isinstance(folder, Path) else Identity("")
         return Identity(f"dummy/{model.seed}/{code.digest}", code.doubt)
+    unknown = next(_unknown(model, loader), None)
+    folder = _folder(model, load) if unknown is None else unknown
+    return _digest(folder, load) if isinstance(folder, Path) else Identity(None, folder)
+
+
+def _unknown(model: ModelConfig, loader: str) -> Iterator[str]:
+    """Why what is loaded is not, or not only, what lies in the model's folder."""
     if loader not in FILE_LOADERS:
-        return Identity(None, f"load_format {loader} does not read files that can be looked at")
+        yield f"load_format {loader} does not read files that can be looked at"
     if getattr(model, "model_weights", ""):
-        return Identity(None, f"the weights come from {model.model_weights}")
-    second = [name for name in SECOND_MODELS if getattr(model.hf_config, name, None)]
-    if second:
-        return Identity(None, f"the model loads a second one, which its {second[0]} names")
+        yield f"the weights come from {model.model_weights}"
+    for name in SECOND_MODELS:
+        if getattr(model.hf_config, name, None):
+            yield f"the model loads a second one, which its {name} names"
     foreign = _foreign_code(model)
     if foreign is not None:
-        return Identity(None, f"the model's code lies in another repository, {foreign}")
-    folder = _folder(model, load)
-    return _digest(folder, load) if isinstance(folder, Path) else Identity(None, folder)
+        yield f"the model's code lies in another repository, {foreign}"
+    if model.code_revision is not None and not _COMMIT.fullmatch(model.code_revision):
+        yield f"code_revision {model.code_revision} is no commit: what it names may change"
 
 
 def of_path(path: Path) -> Identity:

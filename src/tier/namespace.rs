@@ -39,3 +39,26 @@ pub fn fingerprint(
     let fingerprint = xxh3_128(facts.to_string().as_bytes()).to_be_bytes();
     Ok((text, fingerprint))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::geometry::RankBytes;
+    use crate::block::{GroupKind, GroupSpec};
+
+    fn of(facts: &str) -> (String, [u8; 16]) {
+        let group = GroupSpec { kind: GroupKind::Full, kind_name: "full_attention".into(), block_tokens: 16, eagle: false };
+        let grouping = Grouping { groups: vec![group], hash_tokens: 16, hit_tokens: 16 };
+        let rank = RankBytes { block_bytes: vec![1000], replica_of: None };
+        let geometry = SlotGeometry::lay_out(&grouping, &[rank]).expect("it fits");
+        fingerprint(facts, &grouping, &geometry, &Config::default()).expect("an object")
+    }
+
+    #[test]
+    fn where_a_model_lies_is_told_to_people_and_does_not_count() {
+        let (text, here) = of(r#"{"model":"/here","parts":{"weights":"a"}}"#);
+        let (_, there) = of(r#"{"parts":{"weights":"a"},"model":"/there"}"#);
+        let (_, other) = of(r#"{"model":"/here","parts":{"weights":"b"}}"#);
+        assert!(text.contains("/here") && here == there && here != other);
+    }
+}

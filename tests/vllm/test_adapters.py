@@ -144,6 +144,20 @@ def test_an_adapter_has_its_files_identity_once_every_rank_has_loaded_them(folde
     assert loads.take_report(0) is None, "nothing is new"
 
 
+def test_workers_that_never_report_do_not_make_requests_wait_for_ever(folder: Path) -> None:
+    from kvcellar.adapters import ASKS_MAX, NOT_YET
+
+    adapters = scheduler(ranks=1)
+    assert {adapters.identity(request(folder)) for _ in range(ASKS_MAX)} == {NOT_YET}
+    assert adapters.identity(request(folder)) is None
+
+
+def test_files_that_are_read_in_another_form_are_another_adapter(folder: Path) -> None:
+    from kvcellar.adapters import of_request
+
+    assert of_request(request(folder)) != of_request(request(folder, is_3d_lora_weight=True))
+
+
 def test_a_first_report_comes_although_nothing_was_loaded(folder: Path, loads: Any) -> None:
     adapters = scheduler(loads.take_report(0))
     assert adapters.identity(request(folder)) is None
