@@ -46,9 +46,9 @@ def _tokens(rng: random.Random, blocks: int, more: int) -> list[int]:
     return prompt(rng, blocks * BLOCK_TOKENS + more, 0, VOCABULARY - 1)
 
 
-def _begin(engine: Engine, tokens: list[int], wish: Wish) -> str:
+def _begin(engine: Engine, tokens: list[int], wish: Wish, **ours: bool) -> str:
     sampling = engine._sampling(ANSWER_TOKENS, None)
-    sampling.extra_args = {"kv_transfer_params": wish.params()}
+    sampling.extra_args = {"kv_transfer_params": {**wish.params(), "kvcellar": ours}}
     engine.llm.llm_engine.add_request(wish.name, {"prompt_token_ids": tokens}, sampling)
     return wish.name
 
@@ -166,7 +166,8 @@ def loaded_late_and_rightly(engine: Engine, name: str, rng: random.Random) -> Se
     engine.settle()
     engine.reset_gpu_cache()
     wish = Wish(name, blocks * BLOCK_TOKENS, bytes="kept", kept=kept)
-    _begin(engine, longer, wish)
+    # We have its start, too, and may be asked first.
+    _begin(engine, longer, wish, load=False)
     _step_until(engine, lambda: name in desk.loads, "the other's load begins")
     for _ in range(rng.randint(0, 5)):
         engine.llm.llm_engine.step()
