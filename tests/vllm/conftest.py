@@ -72,6 +72,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="a long campaign: run scripts/soak or select -m soak"))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Learns this machine's pace before the first test's limit is set."""
+    if session.items and not session.config.option.collectonly and find_spec("torch") is not None:
+        from tests.vllm import speed
+
+        speed.learn()
+
+
 @pytest.fixture(scope="session")
 def seed() -> int:
     """The seed of every random choice; KVCELLAR_TEST_SEED sets it."""

@@ -46,8 +46,8 @@ class Site:
         return self.lives[-1]
 
     def running(self) -> Server:
-        """The present life; the first one unless there was one."""
-        return self.lives[-1] if self.lives else self.start()
+        """The present life; a new one where there is none, also after a test that failed."""
+        return self.lives[-1] if self.lives and self.lives[-1].process.poll() is None else self.start()
 
 
 @pytest.fixture(scope="module")
