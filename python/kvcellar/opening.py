@@ -14,7 +14,7 @@ from kvcellar.metadata import RankOffer
 
 logger = init_logger(f"vllm.{__name__}")
 
-_GIB = 1 << 30
+GIB = 1 << 30
 
 
 def open_pool(
@@ -81,7 +81,7 @@ def open_pool(
 def _log_pool(report: PoolReport, engines: int) -> None:
     logger.info(
         "KV Cellar: dram tier of %.2f GiB (%d blocks, bounded by %s%s) at %s; %d blocks adopted%s",
-        report.bytes / _GIB,
+        report.bytes / GIB,
         report.slots,
         report.bound,
         f", shared by {engines} engines" if engines > 1 else "",
@@ -96,18 +96,19 @@ def _log_pool(report: PoolReport, engines: int) -> None:
 
 
 def _log_disk(disk: DiskReport) -> None:
-    logger.info(
-        "KV Cellar: nvme tier of at most %d blocks at %s (%s%s%s); %d blocks survived (%s)%s%s",
-        disk.extents_max,
-        disk.path,
-        disk.engine,
-        ", O_DIRECT" if disk.direct else ", buffered",
-        ", registered" if disk.registered else "",
-        disk.blocks,
-        disk.recovery,
-        f"; in use by others: {', '.join(disk.taken)}" if disk.taken else "",
-        f"; {disk.why}" if disk.why else "",
-    )
+    if disk.extents_max > 0:
+        logger.info(
+            "KV Cellar: nvme tier of at most %d blocks at %s (%s%s%s); %d blocks survived (%s)%s%s",
+            disk.extents_max,
+            disk.path,
+            disk.engine,
+            ", O_DIRECT" if disk.direct else ", buffered",
+            ", registered" if disk.registered else "",
+            disk.blocks,
+            disk.recovery,
+            f"; in use by others: {', '.join(disk.taken)}" if disk.taken else "",
+            f"; {disk.why}" if disk.why else "",
+        )
     for text in disk.removed:
         logger.info("KV Cellar: %s", text)
     for text in disk.warnings:
@@ -128,4 +129,4 @@ class PopulateProgress:
         """Log, if it is time to. Both in bytes."""
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + 2.0
-            logger.info("KV Cellar: populating the host pool, %.1f of %.1f GiB", done / _GIB, total / _GIB)
+            logger.info("KV Cellar: populating the host pool, %.1f of %.1f GiB", done / GIB, total / GIB)

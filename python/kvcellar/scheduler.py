@@ -462,7 +462,8 @@ class SchedulerSide:
                 "KV Cellar: a LoRA adapter was exchanged while requests ran with it. What they stored since cannot be "
                 "told apart, so both tiers are emptied"
             )
-            self.reset()
+            if self._engine.reset().kept:
+                self.retire()
 
     # -- asked by vLLM now and then ------------------------------------------------------------------------------------
 
@@ -501,8 +502,20 @@ class SchedulerSide:
     def reset(self) -> None:
         """Everything stored so far is worthless: weights changed."""
         self._active = self._counted = True
-        if not self._closed:
-            self._engine.reset()
+        if self._closed:
+            return
+        report = self._engine.reset()
+        if report.kept:
+            logger.info("KV Cellar: vLLM cleared its caches; both tiers are kept (on_reset: keep)")
+            return
+        logger.warning(
+            "KV Cellar: vLLM cleared its caches, and weights may have changed: %d blocks in memory and %d on disk "
+            "(%.2f GiB) are dropped, and what is stored from now on is used by this process alone. /pause and /sleep "
+            'clear caches, too: where weights never change in a running engine, write "on_reset": "keep"',
+            report.blocks_dropped_dram,
+            report.blocks_dropped_nvme,
+            report.bytes / opening.GIB,
+        )
 
 
 def handed_out(output: SchedulerOutput, groups: Groups) -> list[list[int]]:

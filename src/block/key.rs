@@ -71,6 +71,7 @@ impl BlockHash {
     /// vLLM's hash names an adapter by name and path only; what lies there may have been exchanged. Both numbers
     /// are digests, so their sum without carry is as unlike any other as they are.
     #[inline]
+    #[must_use]
     pub fn for_adapter(mut self, adapter: &AdapterId) -> Self {
         let own = &mut self.bytes[..self.len as usize];
         own.iter_mut().zip(adapter.0.iter().cycle()).for_each(|(byte, of_adapter)| *byte ^= of_adapter);
@@ -150,7 +151,9 @@ mod tests {
     #[test]
     fn an_adapter_is_named_by_sixteen_bytes_that_say_something() {
         assert!(AdapterId::new(&[1; 16]).is_some());
-        assert!(AdapterId::new(&[0; 16]).is_none() && AdapterId::new(&[1; 15]).is_none() && AdapterId::new(&[]).is_none());
+        assert!(
+            AdapterId::new(&[0; 16]).is_none() && AdapterId::new(&[1; 15]).is_none() && AdapterId::new(&[]).is_none()
+        );
     }
 
     #[test]

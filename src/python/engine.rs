@@ -75,7 +75,7 @@ impl PyTierEngine {
         stable: bool,
         progress: Py<PyAny>,
         near: Vec<u32>,
-        engines: u64,
+        engines: u32,
     ) -> PyResult<PoolReport> {
         let config = self.config.clone();
         py.detach(|| {
@@ -92,7 +92,7 @@ impl PyTierEngine {
                     pool_dir: &config.pool_dir,
                     namespace,
                     facts: &facts,
-                    bytes: (config.dram_bytes / engines.max(1)).max(1),
+                    bytes: (config.dram_bytes / u64::from(engines.max(1))).max(1),
                     total: config.dram_bytes,
                     explicit: config.dram_explicit,
                     adopt: config.keep_pool && stable && !self.lock().is_private(),

@@ -47,7 +47,8 @@ mod tests {
     use crate::block::{GroupKind, GroupSpec};
 
     fn of(facts: &str) -> (String, [u8; 16]) {
-        let group = GroupSpec { kind: GroupKind::Full, kind_name: "full_attention".into(), block_tokens: 16, eagle: false };
+        let group =
+            GroupSpec { kind: GroupKind::Full, kind_name: "full_attention".into(), block_tokens: 16, eagle: false };
         let grouping = Grouping { groups: vec![group], hash_tokens: 16, hit_tokens: 16 };
         let rank = RankBytes { block_bytes: vec![1000], replica_of: None };
         let geometry = SlotGeometry::lay_out(&grouping, &[rank]).expect("it fits");

@@ -131,7 +131,8 @@ def test_a_tier_that_will_hold_nothing_is_told_before_the_start(pool_dir: Path, 
     (warning,) = settings.check_machine()
     assert all(word in warning for word in ("nvme_dir", "hold nothing", "free", "nvme_reserve"))
     whole = shutil.disk_usage(pool_dir).total
-    if whole > 2 * (memory := int(next(iter(Path("/proc/meminfo").open())).split()[1]) << 10):
+    memory = int(Path("/proc/meminfo").read_text().split()[1]) << 10
+    if whole > 2 * memory:
         pytest.skip(f"shared memory of {whole} bytes is larger than memory of {memory}")
     if whole < memory:
         (warning,) = config(pool_dir, dram_size=whole + (1 << 20)).check_machine()
@@ -184,8 +185,15 @@ def test_engines_share_a_size_and_the_second_model_learns_it(pool_dir: Path) -> 
 
 @pytest.mark.parametrize(
     "command",
-    [["pool", "ls", "--pool-dir"], ["pool", "rm", "--all", "--pool-dir"], ["store", "ls"], ["store", "stat"]]
-    + [["store", "verify"], ["store", "drop", "--yes"], ["bench", "compression"]],
+    [
+        ["pool", "ls", "--pool-dir"],
+        ["pool", "rm", "--all", "--pool-dir"],
+        ["store", "ls"],
+        ["store", "stat"],
+        ["store", "verify"],
+        ["store", "drop", "--yes"],
+        ["bench", "compression"],
+    ],
 )
 def test_a_directory_that_is_not_there_is_no_empty_one(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert run_command([*command, "/nonexistent/kvcellar"]) == 1
