@@ -187,8 +187,8 @@ def run(
         engine.llm.reset_prefix_cache(reset_connector=True)
     for _ in range(ROUNDS):
         answers = together(engine, prompts, max_tokens)
+        _idle(engine)
         engine.reset_gpu_cache()
-    _idle(engine)
     retired_from = engine.metrics().hit_tokens
     again = together(engine, prompts, max_tokens)
     for _ in range(3):
@@ -226,7 +226,8 @@ def _idle(engine: Engine) -> None:
     """What EngineCore's loop does when no request runs: it asks whether to step all the same."""
     core = _core(engine)
     for _ in range(IDLE_STEPS):
-        if core.scheduler.has_requests():
+        pending = core.scheduler.connector.has_pending_push_work()
+        if pending or core.scheduler.has_requests():
             core.step()
 
 

@@ -62,6 +62,9 @@ ODD_VALUES: tuple[Any, ...] = (
 CONTROL_KEYS = ("store", "load", "max_load_tokens", "stor", "", "\ud800", "kvcellar", "a" * 3_000)
 
 
+NO_ANSWER = "no answer"
+
+
 @dataclass(frozen=True)
 class OddRequest:
     """One request: where it goes, its body, its headers, and after how many seconds the client hangs up, if at all."""
@@ -162,6 +165,11 @@ async def _send(client: httpx.AsyncClient, request: OddRequest) -> str:
                 text = (await response.aread()).decode(errors="replace")
     except TimeoutError:
         return "hung up"
+    except httpx.TimeoutException:
+        return NO_ANSWER
+    except httpx.TransportError:
+        # The HTTP server ends connections whose headers it cannot read.
+        return "closed"
     return str(response.status_code) if response.status_code < 500 else f"{response.status_code}: {text[:300]}"
 
 

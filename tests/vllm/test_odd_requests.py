@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.deadlines import deadline, shrunk
-from tests.vllm.odd_requests import OddRequests, send_all
+from tests.vllm.odd_requests import NO_ANSWER, OddRequests, send_all
 from tests.vllm.places import temporary_pool_dir
 from tests.vllm.prompts import prompt
 from tests.vllm.server import Server, open_server
@@ -69,6 +69,8 @@ def test_thousands_of_odd_requests_leave_the_engine_as_it_was(server: Server, se
     print(f"{len(requests)} requests, seed {seed}: {dict(outcomes)}")
     assert server.process.poll() is None, server.log_tail()
     assert outcomes["200"] > len(requests) // 4
+    assert outcomes[NO_ANSWER] == 0
+    assert outcomes["closed"] < len(requests) // 4
     metrics = server.settle()
     assert not metrics.leftovers()
     assert metrics.cellar("internal_errors_total") == 0
