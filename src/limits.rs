@@ -37,10 +37,12 @@ pub const LATENCY_SAMPLES_MAX: usize = 512;
 /// Pools of one namespace on one machine. A start that finds all of them taken fails and says who holds them.
 pub const POOL_INDEX_MAX: u32 = 64;
 
-/// How long a start waits for others that are making their pools in the same directory, in ms: populating a terabyte takes minutes.
+/// How long a start waits for others that are making their pools in the same directory, in ms:
+/// populating a terabyte takes minutes.
 pub const POOL_TURN_WAIT_MS: u64 = 600_000;
 
-/// Lines of a capped pool's slot table for each slot it has, at most: so far it can grow later without losing its blocks.
+/// Lines of a capped pool's slot table for each slot it has, at most: so far it can grow later
+/// without losing its blocks.
 pub const TABLE_HEADROOM: u64 = 8;
 
 /// How long a start waits for the processes of a dead engine to let go of its pool before it makes a new file, in ms.
@@ -84,7 +86,8 @@ pub const WINDOW_SLOTS_MIN: u32 = 2;
 /// Most slots of the window.
 pub const WINDOW_SLOTS_MAX: u32 = 64;
 
-/// Free space beside the reserve below which a start says that its nvme tier holds nothing, in bytes: a few blocks of a large model.
+/// Free space beside the reserve below which a start says that its nvme tier holds nothing, in
+/// bytes: a few blocks of a large model.
 pub const NVME_ROOM_MIN: u64 = 64 << 20;
 
 /// How long a transfer may take, in ms. After that its restore fails (its buffer stays with the device until it answers), and the device is counted as failing.

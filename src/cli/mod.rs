@@ -195,7 +195,8 @@ pub fn run(args: Vec<String>) -> i32 {
     }
 }
 
-/// A directory that is not there is a mistake, and not an empty one: nobody wants to hear that all is well in it.
+/// A directory that is not there is a mistake, and not an empty one: nobody wants to hear that all
+/// is well in it.
 fn present(argument: &str, dir: &std::path::Path) -> crate::error::Result<()> {
     if dir.is_dir() {
         return Ok(());

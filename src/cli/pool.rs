@@ -31,7 +31,8 @@ pub fn list(pool_dir: &Path, json: bool) -> i32 {
         println!(
             "{:<36} {:>10} {:>9} {pid:>9} {:<8} {:>8} {model}",
             entry.name,
-            show(entry.bytes),
+            // A pool without a name is told by a claim, which takes no memory itself.
+            show(if entry.is_in_use() { entry.file_bytes } else { entry.bytes }),
             number(entry.slots),
             entry.state,
             entry.would_go.map_or("-".to_owned(), |place| place.to_string())

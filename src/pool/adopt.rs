@@ -1,7 +1,8 @@
 //! Adopting what an earlier engine left: as it is, or with more or fewer slots.
 //!
-//! The slot table lies before the slots and may have spare lines, so a pool changes its size without moving a block. While
-//! it does, both locks are held exclusively; a start that dies midway leaves a file that nobody adopts.
+//! The slot table lies before the slots and may have spare lines, so a pool changes its size
+//! without moving a block. While it does, both locks are held exclusively; a start that dies midway
+//! leaves a file that nobody adopts.
 
 use std::fs::File;
 use std::path::Path;
@@ -45,7 +46,8 @@ impl Left {
         (file.metadata().ok()?.len() == bytes).then_some(Self { purpose, layout, bytes, page_bytes })
     }
 
-    /// `most`: bytes it may have. `possible`: bytes that the machine gives it, those it has included.
+    /// `most`: bytes it may have. `possible`: bytes that the machine gives it, those it has
+    /// included.
     pub(super) fn fate(&self, most: u64, possible: u64) -> Fate {
         let slots = self.layout.slots;
         let allowed = self.layout.slots_within(most);
@@ -69,7 +71,8 @@ fn is_most_of(slots: u64, of: u64) -> bool {
     slots.saturating_mul(10) >= of.saturating_mul(9)
 }
 
-/// Takes the pool over. Returns it with locks that hold nothing the caller's do not, and its number of slots.
+/// Takes the pool over. Returns it with locks that hold nothing the caller's do not, and its number
+/// of slots.
 ///
 /// # Errors
 /// [`Error::Io`], [`Error::DataLost`]: it is to be replaced.
@@ -89,7 +92,8 @@ pub(super) fn adopt(
     };
     locks.share_mapping(path)?;
     locks.mark_used();
-    // The assembled pool gets the caller's locks; these stand in until then and hold nothing the caller does not.
+    // The assembled pool gets the caller's locks; these stand in until then and hold nothing the
+    // caller does not.
     let stand_in = PoolLocks::attach(file.try_clone().map_err(|error| io(path, error))?, path)?;
     let count = |slots: u64| u32::try_from(slots).map_err(|_| Error::lost("pool header", "slot count"));
     let counts = (count(slots)?, count(left.layout.table_slots)?);
@@ -145,7 +149,8 @@ fn grow(
     Ok(grown.unwrap_or(left.layout.slots))
 }
 
-/// Empties the lines of these slots. Their generations go on, so that what a page may still hold vouches for nothing.
+/// Empties the lines of these slots. Their generations go on, so that what a page may still hold
+/// vouches for nothing.
 fn clear(map: &Mapping, slots: std::ops::Range<u64>) {
     slots.for_each(|slot| Pool::line_in(map, SlotIndex(slot as u32)).clear());
 }

@@ -78,7 +78,8 @@ impl Machine {
         }
     }
 
-    /// Refuses a written size that is more than the machine's whole memory: that is a mistake, not a wish.
+    /// Refuses a written size that is more than the machine's whole memory: that is a mistake, not
+    /// a wish.
     ///
     /// # Errors
     /// [`Error::Config`] naming `dram_size`.
@@ -93,7 +94,8 @@ impl Machine {
         }
     }
 
-    /// The size of a pool that may have as much as `most`, where `own` bytes of it are there already.
+    /// The size of a pool that may have as much as `most`, where `own` bytes of it are there
+    /// already.
     pub fn budget(&self, most: Budget, own: u64) -> Budget {
         let beside = |bytes: Option<u64>| bytes.map(|bytes| bytes.saturating_add(own));
         let bounds = [

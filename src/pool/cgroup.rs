@@ -1,7 +1,7 @@
 //! What this process's control groups leave of memory, in either version.
 //!
-//! Page cache is not counted as used: the kernel takes it back when somebody needs memory, and most of it is the model's
-//! weights just read. Shared memory and all that belongs to processes is.
+//! Page cache is not counted as used: the kernel takes it back when somebody needs memory, and most
+//! of it is the model's weights just read. Shared memory and all that belongs to processes is.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -45,8 +45,8 @@ fn fields(line: &str) -> Option<[&str; 3]> {
     Some([parts.next()?, parts.next()?, parts.next()?])
 }
 
-/// The room of a group and of each of its parents, where there is a limit. In a container the path may be the host's: what
-/// is not there is passed over, up to the mount itself.
+/// The room of a group and of each of its parents, where there is a limit. In a container the path
+/// may be the host's: what is not there is passed over, up to the mount itself.
 fn rooms(mount: &Path, path: &str, names: &Names) -> Vec<u64> {
     let own: PathBuf = mount.join(path.trim_start_matches('/'));
     own.ancestors().take_while(|dir| dir.starts_with(mount)).filter_map(|dir| group(dir, names)).collect()

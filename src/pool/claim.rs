@@ -1,7 +1,8 @@
 //! What stands for a pool whose file has no name any more, so that its memory still counts.
 //!
-//! A claim is a sparse file of the pool's length beside the pools. It counts while its owner's lock is held and is litter
-//! after that. Only its first pages exist, a copy of the pool's header for `kvcellar pool ls`.
+//! A claim is a sparse file of the pool's length beside the pools. It counts while its owner's lock
+//! is held and is litter after that. Only its first pages exist, a copy of the pool's header for
+//! `kvcellar pool ls`.
 
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -24,7 +25,8 @@ impl Claim {
     /// Claims `bytes` for the pool at `pool`, whose owner has this `epoch`.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Config`] when its file cannot be made; [`Error::TryLater`] when somebody else has it.
+    /// [`Error::Io`], [`Error::Config`] when its file cannot be made; [`Error::TryLater`] when
+    /// somebody else has it.
     pub(super) fn stake(pool: &Path, epoch: u64, bytes: u64) -> Result<Self> {
         let path = pool.with_extension(format!("{epoch:016x}.{ENDING}"));
         let file = directory::open_or_create(&path)?;

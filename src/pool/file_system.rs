@@ -1,4 +1,5 @@
-//! The file system that a pool lies on: whether it is memory, how large its pages are, what it has left.
+//! The file system that a pool lies on: whether it is memory, how large its pages are, what it has
+//! left.
 
 use std::fmt;
 use std::fs::File;
@@ -77,7 +78,8 @@ impl From<&Statfs> for FileSystem {
             RAMFS => Kind::Ramfs,
             _ => Kind::Other,
         };
-        // Memory that tells no size has none of its own: ramfs, a tmpfs or hugetlbfs without `size=`, gVisor's.
+        // Memory that tells no size has none of its own: ramfs, a tmpfs or hugetlbfs without
+        // `size=`, gVisor's.
         let bounded = kind == Kind::Other || found.blocks() > 0;
         let (mut total, mut free) = (None, None);
         if bounded {

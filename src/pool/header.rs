@@ -149,11 +149,13 @@ impl<'a> Header<'a> {
         }
     }
 
-    /// Writes a purpose that names another number of slots. Only the owner calls this, while nobody else maps the file.
+    /// Writes a purpose that names another number of slots. Only the owner calls this, while nobody
+    /// else maps the file.
     pub(super) fn rewrite(self, mut purpose: Purpose) {
         purpose.checksum = purpose.sum();
         let head = bytemuck::bytes_of(&purpose);
-        // SAFETY: the range lies inside the header pages; the caller holds both locks exclusively, so nobody reads it meanwhile.
+        // SAFETY: the range lies inside the header pages; the caller holds both locks exclusively,
+        // so nobody reads it meanwhile.
         unsafe { self.map.at(0, head.len()).as_ptr().copy_from_nonoverlapping(head.as_ptr(), head.len()) };
     }
 

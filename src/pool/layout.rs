@@ -1,7 +1,7 @@
 //! Where a pool file's parts lie: header, slot table, slots.
 //!
-//! Arithmetic only. The slot table may have more lines than there are slots, so that a pool which was capped can later get
-//! more slots while the ones it has stay where they are.
+//! Arithmetic only. The slot table may have more lines than there are slots, so that a pool which
+//! was capped can later get more slots while the ones it has stay where they are.
 
 use super::slot_table::SlotLine;
 use crate::limits::{HEADER_BYTES, SLOT_ALIGN, SLOTS_MAX, TABLE_HEADROOM};
@@ -20,8 +20,8 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// The largest pool within `bytes`, whose table leaves room for one of `wanted` bytes as far as that costs little.
-    /// There may be no slot at all.
+    /// The largest pool within `bytes`, whose table leaves room for one of `wanted` bytes as far as
+    /// that costs little. There may be no slot at all.
     pub fn within(bytes: u64, wanted: u64, slot_bytes: u64) -> Self {
         let alone = Self::slots_in(bytes, slot_bytes);
         let table_slots = Self::slots_in(wanted, slot_bytes).min(alone.saturating_mul(TABLE_HEADROOM)).max(alone);

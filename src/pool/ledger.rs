@@ -1,7 +1,9 @@
-//! What all engines of this user have together below one `pool_dir`: the files there are the ledger.
+//! What all engines of this user have together below one `pool_dir`: the files there are the
+//! ledger.
 //!
-//! A pool that an engine owns, or that processes of a dead one still map, counts with its file's length. What nobody uses
-//! is room that a start takes when it needs it, longest out of use first. Read under [`super::lock::Turn`] only.
+//! A pool that an engine owns, or that processes of a dead one still map, counts with its file's
+//! length. What nobody uses is room that a start takes when it needs it, longest out of use first.
+//! Read under [`super::lock::Turn`] only.
 
 use std::path::Path;
 use std::thread::sleep;
@@ -19,7 +21,8 @@ pub struct Share {
     pub bytes: u64,
     /// Bytes for all engines together.
     pub total: u64,
-    /// The user wrote the size. A default is for each engine: nobody was told that engines share it.
+    /// The user wrote the size. A default is for each engine: nobody was told that engines share
+    /// it.
     pub explicit: bool,
 }
 
@@ -92,8 +95,9 @@ impl Ledger {
     }
 }
 
-/// Finds room for a pool below `pool_dir`, and removes what nobody uses as far as that is needed. `own`: the file that this
-/// start took, of which `own_bytes` can be used on. Waits up to `patience` for processes of dead engines to let go.
+/// Finds room for a pool below `pool_dir`, and removes what nobody uses as far as that is needed.
+/// `own`: the file that this start took, of which `own_bytes` can be used on. Waits up to
+/// `patience` for processes of dead engines to let go.
 ///
 /// # Errors
 /// [`Error::Config`] when other engines have all of it, with their names; [`Error::Io`].
@@ -119,7 +123,8 @@ pub fn make_room(pool_dir: &Path, share: Share, own: (&Path, u64), least: u64, p
         let oldest = ledger.left.remove(0);
         match registry::remove(&oldest) {
             Ok(()) => removed.push(oldest),
-            // Somebody removed it by hand, or took it outside a turn: it is not ours to give any more.
+            // Somebody removed it by hand, or took it outside a turn: it is not ours to give any
+            // more.
             Err(Error::TryLater { .. } | Error::Io { .. }) => {}
             Err(error) => return Err(error),
         }

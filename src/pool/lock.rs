@@ -1,4 +1,5 @@
-//! Who may touch a pool file: two open-file-description locks on it; and whose turn it is to make one: [`Turn`].
+//! Who may touch a pool file: two open-file-description locks on it; and whose turn it is to make
+//! one: [`Turn`].
 //!
 //! Byte 0 is the *owner* lock: exclusive, held by one `EngineCore` for as long as it uses the pool. Byte 1 is the *mappers* lock: shared, held by
 //! every process that maps the file, `EngineCore` included. Taking a pool over needs both exclusively: a dead owner does not prove that its
@@ -41,7 +42,8 @@ impl Drop for PoolLocks {
     }
 }
 
-/// The turn among starts in one directory: while it is held, nobody else looks at the machine, removes or makes pools.
+/// The turn among starts in one directory: while it is held, nobody else looks at the machine,
+/// removes or makes pools.
 #[derive(Debug)]
 pub struct Turn {
     file: File,
@@ -52,8 +54,8 @@ impl Turn {
     /// Waits for the turn in this directory.
     ///
     /// # Errors
-    /// [`Error::TryLater`] when others have it for longer than `patience`; [`Error::Io`] and [`Error::Config`] when its file
-    /// cannot be had.
+    /// [`Error::TryLater`] when others have it for longer than `patience`; [`Error::Io`] and
+    /// [`Error::Config`] when its file cannot be had.
     pub fn wait(dir: &Path, patience: Duration) -> Result<Self> {
         let path = dir.join("lock");
         let file = directory::open_or_create(&path)?;

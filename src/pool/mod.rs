@@ -6,7 +6,8 @@
 //!
 //! File layout: header ([`limits::HEADER_BYTES`]), slot table (one cache line a slot, page-aligned), slots.
 //!
-//! Sizes: [`ledger`] says what all engines of this user may have together, [`budget`] what the machine can give.
+//! Sizes: [`ledger`] says what all engines of this user may have together, [`budget`] what the
+//! machine can give.
 
 mod adopt;
 pub mod budget;
@@ -166,8 +167,9 @@ impl Pool {
         Header::of(&self.map)
     }
 
-    /// Maps pages that exist into this process, so that the first accesses do not fault on each. For workers, beside
-    /// others that write: where the system refuses, accesses fault as they come.
+    /// Maps pages that exist into this process, so that the first accesses do not fault on each.
+    /// For workers, beside others that write: where the system refuses, accesses fault as they
+    /// come.
     pub fn touch(&self) {
         pages::touch(&self.map);
     }
@@ -182,8 +184,9 @@ impl Pool {
     #[inline]
     fn line_in(map: &Mapping, slot: SlotIndex) -> &SlotLine {
         let offset = limits::HEADER_BYTES as usize + slot.0 as usize * size_of::<SlotLine>();
-        // SAFETY: `at` checks that the line lies inside the mapping, it is aligned to a cache line, SlotLine is made of atomics
-        // only, so sharing it with other threads and processes is sound, and the mapping lives as long as the reference.
+        // SAFETY: `at` checks that the line lies inside the mapping, it is aligned to a cache line,
+        // SlotLine is made of atomics only, so sharing it with other threads and processes is
+        // sound, and the mapping lives as long as the reference.
         unsafe { map.at(offset, size_of::<SlotLine>()).cast::<SlotLine>().as_ref() }
     }
 
@@ -258,11 +261,12 @@ impl Pool {
         self.locks.unlink(&self.path)
     }
 
-    /// Removes the file's name, and leaves a claim in its place, so that the memory still counts among what all engines
-    /// have. The claim goes with this pool.
+    /// Removes the file's name, and leaves a claim in its place, so that the memory still counts
+    /// among what all engines have. The claim goes with this pool.
     ///
     /// # Errors
-    /// [`Error::Io`] when no claim can be made (the pool keeps its name then), or the name is not ours to remove.
+    /// [`Error::Io`] when no claim can be made (the pool keeps its name then), or the name is not
+    /// ours to remove.
     pub fn hide(&self) -> Result<()> {
         if self.claim.get().is_none() {
             let claim = Claim::stake(&self.path, self.header().epoch(), self.bytes())?;

@@ -1,6 +1,7 @@
 //! Opening a pool as its owner: adopt what a dead engine left, or make a new one.
 //!
-//! One start at a time in a directory ([`lock::Turn`]): what it finds free is still free when it takes it.
+//! One start at a time in a directory ([`lock::Turn`]): what it finds free is still free when it
+//! takes it.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -74,8 +75,8 @@ pub fn namespace_name(namespace: &[u8; 16]) -> String {
 /// Opens the first pool of the namespace that no living engine owns.
 ///
 /// # Errors
-/// [`Error::TryLater`] when all indices are taken, or other starts take too long; [`Error::Config`] when not even one slot
-/// fits, or other engines have all of the configured size; [`Error::Io`].
+/// [`Error::TryLater`] when all indices are taken, or other starts take too long; [`Error::Config`]
+/// when not even one slot fits, or other engines have all of the configured size; [`Error::Io`].
 pub fn open(wish: &Wish<'_>, progress: &mut dyn FnMut(u64, u64)) -> Result<Opened> {
     let dir = directory::ensure(wish.pool_dir)?;
     let _turn = lock::Turn::wait(&dir, Duration::from_millis(limits::POOL_TURN_WAIT_MS))?;
@@ -170,7 +171,8 @@ fn take(
     create(wish, path, &room, progress)
 }
 
-/// `bytes` as a file can have them. Where pages are no larger than what slots are multiples of, a pool's length always is one.
+/// `bytes` as a file can have them. Where pages are no larger than what slots are multiples of, a
+/// pool's length always is one.
 fn floor(bytes: u64, page: u64) -> u64 {
     if page > limits::SLOT_ALIGN { bytes / page * page } else { bytes }
 }

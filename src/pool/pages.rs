@@ -1,8 +1,9 @@
 //! How a pool's pages come to be there before anyone uses them.
 //!
-//! Promises: afterwards no access faults for want of memory; what cannot be had is an error, never a SIGBUS; contents stay.
-//! Where the kernel does not populate (before 5.14, gVisor, a seccomp profile) pages are allocated through the file and
-//! touched, and where it does not allocate either, a byte of each is read and written back through the file.
+//! Promises: afterwards no access faults for want of memory; what cannot be had is an error, never
+//! a SIGBUS; contents stay. Where the kernel does not populate (before 5.14, gVisor, a seccomp
+//! profile) pages are allocated through the file and touched, and where it does not allocate
+//! either, a byte of each is read and written back through the file.
 
 use std::fs::File;
 use std::io;
@@ -29,7 +30,8 @@ pub enum Means {
     Populate = 0,
     /// The file allocates, and each page is touched.
     Allocate = 1,
-    /// A byte of each page is read and written back through the file. Nobody else may write meanwhile.
+    /// A byte of each page is read and written back through the file. Nobody else may write
+    /// meanwhile.
     Rewrite = 2,
 }
 
@@ -155,7 +157,8 @@ fn populate(map: &Mapping, start: usize, len: usize) -> io::Result<()> {
 /// Populates `len` mapped bytes at `address`; no other address is read or written.
 fn advise_populate(address: *mut u8, len: usize) -> io::Result<()> {
     repeat_interrupted(|| {
-        // SAFETY: the range is a mapping that the caller keeps for the call; populating does not change what pages hold.
+        // SAFETY: the range is a mapping that the caller keeps for the call; populating does not
+        // change what pages hold.
         let result = unsafe { libc::madvise(address.cast(), len, libc::MADV_POPULATE_WRITE) };
         if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     })
@@ -172,8 +175,9 @@ fn allocate(file: &File, start: usize, len: usize) -> io::Result<()> {
 fn touch_range(map: &Mapping, start: usize, len: usize) {
     let step = super::system_page_bytes() as usize;
     for offset in (start..start + len).step_by(step) {
-        // SAFETY: inside the mapping, whose pages the file has allocated; volatile, so that it happens. Whoever writes the
-        // byte meanwhile is not disturbed, and what is read is not used.
+        // SAFETY: inside the mapping, whose pages the file has allocated; volatile, so that it
+        // happens. Whoever writes the byte meanwhile is not disturbed, and what is read is not
+        // used.
         unsafe { map.at(offset, 1).as_ptr().read_volatile() };
     }
 }

@@ -32,7 +32,8 @@ pub(super) fn place(start: NonNull<u8>, len: usize, near: &[u32]) {
     };
 }
 
-/// Nodes with memory that processors use. Others are a device's own memory, as beside a GPU that shares its address space.
+/// Nodes with memory that processors use. Others are a device's own memory, as beside a GPU that
+/// shares its address space.
 fn present(nodes: &Path) -> c_ulong {
     let read = |name: &str| std::fs::read_to_string(nodes.join(name)).ok().map(|text| mask(text.trim()));
     let memory = read("has_memory").unwrap_or(0);

@@ -21,7 +21,8 @@ pub struct Entry {
     pub path: PathBuf,
     /// Bytes of memory it takes.
     pub bytes: u64,
-    /// Length of the file: the memory it takes once all of it exists, or that a pool without a name has.
+    /// Length of the file: the memory it takes once all of it exists, or that a pool without a name
+    /// has.
     pub file_bytes: u64,
     /// `used`: an engine owns it; `held`: processes of a dead engine still map it; `left`: nobody does; `damaged`: no valid header.
     pub state: &'static str,
@@ -33,7 +34,8 @@ pub struct Entry {
     pub created_s: Option<u64>,
     /// When an engine last took it or let go of it, in seconds since 1970.
     pub used_s: Option<u64>,
-    /// Its place, from 1, among the pools that a start removes when it needs their room; none for one that is in use.
+    /// Its place, from 1, among the pools that a start removes when it needs their room; none for
+    /// one that is in use.
     pub would_go: Option<u32>,
     /// The facts behind its namespace.
     pub facts: Option<serde_json::Value>,

@@ -134,8 +134,8 @@ impl PyTierEngine {
         self.run(py, |engine| Ok(engine.pool().map(|pool| serde_json::to_string(&pool.ticket()).unwrap_or_default())))
     }
 
-    /// Every worker maps the pool. Without `keep_pool` its name goes now, so that its memory goes with the last process, however that ends;
-    /// a claim stands for it among what all engines have.
+    /// Every worker maps the pool. Without `keep_pool` its name goes now, so that its memory goes
+    /// with the last process, however that ends; a claim stands for it among what all engines have.
     fn attached(&self, py: Python<'_>) -> PyResult<()> {
         let keep = self.config.keep_pool;
         self.run(py, |engine| engine.pool().filter(|_| !keep).map_or(Ok(()), |pool| pool.hide()))

@@ -33,8 +33,9 @@ impl PyConfig {
         guarded(|| Ok(Self { inner: Config::parse(json)? }))
     }
 
-    /// Checks everything about directories and sizes that can be known before a model is loaded. Returns warnings; raises
-    /// `ConfigError` naming the field and the remedy. Makes `nvme_dir` where only that is missing.
+    /// Checks everything about directories and sizes that can be known before a model is loaded.
+    /// Returns warnings; raises `ConfigError` naming the field and the remedy. Makes `nvme_dir`
+    /// where only that is missing.
     fn check_machine(&self, py: Python<'_>) -> PyResult<Vec<String>> {
         py.detach(|| guarded(|| crate::tier::machine::check(&self.inner)))
     }
@@ -76,8 +77,14 @@ impl PyConfig {
         self.inner.events
     }
 
+<<<<<<< HEAD
     /// The same configuration with another answer to whether events are kept.
     fn narrowed(&self, events: bool) -> Self {
+=======
+    /// The same configuration with another answer to whether events are kept, and this part of the
+    /// nvme tier's size.
+    fn narrowed(&self, events: bool, shares: u64) -> Self {
+>>>>>>> r1
         let mut inner = self.inner.clone();
         inner.events &= events;
         Self { inner }

@@ -1,7 +1,8 @@
 //! What of a configuration cannot work on this machine, told before a model is loaded.
 //!
-//! Each mistake is one line that names the key and the remedy. Looks at directories and file systems only: no thread, no
-//! pool, no store, and nothing is made but a missing `nvme_dir` in a directory that exists.
+//! Each mistake is one line that names the key and the remedy. Looks at directories and file
+//! systems only: no thread, no pool, no store, and nothing is made but a missing `nvme_dir` in a
+//! directory that exists.
 
 use std::fs::{self, Metadata};
 use std::io::ErrorKind;

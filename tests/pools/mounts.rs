@@ -1,5 +1,5 @@
-//! File systems in memory of their own size. Where none can be mounted (no root, no mounts in this container) a test says so
-//! and ends.
+//! File systems in memory of their own size. Where none can be mounted (no root, no mounts in this
+//! container) a test says so and ends.
 
 use std::ffi::{CStr, CString};
 use std::fs;
@@ -59,7 +59,8 @@ impl Tmpfs {
 impl Drop for Tmpfs {
     fn drop(&mut self) {
         let target = CString::new(self.path.as_os_str().as_bytes()).expect("no zero in a path");
-        // SAFETY: the string lives through the call. Detached, so that a pool that is still mapped does not keep it.
+        // SAFETY: the string lives through the call. Detached, so that a pool that is still mapped
+        // does not keep it.
         unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
     }
 }

@@ -25,7 +25,8 @@ const fn equal_or_skip(k: u32, skip: u8) -> libc::sock_filter {
     libc::sock_filter { code: (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16, jt: 0, jf: skip, k }
 }
 
-/// Makes this thread's system refuse these calls from now on. `false`: filters are not to be had here.
+/// Makes this thread's system refuse these calls from now on. `false`: filters are not to be had
+/// here.
 fn refuse(refusals: &[Refusal]) -> bool {
     let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
     let mut program = Vec::new();
@@ -102,7 +103,8 @@ fn without_allocation_either_pages_are_written_through_the_file() {
     });
 }
 
-/// A file with holes, on a file system that has no page left for them: whatever the way, an error and never a SIGBUS.
+/// A file with holes, on a file system that has no page left for them: whatever the way, an error
+/// and never a SIGBUS.
 #[test]
 fn want_of_memory_is_an_error_that_names_dram_size_in_every_way() {
     let ways: [&[Refusal]; 3] = [

@@ -119,3 +119,16 @@ fn a_pool_as_large_as_wished_is_not_called_bounded() {
     assert!(entry.created_s.is_some_and(|seconds| seconds >= started));
     assert!(left_behind(&std::sync::Arc::new(opened.pool)).is_empty());
 }
+
+#[test]
+fn a_wish_above_the_whole_file_system_is_told_before_the_start() {
+    let Some(tmpfs) = Tmpfs::mount(1 << 20) else { return };
+    let check = |size: &str| {
+        let json = format!(r#"{{"dram_size": "{size}", "pool_dir": "{}"}}"#, tmpfs.path.display());
+        kvcellar::tier::machine::check(&kvcellar::config::Config::parse(&json).expect("valid")).expect("it can start")
+    };
+    let warnings = check("64MiB");
+    assert!(warnings.len() == 1 && warnings[0].starts_with("dram_size: 64.0 MiB cannot be had"), "{warnings:?}");
+    assert!(warnings[0].contains("1.0 MiB in all") && warnings[0].contains("--shm-size"), "{warnings:?}");
+    assert!(check("512KiB").is_empty());
+}

@@ -95,7 +95,8 @@ fn who_finds_nothing_left_learns_who_has_it_and_what_to_do() {
     assert_eq!(place.open(&purpose).pool.slot_count(), 50);
 }
 
-/// The work of a process that a test started: opens a pool, says how, and holds it until it is killed.
+/// The work of a process that a test started: opens a pool, says how, and holds it until it is
+/// killed.
 #[test]
 fn sharer() {
     let Ok(dir) = std::env::var(DIR) else { return };

@@ -130,6 +130,7 @@ def test_a_tier_that_will_hold_nothing_is_told_before_the_start(pool_dir: Path, 
     settings = config(pool_dir, nvme_dir=str(disk_dir), nvme_reserve="4000TiB")
     (warning,) = settings.check_machine()
     assert all(word in warning for word in ("nvme_dir", "hold nothing", "free", "nvme_reserve"))
+<<<<<<< HEAD
     whole = shutil.disk_usage(pool_dir).total
     memory = int(Path("/proc/meminfo").read_text().split()[1]) << 10
     if whole > 2 * memory:
@@ -137,6 +138,8 @@ def test_a_tier_that_will_hold_nothing_is_told_before_the_start(pool_dir: Path, 
     if whole < memory:
         (warning,) = config(pool_dir, dram_size=whole + (1 << 20)).check_machine()
         assert all(word in warning for word in ("dram_size", "in all", "--shm-size"))
+=======
+>>>>>>> r1
 
 
 def test_directories_without_rights_are_told(pool_dir: Path, disk_dir: Path) -> None:
@@ -198,6 +201,22 @@ def test_engines_share_a_size_and_the_second_model_learns_it(pool_dir: Path) -> 
 def test_a_directory_that_is_not_there_is_no_empty_one(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert run_command([*command, "/nonexistent/kvcellar"]) == 1
     assert "/nonexistent/kvcellar" in capfd.readouterr().err
+
+
+def test_a_store_in_use_is_passed_over_unless_it_is_asked_for(
+    pool_dir: Path, disk_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    engine = TierEngine(config(pool_dir, nvme_dir=str(disk_dir), nvme_size="64MiB", nvme_reserve=0), GROUPING)
+    open_pool(engine)
+    assert run_command(["store", "verify", str(disk_dir), "--json"]) == 0
+    told = capfd.readouterr()
+    (report,) = json.loads(told.out)
+    assert report["skipped"] and report["error"] is None and report["contents"] is None
+    assert run_command(["store", "verify", str(disk_dir)]) == 0
+    assert "is skipped" in capfd.readouterr().err
+    assert run_command(["store", "verify", str(disk_dir), report["name"]]) == 1
+    engine.close()
+    assert run_command(["store", "verify", str(disk_dir)]) == 0
 
 
 def test_missing_rights_name_the_path_and_the_remedy() -> None:

@@ -285,7 +285,8 @@ fn slots_in(bytes: u64, slot_bytes: u64) -> u32 {
     (bytes.min(PIN_CALL_BYTES_MAX) / slot_bytes.max(1)).clamp(1, u64::from(u32::MAX)) as u32
 }
 
-/// Slots of one piece: whole pages of the system, so that no page belongs to two pieces. The first slot begins on a page.
+/// Slots of one piece: whole pages of the system, so that no page belongs to two pieces. The first
+/// slot begins on a page.
 fn piece_slots(piece_bytes: u64, slot_bytes: u64, page_bytes: u64) -> u32 {
     // Slots are multiples of a power of two, and so is a page: this many of them end on a page.
     let whole = (page_bytes >> slot_bytes.trailing_zeros()).max(1) as u32;
