@@ -254,14 +254,8 @@ class Adapters:
         """What the KV of a request belongs to.
 
         Returns:
-<<<<<<< HEAD
             16 bytes; nothing (`BASE`) for a request without an adapter; `NOT_YET` until every rank has reported once
             (for `ASKS_MAX` times at most); `None` for a doubt: the request must be neither stored nor loaded.
-=======
-            16 bytes; nothing (`BASE`) for a request without an adapter; `NOT_YET` until every rank has reported
-            once, for `ASKS_MAX` times at most;
-            `None` for a doubt: the request must be neither stored nor loaded.
->>>>>>> p2
 
         """
         if request is None:

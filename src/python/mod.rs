@@ -77,14 +77,8 @@ impl PyConfig {
         self.inner.events
     }
 
-<<<<<<< HEAD
     /// The same configuration with another answer to whether events are kept.
     fn narrowed(&self, events: bool) -> Self {
-=======
-    /// The same configuration with another answer to whether events are kept, and this part of the
-    /// nvme tier's size.
-    fn narrowed(&self, events: bool, shares: u64) -> Self {
->>>>>>> r1
         let mut inner = self.inner.clone();
         inner.events &= events;
         Self { inner }

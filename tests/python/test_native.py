@@ -130,16 +130,6 @@ def test_a_tier_that_will_hold_nothing_is_told_before_the_start(pool_dir: Path, 
     settings = config(pool_dir, nvme_dir=str(disk_dir), nvme_reserve="4000TiB")
     (warning,) = settings.check_machine()
     assert all(word in warning for word in ("nvme_dir", "hold nothing", "free", "nvme_reserve"))
-<<<<<<< HEAD
-    whole = shutil.disk_usage(pool_dir).total
-    memory = int(Path("/proc/meminfo").read_text().split()[1]) << 10
-    if whole > 2 * memory:
-        pytest.skip(f"shared memory of {whole} bytes is larger than memory of {memory}")
-    if whole < memory:
-        (warning,) = config(pool_dir, dram_size=whole + (1 << 20)).check_machine()
-        assert all(word in warning for word in ("dram_size", "in all", "--shm-size"))
-=======
->>>>>>> r1
 
 
 def test_directories_without_rights_are_told(pool_dir: Path, disk_dir: Path) -> None:
