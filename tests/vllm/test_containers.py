@@ -1,4 +1,4 @@
-"""As in a container: little shared memory, no io_uring, no way to populate a mapping. It starts, says so, and serves."""
+"""As in a container: little shared memory, no io_uring, no populating of mappings. It starts, says so, and serves."""
 
 import os
 import random

@@ -104,9 +104,7 @@ def assert_serves(engine: EngineProcess, prompts: list[list[int]]) -> Snapshot:
     return after
 
 
-def test_ten_changes_of_namespace_stay_within_both_sizes(
-    model: Path, tmp_path: Path, prompts: list[list[int]]
-) -> None:
+def test_ten_changes_of_namespace_stay_within_both_sizes(model: Path, tmp_path: Path, prompts: list[list[int]]) -> None:
     """Four fit: from the fifth start on one goes for each, the one used longest ago; at last one start wants all."""
     went = {"pools": 0, "stores": 0}
     with memory_dir(POOL_BYTES + 8 * MIB) as pool_dir, temporary_disk_dir() as disk:
@@ -146,7 +144,7 @@ def test_a_full_disk_is_told_and_memory_serves(model: Path, tmp_path: Path, prom
         with start(tmp_path, pool_dir, "full", cellar, model) as engine:
             engine.wait_ready()
             after = assert_serves(engine, prompts)
-                said = warnings(engine.log, "nvme tier holds nothing")
+            said = warnings(engine.log, "nvme tier holds nothing")
             assert len(said) == 1 and "nvme_reserve" in said[0], engine.log_tail()
             assert warnings(engine.log, "nvme_dir: the nvme tier will hold nothing"), "not told before the model"
         assert after.cellar("spilled_blocks_total") == 0
