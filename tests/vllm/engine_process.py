@@ -6,9 +6,12 @@ at once. What is asked is a function of the engine, named by its module, which r
 
 import contextlib
 import multiprocessing
+import multiprocessing.spawn
 import os
+import shlex
+import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -126,8 +129,31 @@ def _answered(
 
 
 @contextlib.contextmanager
+def _run_by(before: Sequence[str], work_dir: Path) -> Iterator[None]:
+    """Processes spawned meanwhile are run by this command; nothing: as always."""
+    if not before:
+        yield
+        return
+    script = work_dir / "run-by.sh"
+    script.write_text(f'#!/bin/sh\nexec {shlex.join([*before, sys.executable])} "$@"\n')
+    script.chmod(0o700)
+    usual = multiprocessing.spawn.get_executable()
+    multiprocessing.set_executable(str(script))
+    try:
+        yield
+    finally:
+        multiprocessing.set_executable(os.fsdecode(usual))
+
+
+@contextlib.contextmanager
 def start_engine(
-    work_dir: Path, pool_dir: Path, *, env: Mapping[str, str] | None = None, name: str = "engine", **arguments: Any
+    work_dir: Path,
+    pool_dir: Path,
+    *,
+    env: Mapping[str, str] | None = None,
+    before: Sequence[str] = (),
+    name: str = "engine",
+    **arguments: Any,
 ) -> Iterator[EngineProcess]:
     """Starts an engine and ends it afterwards; `EngineProcess.wait_ready` waits for it.
 
@@ -135,6 +161,7 @@ def start_engine(
         work_dir: where the operation log and the process's output go.
         pool_dir: where the pool goes.
         env: environment of the process, from its first instruction on.
+        before: a command that runs the process as its own.
         name: tells engines of one `work_dir` apart.
         arguments: more of `open_engine`.
 
@@ -144,7 +171,7 @@ def start_engine(
     log = work_dir / f"{name}.log"
     log.touch()
     options = {"work_dir": work_dir, "pool_dir": pool_dir, "name": name, **arguments}
-    with environment({**ONE_PROCESS, **(env or {})}):
+    with environment({**ONE_PROCESS, **(env or {})}), _run_by(before, work_dir):
         process = spawn.Process(target=_serve, args=(there, str(log), options), name=name)
         process.start()
     there.close()

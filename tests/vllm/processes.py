@@ -45,13 +45,13 @@ def engine_cores(front_end: int) -> set[psutil.Process]:
     return {child for child in children if "EngineCore" in _title(child)}
 
 
-def family(front_end: int) -> Family:
-    """Finds the children of a front end by the titles that vLLM gives them."""
+def family(front_end: int, engines: int = 1) -> Family:
+    """Finds the children of a front end by the titles that vLLM gives them. Of several engines the first is told."""
     parent = psutil.Process(front_end)
     children = parent.children(recursive=True)
     cores = [child for child in children if "EngineCore" in _title(child)]
     workers = [child for child in children if "Worker" in _title(child)]
-    if len(cores) != 1 or not workers:
+    if len(cores) != engines or not workers:
         titles = {child.pid: _title(child)[:60] for child in children}
         raise RuntimeError(f"cannot tell EngineCore and workers of process {front_end} apart: {titles}")
     known = [cores[0], *workers]

@@ -81,6 +81,7 @@ class Server:
     pool_dir: Path
     client: httpx.Client
     events_port: int | None = None
+    engines: int = 1
     _family: Family | None = None
 
     @property
@@ -115,7 +116,7 @@ class Server:
         PACE.see(time.monotonic() - begun, START_GOOD_S)
         # What it answers with is waited for as the start has just taught.
         self.client.timeout = httpx.Timeout(deadline(ANSWER_S))
-        self._family = family(self.process.pid)
+        self._family = family(self.process.pid, self.engines)
 
     def complete(
         self, tokens: Sequence[int], max_tokens: int = 8, controls: Mapping[str, object] | None = None
@@ -191,36 +192,44 @@ def open_server(
     port: int | None = None,
     events_port: int | None = None,
     more: Sequence[str] = (),
+    before: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    engines: int = 1,
 ) -> Iterator[Server]:
     """Starts a server and ends all of its processes afterwards.
 
     With `events_port` it publishes its events there and replays them one port above. `more`: further options of vLLM.
+    `before`: a command that runs the server as its own. `engines`: how many data-parallel engines it has. Of our
+    configuration, `cellar`, None takes a key away.
     """
     port = port or free_port()
     speed.learn()
     log = work_dir / f"{name}.log"
     trace_file = work_dir / f"{name}.trace.jsonl"
-    config = transfer_config({"pool_dir": str(pool_dir), "trace_file": str(trace_file), **cellar})
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model or real_model())]
+    settings = {"pool_dir": str(pool_dir), "trace_file": str(trace_file), **cellar}
+    config = transfer_config({key: value for key, value in settings.items() if value is not None})
+    command = [*before, sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model or real_model())]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model", "--seed", "0"]
     command += ["--enforce-eager", "--block-size", str(BLOCK_TOKENS), "--num-gpu-blocks-override", str(kv_blocks)]
     command += ["--dtype", DATA_TYPE.name, "--kv-cache-memory-bytes", str(kv_bytes(256 * MIB))]
     command += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "8"]
     command += ["--max-num-batched-tokens", str(CHUNK_TOKENS), "--enable-prompt-tokens-details"]
     command += ["--kv-transfer-config", json.dumps(config)]
+    if engines > 1:
+        command += ["--data-parallel-size", str(engines)]
     command += more
     if events_port is not None:
         # vLLM binds where an address has a star, and connects to it otherwise.
         endpoints = {"endpoint": f"tcp://*:{events_port}", "replay_endpoint": f"tcp://*:{events_port + 1}"}
         events = {"enable_kv_cache_events": True, "publisher": "zmq", **endpoints}
         command += ["--kv-events-config", json.dumps(events)]
-    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
+    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", **(env or {})}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
     client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=deadline(ANSWER_S), trust_env=False)
-    server = Server(process, port, log, trace_file, pool_dir, client, events_port)
+    server = Server(process, port, log, trace_file, pool_dir, client, events_port, engines)
     try:
         server.wait_ready()
         yield server
