@@ -218,7 +218,7 @@ ROWS = [
     Row("ports", False, tweak=set_on("parallel_config.data_parallel_master_port", 40404)),
     Row("data-parallel rank", False, tweak=set_on("parallel_config.data_parallel_index", 1)),
     Row("executor", False, {"distributed_executor_backend": "uni"}),
-    Row("our own sizes", False, ours(dram_size="2GiB", pool_dir="/there"), base=ours(dram_size="1GiB")),
+    Row("our own sizes", False, ours(dram_size="2GiB", keep_pool=False), base=ours(dram_size="1GiB")),
     Row("us or nobody", False, ours()),
     Row(
         "us beside nobody",
