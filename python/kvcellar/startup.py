@@ -7,6 +7,7 @@ step is followed by ours.
 
 import functools
 import json
+import multiprocessing
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -73,3 +74,7 @@ def check(vllm_config: Any) -> None:
         engines = engines_started_by(vllm_config)
         if engines > 1:
             os.environ[ENGINES_VARIABLE] = str(engines)
+        elif multiprocessing.parent_process() is None:
+            # A front end that started several engines before. An engine's own process must keep what it was told:
+            # there vLLM says 1.
+            os.environ.pop(ENGINES_VARIABLE, None)

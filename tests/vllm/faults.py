@@ -228,7 +228,7 @@ def _idle(engine: Engine) -> None:
     for _ in range(IDLE_STEPS):
         pending = core.scheduler.connector.has_pending_push_work()
         if pending or core.scheduler.has_requests():
-            core.step()
+            engine.llm.llm_engine.step()
 
 
 def _end(scheduler: Any, worker: Any) -> None:
