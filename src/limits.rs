@@ -67,6 +67,12 @@ pub const POPULATE_CHUNK_BYTES: usize = 64 << 20;
 /// Share of available memory that a pool never takes, in percent, so that the machine stays usable.
 pub const MEMORY_RESERVE_PERCENT: u64 = 5;
 
+/// Share of the machine's common shared memory (`/dev/shm`) that a pool leaves to vLLM's processes
+/// and others, in percent, and the most that this comes to, in bytes.
+pub const SHARED_MEMORY_KEPT_PERCENT: u64 = 25;
+/// See [`SHARED_MEMORY_KEPT_PERCENT`].
+pub const SHARED_MEMORY_KEPT_BYTES: u64 = 64 << 20;
+
 /// Hashes that may wait for the idle hasher. At the bound the oldest waits are kept and new ones are skipped: such a
 /// block is served as ever and merely not adopted by a later start.
 pub const HASH_QUEUE_MAX: usize = 1 << 20;

@@ -2,13 +2,17 @@
 
 use std::fmt;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use super::cgroup;
 use super::file_system::{self, FileSystem, Kind};
 use crate::config::size::show;
 use crate::error::{Error, Result};
-use crate::limits::MEMORY_RESERVE_PERCENT;
+use crate::limits::{MEMORY_RESERVE_PERCENT, SHARED_MEMORY_KEPT_BYTES, SHARED_MEMORY_KEPT_PERCENT};
+
+/// Where vLLM's processes, and others, have their shared memory.
+const SHARED_MEMORY: &str = "/dev/shm";
 
 /// What bounded the pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,7 +71,7 @@ impl Machine {
             let line = meminfo.lines().find(|line| line.starts_with(name))?;
             line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
         };
-        let file_system = FileSystem::of(dir);
+        let file_system = FileSystem::of(dir).map(|found| if is_shared(dir) { leave_some(found) } else { found });
         // Huge pages were taken out of ordinary memory when they were reserved.
         let ordinary = file_system.is_none_or(|found| found.kind != Kind::Hugetlbfs);
         Self {
@@ -128,6 +132,20 @@ impl Machine {
     }
 }
 
+/// Whether pools lie where everybody's shared memory does.
+fn is_shared(dir: &Path) -> bool {
+    let device = |path: &Path| fs::metadata(path).map(|found| found.dev()).ok();
+    device(dir).is_some_and(|own| device(Path::new(SHARED_MEMORY)) == Some(own))
+}
+
+/// What stays for others. vLLM's processes talk through files there whose pages come when they are
+/// first written, and where there is none left a signal ends the process.
+fn leave_some(found: FileSystem) -> FileSystem {
+    let whole = found.total_bytes.unwrap_or(u64::MAX);
+    let kept = (whole / 100 * SHARED_MEMORY_KEPT_PERCENT).min(SHARED_MEMORY_KEPT_BYTES);
+    FileSystem { free_bytes: found.free_bytes.map(|free| free.saturating_sub(kept)), ..found }
+}
+
 fn less_reserve(bytes: u64) -> u64 {
     bytes - bytes / 100 * MEMORY_RESERVE_PERCENT
 }
@@ -185,6 +203,25 @@ mod tests {
         remedies.sort();
         remedies.dedup();
         assert_eq!(remedies.len(), bounds.len());
+    }
+
+    #[test]
+    fn shared_memory_is_never_taken_whole() {
+        let of = |total, free| {
+            leave_some(
+                machine(0)
+                    .file_system
+                    .map(|found| FileSystem { total_bytes: total, free_bytes: free, ..found })
+                    .expect("it has one"),
+            )
+            .free_bytes
+        };
+        let mib = |count: u64| Some(count << 20);
+        assert!(of(mib(64), mib(64)) < mib(49) && of(mib(64), mib(64)) > mib(47));
+        assert_eq!(of(mib(1 << 20), mib(1000)), mib(936), "a large one loses little");
+        assert_eq!(of(mib(64), mib(10)), Some(0), "what others have taken is theirs");
+        assert_eq!(of(None, None), None);
+        assert!(is_shared(Path::new("/dev/shm")) && !is_shared(Path::new("/proc")));
     }
 
     #[test]

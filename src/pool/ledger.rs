@@ -43,6 +43,8 @@ pub struct Room {
     pub removed: Vec<Entry>,
     /// Bytes of this model's own pool that is given up for another size.
     pub replaced: Option<u64>,
+    /// Who has the rest, for people.
+    pub holders: String,
 }
 
 impl Share {
@@ -129,7 +131,7 @@ pub fn make_room(pool_dir: &Path, share: Share, own: (&Path, u64), least: u64, p
             Err(error) => return Err(error),
         }
     }
-    Ok(Room { most, removed, replaced: None })
+    Ok(Room { most, removed, replaced: None, holders: ledger.holders() })
 }
 
 fn taken(pool_dir: &Path, share: Share, ledger: &Ledger) -> Error {

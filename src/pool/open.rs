@@ -159,7 +159,8 @@ fn take(
     {
         let changed = slots != left.layout.slots;
         let got = Budget { bytes: pool.bytes(), bound: if changed { budget.bound } else { room.most.bound } };
-        let warnings = cut(wish, &machine, Budget { bytes: pool.bytes(), bound: budget.bound }).into_iter().collect();
+        let warnings =
+            cut(wish, &machine, &room, Budget { bytes: pool.bytes(), bound: budget.bound }).into_iter().collect();
         let pool = Pool { locks, ..pool };
         let removed = ledger::describe_removed(&room.removed).into_iter().collect();
         let budget = changed.then_some(got);
@@ -198,10 +199,11 @@ fn purpose(wish: &Wish<'_>, layout: Layout) -> Purpose {
 }
 
 /// What to tell about a written size of which a tenth or more is missing.
-fn cut(wish: &Wish<'_>, machine: &Machine, got: Budget) -> Option<String> {
+fn cut(wish: &Wish<'_>, machine: &Machine, room: &Room, got: Budget) -> Option<String> {
+    let who = if got.bound == Bound::Engines { format!(": {}", room.holders) } else { String::new() };
     (wish.explicit && got.bound != Bound::Configured && got.bytes < wish.bytes / 10 * 9).then(|| {
         format!(
-            "dram_size: {} instead of {} for this engine, because of {} ({}); to have all of it, {}",
+            "dram_size: {} instead of {} for this engine, because of {} ({}{who}); to have all of it, {}",
             show(got.bytes),
             show(wish.bytes),
             got.bound,
@@ -226,7 +228,7 @@ fn create(wish: &Wish<'_>, path: &Path, room: &Room, progress: &mut dyn FnMut(u6
         Ok(map) => {
             let counts = (layout.slots as u32, layout.table_slots as u32);
             let pool = Pool::assemble(map, path.to_owned(), counts, wish.geometry.clone(), locks)?;
-            let warnings = cut(wish, &machine, budget).into_iter().collect();
+            let warnings = cut(wish, &machine, room, budget).into_iter().collect();
             let mut removed: Vec<String> = ledger::describe_removed(&room.removed).into_iter().collect();
             removed.extend(room.replaced.map(|old| {
                 format!(

@@ -14,6 +14,7 @@ use crate::nvme::disk::{Completions, Description, Disk};
 use crate::nvme::snapshot::Entry;
 use crate::nvme::store::{Opened, Recovery, Store, Wish};
 use crate::nvme::{probe, recovery, space};
+use crate::pool::Pool;
 
 /// What a start tells about its nvme tier.
 #[derive(Debug, Clone)]
@@ -43,6 +44,16 @@ pub struct DiskReport {
 impl DiskReport {
     /// There is no tier, although one was asked for: the engine serves without it.
     fn none(dir: &Path, why: &Error) -> Self {
+        let warning = match why {
+            Error::Io { action, path, source, .. } => format!(
+                "the nvme tier holds nothing: {action} {} failed: {source}. nvme_dir needs room that is not in use, and \
+                 rights to write: free some, or set it to another disk. Memory serves without it",
+                path.display()
+            ),
+            _ => format!(
+                "there is no nvme tier: {why}. Raise nvme_size, set nvme_dir to another disk, or stop one of them"
+            ),
+        };
         Self {
             path: dir.display().to_string(),
             extents_max: 0,
@@ -53,9 +64,7 @@ impl DiskReport {
             taken: Vec::new(),
             why: String::new(),
             removed: Vec::new(),
-            warnings: vec![format!(
-                "there is no nvme tier: {why}. Raise nvme_size, set nvme_dir to another disk, or stop one of them"
-            )],
+            warnings: vec![warning],
         }
     }
 }
@@ -72,10 +81,11 @@ pub struct Identity<'a> {
 }
 
 /// Gives an engine that has a pool the nvme tier of its configuration, if there is one, and starts its mover. `engines`: of this machine that start
-/// together and share `nvme_size`. Where others have taken all of it there is no tier, no mover and a warning: a cache must not keep vLLM from serving.
+/// together and share `nvme_size`. Where others have taken all of it, or the system refuses (a disk that is full to the last block), there is no
+/// tier, no mover and a warning: a cache must not keep vLLM from serving, nor a disk the memory.
 ///
 /// # Errors
-/// Those of [`Store::open`] and of [`probe::open`]; the engine is as it was then.
+/// Those of [`Store::open`] and of [`probe::open`] that a user can mend in the configuration; the engine is as it was then.
 pub fn open_disk(
     engine: &Arc<Mutex<TierEngine>>,
     config: &Config,
@@ -83,9 +93,23 @@ pub fn open_disk(
     engines: u32,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Option<(Option<Mover>, DiskReport)>> {
-    let nvme = &config.nvme;
-    let Some(dir) = &nvme.dir else { return Ok(None) };
+    let Some(dir) = &config.nvme.dir else { return Ok(None) };
     let Some(pool) = lock(engine).pool().cloned() else { return Ok(None) };
+    match opened(engine, config, (dir, &pool), identity, engines, progress) {
+        Err(refused @ (Error::TryLater { .. } | Error::Io { .. })) => Ok(Some((None, DiskReport::none(dir, &refused)))),
+        outcome => outcome.map(Some),
+    }
+}
+
+fn opened(
+    engine: &Arc<Mutex<TierEngine>>,
+    config: &Config,
+    (dir, pool): (&Path, &Arc<Pool>),
+    identity: Identity<'_>,
+    engines: u32,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<(Option<Mover>, DiskReport)> {
+    let nvme = &config.nvme;
     let private = lock(engine).is_private();
     let reserve_bytes = nvme.reserve_bytes.unwrap_or_else(|| default_reserve(dir));
     let wish = Wish {
@@ -99,10 +123,7 @@ pub fn open_disk(
         reuse: identity.stable && !private,
         segment_bytes_max: None,
     };
-    let Opened { mut store, mut segments, recovery, taken, why, removed, mut warnings } = match Store::open(&wish) {
-        Err(full @ Error::TryLater { .. }) => return Ok(Some((None, DiskReport::none(dir, &full)))),
-        other => other?,
-    };
+    let Opened { mut store, mut segments, recovery, taken, why, removed, mut warnings } = Store::open(&wish)?;
     if private {
         store.bump_cache_generation()?;
     }
@@ -120,8 +141,8 @@ pub fn open_disk(
         }
     };
     let (jobs, inbox) = crossbeam_channel::unbounded();
-    let completions: Arc<dyn Completions> = Arc::new(ToMover::new(jobs.clone(), Arc::clone(&pool)));
-    let regions: Vec<Arc<dyn Region>> = vec![Arc::clone(&pool) as Arc<dyn Region>];
+    let completions: Arc<dyn Completions> = Arc::new(ToMover::new(jobs.clone(), Arc::clone(pool)));
+    let regions: Vec<Arc<dyn Region>> = vec![Arc::clone(pool) as Arc<dyn Region>];
     let disk = probe::open(nvme.engine, regions, &completions, store.path())?;
     for segment in segments {
         disk.add_segment(segment)?;
@@ -144,7 +165,7 @@ pub fn open_disk(
         problem: "no thread could be started".to_owned(),
         remedy: "Raise the limit on processes".to_owned(),
     })?;
-    Ok(Some((Some(mover), report)))
+    Ok((Some(mover), report))
 }
 
 fn install(

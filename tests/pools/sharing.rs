@@ -87,7 +87,10 @@ fn who_finds_nothing_left_learns_who_has_it_and_what_to_do() {
     let more = Purpose { total: purpose.total + purpose.bytes / 2, ..purpose.of_model(2) };
     let second = place.open(&more);
     assert_eq!(second.budget.expect("a fresh pool").bound, Bound::Engines);
-    assert!(second.warnings.len() == 1 && second.warnings[0].contains("other engines"), "{:?}", second.warnings);
+    assert_eq!(second.warnings.len(), 1, "{:?}", second.warnings);
+    for part in ["other engines", &pid] {
+        assert!(second.warnings[0].contains(part), "{:?}", second.warnings);
+    }
     // Nobody was told that a default is shared.
     let third = place.open(&Purpose { explicit: false, ..purpose.of_model(3) });
     assert_eq!(third.pool.slot_count(), 50);

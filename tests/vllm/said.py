@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+LOUD = (" WARNING ", " ERROR ")
+
 
 def warnings(log: Path, about: str) -> list[str]:
-    """Our warnings in which this is named."""
+    """What is more than information, is ours, and names this."""
     lines = log.read_text(errors="replace").splitlines()
-    return [line for line in lines if " WARNING " in line and "KV Cellar: " in line and about in line]
+    return [line for line in lines if "KV Cellar: " in line and about in line and any(loud in line for loud in LOUD)]
