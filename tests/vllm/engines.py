@@ -116,6 +116,19 @@ class Engine:
         """The engine's operation log so far."""
         return oplog.read(self.trace_file)
 
+    def wait_in_service(self) -> None:
+        """Lets the tiers come into service: beside other connectors that takes a few steps, not a handshake."""
+        end = time.monotonic() + deadline(SETTLE_S)
+        while time.monotonic() < end:
+            self.complete(NUDGE, max_tokens=1)
+            if self.metrics().cellar("in_service") == 1:
+                # The workers attach with the next steps.
+                for _ in range(3):
+                    self.complete(NUDGE, max_tokens=1)
+                return
+            time.sleep(0.05)
+        raise AssertionError("the tiers did not come into service")
+
     def settle(self) -> Snapshot:
         """Lets all copies end and all numbers arrive."""
         end = time.monotonic() + deadline(SETTLE_S)

@@ -64,6 +64,8 @@ def pair(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.T
             "kv_cache_memory_bytes": 64 << 20,
         }
         with nixl.open_pair(work_dir, pool_dir, transfers, **options) as pair:
+            for engine in (pair.prefill, pair.decode):
+                engine.call(Engine.wait_in_service)
             yield pair
 
 

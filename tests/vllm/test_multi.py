@@ -47,6 +47,7 @@ def engine(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> It
             "transfer": both,
         }
         with open_engine(work_dir, pool_dir, cellar={}, **options) as engine:
+            engine.wait_in_service()
             yield engine
 
 

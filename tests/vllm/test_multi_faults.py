@@ -11,6 +11,7 @@ import pytest
 
 from tests.vllm import beside, slow_copies, tiny_models
 from tests.vllm.engine_process import EngineProcess, start_engine
+from tests.vllm.engines import Engine
 from tests.vllm.places import temporary_pool_dir
 from tests.vllm.server import BLOCK_TOKENS, transfer_config
 
@@ -58,6 +59,7 @@ def engine(
         env = slow_copies.make(work_dir)
         with start_engine(work_dir, pool_dir, env=env, cellar={}, **options) as engine:
             engine.wait_ready()
+            engine.call(Engine.wait_in_service)
             yield engine
 
 

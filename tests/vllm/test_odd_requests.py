@@ -1,6 +1,7 @@
 """Nothing that a client chooses can hurt the engine: thousands of odd requests, and the engine is as it was."""
 
 import itertools
+import os
 import random
 from collections.abc import Iterator
 
@@ -13,7 +14,8 @@ from tests.vllm.prompts import prompt
 from tests.vllm.server import Server, open_server
 from tests.vllm.sizes import kv_mib
 
-REQUESTS = 2_000
+# All of them in a campaign: KVCELLAR_ODD_REQUESTS=2000.
+REQUESTS = int(os.environ.get("KVCELLAR_ODD_REQUESTS", "400"))
 # One answer under load, with others before it.
 ANSWER_S = 120.0
 
@@ -64,7 +66,7 @@ def test_a_wish_not_to_store_fails_towards_not_storing(server: Server, seed: int
 @pytest.mark.timeout(3600)
 def test_thousands_of_odd_requests_leave_the_engine_as_it_was(server: Server, seed: int) -> None:
     rng = random.Random(f"odd-{seed}")
-    requests = list(itertools.islice(OddRequests(rng), shrunk(REQUESTS, 400)))
+    requests = list(itertools.islice(OddRequests(rng), shrunk(REQUESTS, 100)))
     outcomes = send_all(server.url, requests, deadline(ANSWER_S))
     print(f"{len(requests)} requests, seed {seed}: {dict(outcomes)}")
     assert server.process.poll() is None, server.log_tail()
