@@ -31,11 +31,12 @@ pub fn fingerprint(
     facts["salt"] = config.namespace_salt.as_str().into();
     facts["groups"] = serde_json::to_value(grouping).unwrap_or_default();
     facts["slot"] = serde_json::to_value(geometry).unwrap_or_default();
-    // serde_json sorts the keys of an object, so equal facts give equal text.
     let text = facts.to_string();
     if let Some(facts) = facts.as_object_mut() {
         facts.remove(LABEL);
     }
+    // Objects keep the order in which they were written: equal facts have to give equal text.
+    facts.sort_all_objects();
     let fingerprint = xxh3_128(facts.to_string().as_bytes()).to_be_bytes();
     Ok((text, fingerprint))
 }
