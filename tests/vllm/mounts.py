@@ -27,6 +27,16 @@ def taken(directory: Path) -> int:
     return total
 
 
+def fill(directory: Path) -> None:
+    """Takes the file system of a directory to its last block."""
+    for size in (1 << 20, 1 << 12):
+        with (directory / f"others-{size}").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(size)) == size:
+                pass
+            os.fsync(file.fileno())
+    os.sync()
+
+
 @contextlib.contextmanager
 def _mounted(*command: str) -> Iterator[Path]:
     """Mounts something on a directory of its own, and takes it down again; files that are still open stay theirs."""

@@ -19,7 +19,7 @@ from tests.vllm.answers import Answer, assert_identical
 from tests.vllm.engine_process import EngineProcess, start_engine
 from tests.vllm.engines import Engine
 from tests.vllm.metrics import Snapshot
-from tests.vllm.mounts import memory_dir, small_disk
+from tests.vllm.mounts import fill, memory_dir, small_disk
 from tests.vllm.places import temporary_disk_dir, temporary_pool_dir
 from tests.vllm.processes import kill, wait_until
 from tests.vllm.prompts import prompt
@@ -135,10 +135,7 @@ def test_ten_changes_of_namespace_stay_within_both_sizes(model: Path, tmp_path: 
 def test_a_full_disk_is_told_and_memory_serves(model: Path, tmp_path: Path, prompts: list[list[int]]) -> None:
     """Somebody else has filled it before the start."""
     with temporary_pool_dir() as pool_dir, small_disk(128 * MIB) as disk:
-        with (disk / "others").open("wb") as file, contextlib.suppress(OSError):
-            while True:
-                file.write(bytes(MIB))
-                file.flush()
+        fill(disk)
         cellar = {"dram_size": POOL_BYTES, "nvme_dir": str(disk), "nvme_size": 64 * MIB, "nvme_reserve": 0}
         with start(tmp_path, pool_dir, "full", cellar, model) as engine:
             engine.wait_ready()
