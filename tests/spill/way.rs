@@ -146,9 +146,11 @@ fn a_disk_without_room_is_told_with_the_reason() {
 
 #[test]
 fn an_engine_for_which_no_disk_is_left_serves_from_memory() {
-    let places = Places::new();
+    // Memory of its own for each; the disk is one.
+    let (places, elsewhere) = (Places::new(), Places::new());
     let mut first = Rig::open(&places, 34, "64MiB", "");
-    let mut second = Rig::open(&places, 34, "64MiB", "");
+    let mut second =
+        Rig::try_open(elsewhere.pool.path(), places.disk.path(), 34, "64MiB", "").expect("an engine with memory alone");
     assert_eq!((first.report().warnings.len(), second.report().extents_max), (0, 0));
     let told = second.report().warnings.join("");
     assert!(told.contains("nvme_size 64.0 MiB") && told.contains(&std::process::id().to_string()), "{told}");

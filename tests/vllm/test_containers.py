@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.deadlines import deadline
 from tests.vllm import tiny_models
 from tests.vllm.answers import assert_identical
 from tests.vllm.confined import GROUP_ROOM_BYTES, SHARED_BYTES
@@ -28,7 +29,7 @@ WISH = "1GiB"
 
 pytestmark = [
     pytest.mark.usefixtures("vllm_installed"),
-    pytest.mark.timeout(3600),
+    pytest.mark.timeout(deadline(3600)),
     pytest.mark.skipif(os.geteuid() != 0, reason="a mount namespace of its own can be made by root only"),
 ]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.deadlines import deadline
 from tests.vllm import tiny_models
 from tests.vllm.answers import Answer, assert_identical
 from tests.vllm.engine_process import EngineProcess, start_engine
@@ -35,7 +36,7 @@ ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 # A part that was rounded down to whole slots, or segments.
 NEARLY = 0.9
 
-pytestmark = [pytest.mark.usefixtures("vllm_installed"), pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.usefixtures("vllm_installed"), pytest.mark.timeout(deadline(3600))]
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.deadlines import deadline
 from tests.vllm import nixl, tiny_models
 from tests.vllm.answers import Answer
 from tests.vllm.engine_process import OverThereError
@@ -25,7 +26,7 @@ ROUNDS = 2
 LENGTHS = [2 * BLOCK_TOKENS, 5 * BLOCK_TOKENS + 1, 11 * BLOCK_TOKENS - 1]
 ORDERS = {"nixl_first": ("nixl", "ours"), "ours_first": ("ours", "nixl")}
 # Starting two engines counts, on cores that others use too.
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(deadline(1200))
 EXTERNAL = "vllm:external_prefix_cache_hits_total"
 
 

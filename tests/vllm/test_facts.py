@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.deadlines import deadline
 from tests.vllm import tiny_models
 from tests.vllm.engines import environment
 
@@ -289,7 +290,7 @@ def test_every_neutral_field_has_a_reason_and_each_class_exists() -> None:
     assert [name for name in named if not hasattr(config, name)] == []
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(deadline(1200))
 def test_two_processes_write_the_same_configuration_in_the_same_words(llama: Path) -> None:
     """Addresses, orders of sets and hashes of strings differ from process to process; the facts do not."""
     program = (

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.deadlines import deadline
 from tests.vllm import beside, slow_copies, tiny_models
 from tests.vllm.engine_process import EngineProcess, start_engine
 from tests.vllm.engines import Engine
@@ -32,7 +33,7 @@ STAND_IN: dict[str, Any] = {
     "kv_role": "kv_both",
     "kv_connector_module_path": "tests.vllm.stand_in",
 }
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(deadline(1200))
 
 
 @pytest.fixture(scope="module", params=["ours_first", "other_first"])

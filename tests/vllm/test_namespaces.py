@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.deadlines import deadline
 from tests.vllm import tiny_models
 from tests.vllm.answers import Answer, assert_identical
 from tests.vllm.engine_process import EngineProcess, start_engine
@@ -39,7 +40,7 @@ PROMPT_BLOCKS = 20
 PROMPTS = 4
 ANSWER_TOKENS = 4
 
-pytestmark = [pytest.mark.usefixtures("vllm_installed"), pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.usefixtures("vllm_installed"), pytest.mark.timeout(deadline(3600))]
 
 
 @pytest.fixture(scope="module")

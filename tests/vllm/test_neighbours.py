@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.deadlines import deadline
 from tests.vllm import tiny_models
 from tests.vllm.engine_process import start_engine
 from tests.vllm.engines import Engine
@@ -105,7 +106,7 @@ def shaken(_engine: Engine) -> list[tuple[int, int]]:
     return desk.shaken
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(deadline(900))
 @pytest.mark.parametrize("first", ["ours", "theirs"])
 def test_beside_a_handshake_both_know_their_ranks(model: Path, tmp_path: Path, first: str, seed: int) -> None:
     """vLLM carries one payload a rank, and a connector that gets another's refuses to start."""

@@ -63,7 +63,7 @@ def test_a_wish_not_to_store_fails_towards_not_storing(server: Server, seed: int
     assert after.cellar("left_out_requests_total") > 0
 
 
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(deadline(3600))
 def test_thousands_of_odd_requests_leave_the_engine_as_it_was(server: Server, seed: int) -> None:
     rng = random.Random(f"odd-{seed}")
     requests = list(itertools.islice(OddRequests(rng), shrunk(REQUESTS, 100)))
