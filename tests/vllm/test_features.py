@@ -1,7 +1,6 @@
 """Features of vLLM beside which nobody had tried us, each end to end: hits where they are right, and nothing else."""
 
 import contextlib
-import logging
 import random
 import time
 from collections.abc import Iterator
@@ -49,20 +48,6 @@ def pool_dir() -> Iterator[Path]:
         yield path
 
 
-@pytest.fixture
-def log(vllm_installed: None) -> Iterator[list[str]]:
-    """What vLLM's logger was told in this process, from warnings upwards."""
-    import vllm.logger  # noqa: F401  (whose import takes all handlers away)
-
-    lines: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("vllm")
-    logger.addHandler(handler)
-    yield lines
-    logger.removeHandler(handler)
-
-
 def some_prompt(rng: random.Random, length: int = PROMPT_TOKENS) -> list[int]:
     return prompt(rng, length, first=0, last=tiny_models.VOCABULARY - 1)
 
@@ -77,13 +62,15 @@ def started(
 
 
 def test_without_prefix_caching_vllm_serves_without_us_and_says_which_key_changes_that(
-    llama: Path, tmp_path: Path, pool_dir: Path, tokens: list[int], log: list[str]
+    llama: Path, tmp_path: Path, pool_dir: Path, tokens: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     with started(tmp_path, pool_dir, llama, "off", **WITHOUT) as engine:
         answers = [reuse.ask(engine, tokens) for _ in range(2)]
     assert [answer.cached_tokens for answer in answers] == [0, 0]
     assert_identical(*answers, "the same without us")
-    assert [line.count('Write "without_prefix_caching": true') for line in log if "KV Cellar" in line] == [1]
+    warnings = [record for record in caplog.records if "KV Cellar" in record.getMessage()]
+    assert [record.levelname for record in warnings] == ["WARNING"]
+    assert warnings[0].getMessage().count('Write "without_prefix_caching": true') == 1
     assert not list(pool_dir.iterdir()), "a pool that nobody uses"
 
 
@@ -197,7 +184,7 @@ def pooling(kind: str) -> dict[str, Any]:
 
 
 def test_mean_pooling_which_needs_whole_prompts_is_served_without_us(
-    tmp_path: Path, pool_dir: Path, tokens: list[int], log: list[str]
+    tmp_path: Path, pool_dir: Path, tokens: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Seen to end EngineCore at the second, equal text."""
     more = {"enable_prefix_caching": None, "enable_chunked_prefill": None, **pooling("MEAN")}
@@ -205,7 +192,7 @@ def test_mean_pooling_which_needs_whole_prompts_is_served_without_us(
         first, second = (embedding(engine, tokens) for _ in range(2))
     assert first == second
     assert len(set(first)) > 1
-    assert any("MEAN pooling needs every prompt computed whole" in line for line in log)
+    assert "MEAN pooling needs every prompt computed whole" in caplog.text
     assert not list(pool_dir.iterdir())
 
 
