@@ -129,3 +129,79 @@ def adapter(path: Path, model: Path, seed: int, *, rank: int = 8, spread: float 
     }
     (path / "adapter_config.json").write_text(json.dumps(settings))
     return path
+
+
+IMAGE_PIXELS = 64
+# Each image takes so many tokens, at the beginning of the prompt.
+IMAGE_TOKENS = 64
+IMAGE_TOKEN = VOCABULARY - 1
+
+
+def blip(path: Path) -> Path:
+    """A BLIP-2 with its processor. Its text is token ids; its parts are those that run without torchvision."""
+    from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig
+
+    vision = Blip2VisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=IMAGE_PIXELS,
+        patch_size=IMAGE_PIXELS // 4,
+        initializer_range=SPREAD,
+    )
+    queries = Blip2QFormerConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        encoder_hidden_size=64,
+        initializer_range=SPREAD,
+    )
+    text = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        word_embed_proj_dim=128,
+        ffn_dim=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=2048,
+        init_std=SPREAD,
+    )
+    config = Blip2Config(
+        vision_config=vision,
+        qformer_config=queries,
+        text_config=text,
+        num_query_tokens=IMAGE_TOKENS,
+        image_token_index=IMAGE_TOKEN,
+        initializer_range=SPREAD,
+    )
+    _save(config, _blip_with_queries, path)
+    _blip_processor().save_pretrained(path)
+    return path
+
+
+def _blip_with_queries(config: Any) -> Any:
+    """Queries are zeros in a new model, and all tokens of an image the same."""
+    import torch
+    from transformers import Blip2ForConditionalGeneration
+
+    model = Blip2ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.query_tokens)
+    return model
+
+
+def _blip_processor() -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import Blip2Processor, BlipImageProcessorPil, PreTrainedTokenizerFast
+
+    words = {f"t{number}": number for number in range(IMAGE_TOKEN)} | {"<image>": IMAGE_TOKEN}
+    bare = Tokenizer(WordLevel(words, unk_token="t0"))  # noqa: S106  (no password)
+    bare.pre_tokenizer = WhitespaceSplit()
+    names = {"unk_token": "t0", "eos_token": "t2", "pad_token": "t1"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, **names)
+    images = BlipImageProcessorPil(size={"height": IMAGE_PIXELS, "width": IMAGE_PIXELS})
+    return Blip2Processor(image_processor=images, tokenizer=tokenizer, num_query_tokens=IMAGE_TOKENS)
