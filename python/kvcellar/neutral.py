@@ -229,6 +229,7 @@ VARIABLES: dict[str, str] = {
     "VLLM_DEBUG_MFU_METRICS": _WATCHING,
     "VLLM_DEBUG_WORKSPACE": _WATCHING,
     "VLLM_DISABLE_COMPILE_CACHE": _COMPILED,
+    "VLLM_DIST_IDENT": "a name that the CPU worker draws at each start",
     "VLLM_DISABLE_LOG_LOGO": _WATCHING,
     "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "what requests are called",
     "VLLM_DO_NOT_TRACK": _WATCHING,

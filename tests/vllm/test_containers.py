@@ -28,6 +28,7 @@ ANSWER_TOKENS = 4
 WISH = "1GiB"
 
 pytestmark = [
+    pytest.mark.soak,
     pytest.mark.usefixtures("vllm_installed"),
     pytest.mark.timeout(deadline(3600)),
     pytest.mark.skipif(os.geteuid() != 0, reason="a mount namespace of its own can be made by root only"),

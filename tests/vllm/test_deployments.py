@@ -36,7 +36,7 @@ ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 # A part that was rounded down to whole slots, or segments.
 NEARLY = 0.9
 
-pytestmark = [pytest.mark.usefixtures("vllm_installed"), pytest.mark.timeout(deadline(3600))]
+pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("vllm_installed"), pytest.mark.timeout(deadline(3600))]
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ OPTIONS: dict[str, Any] = {
 }
 CELLAR = {"dram_size": "64MiB", "verify_loads": True}
 
-pytestmark = [pytest.mark.usefixtures("vllm_installed"), pytest.mark.e2e]
+pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("vllm_installed"), pytest.mark.e2e]
 
 
 @pytest.fixture(scope="module")

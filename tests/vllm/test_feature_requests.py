@@ -19,7 +19,7 @@ from tests.vllm.server import BLOCK_TOKENS
 PROMPT_TOKENS = 6 * BLOCK_TOKENS + 5
 CELLAR = {"dram_size": "64MiB", "verify_loads": True}
 
-pytestmark = [pytest.mark.usefixtures("vllm_installed"), pytest.mark.e2e]
+pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("vllm_installed"), pytest.mark.e2e]
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ ANSWER_TOKENS = 5
 PIECES = (3 * BLOCK_TOKENS + 7, BLOCK_TOKENS + 9, 2 * BLOCK_TOKENS + 3)
 PIECE_S = 60.0
 
-pytestmark = [pytest.mark.usefixtures("vllm_installed"), pytest.mark.e2e]
+pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("vllm_installed"), pytest.mark.e2e]
 
 
 @dataclass

@@ -133,6 +133,7 @@ def test_ten_changes_of_namespace_stay_within_both_sizes(model: Path, tmp_path: 
     assert went == {"pools": NAMESPACES, "stores": NAMESPACES}
 
 
+@pytest.mark.soak
 def test_a_full_disk_is_told_and_memory_serves(model: Path, tmp_path: Path, prompts: list[list[int]]) -> None:
     """Somebody else has filled it before the start."""
     with temporary_pool_dir() as pool_dir, small_disk(128 * MIB) as disk:

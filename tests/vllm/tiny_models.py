@@ -1,6 +1,7 @@
 """Tiny random models with a fixed seed. They say nothing sensible, but their logprobs depend on every byte of KV."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ MODEL_SEED = 7
 VOCABULARY = 512
 # Wide enough that attention weighs tokens differently and a wrong block shows in the logprobs.
 SPREAD = 0.2
+# Longer than the second in which the system says when a process began.
+SETTLE_S = 2.0
 
 
 def _save(config: Any, causal_lm: Any, path: Path) -> Path:
@@ -16,6 +19,8 @@ def _save(config: Any, causal_lm: Any, path: Path) -> Path:
     torch.manual_seed(MODEL_SEED)
     model = causal_lm(config).to(torch.bfloat16)
     model.save_pretrained(path, safe_serialization=True)
+    # An engine that starts in the same moment cannot know whether it read these files or earlier ones.
+    time.sleep(SETTLE_S)
     return path
 
 
