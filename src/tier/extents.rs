@@ -1,6 +1,6 @@
 //! Which block is in the nvme tier, in which state: the one place that changes it.
 //!
-//! States and what follows from what are [`super::extent_state`]'s. Every change of a running engine goes through `Extents::transition`, which also keeps the counts and the free
+//! States and what follows from what are `super::extent_state`'s. Every change of a running engine goes through `Extents::transition`, which also keeps the counts and the free
 //! list and appends the event; nothing else may. A committed extent that nobody reads is in the order of eviction, and only then.
 
 use super::extent_state::{Change, State};
