@@ -164,14 +164,14 @@ def test_directories_without_rights_are_told(pool_dir: Path, disk_dir: Path) -> 
 def test_engines_share_a_size_and_the_second_model_learns_it(pool_dir: Path) -> None:
     ranks = json.dumps([{"block_bytes": [2 * PAGE], "replica_of": None}])
     first, second, third = (TierEngine(config(pool_dir), GROUPING) for _ in range(3))
-    one = first.open_pool(ranks, '{"model": "a"}', True, lambda done, total: None, engines=2)
-    two = second.open_pool(ranks, '{"model": "b"}', True, lambda done, total: None, engines=2)
+    one = first.open_pool(ranks, '{"weights": "a"}', True, lambda done, total: None, engines=2)
+    two = second.open_pool(ranks, '{"weights": "b"}', True, lambda done, total: None, engines=2)
     assert one.bytes + two.bytes <= 1 << 20 and one.slots == two.slots
     assert one.warnings == two.warnings == [] and one.removed == []
     with pytest.raises(ConfigError, match=r"dram_size.*process \d+ has.*Write a larger"):
-        third.open_pool(ranks, '{"model": "c"}', True, lambda done, total: None)
+        third.open_pool(ranks, '{"weights": "c"}', True, lambda done, total: None)
     first.close()
-    report = third.open_pool(ranks, '{"model": "c"}', True, lambda done, total: None)
+    report = third.open_pool(ranks, '{"weights": "c"}', True, lambda done, total: None)
     assert len(report.removed) == 1 and "removed 1 leftover" in report.removed[0]
     assert len(report.warnings) == 1 and "dram_size" in report.warnings[0]
 
