@@ -61,6 +61,7 @@ def started(
         yield engine
 
 
+@pytest.mark.soak
 def test_without_prefix_caching_vllm_serves_without_us_and_says_which_key_changes_that(
     llama: Path, tmp_path: Path, pool_dir: Path, tokens: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -130,6 +131,7 @@ def in_a_process(  # noqa: PLR0917  (read by place: where, with what, and what i
         return engine.call(function, *what)
 
 
+@pytest.mark.soak
 def test_what_weights_of_a_running_engine_computed_is_never_used_by_a_start_from_files(
     llama: Path, tmp_path: Path, pool_dir: Path, tokens: list[int], rng: random.Random
 ) -> None:
@@ -183,6 +185,7 @@ def pooling(kind: str) -> dict[str, Any]:
     return {**kinds, "skip_tokenizer_init": False, "max_num_seqs": 4}
 
 
+@pytest.mark.soak
 def test_mean_pooling_which_needs_whole_prompts_is_served_without_us(
     tmp_path: Path, pool_dir: Path, tokens: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -196,6 +199,7 @@ def test_mean_pooling_which_needs_whole_prompts_is_served_without_us(
     assert not list(pool_dir.iterdir())
 
 
+@pytest.mark.soak
 def test_last_pooling_is_identical_after_a_hit_of_ours(tmp_path: Path, pool_dir: Path, tokens: list[int]) -> None:
     with started(tmp_path, pool_dir, real_model(), "last", **pooling("LAST")) as engine:
         embedding(engine, tokens)

@@ -40,7 +40,7 @@ PROMPT_BLOCKS = 20
 PROMPTS = 4
 ANSWER_TOKENS = 4
 
-pytestmark = [pytest.mark.usefixtures("vllm_installed"), pytest.mark.timeout(deadline(3600))]
+pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("vllm_installed"), pytest.mark.timeout(deadline(3600))]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,6 @@ def test_ten_changes_of_namespace_stay_within_both_sizes(model: Path, tmp_path: 
     assert went == {"pools": NAMESPACES, "stores": NAMESPACES}
 
 
-@pytest.mark.soak
 def test_a_full_disk_is_told_and_memory_serves(model: Path, tmp_path: Path, prompts: list[list[int]]) -> None:
     """Somebody else has filled it before the start."""
     with temporary_pool_dir() as pool_dir, small_disk(128 * MIB) as disk:
