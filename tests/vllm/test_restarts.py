@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def test_a_model_that_was_downloaded_again_keeps_its_cache_whatever_else_is_set_
     first = answer(tmp_path, pool_dir, tokens, "first", model=llama, **own)
     fresh = tmp_path / "another" / "folder"
     shutil.copytree(llama, fresh, copy_function=shutil.copy)
+    time.sleep(tiny_models.SETTLE_S)
     others = {
         "served_model_name": ["renamed"],
         "max_num_seqs": 3,
@@ -109,6 +111,7 @@ def test_other_weights_in_the_same_folder_find_nothing(
 
     folder = tmp_path / "model"
     shutil.copytree(llama, folder)
+    time.sleep(tiny_models.SETTLE_S)
     first = answer(tmp_path, pool_dir, tokens, "first", model=folder)
     path = folder / "model.safetensors"
     times, tensors = path.stat(), load_file(path)
@@ -116,6 +119,7 @@ def test_other_weights_in_the_same_folder_find_nothing(
     tensors[changed] = (tensors[changed].to(torch.float32) * -3).to(tensors[changed].dtype)
     save_file(tensors, path, {"format": "pt"})
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    time.sleep(tiny_models.SETTLE_S)
     cold = answer(tmp_path, pool_dir, tokens, "cold", ours=False, model=folder)
     second = answer(tmp_path, pool_dir, tokens, "second", model=folder)
     assert second.cached_tokens == 0
