@@ -21,7 +21,8 @@ from tests.vllm.server import BLOCK_TOKENS, open_server
 ANSWER_TOKENS = 4
 PROMPT_TOKENS = 6 * BLOCK_TOKENS + 5
 HIT_TOKENS = 6 * BLOCK_TOKENS
-CELLAR = {"dram_size": "64MiB", "verify_loads": True}
+# Room for the pools of two lives: each start takes half of it.
+CELLAR = {"dram_size": "128MiB", "local_engines": 2, "verify_loads": True}
 TINY = {"skip_tokenizer_init": True, "max_num_batched_tokens": 1024, "kv_cache_memory_bytes": 1 << 27}
 
 pytestmark = [pytest.mark.usefixtures("vllm_installed"), pytest.mark.e2e]
