@@ -3,6 +3,9 @@
 import json
 import os
 import struct
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -94,7 +97,15 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         content.digest_file(tmp_path)
 
 
-def test_a_process_began_before_now_and_after_the_machine() -> None:
-    import time
-
-    assert 0 < content.process_start_ns() < time.time_ns()
+def test_a_file_is_known_to_be_older_or_younger_than_a_process(tmp_path: Path) -> None:
+    """Written a moment before a process began, and as its first act."""
+    older, younger = tmp_path / "older", tmp_path / "younger"
+    older.write_text("x")
+    time.sleep(0.3)
+    program = (
+        "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('x')\n"
+        "from kvcellar.content import process_start_ns; print(process_start_ns())"
+    )
+    run = subprocess.run([sys.executable, "-c", program, str(younger)], check=True, capture_output=True, text=True)
+    began_ns = int(run.stdout)
+    assert older.stat().st_ctime_ns < began_ns < younger.stat().st_ctime_ns

@@ -75,7 +75,7 @@ def test_a_model_that_was_downloaded_again_keeps_its_cache_whatever_else_is_set_
         "kv_cache_memory_bytes": 1 << 26,
         "max_num_batched_tokens": 512,
         "seed": 9,
-        "env": {**env, "VLLM_LOGGING_LEVEL": "WARNING"},
+        "env": {**env, "VLLM_LOGGING_LEVEL": "INFO"},
     }
     second = answer(tmp_path, pool_dir, tokens, "second", model=fresh, **{**own, **others})
     assert len(pool_files(pool_dir)) == 1, [json.loads(_facts(path)) for path in pool_files(pool_dir)]
