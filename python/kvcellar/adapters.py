@@ -62,10 +62,6 @@ class AdapterReport:
 
     ranks: dict[int, RankLoads]
 
-    def joined(self, other: "AdapterReport") -> "AdapterReport":
-        """Both reports; of one rank the other's, which is later."""
-        return AdapterReport({**self.ranks, **other.ranks})
-
 
 def digest(path: str) -> bytes | None:
     """What an adapter's files hold, 16 bytes; `None` where that cannot be known.

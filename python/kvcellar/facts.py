@@ -72,11 +72,6 @@ def identify(vllm_config: VllmConfig, offers: Sequence[RankOffer]) -> Facts:
     return Facts(json.dumps(facts, sort_keys=True), tuple(doubts), details)
 
 
-def collect(vllm_config: VllmConfig, offers: list[RankOffer]) -> str:
-    """The facts as JSON, for the native engine to take the fingerprint of."""
-    return identify(vllm_config, offers).text
-
-
 def hashes_are_stable(vllm_config: VllmConfig) -> bool:
     """Whether block hashes mean the same after a restart."""
     algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)

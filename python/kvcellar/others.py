@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from operator import attrgetter
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from kvcellar.groups import Groups
@@ -38,12 +37,11 @@ class ForeignBlocks:
         for table in tables:
             self._blocks.difference_update(table)
 
-    def step(self, output: SchedulerOutput, handed: Sequence[Sequence[int]], manager: KVCacheManager) -> list[int]:
+    def step(self, handed: Sequence[Sequence[int]], manager: KVCacheManager) -> list[int]:
         """Take note of a step.
 
         Args:
-            output: what vLLM has scheduled. Requests that wait for another connector are not in it.
-            handed: blocks that this step computes.
+            handed: blocks that this step computes. Those of requests that wait for another connector are not in it.
             manager: vLLM's block tables.
 
         Returns:

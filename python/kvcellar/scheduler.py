@@ -229,6 +229,13 @@ class SchedulerSide:
         self._left_out.add(request, why)
         self._counted = True
 
+    def _let_go(self, known: KnownRequest, why: UnusableRequest) -> None:
+        """Leave out a request that the native engine knows already."""
+        request = known.request
+        self._leave_out(request, why)
+        self._requests.pop(request.request_id, None)
+        self._engine.finish(known.name, request.num_prompt_tokens, request.num_tokens, None)
+
     def _adapter(self, request: Request) -> bytes:
         """The identity of the request's LoRA adapter, which its blocks are kept under; empty without one.
 
@@ -332,7 +339,7 @@ class SchedulerSide:
         foreign: list[int] = []
         if self._foreign is not None and self._manager is not None:
             handed = handed_out(output, self._groups)
-            foreign = self._foreign.step(output, handed, self._manager)
+            foreign = self._foreign.step(handed, self._manager)
         offers = []
         for request_id, scheduled in output.num_scheduled_tokens.items():
             known = self._requests.get(request_id)
@@ -392,9 +399,7 @@ class SchedulerSide:
                 start = min(start, known.offered[index] * group.block_tokens)
                 groups.append(known.take_group(index, self._groups, fresh[index], ready))
         except UnusableRequest as error:
-            self._leave_out(request, error)
-            self._requests.pop(request.request_id, None)
-            self._engine.finish(known.name, request.num_prompt_tokens, request.num_tokens, None)
+            self._let_go(known, error)
             return None
         known.next_tokens = next_tokens or min(
             (offered + 1) * group.block_tokens
@@ -449,14 +454,12 @@ class SchedulerSide:
         if not exchanged or self._closed:
             return
         running = [
-            known.request
+            known
             for known in self._requests.values()
             if known.request.lora_request is not None and known.request.lora_request.lora_int_id in exchanged
         ]
-        for request in running:
-            known = self._requests.pop(request.request_id)
-            self._leave_out(request, UnusableRequest("its LoRA adapter was exchanged while it ran"))
-            self._engine.finish(known.name, request.num_prompt_tokens, request.num_tokens, None)
+        for known in running:
+            self._let_go(known, UnusableRequest("its LoRA adapter was exchanged while it ran"))
         if running:
             logger.warning(
                 "KV Cellar: a LoRA adapter was exchanged while requests ran with it. What they stored since cannot be "
