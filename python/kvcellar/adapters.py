@@ -11,8 +11,8 @@ import os
 import threading
 import time
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -46,10 +46,12 @@ class RankLoads:
     Attributes:
         epoch: grows when loads may have been missed; whatever was known before is void.
         loaded: by adapter number, the digest of its files, or `None` where it cannot be known.
+        since: the step after which the rank told last; what is new was loaded after that step.
     """
 
     epoch: int
     loaded: dict[int, bytes | None]
+    since: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class Loads:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _epoch: int = 0
     _changed: bool = True
+    _told: int = 0
     _installed: Callable[..., Any] | None = None
 
     def observe(self) -> None:
@@ -177,17 +180,23 @@ class Loads:
                 notes.popitem(last=False)
             self._changed = True
 
-    def take_report(self, rank: int) -> AdapterReport | None:
-        """This rank's state if it changed since the last call; the first call always returns one."""
+    def take_report(self, rank: int, step: int) -> AdapterReport | None:
+        """This rank's state if it changed since the last call; the first call always returns one.
+
+        Args:
+            rank: this worker's.
+            step: the number of the step that has just been computed.
+        """
         self.observe()
         with self._lock:
+            since, self._told = self._told, step
             if not self._changed:
                 return None
             self._changed = False
             # Two engines in one process share the class, and numbers of adapters are each engine's own.
             managers = list(self._by_manager.values())
             loaded = dict(managers[0]) if len(managers) == 1 else {}
-            return AdapterReport({rank: RankLoads(self._epoch, loaded)})
+            return AdapterReport({rank: RankLoads(self._epoch, loaded, since)})
 
 
 LOADS: Final = Loads()
@@ -227,6 +236,8 @@ class Adapters:
         self._reported: dict[int, RankLoads] = {}
         self._given: dict[int, bytes] = {}
         self._asked = 0
+        # Requests that finished while steps with them may still be under way: the adapter's number, their last step.
+        self._finished: deque[tuple[int, int]] = deque()
 
     def confirm(self, report: AdapterReport) -> frozenset[int]:
         """Ranks have told what they loaded.
@@ -242,6 +253,19 @@ class Adapters:
         present = {number for rank in self._reported.values() for number in rank.loaded}
         self._given = {number: given for number, given in self._given.items() if number in present - wrong}
         return frozenset(wrong)
+
+    def finished(self, number: int, last_step: int) -> None:
+        """A request with this adapter has finished; ``last_step`` is the last one it was scheduled in."""
+        self._finished.append((number, last_step))
+
+    def heard_until(self, step: int) -> None:
+        """Every rank has told what it loaded before this step's end: requests that ended before are settled."""
+        while self._finished and self._finished[0][1] <= step:
+            self._finished.popleft()
+
+    def finished_since(self, numbers: Collection[int], step: int) -> bool:
+        """Whether a request with one of these adapters was computed after this step, and has finished."""
+        return any(number in numbers and last_step > step for number, last_step in self._finished)
 
     def _contradicts(self, number: int, given: bytes) -> bool:
         return any(rank.loaded.get(number, given) != given for rank in self._reported.values())

@@ -23,6 +23,7 @@ class StepMetadata(KVConnectorMetadata):
         loads: the loads that ``plan`` orders: our name of each request, and vLLM's id of it.
         failed: vLLM's ids of requests whose load was never ordered: every worker reports them failed.
         retire: the scheduler's side is out of service: finish what is under way and let go of the pool.
+        number: of the step, from 1; 0 where nobody counts, which is wherever there are no LoRA adapters.
     """
 
     plan: bytes
@@ -31,6 +32,7 @@ class StepMetadata(KVConnectorMetadata):
     loads: Mapping[str, str] = field(default_factory=dict)
     failed: tuple[str, ...] = ()
     retire: bool = False
+    number: int = 0
 
 
 @dataclass

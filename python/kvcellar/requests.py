@@ -55,11 +55,13 @@ class KnownRequest:
         loaded: tokens we were asked to load since then.
         limit: tokens from which on nothing is offered, because another connector loaded them; None: no such tokens.
         scheduled: vLLM has scheduled the request since the last lookup.
+        last_step: number of the last step that it was scheduled in; see `StepMetadata`.
     """
 
     __slots__ = (
         "hashes",
         "last_hash",
+        "last_step",
         "limit",
         "loaded",
         "local",
@@ -75,6 +77,7 @@ class KnownRequest:
         self.name = name
         self.hashes = 0
         self.last_hash: bytes | None = None
+        self.last_step = 0
         self.looked_up(0, groups)
 
     def looked_up(self, local: int, groups: Groups) -> None:

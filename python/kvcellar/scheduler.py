@@ -74,6 +74,9 @@ class SchedulerSide:
         self._left_out_ids: set[str] = set()
         self._left_out = LeftOut()
         self._adapters = Adapters(self._world())
+        # Number of the step that was planned last: it tells which requests ran with an adapter that was exchanged.
+        self._step = 0
+        self._numbers_steps = vllm_config.lora_config is not None
         self._names = 0
         # Loads that vLLM waits for, and those of them that no step has ordered yet: vLLM's id and the engine's name.
         self._loading: dict[str, str] = {}
@@ -319,6 +322,8 @@ class SchedulerSide:
         known = self._requests.pop(request.request_id, None)
         if known is None or self._retired:
             return
+        if request.lora_request is not None:
+            self._adapters.finished(request.lora_request.lora_int_id, known.last_step)
         self._active = self._counted = True
         offer = None
         if not known.was_rewritten():
@@ -333,6 +338,9 @@ class SchedulerSide:
         """Plan the copies of a step that vLLM has just scheduled."""
         if self._retired:
             return self.orders_of_the_retired()
+        if self._numbers_steps:
+            self._step += 1
+            self._adapters.heard_until(self._step - self._vllm_config.max_concurrent_batches)
         if self._measures_prefill:
             self._time_step(output.total_num_scheduled_tokens)
         handed: list[list[int]] | None = None
@@ -346,12 +354,13 @@ class SchedulerSide:
             if known is None:
                 continue
             known.scheduled = True
+            known.last_step = self._step
             ready = known.request.num_computed_tokens + scheduled
             # Most decode steps complete no block: nothing else is looked at then.
             if ready >= known.next_tokens and (offer := self._offer(known, ready)) is not None:
                 offers.append(offer)
         if not (offers or foreign or self._active or self._ticket is not None):
-            return _NOTHING
+            return StepMetadata(b"", number=self._step) if self._numbers_steps else _NOTHING
         self._counted = True
         if handed is None:
             handed = handed_out(output, self._groups)
@@ -362,7 +371,8 @@ class SchedulerSide:
         self._active = not quiet
         ordered, self._unordered = self._unordered, {}
         loads = {name: request_id for request_id, name in ordered.items()}
-        return StepMetadata(plan, ticket, self._front_end if ticket is not None else None, loads)
+        front_end = self._front_end if ticket is not None else None
+        return StepMetadata(plan, ticket, front_end, loads, number=self._step)
 
     def _time_step(self, tokens: int) -> None:
         """Tell the engine how long the last step's prefill took: until this one, if vLLM did not idle in between.
@@ -449,18 +459,21 @@ class SchedulerSide:
             self._open_beside_requests()
 
     def _hear_of_adapters(self, report: AdapterReport) -> None:
-        """Act on what a rank has loaded: requests that run with an exchanged adapter may have stored wrong blocks."""
+        """Act on what a rank has loaded: requests that ran with an exchanged adapter may have stored wrong blocks."""
         exchanged = self._adapters.confirm(report)
         if not exchanged or self._closed:
             return
+        since = min(rank.since for rank in report.ranks.values())
+        ran = self._adapters.finished_since(exchanged, since)
         running = [
             known
             for known in self._requests.values()
             if known.request.lora_request is not None and known.request.lora_request.lora_int_id in exchanged
         ]
         for known in running:
+            ran = ran or known.last_step > since
             self._let_go(known, UnusableRequest("its LoRA adapter was exchanged while it ran"))
-        if running:
+        if ran:
             logger.warning(
                 "KV Cellar: a LoRA adapter was exchanged while requests ran with it. What they stored since cannot be "
                 "told apart, so both tiers are emptied"

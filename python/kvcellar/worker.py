@@ -55,6 +55,7 @@ class WorkerSide:
         # Loads that were ordered and not reported: the native worker's name of each request, and vLLM's id of it.
         self._loads: dict[str, str] = {}
         self._never_ordered: set[str] = set()
+        self._step = 0
         self._out_of_service = False
         self._report = RankReport()
         self._errors = 0
@@ -125,6 +126,7 @@ class WorkerSide:
 
     def begin_step(self, metadata: StepMetadata) -> None:
         """Before anything of this step is written: attach when told to, start early offloads, wait for fences."""
+        self._step = metadata.number
         self._loads.update(metadata.loads)
         self._never_ordered.update(metadata.failed)
         if metadata.retire:
@@ -216,7 +218,7 @@ class WorkerSide:
     def take_report(self) -> WorkerReport | None:
         """What the scheduler's side has to know, told once."""
         if self._adapters is not None:
-            self._report.adapters = self._adapters.take_report(self._rank)
+            self._report.adapters = self._adapters.take_report(self._rank, self._step)
         report, self._report = self._report, RankReport()
         return None if report == RankReport() else WorkerReport({self.key: report})
 

@@ -136,12 +136,12 @@ def test_an_adapter_has_its_files_identity_once_every_rank_has_loaded_them(folde
     assert adapters.identity(request(folder)) == NOT_YET
     worker = manager()
     load(worker, folder)
-    first = loads.take_report(0)
+    first = loads.take_report(0, 1)
     adapters.confirm(first)
     assert adapters.identity(request(folder)) == NOT_YET, "one of two ranks"
     adapters.confirm(type(first)({1: first.ranks[0]}))
     assert adapters.identity(request(folder)) == digest(str(folder))
-    assert loads.take_report(0) is None, "nothing is new"
+    assert loads.take_report(0, 1) is None, "nothing is new"
 
 
 def test_workers_that_never_report_do_not_make_requests_wait_for_ever(folder: Path) -> None:
@@ -159,7 +159,7 @@ def test_files_that_are_read_in_another_form_are_another_adapter(folder: Path) -
 
 
 def test_a_first_report_comes_although_nothing_was_loaded(folder: Path, loads: Any) -> None:
-    adapters = scheduler(loads.take_report(0))
+    adapters = scheduler(loads.take_report(0, 1))
     assert adapters.identity(request(folder)) is None
 
 
@@ -168,12 +168,12 @@ def test_files_that_were_exchanged_after_loading_are_a_doubt_until_they_are_load
 ) -> None:
     worker = manager()
     old = load(worker, folder)
-    adapters = scheduler(loads.take_report(0))
+    adapters = scheduler(loads.take_report(0, 1))
     before = adapters.identity(request(folder))
     tiny_models.adapter(folder, model, seed=2)
     assert adapters.identity(request(folder)) is None, "the old one is loaded, the new one lies there"
     assert load(worker, folder) != old
-    assert adapters.confirm(loads.take_report(0)) == {NUMBER}, "what was stored since may be of either"
+    assert adapters.confirm(loads.take_report(0, 1)) == {NUMBER}, "what was stored since may be of either"
     after = adapters.identity(request(folder))
     assert after not in (before, None)
 
@@ -181,10 +181,10 @@ def test_files_that_were_exchanged_after_loading_are_a_doubt_until_they_are_load
 def test_loading_the_same_again_contradicts_nobody(folder: Path, loads: Any) -> None:
     worker = manager()
     load(worker, folder)
-    adapters = scheduler(loads.take_report(0))
+    adapters = scheduler(loads.take_report(0, 1))
     before = adapters.identity(request(folder))
     load(worker, folder)
-    assert adapters.confirm(loads.take_report(0)) == frozenset()
+    assert adapters.confirm(loads.take_report(0, 1)) == frozenset()
     assert adapters.identity(request(folder)) == before
 
 
@@ -193,10 +193,10 @@ def test_ranks_that_loaded_different_files_are_a_doubt(folder: Path, model: Path
 
     worker = manager()
     load(worker, folder)
-    first = loads.take_report(0)
+    first = loads.take_report(0, 1)
     tiny_models.adapter(folder, model, seed=2)
     load(worker, folder)
-    adapters = scheduler(first, AdapterReport({1: loads.take_report(0).ranks[0]}), ranks=2)
+    adapters = scheduler(first, AdapterReport({1: loads.take_report(0, 1).ranks[0]}), ranks=2)
     assert adapters.identity(request(folder)) is None
 
 
@@ -218,7 +218,7 @@ def test_files_exchanged_while_they_are_loaded_are_a_doubt(
     loads.observe()
     worker = manager()
     load(worker, folder)
-    assert loads.take_report(0).ranks[0].loaded == {NUMBER: None}
+    assert loads.take_report(0, 1).ranks[0].loaded == {NUMBER: None}
 
 
 def test_a_load_that_failed_is_a_doubt_and_vllm_sees_its_own_error(folder: Path, loads: Any) -> None:
@@ -229,7 +229,7 @@ def test_a_load_that_failed_is_a_doubt_and_vllm_sees_its_own_error(folder: Path,
     (folder / "adapter_model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(Exception, match=r"(?i)header|safetensors|deserializ"):
         load(worker, folder)
-    assert loads.take_report(0).ranks[0].loaded == {NUMBER: None}
+    assert loads.take_report(0, 1).ranks[0].loaded == {NUMBER: None}
     assert WorkerLoRAManager._load_adapter is loads._installed
 
 
@@ -260,11 +260,11 @@ def test_who_puts_a_loader_of_his_own_in_our_place_voids_what_was_noted(
 
     worker = manager()
     load(worker, folder)
-    adapters = scheduler(loads.take_report(0))
+    adapters = scheduler(loads.take_report(0, 1))
     assert isinstance(adapters.identity(request(folder)), bytes)
     monkeypatch.setattr(WorkerLoRAManager, "_load_adapter", lambda manager, lora_request: "theirs")
     assert worker._load_adapter(request(folder)) == "theirs"
-    assert adapters.confirm(loads.take_report(0)) == {NUMBER}
+    assert adapters.confirm(loads.take_report(0, 1)) == {NUMBER}
     assert adapters.identity(request(folder)) is None
 
 
@@ -277,7 +277,7 @@ def test_a_vllm_without_that_function_leaves_every_adapter_in_doubt(
     monkeypatch.delattr(WorkerLoRAManager, "_load_adapter")
     loads = adapters.Loads()
     loads.observe()
-    assert scheduler(loads.take_report(0)).identity(request(folder)) is None
+    assert scheduler(loads.take_report(0, 1)).identity(request(folder)) is None
     assert not hasattr(WorkerLoRAManager, "_load_adapter")
 
 
@@ -290,11 +290,11 @@ def test_a_fault_of_ours_while_looking_on_does_not_reach_vllm(
     monkeypatch.setattr("kvcellar.adapters.of_request", broken)
     worker = manager()
     assert load(worker, folder)
-    assert loads.take_report(0).ranks[0].loaded == {NUMBER: None}
+    assert loads.take_report(0, 1).ranks[0].loaded == {NUMBER: None}
 
 
 def test_two_engines_in_one_process_do_not_vouch_for_each_other(folder: Path, loads: Any) -> None:
     first, second = manager(), manager()
     load(first, folder)
     load(second, folder)
-    assert loads.take_report(0).ranks[0].loaded == {}
+    assert loads.take_report(0, 1).ranks[0].loaded == {}

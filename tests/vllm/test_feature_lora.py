@@ -80,9 +80,14 @@ def once(engine: Engine, tokens: list[int], folder: Path, number: int = 1) -> tu
 
 def load_again(engine: Engine, folder: Path) -> None:
     """As an operator who exchanges an adapter in a running engine."""
+    load_again_running(engine, folder)
+    engine.reset_gpu_cache()
+
+
+def load_again_running(engine: Engine, folder: Path) -> None:
+    """As `load_again`, beside requests."""
     assert engine.llm.llm_engine.remove_lora(1)
     assert engine.llm.llm_engine.add_lora(adapter(folder))
-    engine.reset_gpu_cache()
 
 
 def without_cache(engine: Engine, tokens: list[int], folder: Path) -> Answer:
@@ -94,6 +99,46 @@ def assert_nothing_stale(found: tuple[Answer, int, Answer], before: Answer, what
     assert hit_tokens == 0, what
     assert_identical(cold, answer, what)
     assert differences(before, answer) > 0, f"{what}: the adapter shows nowhere, this test proves nothing"
+
+
+def exchange_before_the_last_step(engine: Engine, tokens: list[int], folder: Path, model: Path) -> list[int]:
+    """One request whose adapter is exchanged between its two steps; the second one completes a block.
+
+    Returns its tokens, the generated ones too.
+    """
+    from vllm import SamplingParams
+
+    front_end = engine.llm.llm_engine
+    introduce(engine, adapter(folder))
+    engine.reset_gpu_cache()
+    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, detokenize=engine.detokenize)
+    front_end.add_request("last", {"prompt_token_ids": tokens}, params, lora_request=adapter(folder))
+    generated: list[int] = []
+    while not generated:
+        generated = [token for output in front_end.step() for token in output.outputs[0].token_ids]
+    assert len(generated) == 1, "it ended before its adapter was exchanged"
+    write(folder, model, seed=3)
+    load_again_running(engine, folder)
+    while front_end.has_unfinished_requests():
+        generated = [token for output in front_end.step() for token in output.outputs[0].token_ids] or generated
+    return [*tokens, *generated]
+
+
+def test_a_request_that_ends_with_the_step_of_an_exchange_leaves_nothing_behind(
+    llama: Path, folder: Path, tmp_path: Path, pool_dir: Path, tokens: list[int]
+) -> None:
+    """Its last block was computed with the new adapter, under the old one's name."""
+    write(folder, llama, seed=1)
+    prompt_tokens = tokens[: 4 * BLOCK_TOKENS - 1]
+    with start_engine(tmp_path, pool_dir, cellar=CELLAR, model=llama, **OPTIONS) as engine:
+        engine.wait_ready()
+        whole = engine.call(exchange_before_the_last_step, prompt_tokens, folder, llama)
+        assert len(whole) == 4 * BLOCK_TOKENS + 1
+        write(folder, llama, seed=1)
+        engine.call(load_again, folder)
+        answer, hit_tokens, cold = engine.call(once, whole, folder)
+        assert hit_tokens == 0
+        assert_identical(cold, answer, "with the first adapter again")
 
 
 def test_in_one_process_adapters_share_nothing_but_what_is_the_same(
