@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
 from kvcellar.connector import KVCellarConnector
 
 
@@ -34,3 +36,49 @@ class IdleConnector(KVCellarConnector):
         super().__init__(vllm_config, role, kv_cache_config)
         self._scheduler = None
         self._worker = None
+
+
+class KeepsForeignBlocksConnector(KVCellarConnector):
+    """Stores what another connector was to load as if it had come."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        """Takes the bound away up to which blocks may be stored, of running requests and of those that end."""
+        super().__init__(vllm_config, role, kv_cache_config)
+        if self._scheduler is None:
+            return
+        assert self._scheduler._foreign is not None
+        self._scheduler._foreign.bound = lambda known, fresh, ready: ready  # type: ignore[method-assign]
+        finish = self._scheduler.finish
+
+        def credulous(request: Any) -> None:
+            assert self._scheduler is not None
+            known = self._scheduler._requests.get(request.request_id)
+            if known is not None:
+                known.scheduled = True
+            finish(request)
+
+        self._scheduler.finish = credulous  # type: ignore[method-assign]
+
+
+class UnfencedForeignBlocksConnector(KVCellarConnector):
+    """Does not wait for its own copies of blocks that vLLM hands to another connector."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        """Forgets which blocks the other one may write."""
+        super().__init__(vllm_config, role, kv_cache_config)
+        if self._scheduler is None:
+            return
+        assert self._scheduler._foreign is not None
+        step = self._scheduler._foreign.step
+
+        def forgetful(handed: Any, manager: Any) -> list[int]:
+            step(handed, manager)
+            return []
+
+        self._scheduler._foreign.step = forgetful  # type: ignore[method-assign]
+
+
+# MultiConnector finds the class that reads its part's figures by name alone.
+for _mutant in (KeepsForeignBlocksConnector, UnfencedForeignBlocksConnector):
+    if _mutant.__name__ not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector(_mutant.__name__, __name__, _mutant.__name__)
