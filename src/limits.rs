@@ -67,11 +67,16 @@ pub const POPULATE_CHUNK_BYTES: usize = 64 << 20;
 /// Share of available memory that a pool never takes, in percent, so that the machine stays usable.
 pub const MEMORY_RESERVE_PERCENT: u64 = 5;
 
-/// Share of the machine's common shared memory (`/dev/shm`) that a pool leaves to vLLM's processes
-/// and others, in percent, and the most that this comes to, in bytes.
+/// What a pool leaves of the machine's common shared memory (`/dev/shm`) to vLLM's processes and
+/// others, in bytes. vLLM 0.32 starts no worker process where less is free than one of its
+/// message queues may come to, 240 MiB; so that the next start is not refused for a pool that was
+/// kept, this is more.
+pub const SHARED_MEMORY_KEPT_BYTES: u64 = 320 << 20;
+/// Share that a pool leaves where all of it is less than [`SHARED_MEMORY_KEPT_BYTES`], in percent:
+/// vLLM can have no queues there, and serves with its worker in EngineCore's process.
 pub const SHARED_MEMORY_KEPT_PERCENT: u64 = 25;
-/// See [`SHARED_MEMORY_KEPT_PERCENT`].
-pub const SHARED_MEMORY_KEPT_BYTES: u64 = 64 << 20;
+/// Share that a pool leaves at most, in percent: where there is memory there is a pool.
+pub const SHARED_MEMORY_KEPT_PERCENT_MAX: u64 = 75;
 
 /// Hashes that may wait for the idle hasher. At the bound the oldest waits are kept and new ones are skipped: such a
 /// block is served as ever and merely not adopted by a later start.

@@ -9,7 +9,9 @@ use super::cgroup;
 use super::file_system::{self, FileSystem, Kind};
 use crate::config::size::show;
 use crate::error::{Error, Result};
-use crate::limits::{MEMORY_RESERVE_PERCENT, SHARED_MEMORY_KEPT_BYTES, SHARED_MEMORY_KEPT_PERCENT};
+use crate::limits::{
+    MEMORY_RESERVE_PERCENT, SHARED_MEMORY_KEPT_BYTES, SHARED_MEMORY_KEPT_PERCENT, SHARED_MEMORY_KEPT_PERCENT_MAX,
+};
 
 /// Where vLLM's processes, and others, have their shared memory.
 const SHARED_MEMORY: &str = "/dev/shm";
@@ -138,11 +140,16 @@ fn is_shared(dir: &Path) -> bool {
     device(dir).is_some_and(|own| device(Path::new(SHARED_MEMORY)) == Some(own))
 }
 
-/// What stays for others. vLLM's processes talk through files there whose pages come when they are
-/// first written, and where there is none left a signal ends the process.
+/// What stays for others. vLLM's processes talk through files there: it refuses to start where they
+/// would not fit, their pages come when they are first written, and where there is none left a
+/// signal ends the process.
 fn leave_some(found: FileSystem) -> FileSystem {
     let whole = found.total_bytes.unwrap_or(u64::MAX);
-    let kept = (whole / 100 * SHARED_MEMORY_KEPT_PERCENT).min(SHARED_MEMORY_KEPT_BYTES);
+    let kept = if whole < SHARED_MEMORY_KEPT_BYTES {
+        whole / 100 * SHARED_MEMORY_KEPT_PERCENT
+    } else {
+        SHARED_MEMORY_KEPT_BYTES.min(whole / 100 * SHARED_MEMORY_KEPT_PERCENT_MAX)
+    };
     FileSystem { free_bytes: found.free_bytes.map(|free| free.saturating_sub(kept)), ..found }
 }
 
@@ -218,7 +225,9 @@ mod tests {
         };
         let mib = |count: u64| Some(count << 20);
         assert!(of(mib(64), mib(64)) < mib(49) && of(mib(64), mib(64)) > mib(47));
-        assert_eq!(of(mib(1 << 20), mib(1000)), mib(936), "a large one loses little");
+        assert_eq!(of(mib(1 << 20), mib(1000)), mib(680), "a large one loses little");
+        assert_eq!(of(mib(512), mib(512)), mib(192), "vLLM can be started again beside a pool");
+        assert!(of(mib(320), mib(320)) > mib(79), "where there is memory there is a pool");
         assert_eq!(of(mib(64), mib(10)), Some(0), "what others have taken is theirs");
         assert_eq!(of(None, None), None);
         assert!(is_shared(Path::new("/dev/shm")) && !is_shared(Path::new("/proc")));

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-
 from kvcellar.connector import KVCellarConnector
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
 
 class SwappedGroupsConnector(KVCellarConnector):

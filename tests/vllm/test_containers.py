@@ -95,7 +95,7 @@ def test_an_engine_in_a_small_control_group_says_so_and_serves(tmp_path: Path, e
     model = tiny_models.llama(tmp_path / "llama")
     rng = random.Random(f"group-{seed}")
     prompts = [prompt(rng, PROMPT_TOKENS, 0, tiny_models.VOCABULARY - 1) for _ in range(3)]
-    options: dict[str, Any] = {"model": model, "skip_tokenizer_init": True, "kv_cache_memory_bytes": kv_bytes(64 * MIB)}
+    options: dict[str, Any] = {"model": model, "skip_tokenizer_init": True, "kv_cache_memory_bytes": kv_bytes(16 * MIB)}
     cellar = {"pool_dir": None, "dram_size": WISH, "verify_loads": True}
     limits = confined(f"small-shm,small-group,no-ring,no-populate-{errno}")
     with start_engine(tmp_path, tmp_path, cellar=cellar, before=limits, **options) as engine:
