@@ -201,9 +201,6 @@ pub const SCAN_DEPTH: usize = 256;
 /// nvme tier and says so.
 pub const LEDGER_WAIT_MS: u64 = 60_000;
 
-/// How often it looks, in ms.
-pub const LEDGER_LOOK_MS: u64 = 20;
-
 /// Bytes that this user's directory and its ledger take beside the stores.
 pub const LEDGER_BYTES: u64 = 2 * SLOT_ALIGN;
 

@@ -7,16 +7,14 @@
 //! superblock and its surplus segments are gone: so the bound holds in real bytes, whoever starts
 //! beside it. Never removes a store in use. Does not choose the store that a start takes.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use super::directory::{self, How, REMEDY};
 use super::registry::{self, Entry};
 use crate::config::size::show;
 use crate::error::{Error, Result};
 use crate::limits;
-use crate::pool::lock::PoolLocks;
+use crate::pool::lock::Turn;
 
 /// Name of the file whose lock makes looking and taking one step.
 pub const LOCK_NAME: &str = "ledger";
@@ -25,7 +23,7 @@ pub const LOCK_NAME: &str = "ledger";
 #[derive(Debug)]
 pub struct Ledger {
     dir: PathBuf,
-    _lock: PoolLocks,
+    _turn: Turn,
 }
 
 /// What a start may take.
@@ -47,22 +45,8 @@ impl Ledger {
     /// # Errors
     /// [`Error::TryLater`] when it is held for longer than a start may take; [`Error::Io`]; [`Error::Config`].
     pub fn lock(dir: &Path) -> Result<Self> {
-        let path = dir.join(LOCK_NAME);
-        let deadline = Instant::now() + Duration::from_millis(limits::LEDGER_WAIT_MS);
-        loop {
-            let file = directory::open(&path, How::OrNew)?;
-            let fail = |error| Error::io("locking", &path, error, REMEDY);
-            let mut note = file.try_clone().map_err(fail)?;
-            if let Some(lock) = PoolLocks::own(file, &path) {
-                note.set_len(0).and_then(|()| write!(note, "{}", std::process::id())).map_err(fail)?;
-                return Ok(Self { dir: dir.to_owned(), _lock: lock });
-            }
-            if Instant::now() >= deadline {
-                let holder = "another start has held it for too long".to_owned();
-                return Err(Error::TryLater { what: path.display().to_string(), holder });
-            }
-            std::thread::sleep(Duration::from_millis(limits::LEDGER_LOOK_MS));
-        }
+        let turn = Turn::wait(&dir.join(LOCK_NAME), Duration::from_millis(limits::LEDGER_WAIT_MS))?;
+        Ok(Self { dir: dir.to_owned(), _turn: turn })
     }
 
     /// Makes room for `wanted` bytes in the store at `own`, all stores together staying within

@@ -24,6 +24,9 @@ use crate::error::{Error, Result};
 const OWNER: i64 = 0;
 const MAPPERS: i64 = 1;
 
+/// Name of the file in a pool directory whose lock is the turn there.
+pub const TURN_NAME: &str = "lock";
+
 /// Locks held on one pool file.
 #[derive(Debug)]
 pub struct PoolLocks {
@@ -43,7 +46,7 @@ impl Drop for PoolLocks {
 }
 
 /// The turn among starts in one directory: while it is held, nobody else looks at the machine,
-/// removes or makes pools.
+/// removes or makes pools or stores.
 #[derive(Debug)]
 pub struct Turn {
     file: File,
@@ -51,28 +54,30 @@ pub struct Turn {
 }
 
 impl Turn {
-    /// Waits for the turn in this directory.
+    /// Waits for the turn among those who lock the file at `path`, and makes that file.
     ///
     /// # Errors
     /// [`Error::TryLater`] when others have it for longer than `patience`; [`Error::Io`] and
     /// [`Error::Config`] when its file cannot be had.
-    pub fn wait(dir: &Path, patience: Duration) -> Result<Self> {
-        let path = dir.join("lock");
-        let file = directory::open_or_create(&path)?;
+    pub fn wait(path: &Path, patience: Duration) -> Result<Self> {
         let deadline = Instant::now() + patience;
-        while lock_byte(&file, OWNER, libc::F_WRLCK).is_err() {
+        loop {
+            let file = directory::open_or_create(path)?;
+            // Whoever locks a file that was removed meanwhile has a turn in nothing.
+            if lock_byte(&file, OWNER, libc::F_WRLCK).is_ok() && names(path, &file) {
+                // For people only; some file systems for huge pages take no writes.
+                drop(file.set_len(0).and_then(|()| file.write_all_at(std::process::id().to_string().as_bytes(), 0)));
+                return Ok(Self { file, held_by: std::process::id() });
+            }
             if Instant::now() >= deadline {
-                let holder = std::fs::read_to_string(&path).unwrap_or_default();
+                let holder = std::fs::read_to_string(path).unwrap_or_default();
                 return Err(Error::TryLater {
-                    what: format!("the pool directory {}", dir.display()),
-                    holder: format!("process {} has been making its pool there for {patience:?}", holder.trim()),
+                    what: format!("{}", path.parent().unwrap_or(path).display()),
+                    holder: format!("a start (process {}) has held {} for {patience:?}", holder.trim(), path.display()),
                 });
             }
             sleep(Duration::from_millis(20));
         }
-        // For people only; some file systems for huge pages take no writes.
-        drop(file.set_len(0).and_then(|()| file.write_all_at(std::process::id().to_string().as_bytes(), 0)));
-        Ok(Self { file, held_by: std::process::id() })
     }
 }
 
@@ -207,11 +212,12 @@ mod tests {
     #[test]
     fn starts_take_turns_and_the_patient_learn_who_has_it() {
         let dir = tempfile::tempdir().expect("a directory");
-        let turn = Turn::wait(dir.path(), Duration::ZERO).expect("nobody has it");
-        let error = Turn::wait(dir.path(), Duration::from_millis(30)).expect_err("it is taken").to_string();
+        let path = dir.path().join(TURN_NAME);
+        let turn = Turn::wait(&path, Duration::ZERO).expect("nobody has it");
+        let error = Turn::wait(&path, Duration::from_millis(30)).expect_err("it is taken").to_string();
         assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
         std::thread::scope(|scope| {
-            let next = scope.spawn(|| Turn::wait(dir.path(), Duration::from_mins(1)));
+            let next = scope.spawn(|| Turn::wait(&path, Duration::from_mins(1)));
             drop(turn);
             assert!(next.join().expect("no panic").is_ok());
         });

@@ -79,7 +79,7 @@ pub fn namespace_name(namespace: &[u8; 16]) -> String {
 /// when not even one slot fits, or other engines have all of the configured size; [`Error::Io`].
 pub fn open(wish: &Wish<'_>, progress: &mut dyn FnMut(u64, u64)) -> Result<Opened> {
     let dir = directory::ensure(wish.pool_dir)?;
-    let _turn = lock::Turn::wait(&dir, Duration::from_millis(limits::POOL_TURN_WAIT_MS))?;
+    let _turn = lock::Turn::wait(&dir.join(lock::TURN_NAME), Duration::from_millis(limits::POOL_TURN_WAIT_MS))?;
     let mut taken = Vec::new();
     for index in 0..limits::POOL_INDEX_MAX {
         let path = dir.join(format!("{}-{index}.pool", namespace_name(&wish.namespace)));
