@@ -451,8 +451,8 @@ class SchedulerSide:
             if rank.adapters is not None:
                 self._hear_of_adapters(rank.adapters)
             if rank.trouble is not None and not self._retired:
+                # The worker has counted it, if it was an internal error.
                 logger.error("KV Cellar: a worker is out of service, and so are the tiers: %s", rank.trouble)
-                self._errors += 1
                 self.retire()
         self._close_when_released()
         if self._is_complete():
