@@ -167,7 +167,7 @@ async def _send(client: httpx.AsyncClient, request: OddRequest) -> str:
     except TimeoutError:
         return "hung up"
     except httpx.TimeoutException:
-        return NO_ANSWER
+        return f"{NO_ANSWER}: {request.path} {json.dumps(request.body)[:2000]} {str(request.headers)[:300]}"
     except httpx.TransportError:
         # The HTTP server ends connections whose headers it cannot read.
         return "closed"

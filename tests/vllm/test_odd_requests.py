@@ -71,14 +71,15 @@ def test_thousands_of_odd_requests_leave_the_engine_as_it_was(server: Server, se
     print(f"{len(requests)} requests, seed {seed}: {dict(outcomes)}")
     assert server.process.poll() is None, server.log_tail()
     assert outcomes["200"] > len(requests) // 4
-    assert outcomes[NO_ANSWER] == 0
+    assert not [text for text in outcomes if text.startswith(NO_ANSWER)]
     assert outcomes["closed"] < len(requests) // 4
     metrics = server.settle()
     assert not metrics.leftovers()
     assert metrics.cellar("internal_errors_total") == 0
     assert metrics.cellar("in_service") == 1
     assert metrics.value("vllm:num_requests_running") == metrics.value("vllm:num_requests_waiting") == 0
-    # vLLM answers some of these by itself with an error of its own; none of ours is among them.
+    # vLLM answers some of these by itself with an error of its own (its front end cannot encode lone surrogates);
+    # none of ours is among them.
     assert not [text for text in outcomes if "kvcellar" in text.lower() or "EngineCore" in text or "EngineDead" in text]
     tokens = prompt(rng, 100)
     server.complete(tokens, max_tokens=1)
