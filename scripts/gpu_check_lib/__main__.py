@@ -1,145 +1,82 @@
-"""Runs the hardware tests, the benchmark of the bus and the measurement of overlap: one table, one JSON file.
+"""Runs the stages of a plan: one table, one JSON file.
 
-Each part runs in a process of its own and for a limited time: one that crashes, hangs or ruins the GPU's context costs
-nothing of the others. What a part found is printed and written when it ends.
+Each stage's work runs in processes of its own and for a limited time: one that crashes, hangs or ruins the GPU's
+context costs nothing of the others. What a stage found is printed and written as it is found.
 """
 
 import argparse
-import json
+import shutil
 import sys
-from dataclasses import dataclass, field
+import tempfile
+import time
 from pathlib import Path
-from typing import Any
 
-from gpu_check_lib.child import Ended, run
-from gpu_check_lib.table import Row, show
+from gpu_check_lib.plans import PLANS
+from gpu_check_lib.report import Report
+from gpu_check_lib.serving import Serving, new_store
+from gpu_check_lib.stages import WHAT, Place, Stages, build_stub, why_no_gpu
+from gpu_check_lib.table import Row, State, show
 
-TEST_LIMIT_S = 120.0
-BENCH_LIMIT_S = 180.0
-OVERLAP_LIMIT_S = 180.0
-
-
-@dataclass
-class Report:
-    """What was found so far.
-
-    Attributes:
-        path: where it is written after every part.
-        whole: the report; `complete` when the last part has ended.
-        rows: of the table.
-        failed: a test failed, or a part ended without all it should have found. Missed goals are no failures.
-    """
-
-    path: Path
-    whole: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
-    failed: bool = False
-
-    def add(self, part: str, rows: list[Row], found: Any) -> None:
-        """A part has ended."""
-        show(rows)
-        self.rows += rows
-        self.whole[part] = found
-        self.write()
-
-    def write(self) -> None:
-        """Replaces the file as a whole: whoever takes it, at any moment, has valid JSON."""
-        unfinished = self.path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(self.whole, indent=1) + "\n")
-        unfinished.replace(self.path)
+# With less than this a stage is not begun.
+STAGE_MIN_S = {"facts": 1.0, "smoke": 5.0, "copies": 10.0, "bus": 15.0, "correct": 40.0, "speed": 60.0, "graphs": 40.0}
+SOAK_MIN_S = 90.0
 
 
-def part(limit_s: float, *arguments: str) -> tuple[Ended, list[Row], list[dict[str, Any]]]:
-    """Run a part: how it ended, its rows, and what else it told, also if it did not get to its end."""
-    ended = run([sys.executable, "-m", "gpu_check_lib.part", "--limit-s", str(limit_s), *arguments], limit_s)
-    told: list[dict[str, Any]] = []
-    for line in ended.output.splitlines():
-        try:
-            told.append(json.loads(line))
-        except json.JSONDecodeError:
-            # Of a process that was killed in the middle of it, or of somebody else.
+def run_stages(stages: Stages, report: Report, began: float, only: list[str]) -> None:
+    """All stages of the plan, each within its own limit and what is left of the whole."""
+    for stage, limit_s in stages.plan.stages.items():
+        if only and stage not in only:
             continue
-    rows = [Row(**row) for one in told for row in one.pop("rows")]
-    return ended, rows, told
-
-
-def tests(report: Report, binaries: list[str]) -> None:
-    """The round trips over torch tensors, one process each, and built test binaries."""
-    found: list[dict[str, object]] = []
-    listed, _, told = part(TEST_LIMIT_S, "list")
-    for listing in told:
-        report.whole |= listing
-    names = report.whole.pop("names", [])
-    if not listed.ok or not names:
-        rows = [Row("list of round trips", listed.why, ok=False)]
-        found += [row.as_json() for row in rows]
-        report.failed = True
-        report.add("tests", rows, found)
-    for name in names:
-        ended, rows, _ = part(TEST_LIMIT_S, "test", name)
-        if not ended.ok:
-            # It may have passed and crashed at its end.
-            rows = [Row(name, ended.why, ok=False)]
-        found += [row.as_json() for row in rows]
-        report.failed |= not all(row.ok for row in rows)
-        report.add("tests", rows, found)
-    for path in binaries:
-        row = binary(path)
-        found.append(row.as_json())
-        report.failed |= not row.ok
-        report.add("tests", [row], found)
-
-
-def binary(path: str) -> Row:
-    """A built test binary."""
-    try:
-        ended = run([path], TEST_LIMIT_S)
-    except OSError as error:
-        return Row(Path(path).name, str(error), ok=False)
-    told = next((line for line in ended.output.splitlines() if line.startswith("test result")), ended.why)
-    return Row(Path(path).name, told if ended.ok else f"{told} ({ended.why})", ended.ok)
-
-
-def bench(report: Report) -> None:
-    """`kvcellar bench dma`: its report, and a row for each of its goals."""
-    name = "kvcellar bench dma"
-    ended = run([sys.executable, "-m", "kvcellar", "bench", "dma", "--json"], BENCH_LIMIT_S)
-    try:
-        found = json.loads(ended.output) if ended.ok else None
-        problem = ended.why
-    except json.JSONDecodeError as error:
-        found, problem = None, f"its report is no JSON: {error}"
-    if found is None:
-        report.failed = True
-        report.add("bench", [Row(name, problem, ok=False)], None)
-        return
-    rows = [Row(goal["name"], f"{goal['value']:.3f} ({goal['goal']})", goal["met"]) for goal in found["goals"]]
-    report.add("bench", rows, found)
-
-
-def overlap(report: Report) -> None:
-    """What copies cost a model beside them."""
-    ended, rows, told = part(OVERLAP_LIMIT_S, "overlap")
-    if not ended.ok:
-        report.failed = True
-        rows.append(Row("overlap of copies and compute", ended.why, ok=False))
-    report.add("overlap", rows, [one["cost"] for one in told])
+        report.begin(stage, WHAT[stage])
+        left_s = stages.plan.total_s - (time.monotonic() - began)
+        reason = stages.place.why_not(stage)
+        if reason is None and left_s < STAGE_MIN_S.get(stage, SOAK_MIN_S):
+            reason = f"no time: {left_s:.0f} s are left"
+        if reason is not None:
+            report.add(stage, [Row(stage, reason, State.SKIPPED)])
+            continue
+        try:
+            stages.run(stage, report, min(limit_s, left_s))
+        except Exception as error:  # noqa: BLE001 - a stage that dies is a row
+            report.add(stage, [Row(stage, f"the check itself failed: {error!r}", State.FAILED)])
 
 
 def main() -> int:
-    """Run everything. Goals that are missed are shown, and only failures make the exit code 1."""
+    """Run the plan. Goals that are missed are shown, and only failures make the exit code 1."""
     parser = argparse.ArgumentParser(prog="gpu-check")
+    parser.add_argument("--plan", choices=sorted(PLANS), default="full")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--store", type=Path)
+    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--only", default="")
     parser.add_argument("binaries", nargs="*")
     options = parser.parse_args()
-    report = Report(options.out / "gpu-check.json", {"complete": False})
-    tests(report, options.binaries)
-    bench(report)
-    overlap(report)
-    report.whole["complete"] = True
+    only = [stage for stage in options.only.split(",") if stage]
+    if unknown := set(only) - set(WHAT):
+        parser.error(f"no such stage: {', '.join(sorted(unknown))}; there are {', '.join(WHAT)}")
+    began = time.monotonic()
+    options.out.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="kvcellar-check-"))
+    store = new_store(options.store)
+    no_gpu = why_no_gpu()
+    place = Place(no_gpu, tuple(options.binaries), build_stub(scratch) if no_gpu is not None else None)
+    plan = PLANS[options.plan]
+    report = Report(
+        options.out / "gpu-check.json",
+        {"complete": False, "plan": options.plan, "commit": options.commit, "no_gpu": no_gpu, "stages": {}},
+    )
+    try:
+        serving = Serving(plan, options.out / "gpu-check.log", store)
+        run_stages(Stages(plan, place, serving), report, began, only)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(store, ignore_errors=True)
+    report.whole |= {"complete": True, "seconds": round(time.monotonic() - began, 1)}
     report.write()
     sys.stderr.flush()
-    print(flush=True)
+    print(f"\ngpu-check --plan {options.plan}: {report.whole['seconds']:.0f} s", flush=True)
+    if no_gpu is not None:
+        print(f"{no_gpu}. NOTHING BELOW IS A MEASUREMENT OF A GPU.", flush=True)
     show(report.rows)
     return 1 if report.failed else 0
 

@@ -1,13 +1,16 @@
 """A command with a limit on its time: what hangs or crashes is reported, and the check goes on."""
 
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 # A process that the driver holds may not die even of this; it is left behind then.
@@ -45,21 +48,39 @@ class Ended:
         return f"exit status {self.status}" + (f": {self.last_words}" if self.last_words else "")
 
 
-def run(command: Sequence[str], limit_s: float) -> Ended:
-    """Run a command to its end, or for so many seconds."""
+def run(
+    command: Sequence[str], limit_s: float, environment: Mapping[str, str] | None = None, log: Path | None = None
+) -> Ended:
+    """Run a command to its end, or for so many seconds. What it has started ends with it.
+
+    Args:
+        command: what to run.
+        limit_s: how long it may take.
+        environment: variables beside those of this process.
+        log: what standard error is added to; none: this process's own.
+    """
     started = time.monotonic()
     last_words: list[str] = []
     # A file, not a pipe: nobody has to read it while the command runs, and it is there when the command is not.
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.PIPE, text=True, errors="replace"
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env={**os.environ, **(environment or {})},
+            process_group=0,
         )
-        passing_on = threading.Thread(target=_pass_on, args=(process.stderr, last_words), daemon=True)
+        passing_on = threading.Thread(target=_pass_on, args=(process.stderr, last_words, log), daemon=True)
         passing_on.start()
         status: int | None = None
         try:
             status = process.wait(limit_s)
         except subprocess.TimeoutExpired:
+            pass
+        finally:
             _kill(process)
         passing_on.join(KILL_S)
         output.seek(0)
@@ -67,16 +88,19 @@ def run(command: Sequence[str], limit_s: float) -> Ended:
     return Ended(status, text, last_words[-1] if last_words else "", time.monotonic() - started)
 
 
-def _pass_on(stream: IO[str], last_words: list[str]) -> None:
-    for line in stream:
-        sys.stderr.write(line)
-        sys.stderr.flush()
-        if line.strip():
-            last_words[:] = [line.strip()]
+def _pass_on(stream: IO[str], last_words: list[str], log: Path | None) -> None:
+    with log.open("a") if log is not None else nullcontext(sys.stderr) as out:
+        for line in stream:
+            out.write(line)
+            out.flush()
+            if line.strip():
+                last_words[:] = [line.strip()]
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
-    process.kill()
+    """The process and all that is still there of what it started: one of these may hold the device's memory."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     try:
         process.wait(KILL_S)
     except subprocess.TimeoutExpired:

@@ -15,7 +15,7 @@ typedef struct { uintptr_t at; size_t len; bool write; int stream; uint64_t numb
 typedef struct { uintptr_t at; size_t len; bool device; } Memory;
 
 int mutation, held, strict, eager, register_held, unregister_held, capturing;
-uint64_t register_limit, register_most;
+uint64_t register_limit = UINT64_MAX, register_most;
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static Stream streams[STREAMS];
@@ -189,14 +189,24 @@ void begin(Stream *stream) {
     stream->clock.of[stream->id] = ++issued[stream->id];
 }
 
+// One operation of any stream, or time passes where the device is held. False: none may run.
+static bool turn(void) {
+    if (held) { unlock(); usleep(200); lock(); return true; }
+    int start = (int)(roll() % STREAMS);
+    for (int at = 0; at < STREAMS; at++)
+        if (step(&streams[(start + at) % STREAMS])) return true;
+    wrong("streams wait for each other");
+    return false;
+}
+
+static bool work_until_empty(Stream *stream) {
+    while (stream->first)
+        if (!turn()) return false;
+    return true;
+}
+
 bool synchronize(Stream *stream) {
-    while (stream->first) {
-        if (held) { unlock(); usleep(200); lock(); continue; }
-        bool moved = false;
-        int start = (int)(roll() % STREAMS);
-        for (int at = 0; at < STREAMS && !moved; at++) moved = step(&streams[(start + at) % STREAMS]);
-        if (!moved) { wrong("streams wait for each other"); return false; }
-    }
+    if (!work_until_empty(stream)) return false;
     observe(&stream->clock);
     return true;
 }
@@ -334,6 +344,46 @@ void stub_forward(void *handle, const uintptr_t *starts, const size_t *lens, siz
         use(stream, starts[at], lens[at], writes, ORDER_STREAM, writes ? "a step's write" : "a step's read");
     }
     give(stream, op);
+    unlock();
+}
+
+// A kernel that computes in host memory, outside of the model, before and after it runs. Before: everything that its stream waits for is over, as on a device
+// when a kernel begins; the host learns nothing of that. 0 where streams wait for each other.
+int stub_reach(void *handle) {
+    lock();
+    Stream *stream = stream_of(handle);
+    bool reached = work_until_empty(stream);
+    unlock();
+    return reached;
+}
+
+// After: it has read or written these ranges.
+void stub_access(void *handle, const uintptr_t *starts, const size_t *lens, size_t count, int writes) {
+    lock();
+    Stream *stream = stream_of(handle);
+    begin(stream);
+    for (size_t at = 0; at < count; at++) use(stream, starts[at], lens[at], writes, ORDER_STREAM, writes ? "a step's write" : "a step's read");
+    give(stream, op_new(READ, 0));
+    unlock();
+}
+
+// The host waits for an event, whatever the mutation lies about events. 0 where streams wait for each other.
+int stub_wait(void *handle) {
+    lock();
+    Event *event = handle;
+    bool over = true;
+    while (event->last && !event->last->over && over) over = turn();
+    if (over) observe(&event->clock);
+    unlock();
+    return over;
+}
+
+// The device has done all it was given, the host knows, and what the checker found so far counts no more.
+void stub_forget(void) {
+    lock();
+    drain();
+    for (int id = 0; id < STREAMS; id++) observe(&streams[id].clock);
+    wrong_count = 0;
     unlock();
 }
 
