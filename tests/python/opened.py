@@ -4,6 +4,7 @@
 """
 
 import json
+import shutil
 import sys
 from multiprocessing import shared_memory
 
@@ -39,6 +40,7 @@ def main() -> None:
     said = {"early": early, "bytes": report.bytes, "bound": report.bound, "warnings": report.warnings}
     if disk is not None:
         said["disk"] = {"engine": disk.engine, "blocks": disk.extents_max, "warnings": disk.warnings}
+    said["queue"] = {"bytes": CHUNKS * CHUNK_BYTES, "free": shutil.disk_usage("/dev/shm").free}
     print(json.dumps(said), flush=True)
     go_round()
     engine.close()

@@ -46,6 +46,14 @@ def test_a_pool_in_little_shared_memory_leaves_what_vllm_talks_through(populatin
 
 
 @by_root
+def test_beside_a_pool_in_shared_memory_there_is_room_for_vllm_to_start_again() -> None:
+    """It asks for what a queue between its processes may come to, and the pool of the last start is still there."""
+    said = opened(["more-shm"], dram_size="1GiB")
+    assert said["bound"] == "free shared memory" and said["bytes"] > 128 * MIB
+    assert said["queue"]["free"] > said["queue"]["bytes"] + 64 * MIB, said
+
+
+@by_root
 @pytest.mark.parametrize("populating", POPULATING)
 def test_a_control_groups_limit_bounds_a_pool_and_is_named(populating: str) -> None:
     said = opened(["small-shm", "small-group", populating], dram_size="1GiB")

@@ -22,8 +22,8 @@ CAP_IPC_LOCK = 14
 EPERM, EINVAL = 1, 22
 CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000
 MEMLOCK_BYTES = 8 << 20
-# What a container gets that nobody gave another size.
-SHARED_BYTES = 64 << 20
+# What a container gets that nobody gave another size, and what some are given.
+SHARED_BYTES, MORE_SHARED_BYTES = 64 << 20, 512 << 20
 # What a made-up control group leaves of its limit.
 GROUP_BYTES, GROUP_ROOM_BYTES = 4 << 30, 40 << 20
 
@@ -92,9 +92,9 @@ def _mount_memory(where: str, size: int) -> None:
     _libc("mount", b"tmpfs", where.encode(), b"tmpfs", 0, f"size={size}".encode())
 
 
-def limit_shared_memory() -> None:
-    """/dev/shm is one of our own, of the size that containers have."""
-    _mount_memory("/dev/shm", SHARED_BYTES)
+def limit_shared_memory(size: int) -> None:
+    """/dev/shm is one of our own, of this size."""
+    _mount_memory("/dev/shm", size)
 
 
 def show_group() -> None:
@@ -110,7 +110,8 @@ LIMITS: dict[str, Callable[[], None]] = {
     "no-populate-einval": lambda: refuse_populating(EINVAL),
     "no-populate-eperm": lambda: refuse_populating(EPERM),
     "little-memlock": limit_memlock,
-    "small-shm": limit_shared_memory,
+    "small-shm": lambda: limit_shared_memory(SHARED_BYTES),
+    "more-shm": lambda: limit_shared_memory(MORE_SHARED_BYTES),
     "small-group": show_group,
 }
 
