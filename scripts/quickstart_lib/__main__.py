@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from quickstart_lib.arguments import MODEL, SERVER_LOG, WORKING_SET_RATIO_MIN, Arguments, parse
 from quickstart_lib.data_type import DataType
+from quickstart_lib.disaggregated.arguments import DisaggregatedArguments
+from quickstart_lib.disaggregated.arguments import parse as parse_disaggregated
 from quickstart_lib.failure import QuickstartError
 from quickstart_lib.fleet.arguments import FleetArguments
 from quickstart_lib.fleet.arguments import parse as parse_fleet
@@ -22,11 +24,13 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """Parse the command line first: `--help` needs none of the packages that the run imports."""
-    arguments = parse_fleet(sys.argv[1:]) if "--fleet" in sys.argv[1:] else parse(sys.argv[1:])
+    arguments = parse_any(sys.argv[1:])
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         if isinstance(arguments, FleetArguments):
             run_fleet(arguments)
+        elif isinstance(arguments, DisaggregatedArguments):
+            run_disaggregated(arguments)
         else:
             run(arguments)
     except QuickstartError as failure:
@@ -36,6 +40,13 @@ def main() -> int:
         print("\nquickstart: interrupted; every server is stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def parse_any(argv: list[str]) -> Arguments | FleetArguments | DisaggregatedArguments:
+    """Parse the command line of the comparison that is asked for; a bad value ends the program."""
+    if "--fleet" in argv:
+        return parse_fleet(argv)
+    return parse_disaggregated(argv) if "--disaggregated" in argv else parse(argv)
 
 
 def run(arguments: Arguments) -> None:
@@ -112,6 +123,17 @@ def run_fleet(arguments: FleetArguments) -> None:
     from quickstart_lib.fleet import verdict
 
     verdict.run(arguments, open_console(arguments.data_type))
+
+
+def run_disaggregated(arguments: DisaggregatedArguments) -> None:
+    """Compare where the KV of a prompt comes from when prefill and decode are two engines.
+
+    Raises:
+        QuickstartError: as `run`.
+    """
+    from quickstart_lib.disaggregated import run as disaggregated
+
+    disaggregated.run(arguments, open_console(arguments.data_type))
 
 
 def open_console(data_type: DataType) -> "Console":

@@ -76,12 +76,19 @@ def parse(argv: list[str]) -> Arguments:
         help="another comparison: two engines behind the router; its options: scripts/quickstart --fleet --help",
     )
     parser.add_argument(
+        "--disaggregated",
+        action="store_true",
+        help="another comparison: a prefill and a decode engine with NIXL between them; its options: "
+        "scripts/quickstart --disaggregated --help",
+    )
+    parser.add_argument(
         "--without-kvcellar",
         action="store_true",
         help="the same load on vLLM alone, for comparison: what would be a DRAM hit is computed again",
     )
     given = vars(parser.parse_args(argv))
     given.pop("fleet")
+    given.pop("disaggregated")
     minima = {"conversations": 2, "turns": 2, "opening_tokens": 64, "output_tokens": 1, "probes": 3, "probe_tokens": 64}
     for name, least in minima.items():
         if given[name] < least:

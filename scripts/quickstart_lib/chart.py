@@ -1,6 +1,7 @@
 """The chart: one row per source with every sample, the median and the interquartile range. Plain SVG, no dependency."""
 
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 
 from quickstart_lib import svg
@@ -16,13 +17,21 @@ BOTTOM = 56
 COMPUTED_COLOUR, GPU_COLOUR, DRAM_COLOUR, NVME_COLOUR = "#8a8f98", "#5b8def", "#1f9d6b", "#d9822b"
 
 
-def write(measured: Measurements, footnote: str, path: Path) -> None:
-    """Write the chart; the axis starts at zero and is in milliseconds."""
-    rows = [(name, measured.sources[name]) for name in MEANINGS if name in measured.sources]
+TITLE = "Time to first token, by where the prompt's KV came from"
+
+
+def write(
+    measured: Measurements, footnote: str, path: Path, *, title: str = TITLE, meanings: Mapping[str, str] = MEANINGS
+) -> None:
+    """Write the chart; the axis starts at zero and is in milliseconds.
+
+    `meanings`: the sources to show, in their order, and what each one means.
+    """
+    rows = [(name, measured.sources[name]) for name in meanings if name in measured.sources]
     axis = svg.Axis.over(LEFT, WIDTH - RIGHT, 1000 * max(max(samples.ttft_seconds) for _, samples in rows))
     bottom = TOP + ROW_HEIGHT * len(rows)
     parts = [
-        svg.text(24, 32, "Time to first token, by where the prompt's KV came from", size=18, weight=600),
+        svg.text(24, 32, title, size=18, weight=600),
         svg.text(
             24,
             54,
@@ -36,7 +45,7 @@ def write(measured: Measurements, footnote: str, path: Path) -> None:
         middle = TOP + ROW_HEIGHT * (index + 0.5)
         parts += [
             svg.text(LEFT - 12, middle - 3, name, anchor="end", weight=600),
-            svg.text(LEFT - 12, middle + 12, MEANINGS[name], anchor="end", size=10.5, colour=svg.QUIET),
+            svg.text(LEFT - 12, middle + 12, meanings[name], anchor="end", size=10.5, colour=svg.QUIET),
             *samples_row(axis, middle, [1000 * seconds for seconds in samples.ttft_seconds], _colour(samples)),
         ]
     parts.append(svg.text(24, bottom + BOTTOM - 14, footnote, size=11, colour=svg.QUIET))

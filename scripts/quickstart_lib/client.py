@@ -11,6 +11,8 @@ from quickstart_lib.failure import QuickstartError, ServerTroubleError
 
 TOP_LOGPROBS = 5
 REQUEST_SECONDS_MAX = 300.0
+# vLLM closes connections that are idle for 5 s.
+IDLE_SECONDS_MAX = 2.0
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,19 @@ class Client:
     def __init__(self, port: int, model_name: str) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=REQUEST_SECONDS_MAX)
         self._model_name = model_name
+        self._used = time.monotonic()
 
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
 
-    def complete(self, prompt: list[int], output_tokens: int) -> Answer:
+    def complete(self, prompt: list[int], output_tokens: int, transfer_params: dict[str, Any] | None = None) -> Answer:
         """Send `prompt` (token ids), greedy, and stream exactly `output_tokens` tokens.
+
+        Args:
+            prompt: token ids.
+            output_tokens: how many.
+            transfer_params: `kv_transfer_params`, e.g. what `hand_over` returned.
 
         Raises:
             ServerTroubleError: the server refused, or its stream broke off.
@@ -79,17 +87,40 @@ class Client:
                 "return_tokens_as_token_ids": True,
                 "stream": True,
                 "stream_options": {"include_usage": True},
+                **({"kv_transfer_params": transfer_params} if transfer_params is not None else {}),
             }
         )
+        self._connect_anew_if_idle()
         started = time.perf_counter()
         self._connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
         response = self._connection.getresponse()
         if response.status != 200:
             raise ServerTroubleError(f"completion refused with status {response.status}: {response.read(2000)!r}")
         answer = _collect(server_sent_events(response), started)
+        self._used = time.monotonic()
         if len(answer.token_ids) != output_tokens or len(answer.top_logprobs) != output_tokens:
             raise QuickstartError(f"asked for {output_tokens} tokens with logprobs, got {len(answer.token_ids)}")
         return answer
+
+    def hand_over(self, prompt: list[int]) -> dict[str, Any]:
+        """Have `prompt` computed here for another engine. Returns the `kv_transfer_params` that it needs.
+
+        Raises:
+            ServerTroubleError: the server refused.
+            QuickstartError: it hands nothing over.
+        """
+        elsewhere = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None}
+        elsewhere |= {"remote_block_ids": None, "remote_host": None, "remote_port": None}
+        body = {"model": self._model_name, "prompt": prompt, "max_tokens": 1, "temperature": 0}
+        status, content = self._exchange(
+            "POST", "/v1/completions", json.dumps({**body, "kv_transfer_params": elsewhere})
+        )
+        if status != 200:
+            raise ServerTroubleError(f"completion refused with status {status}: {content[:2000]!r}")
+        params: dict[str, Any] | None = json.loads(content).get("kv_transfer_params")
+        if not params or not params.get("remote_block_ids"):
+            raise QuickstartError(f"the engine hands no block over: {params}")
+        return params
 
     def reset_prefix_cache(self, *, external: bool = False) -> None:
         """Empty vLLM's own prefix cache; the connector's tiers keep what they hold unless `external` is set.
@@ -114,10 +145,19 @@ class Client:
             raise ServerTroubleError(f"/metrics answered {status}")
         return content.decode()
 
-    def _exchange(self, method: str, path: str) -> tuple[int, bytes]:
-        self._connection.request(method, path)
+    def _exchange(self, method: str, path: str, body: str | None = None) -> tuple[int, bytes]:
+        self._connect_anew_if_idle()
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        self._connection.request(method, path, body, headers)
         response = self._connection.getresponse()
-        return response.status, response.read()
+        content = response.read()
+        self._used = time.monotonic()
+        return response.status, content
+
+    def _connect_anew_if_idle(self) -> None:
+        if time.monotonic() - self._used > IDLE_SECONDS_MAX:
+            # The next request opens it again.
+            self._connection.close()
 
 
 def server_sent_events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:

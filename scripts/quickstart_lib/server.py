@@ -67,6 +67,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def core_shares(parts: int) -> list[str]:
+    """The usable cores in equal parts, as vLLM wants them; where there are too few, everyone gets all."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < parts:
+        return [",".join(map(str, cores))] * parts
+    each = len(cores) // parts
+    return [",".join(map(str, cores[part * each : (part + 1) * each])) for part in range(parts)]
+
+
 class Server:
     """`with Server(...)`: inside, the server answers; afterwards, its whole process group is gone.
 

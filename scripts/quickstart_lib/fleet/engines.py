@@ -1,7 +1,6 @@
 """The two vLLM engines, each with a share of the cores and with folders of its own."""
 
 import http.client
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -14,7 +13,7 @@ from quickstart_lib.failure import QuickstartError, ServerTroubleError
 from quickstart_lib.fleet.arguments import LOG_STEM
 from quickstart_lib.fleet.measurements import NAMES
 from quickstart_lib.metrics import HIT_TOKENS, Metrics
-from quickstart_lib.server import MODEL_NAME, Server, command, connector_flag, free_port
+from quickstart_lib.server import MODEL_NAME, Server, command, connector_flag, core_shares, free_port
 
 DYING_SECONDS = 3.0
 
@@ -32,7 +31,7 @@ class Engines:
         self._servers: dict[str, Server] = {}
         self._ports: dict[str, int] = {}
         self.addresses: list[str] = []
-        for name, cores in zip(NAMES, _cores(len(NAMES)), strict=True):
+        for name, cores in zip(NAMES, core_shares(len(NAMES)), strict=True):
             port, pool = free_port(), work_dir / name
             pool.mkdir()
             events = {
@@ -126,12 +125,3 @@ class Engines:
                 break
             time.sleep(0.1)
         return dead
-
-
-def _cores(parts: int) -> list[str]:
-    """The usable cores in equal parts, as vLLM wants them; where there are too few, everyone gets all."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < parts:
-        return [",".join(map(str, cores))] * parts
-    each = len(cores) // parts
-    return [",".join(map(str, cores[part * each : (part + 1) * each])) for part in range(parts)]
