@@ -34,7 +34,8 @@ pub const EVENTS_PER_STEP_MAX: usize = 8192;
 /// Latency samples kept between two collections of metrics. Further samples of the interval are counted, not timed.
 pub const LATENCY_SAMPLES_MAX: usize = 512;
 
-/// Pools of one namespace on one machine. A start that finds all of them taken fails and says who holds them.
+/// Pools of one namespace on one machine. An engine that finds all of them taken serves without tiers and says who holds
+/// them.
 pub const POOL_INDEX_MAX: u32 = 64;
 
 /// How long a start waits for others that are making their pools in the same directory, in ms:
@@ -173,7 +174,8 @@ const _: () = assert!(EVENTS_PER_STEP_MAX < EVENTS_PENDING_MAX, "a step drains l
 
 // The on-disk store of the NVMe tier.
 
-/// Stores of one namespace below one directory. A start that finds all of them taken fails and says who holds them.
+/// Stores of one namespace below one directory. An engine that finds all of them taken serves without an nvme tier and
+/// says who holds them.
 pub const STORE_INDEX_MAX: u32 = 64;
 
 /// Segments that a store's capacity is divided into, as long as their size stays between the two bounds below.
@@ -288,7 +290,8 @@ pub const ANSWER_TAIL_BYTES: usize = 64 << 10;
 
 // Copies between GPU memory and the pool.
 
-/// Oldest driver that is used, as the driver tells its version (1000 times CUDA's major number). An older one is refused at start.
+/// Oldest driver that is used, as the driver tells its version (1000 times CUDA's major number). With an older one vLLM serves
+/// without tiers.
 pub const DRIVER_VERSION_MIN: i32 = 12_000;
 
 /// Bytes of one job on a stream: few enough that its answers come soon, enough to keep the bus busy. A larger block is a job of its own.

@@ -2,7 +2,7 @@
 
 Promises: equal files have equal digests, wherever they lie and whenever they were written; a file of up to
 `WHOLE_BYTES_MAX` is read as a whole; of a larger one each tensor is looked at (up to a bound), and pages spread evenly.
-Does not promise to see a change that leaves every sampled page alone: the README says so, and what to do then.
+Does not promise to see a change that leaves every sampled page alone: `docs/tiers.md` says so, and what to do then.
 """
 
 import hashlib

@@ -16,9 +16,9 @@ _MEDIUM = {"dram": MEDIUM_CPU, "nvme": MEDIUM_STORAGE}
 
 
 def encode_extra_keys(request: Request, first_token: int, blocks: int, block_tokens: int) -> list[bytes]:
-    """Encode what went into the hashes of a request's blocks beside their tokens, one element a block; empty "
-    "for nothing.
+    """Encode what went into the hashes of a request's blocks beside their tokens.
 
+    One element a block; none at all where there is nothing.
     Rare: only requests with LoRA, multimodal input, cache salt or prompt embeddings have such keys.
     """
     if not (request.lora_request or request.mm_features or request.cache_salt or request.prompt_embeds is not None):

@@ -21,7 +21,7 @@ pub struct Measured {
     pub n: usize,
 }
 
-/// One goal that the README states.
+/// One goal of `docs/benchmarks.md`.
 #[derive(Debug, Clone, Serialize)]
 pub struct Goal {
     /// What should be reached.

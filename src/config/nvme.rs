@@ -13,7 +13,7 @@ pub enum DiskEngine {
     /// `io_uring` where it is allowed, else threads.
     #[default]
     Auto,
-    /// `io_uring`, or no start.
+    /// `io_uring`, or no tiers.
     IoUring,
     /// Threads with `pread` and `pwrite`.
     Threads,
