@@ -348,17 +348,7 @@ class SchedulerSide:
         if self._foreign is not None and self._manager is not None:
             handed = handed_out(output, self._groups)
             foreign = self._foreign.step(handed, self._manager)
-        offers = []
-        for request_id, scheduled in output.num_scheduled_tokens.items():
-            known = self._requests.get(request_id)
-            if known is None:
-                continue
-            known.scheduled = True
-            known.last_step = self._step
-            ready = known.request.num_computed_tokens + scheduled
-            # Most decode steps complete no block: nothing else is looked at then.
-            if ready >= known.next_tokens and (offer := self._offer(known, ready)) is not None:
-                offers.append(offer)
+        offers = self._offers_of(output)
         if not (offers or foreign or self._active or self._ticket is not None):
             return StepMetadata(b"", number=self._step) if self._numbers_steps else _NOTHING
         self._counted = True
@@ -373,6 +363,21 @@ class SchedulerSide:
         loads = {name: request_id for request_id, name in ordered.items()}
         front_end = self._front_end if ticket is not None else None
         return StepMetadata(plan, ticket, front_end, loads, number=self._step)
+
+    def _offers_of(self, output: SchedulerOutput) -> list[Offer]:
+        """What the requests of a step complete in it."""
+        offers = []
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            known = self._requests.get(request_id)
+            if known is None:
+                continue
+            known.scheduled = True
+            known.last_step = self._step
+            ready = known.request.num_computed_tokens + scheduled
+            # Most decode steps complete no block: nothing else is looked at then.
+            if ready >= known.next_tokens and (offer := self._offer(known, ready)) is not None:
+                offers.append(offer)
+        return offers
 
     def _time_step(self, tokens: int) -> None:
         """Tell the engine how long the last step's prefill took: until this one, if vLLM did not idle in between.
