@@ -18,6 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from tests.deadlines import deadline
 from tests.vllm.engines import Engine, environment, open_engine
 
 P = ParamSpec("P")
@@ -79,11 +80,11 @@ class EngineProcess:
 
     def _receive(self) -> Any:
         try:
-            if self.pipe.poll(ANSWER_DEADLINE_S):
+            if self.pipe.poll(patience_s := deadline(ANSWER_DEADLINE_S)):
                 return self.pipe.recv()
         except EOFError:
             raise OverThereError(f"the engine's process ended:\n{self.log_tail()}") from None
-        raise OverThereError(f"no answer within {ANSWER_DEADLINE_S:.0f} s:\n{self.log_tail()}")
+        raise OverThereError(f"no answer within {patience_s:.0f} s:\n{self.log_tail()}")
 
     def log_tail(self) -> str:
         """The last lines that the process wrote."""
@@ -93,7 +94,7 @@ class EngineProcess:
         """Ends the engine; a process that does not end by itself is killed."""
         with contextlib.suppress(BrokenPipeError):
             self.pipe.send(None)
-        self.process.join(STOP_DEADLINE_S)
+        self.process.join(deadline(STOP_DEADLINE_S))
         if self.process.is_alive():
             self.process.kill()
             self.process.join()

@@ -18,13 +18,16 @@ from tests.vllm.server import BLOCK_TOKENS
 TEXT_TOKENS = 2 * BLOCK_TOKENS + 7
 HIT_TOKENS = (tiny_models.IMAGE_TOKENS + TEXT_TOKENS - 1) // BLOCK_TOKENS * BLOCK_TOKENS
 OPTIONS: dict[str, Any] = {
+    # In bfloat16 vLLM ends at this model's first step on a processor with AMX: it attends with tiles before anything
+    # has asked the system for them.
+    "dtype": "float32",
     "max_num_batched_tokens": 1024,
     "kv_cache_memory_bytes": 1 << 27,
     "limit_mm_per_prompt": {"image": 1},
 }
 CELLAR = {"dram_size": "64MiB", "verify_loads": True}
 
-pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("vllm_installed"), pytest.mark.e2e]
+pytestmark = [pytest.mark.usefixtures("vllm_installed"), pytest.mark.e2e]
 
 
 @pytest.fixture(scope="module")

@@ -192,7 +192,6 @@ def test_mean_pooling_which_needs_whole_prompts_is_served_without_us(
     assert not list(pool_dir.iterdir())
 
 
-@pytest.mark.soak
 def test_last_pooling_is_identical_after_a_hit_of_ours(tmp_path: Path, pool_dir: Path, tokens: list[int]) -> None:
     with started(tmp_path, pool_dir, real_model(), "last", **pooling("LAST")) as engine:
         embedding(engine, tokens)

@@ -13,12 +13,15 @@ SPREAD = 0.2
 SETTLE_S = 2.0
 
 
-def _save(config: Any, causal_lm: Any, path: Path) -> Path:
+def _save(config: Any, causal_lm: Any, path: Path, *more: Any) -> Path:
+    """Writes a model and what belongs to it."""
     import torch
 
     torch.manual_seed(MODEL_SEED)
     model = causal_lm(config).to(torch.bfloat16)
     model.save_pretrained(path, safe_serialization=True)
+    for part in more:
+        part.save_pretrained(path)
     # An engine that starts in the same moment cannot know whether it read these files or earlier ones.
     time.sleep(SETTLE_S)
     return path
@@ -182,9 +185,7 @@ def blip(path: Path) -> Path:
         image_token_index=IMAGE_TOKEN,
         initializer_range=SPREAD,
     )
-    _save(config, _blip_with_queries, path)
-    _blip_processor().save_pretrained(path)
-    return path
+    return _save(config, _blip_with_queries, path, _blip_processor())
 
 
 def _blip_with_queries(config: Any) -> Any:
