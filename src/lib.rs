@@ -30,6 +30,7 @@ pub mod events;
 pub mod gpu;
 pub mod index;
 pub mod limits;
+pub mod logging;
 pub mod metrics;
 pub mod nvme;
 pub mod policy;

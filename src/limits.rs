@@ -288,6 +288,9 @@ pub const EXPECT_QUEUE: usize = 4_096;
 /// Bytes at the end of an answer that are kept to find its usage.
 pub const ANSWER_TAIL_BYTES: usize = 64 << 10;
 
+/// Log lines that wait for the host's logger. Further ones are dropped and counted.
+pub const LOG_LINES_MAX: usize = 256;
+
 // Copies between GPU memory and the pool.
 
 /// Oldest driver that is used, as the driver tells its version (1000 times CUDA's major number). With an older one vLLM serves

@@ -30,7 +30,7 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 
-from kvcellar import UnsupportedError, deployment, eligibility, groups, window
+from kvcellar import UnsupportedError, deployment, eligibility, groups, native_log, window
 from kvcellar._native import Config
 from kvcellar.groups import Groups
 from kvcellar.hooks import hook, nothing
@@ -147,6 +147,7 @@ class KVCellarConnector(KVConnectorBase_V1, SupportsHMA):
         described = _described(vllm_config, kv_cache_config, config, tell=role == KVConnectorRole.SCHEDULER)
         if described is None:
             return
+        native_log.start()
         outer = deployment.outer_transfer_config()
         if role == KVConnectorRole.WORKER:
             self._worker = self.worker_class(vllm_config, kv_cache_config, config, beside_others=outer is not None)
@@ -210,6 +211,7 @@ class KVCellarConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.shutdown()
         if self._scheduler is not None:
             self._scheduler.shutdown()
+        native_log.flush()
 
     @hook(_stats_of_the_failed)
     def get_kv_connector_stats(self) -> KVConnectorStats | None:

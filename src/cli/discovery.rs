@@ -40,7 +40,7 @@ pub async fn keep<T>(
             }
             Err(error) if error.to_string() != said => {
                 said = error.to_string();
-                eprintln!("kvcellar: {said}; the engines stay as they were");
+                log::warn!("{said}; the engines stay as they were");
             }
             Err(_) => {}
         }

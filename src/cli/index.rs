@@ -161,14 +161,14 @@ async fn run(options: &Options) -> Result<()> {
         return Err(super::discovery::nobody());
     }
     if token.is_none() && !options.listen.ip().is_loopback() {
-        eprintln!("kvcellar: {} can be reached from elsewhere and asks for no token: see --token-file", options.listen);
+        log::warn!("{} can be reached from elsewhere and asks for no token: see --token-file", options.listen);
     }
     let mut fleet = Fleet::new(Arc::clone(&index));
     if let Some(other) = &options.catch_up {
         // Without it engines are followed from their replays, as by the first index of all.
         match catch_up(other, token.as_deref(), memory as usize).await.and_then(|snapshot| fleet.resume(&snapshot)) {
-            Ok(engines) => eprintln!("kvcellar: {engines} engines taken over from {other}"),
-            Err(error) => eprintln!("kvcellar: nothing is taken over from {other}: {error}"),
+            Ok(engines) => log::info!("{engines} engines taken over from {other}"),
+            Err(error) => log::warn!("nothing is taken over from {other}: {error}"),
         }
     }
     fleet.set(found);

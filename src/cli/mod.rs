@@ -27,10 +27,15 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
+use crate::logging;
+
 /// KV-cache offload engine for vLLM.
 #[derive(Debug, Parser)]
 #[command(name = "kvcellar", version, about)]
 struct Command {
+    /// How log lines are written to standard error.
+    #[arg(long, global = true, value_enum, default_value_t)]
+    log_format: logging::Format,
     #[command(subcommand)]
     part: Part,
 }
@@ -168,6 +173,7 @@ pub fn run(args: Vec<String>) -> i32 {
             return error.exit_code();
         }
     };
+    logging::to_stderr(command.log_format);
     match command.part {
         Part::Pool(PoolCommand::Ls { pool_dir, json }) => pool::list(&pool_dir, json),
         Part::Pool(PoolCommand::Rm { names, all, pool_dir }) => pool::remove(&pool_dir, &names, all),
@@ -222,7 +228,7 @@ async fn listen(
         crate::error::Error::config(name, format!("{address}: {error}"), "Name a free address, e.g. 127.0.0.1:0")
     })?;
     if let Ok(address) = listener.local_addr() {
-        eprintln!("kvcellar: {what}{address}");
+        log::info!("{what}{address}");
     }
     Ok(listener)
 }

@@ -227,7 +227,7 @@ fn weighing(options: &Options) -> Result<PickerConfig> {
     };
     let made = PickerConfig::open(path)?;
     for note in &made.notes {
-        eprintln!("kvcellar: {}: {note}", path.display());
+        log::warn!("{}: {note}", path.display());
     }
     Ok(made)
 }

@@ -210,7 +210,7 @@ impl IndexSink {
         let name = self.name(stream);
         let made = self.index.write().engine(&name, &model);
         if let Err(error) = &made {
-            eprintln!("kvcellar: {name}: {error}");
+            log::warn!("{name}: {error}");
         }
         self.engines.insert(stream.clone(), made.as_ref().ok().copied());
         made.ok()
@@ -228,7 +228,11 @@ impl Sink for IndexSink {
         let name = &self.source.name;
         self.change(|state| {
             if state.connected != up {
-                eprintln!("kvcellar: {name}: {}", if up { "connected" } else { "connection lost, trying again" });
+                if up {
+                    log::info!("{name}: connected");
+                } else {
+                    log::warn!("{name}: connection lost, trying again");
+                }
                 state.connected = up;
                 state.since = Instant::now();
             }
@@ -257,7 +261,7 @@ impl Sink for IndexSink {
             Why::Restart => "it has restarted",
             Why::Gap => "events are lost and cannot be replayed",
         };
-        eprintln!("kvcellar: {}: {what}: its blocks are forgotten", self.name(stream));
+        log::warn!("{}: {what}: its blocks are forgotten", self.name(stream));
         self.index.write().forget(id);
     }
 

@@ -11,12 +11,15 @@ mod inputs;
 mod reports;
 mod worker;
 
+use std::time::Duration;
+
 use pyo3::prelude::*;
 
 use crate::cli::bench_nvme::meter::{Reading, Way};
 use crate::cli::bench_nvme::{Options, Rival, Turn};
 use crate::config::{Config, Controls, UnsupportedGroups};
 use crate::error::Error;
+use crate::logging;
 use errors::guarded;
 
 /// Typed configuration of one engine.
@@ -91,6 +94,28 @@ fn check_controls(json: &str) -> PyResult<()> {
     guarded(|| Controls::parse(json).map(drop))
 }
 
+/// The next log line of the native side: Python's number of its level, and its text; nothing when none came within `timeout_s`.
+/// Waits without the interpreter.
+#[pyfunction]
+fn next_log_line(py: Python<'_>, timeout_s: f64) -> PyResult<Option<(u8, String)>> {
+    py.detach(|| {
+        guarded(|| {
+            let patience = Duration::try_from_secs_f64(timeout_s)
+                .map_err(|error| Error::config("timeout_s", error.to_string(), "Write seconds, e.g. 1.0"))?;
+            Ok(logging::next_line(patience).map(|line| (python_level(line.level), line.text)))
+        })
+    })
+}
+
+fn python_level(level: log::Level) -> u8 {
+    match level {
+        log::Level::Error => 40,
+        log::Level::Warn => 30,
+        log::Level::Info => 20,
+        log::Level::Debug | log::Level::Trace => 10,
+    }
+}
+
 /// Runs the `kvcellar` command with these arguments (without the program's name) and returns its exit code.
 #[pyfunction]
 fn run_command(py: Python<'_>, args: Vec<String>) -> PyResult<i32> {
@@ -162,6 +187,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<worker::PyWatch>()?;
     module.add_class::<engine::PyLookupBench>()?;
     module.add_function(wrap_pyfunction!(check_controls, module)?)?;
+    module.add_function(wrap_pyfunction!(next_log_line, module)?)?;
     module.add_function(wrap_pyfunction!(run_command, module)?)?;
     module.add_function(wrap_pyfunction!(bench_lookup, module)?)?;
     module.add_function(wrap_pyfunction!(bench_nvme, module)?)?;

@@ -127,11 +127,11 @@ impl Proxy {
                         ticket.engine().refused();
                     }
                     if tries_left == 0 || !ticket.move_on() {
-                        eprintln!("kvcellar: {name}: {error}: no other engine is tried");
+                        log::warn!("{name}: {error}: no other engine is tried");
                         ticket.end("failed", None);
                         return Err(Refusal::Upstream(format!("{name}: {error}")));
                     }
-                    eprintln!("kvcellar: {name}: {error}: trying another engine");
+                    log::warn!("{name}: {error}: trying another engine");
                 }
                 Err(_) => {
                     ticket.end("timeout", None);

@@ -21,7 +21,7 @@ struct Models {
 pub async fn keep(engines: Arc<Engines>, every: Duration) {
     let built = reqwest::Client::builder().timeout(Duration::from_millis(limits::SCRAPE_TIMEOUT_MS)).no_proxy().build();
     let Ok(client) = built else {
-        eprintln!("kvcellar: no HTTP client for scrapes: engines stay unseen");
+        log::error!("no HTTP client for scrapes: engines stay unseen");
         return;
     };
     let mut tasks: Vec<(Arc<Engine>, tokio::task::JoinHandle<()>)> = Vec::new();
@@ -55,10 +55,10 @@ async fn follow(engine: Arc<Engine>, client: reqwest::Client, every: Duration) {
                 }
                 turn += 1;
                 if engine.heard(told) {
-                    eprintln!("kvcellar: {}: answers", engine.spec.name);
+                    log::info!("{}: answers", engine.spec.name);
                 }
             }
-            None if engine.failed() => eprintln!("kvcellar: {}: does not answer", engine.spec.name),
+            None if engine.failed() => log::warn!("{}: does not answer", engine.spec.name),
             None => {}
         }
         tokio::time::sleep(every.mul_f64(0.8 + 0.4 * fastrand::f64())).await;

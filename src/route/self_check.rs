@@ -77,15 +77,15 @@ async fn check(router: &Router, name: &str, checked: &Checked, engine: &Engine) 
     let shown = if name.is_empty() { "every model" } else { name };
     if let Some(first) = differ.first() {
         checked.differs.store(true, Ordering::Relaxed);
-        eprintln!(
-            "kvcellar: token ids for {shown}: {} of {} samples differ from {}'s (first: {first}); engines are asked instead",
+        log::warn!(
+            "token ids for {shown}: {} of {} samples differ from {}'s (first: {first}); engines are asked instead",
             differ.len(),
             same + differ.len(),
             engine.spec.name
         );
     } else {
-        eprintln!(
-            "kvcellar: token ids for {shown}: made here, {same} samples equal {}'s, {unsaid} cannot be compared",
+        log::info!(
+            "token ids for {shown}: made here, {same} samples equal {}'s, {unsaid} cannot be compared",
             engine.spec.name
         );
     }

@@ -72,7 +72,7 @@ impl Traces {
     /// Sends what is left. Blocks for a moment.
     pub fn close(&self) {
         if let Err(error) = self.provider.shutdown_with_timeout(FLUSH) {
-            eprintln!("kvcellar: the last traces were not sent: {error}");
+            log::warn!("the last traces were not sent: {error}");
         }
     }
 }

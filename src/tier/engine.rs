@@ -231,7 +231,7 @@ impl TierEngine {
         let quiet = disk.writes.is_empty();
         let mut store = disk.store.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if quiet && let Err(error) = store.close_clean(&entries, disk.sequence) {
-            eprintln!("kvcellar: no snapshot of the nvme tier, the next start reads the descriptors instead: {error}");
+            log::warn!("no snapshot of the nvme tier, the next start reads the descriptors instead: {error}");
         }
     }
 
@@ -276,7 +276,7 @@ impl TierEngine {
         self.clean(self.flushing);
         if let Some(error) = self.trace.as_mut().and_then(Trace::take_failure) {
             self.trace = None;
-            eprintln!("kvcellar: {error}");
+            log::warn!("{error}");
         }
     }
 
@@ -386,7 +386,7 @@ impl TierEngine {
         match bumped {
             Ok(generation) => disk.cache_generation = generation,
             Err(error) => {
-                eprintln!("kvcellar: the nvme tier could not be reset and is given up: {error}");
+                log::error!("the nvme tier could not be reset and is given up: {error}");
                 disk.health.lost();
                 disk.extents.withdraw(&mut residency.events);
             }

@@ -322,13 +322,13 @@ impl Desk {
             Ok(Some(file)) => match self.disk.add_segment(file) {
                 Ok(_) => false,
                 Err(error) => {
-                    eprintln!("kvcellar: the nvme tier grows no further: {error}");
+                    log::warn!("the nvme tier grows no further: {error}");
                     true
                 }
             },
             Ok(None) => true,
             Err(error) => {
-                eprintln!("kvcellar: the nvme tier grows no further: {error}");
+                log::warn!("the nvme tier grows no further: {error}");
                 true
             }
         };
@@ -341,7 +341,7 @@ impl Desk {
             Ok(()) => true,
             Err(error) => {
                 // Not used again; the next start finds it, and that it has expired.
-                eprintln!("kvcellar: an expired block could not be erased: {error}");
+                log::warn!("an expired block could not be erased: {error}");
                 false
             }
         });

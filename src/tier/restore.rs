@@ -272,7 +272,7 @@ impl TierEngine {
         } else if disk.health.well() {
             disk.extents.in_service = true;
             disk.announce_from = Some(0);
-            eprintln!("kvcellar: the nvme tier is in service again");
+            log::info!("the nvme tier is in service again");
         }
         self.announce();
     }

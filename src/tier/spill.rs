@@ -213,7 +213,7 @@ impl TierEngine {
         let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return };
         disk.extents.withdraw(&mut residency.events);
         residency.counters.nvme_outages += 1;
-        eprintln!("kvcellar: the nvme tier is out of service: {why}. The dram tier goes on; {then}");
+        log::warn!("the nvme tier is out of service: {why}. The dram tier goes on; {then}");
         self.record(|_| trace::line("outage", &[]));
     }
 

@@ -16,6 +16,7 @@ use Reach::{Anything, Only};
 const ROWS: &[(&str, Reach)] = &[
     ("error", Only(&[])),
     ("limits", Only(&[])),
+    ("logging", Only(&["limits"])),
     ("metrics", Only(&["error", "limits"])),
     ("config", Only(&["error", "limits"])),
     ("block", Only(&["error", "limits"])),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from kvcellar import ConfigError, DataLostError, KvcellarError, SystemRefusedError, UnsupportedError, window
-from kvcellar._native import Config, CopyWorker, StoredRun, TierEngine, check_controls, run_command
+from kvcellar._native import Config, CopyWorker, StoredRun, TierEngine, check_controls, next_log_line, run_command
 
 from tests.deadlines import deadline
 from tests.vllm.places import temporary_disk_dir
@@ -237,6 +237,12 @@ def test_supported_vllm_versions_are_read(version: str) -> None:
 def test_wrong_controls_are_named() -> None:
     with pytest.raises(ConfigError, match="`store`"):
         check_controls('{"stor": true}')
+
+
+def test_nobody_waits_for_ever_for_a_log_line() -> None:
+    assert next_log_line(0.0) is None
+    with pytest.raises(ConfigError, match="timeout_s"):
+        next_log_line(-1.0)
 
 
 def test_nonsense_through_the_border_is_an_error_and_no_crash(pool_dir: Path) -> None:

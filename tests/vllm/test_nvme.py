@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -318,8 +319,10 @@ def test_a_working_set_of_a_gibibyte(tmp_path: Path, seed: int) -> None:
     campaign(tmp_path, seed, 1480)
 
 
-def test_a_directory_removed_under_a_running_engine_costs_hits_only(tmp_path: Path, seed: int) -> None:
-    """Requests go on with the same answers; the tier says that it is gone, to the metrics and to subscribers."""
+def test_a_directory_removed_under_a_running_engine_costs_hits_only(
+    tmp_path: Path, seed: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Requests go on with the same answers; the tier says that it is gone, to metrics, subscribers and vLLM's log."""
     work = prompts(seed, 120)
     cellar = {"dram_size": kv_mib(64), "nvme_size": NVME_BYTES, "namespace_salt": "nvme-gone", "write_through": True}
     with (
@@ -344,3 +347,6 @@ def test_a_directory_removed_under_a_running_engine_costs_hits_only(tmp_path: Pa
         assert hits(after)[0] > hits(gone)[0], "memory served nothing"
         assert after.cellar("load_failures_total") == 0
         assert not after.leftovers()
+    said = capfd.readouterr().out
+    print(said)
+    assert re.search(r"WARNING .*KV Cellar: the nvme tier is out of service: its directory is gone", said)
