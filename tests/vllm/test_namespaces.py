@@ -6,19 +6,24 @@ nobody uses it, and answers are right.
 
 import contextlib
 import json
+import multiprocessing
+import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pytest
 
 from tests.deadlines import deadline
 from tests.vllm import tiny_models
 from tests.vllm.answers import Answer, assert_identical
-from tests.vllm.engine_process import EngineProcess, start_engine
-from tests.vllm.engines import Engine
+from tests.vllm.engine_process import ONE_PROCESS, EngineProcess, start_engine
+from tests.vllm.engines import Engine, environment, open_engine
 from tests.vllm.metrics import Snapshot
 from tests.vllm.mounts import fill, memory_dir, small_disk
 from tests.vllm.places import temporary_disk_dir, temporary_pool_dir
@@ -31,6 +36,9 @@ from tests.vllm.server import BLOCK_TOKENS, Server, open_server
 from tests.vllm.sizes import MIB, kv_bytes
 from tests.vllm.traffic import background
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 NAMESPACES = 10
 # As many pools and stores fit beside each other; each start asks for its part.
 PARTS = 4
@@ -40,7 +48,7 @@ PROMPT_BLOCKS = 20
 PROMPTS = 4
 ANSWER_TOKENS = 4
 
-pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("vllm_installed"), pytest.mark.timeout(deadline(3600))]
+pytestmark = [pytest.mark.usefixtures("vllm_installed"), pytest.mark.timeout(deadline(3600))]
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +94,55 @@ def assert_went_in_turn(before: list[dict[str, Any]], after: list[dict[str, Any]
 def start(
     tmp_path: Path, pool_dir: Path, name: str, cellar: dict[str, Any], model: Path
 ) -> contextlib.AbstractContextManager[EngineProcess]:
-    """An engine of the tiny model in one process."""
-    options: dict[str, Any] = {"model": model, "skip_tokenizer_init": True, "kv_cache_memory_bytes": kv_bytes(64 * MIB)}
-    return start_engine(tmp_path, pool_dir, cellar={"verify_loads": True, **cellar}, name=name, **options)
+    """An engine of the tiny model in a process of its own."""
+    return start_engine(tmp_path, pool_dir, cellar=cellar, name=name, **options(model))
 
 
-def assert_serves(engine: EngineProcess, prompts: list[list[int]]) -> Snapshot:
+def options(model: Path) -> dict[str, Any]:
+    """Of any engine of the tiny model."""
+    return {"model": model, "skip_tokenizer_init": True, "kv_cache_memory_bytes": kv_bytes(64 * MIB)}
+
+
+@dataclass(frozen=True)
+class Here:
+    """An engine in this process, asked as one in a process of its own."""
+
+    engine: Engine
+    log: Path
+
+    def call(self, function: Callable[Concatenate[Engine, P], R], *arguments: P.args, **named: P.kwargs) -> R:
+        """What `function` answers."""
+        return function(self.engine, *arguments, **named)
+
+    def wait_ready(self) -> None:
+        """It is."""
+
+
+@contextlib.contextmanager
+def output_to(file: Path) -> Iterator[None]:
+    """What this process writes goes there."""
+    own = {stream: os.dup(stream) for stream in (1, 2)}
+    with file.open("wb", buffering=0) as output:
+        for stream in own:
+            os.dup2(output.fileno(), stream)
+    try:
+        yield
+    finally:
+        for stream, before in own.items():
+            os.dup2(before, stream)
+            os.close(before)
+
+
+@contextlib.contextmanager
+def start_here(tmp_path: Path, pool_dir: Path, name: str, cellar: dict[str, Any], model: Path) -> Iterator[Here]:
+    """An engine of the tiny model in this process: it starts in a few seconds, and lets go of all that it had."""
+    log = tmp_path / f"{name}.log"
+    engines = open_engine(tmp_path, pool_dir, cellar=cellar, name=name, one_process=True, **options(model))
+    with output_to(log), engines as engine:
+        yield Here(engine, log)
+
+
+def assert_serves(engine: EngineProcess | Here, prompts: list[list[int]]) -> Snapshot:
     """What was asked once comes back from us, and right."""
     for tokens in prompts:
         engine.call(Engine.complete, tokens, 1)
@@ -104,17 +155,18 @@ def assert_serves(engine: EngineProcess, prompts: list[list[int]]) -> Snapshot:
     return after
 
 
-def test_ten_changes_of_namespace_stay_within_both_sizes(model: Path, tmp_path: Path, prompts: list[list[int]]) -> None:
+def change_namespaces(model: Path, tmp_path: Path, prompts: list[list[int]], starts: Callable[..., Any]) -> None:
     """Four fit: from the fifth start on one goes for each, the one used longest ago; at last one start wants all."""
     went = {"pools": 0, "stores": 0}
     with memory_dir(POOL_BYTES + 8 * MIB) as pool_dir, temporary_disk_dir() as disk:
         sizes = {"dram_size": POOL_BYTES, "nvme_dir": str(disk), "nvme_size": STORE_BYTES, "write_through": True}
+        sizes["verify_loads"] = True
         with Samples({pool_dir: POOL_BYTES, disk: STORE_BYTES}) as samples:
             for turn in range(NAMESPACES + 1):
                 parts = PARTS if turn < NAMESPACES else 1
                 cellar = {**sizes, "namespace_salt": str(turn), "local_engines": parts}
                 pools, stores = listed("pool", "ls", "--pool-dir", str(pool_dir)), listed("store", "ls", str(disk))
-                with start(tmp_path, pool_dir, f"engine-{turn}", cellar, model) as engine:
+                with starts(tmp_path, pool_dir, f"engine-{turn}", cellar, model) as engine:
                     engine.wait_ready()
                     now = listed("pool", "ls", "--pool-dir", str(pool_dir)), listed("store", "ls", str(disk))
                     went["pools"] += assert_went_in_turn(pools, now[0], "would_go", POOL_BYTES)
@@ -126,6 +178,8 @@ def test_ten_changes_of_namespace_stay_within_both_sizes(model: Path, tmp_path: 
                     assert POOL_BYTES // parts - 2 * slot <= pool["bytes"] <= POOL_BYTES // parts
                     assert 0.9 * STORE_BYTES / parts < store["capacity_bytes"] <= STORE_BYTES // parts
                     assert_serves(engine, prompts)
+                    assert "KV Cellar: dram tier" in engine.log.read_text(errors="replace"), "nothing is said there"
+                    assert not warnings(engine.log, "cannot be known"), "nobody could use what it left"
                     assert not warnings(engine.log, "dram_size") + warnings(engine.log, "nvme_size"), "it got less"
         print(f"most: {samples.most}, {samples.count} looks, went: {went}")
         samples.assert_within()
@@ -133,11 +187,27 @@ def test_ten_changes_of_namespace_stay_within_both_sizes(model: Path, tmp_path: 
     assert went == {"pools": NAMESPACES, "stores": NAMESPACES}
 
 
+def test_ten_changes_of_namespace_stay_within_both_sizes(model: Path, tmp_path: Path, prompts: list[list[int]]) -> None:
+    """In one process, which began when the model's files were there: their starts do not wait for vLLM's imports."""
+    spawn = multiprocessing.get_context("spawn")
+    with environment(ONE_PROCESS), ProcessPoolExecutor(1, spawn) as process:
+        process.submit(change_namespaces, model, tmp_path, prompts, start_here).result()
+
+
+@pytest.mark.soak
+def test_ten_changes_of_namespace_by_ten_processes_stay_within_both_sizes(
+    model: Path, tmp_path: Path, prompts: list[list[int]]
+) -> None:
+    """Each finds what the one before has left, and nobody who uses it."""
+    change_namespaces(model, tmp_path, prompts, start)
+
+
 def test_a_full_disk_is_told_and_memory_serves(model: Path, tmp_path: Path, prompts: list[list[int]]) -> None:
     """Somebody else has filled it before the start."""
     with temporary_pool_dir() as pool_dir, small_disk(128 * MIB) as disk:
         fill(disk)
-        cellar = {"dram_size": POOL_BYTES, "nvme_dir": str(disk), "nvme_size": 64 * MIB, "nvme_reserve": 0}
+        nvme = {"nvme_dir": str(disk), "nvme_size": 64 * MIB, "nvme_reserve": 0}
+        cellar = {"dram_size": POOL_BYTES, "verify_loads": True, **nvme}
         with start(tmp_path, pool_dir, "full", cellar, model) as engine:
             engine.wait_ready()
             after = assert_serves(engine, prompts)
@@ -173,6 +243,7 @@ def assert_known(server: Server, prompts: list[list[int]], references: list[Answ
     return given
 
 
+@pytest.mark.soak
 def test_a_start_with_another_size_after_a_kill_stays_within_it(tmp_path: Path, seed: int) -> None:
     """EngineCore is killed in the middle of traffic; the next start wants half, the one after it four times that."""
     rng = random.Random(f"other-size-{seed}")
