@@ -1,8 +1,11 @@
-//! `cargo bench --bench copies [-- --json]`: what our own code costs on a block's way between the KV cache and a slot, without a GPU.
+//! `cargo bench --bench copies [-- --json]`: what our own code costs on a block's way between the
+//! KV cache and a slot, without a GPU.
 //!
-//! Measured, each beside its physical limit in the same run: the host copier, in GB/s beside one copy of the same bytes in one piece by one thread; the
-//! pieces of a block, joining fragments and step plans, in CPU time of this thread for each. Not measured: a driver's calls and the bus
-//! (`kvcellar bench dma`), disks (`kvcellar bench nvme`), lookups (`kvcellar bench lookup`). `cargo test` runs all of it with tiny sizes.
+//! Measured, each beside its physical limit in the same run: the host copier, in GB/s beside one
+//! copy of the same bytes in one piece by one thread; the pieces of a block, joining fragments and
+//! step plans, in CPU time of this thread for each. Not measured: a driver's calls and the bus
+//! (`kvcellar bench dma`), disks (`kvcellar bench nvme`), lookups (`kvcellar bench lookup`).
+//! `cargo test` runs all of it with tiny sizes.
 
 #![allow(
     clippy::needless_for_each,

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 /// Everything that can go wrong, shaped by the remedy.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The caller's mistake: a setting that cannot work. The message names the field and the remedy.
+    /// The caller's mistake: a setting that cannot work. The message names the field and the
+    /// remedy.
     #[error("{field}: {problem}. {remedy}")]
     Config {
         /// The configuration key or command-line argument at fault.

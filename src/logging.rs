@@ -47,8 +47,9 @@ pub fn to_stderr(format: Format) {
     install(STDERR.get_or_init(|| ToStderr(format)));
 }
 
-/// The next line for the host's logger; `None` when none came within `patience`. From the first call on lines are
-/// kept for it, a bounded number: what comes while nobody asks is dropped and counted.
+/// The next line for the host's logger; `None` when none came within `patience`. From the first
+/// call on lines are kept for it, a bounded number: what comes while nobody asks is dropped and
+/// counted.
 pub fn next_line(patience: Duration) -> Option<Line> {
     let (queue, lines) = QUEUE.get_or_init(|| {
         let (sender, receiver) = bounded(limits::LOG_LINES_MAX);

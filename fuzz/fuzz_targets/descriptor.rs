@@ -1,4 +1,5 @@
-//! Any bytes as an extent's descriptor of any number of ranks: no panic. The first byte is the number of ranks.
+//! Any bytes as an extent's descriptor of any number of ranks: no panic. The first byte is the
+//! number of ranks.
 #![no_main]
 
 use kvcellar::block::descriptor;

@@ -1,4 +1,5 @@
-//! Any bytes as a batch of KVEvents: no panic, no memory beyond what the bytes pay for, and what was read and written reads the same again.
+//! Any bytes as a batch of KVEvents: no panic, no memory beyond what the bytes pay for, and what
+//! was read and written reads the same again.
 #![no_main]
 
 use kvcellar::events::decode;

@@ -1,4 +1,5 @@
-//! Any bytes as a snapshot: no panic, and what is accepted is exactly what its own entries are written as.
+//! Any bytes as a snapshot: no panic, and what is accepted is exactly what its own entries are
+//! written as.
 #![no_main]
 
 use kvcellar::nvme::snapshot;

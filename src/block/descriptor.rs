@@ -1,8 +1,10 @@
 //! What a slot says about the block it holds, so that a re-adopted slot can explain itself.
 //!
-//! Layout, little-endian: fixed part ([`FIXED_BYTES`]), one `(generation, checksum)` pair of 64-bit words a rank, the [`Seal`] with one
-//! checksum a rank, token ids (32 bits each), lora name, extra keys. The fixed part carries a checksum over itself and what follows the seal;
-//! the pairs are written later by the ranks' hashers, on their own, and the seal when the slot's image is spilled: a sealed image is an extent.
+//! Layout, little-endian: fixed part ([`FIXED_BYTES`]), one `(generation, checksum)` pair of 64-bit
+//! words a rank, the [`Seal`] with one checksum a rank, token ids (32 bits each), lora name, extra
+//! keys. The fixed part carries a checksum over itself and what follows the seal; the pairs are
+//! written later by the ranks' hashers, on their own, and the seal when the slot's image is
+//! spilled: a sealed image is an extent.
 
 use bytemuck::{Pod, Zeroable};
 use xxhash_rust::xxh3::Xxh3Default;
@@ -55,12 +57,14 @@ struct Fixed {
 
 const _: () = assert!(size_of::<Fixed>() as u64 == FIXED_BYTES);
 
-/// What makes a slot's image an extent of one store. It vouches for the descriptor (by its checksum) and for every rank's payload.
+/// What makes a slot's image an extent of one store. It vouches for the descriptor (by its
+/// checksum) and for every rank's payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Seal {
     /// The store's random id: an image of another store is none.
     pub store: u64,
-    /// Grows with every extent that the store writes: of two extents with one key the later one counts.
+    /// Grows with every extent that the store writes: of two extents with one key the later one
+    /// counts.
     pub sequence: u64,
     /// The store's generation of contents when it was written.
     pub cache_generation: u64,
@@ -108,8 +112,8 @@ pub const fn checksum_offset(rank: usize) -> usize {
 
 /// Writes a descriptor into the start of a slot. Checksum pairs and seal are left alone.
 ///
-/// Lora name and extra keys that do not fit are left out and the descriptor says so: the block is served as ever but a later
-/// start does not adopt it. Returns whether everything fitted.
+/// Lora name and extra keys that do not fit are left out and the descriptor says so: the block is
+/// served as ever but a later start does not adopt it. Returns whether everything fitted.
 pub fn write(page: &mut [u8], key: &BlockKey, generation: Generation, ranks: usize, lineage: &Lineage) -> bool {
     let start = body_offset(ranks);
     let token_bytes: &[u8] = bytemuck::cast_slice(&lineage.tokens);
@@ -147,7 +151,8 @@ pub fn write(page: &mut [u8], key: &BlockKey, generation: Generation, ranks: usi
 /// Reads a descriptor back, trusting nothing in it.
 ///
 /// # Errors
-/// [`Error::DataLost`] when anything does not add up, or the descriptor was truncated when it was written.
+/// [`Error::DataLost`] when anything does not add up, or the descriptor was truncated when it was
+/// written.
 pub fn read(page: &[u8], ranks: usize) -> Result<(BlockKey, Generation, Lineage)> {
     let (fixed, key, body) = checked(page, ranks)?;
     let damaged = |problem: &str| Error::lost("slot descriptor", problem);
@@ -163,7 +168,8 @@ pub fn read(page: &[u8], ranks: usize) -> Result<(BlockKey, Generation, Lineage)
     Ok((key, Generation(fixed.generation), lineage))
 }
 
-/// Seals a whole descriptor: the slot's image may be written as an extent now. `sums`: the checksum of every rank's part, 0 for ranks that write none.
+/// Seals a whole descriptor: the slot's image may be written as an extent now. `sums`: the checksum
+/// of every rank's part, 0 for ranks that write none.
 ///
 /// # Errors
 /// [`Error::DataLost`] when the descriptor is not whole; such an image must not be written.
@@ -189,7 +195,8 @@ pub fn seal(page: &mut [u8], seal: &Seal, sums: &[u64]) -> Result<()> {
     Ok(())
 }
 
-/// Reads an extent's descriptor, trusting nothing in it: its key, its seal, and the checksum of every rank's part.
+/// Reads an extent's descriptor, trusting nothing in it: its key, its seal, and the checksum of
+/// every rank's part.
 ///
 /// # Errors
 /// [`Error::DataLost`] when descriptor or seal do not add up, or do not belong together.

@@ -106,7 +106,8 @@ impl Grouping {
         (block as usize + 1) * per_block - 1
     }
 
-    /// The last token at which a hit of a request of `tokens` tokens may end: at least one token stays to compute.
+    /// The last token at which a hit of a request of `tokens` tokens may end: at least one token
+    /// stays to compute.
     pub fn hit_limit(&self, tokens: u32) -> u32 {
         let below = tokens.saturating_sub(1);
         below - below % self.hit_tokens
@@ -116,7 +117,8 @@ impl Grouping {
 /// Where one rank's bytes of a block lie in a slot's payload.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RankPart {
-    /// Writes its part when a block is offloaded. Of ranks with identical bytes only the first does.
+    /// Writes its part when a block is offloaded. Of ranks with identical bytes only the first
+    /// does.
     pub writer: bool,
     /// Per group: offset of the part in the payload and its length, in bytes.
     pub spans: Vec<(u64, u64)>,
@@ -148,7 +150,8 @@ impl SlotGeometry {
     /// Lays rank parts one after another, and sizes the descriptor for the largest block.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for too many ranks, ranks that disagree about groups, or a replica of a later rank.
+    /// [`Error::Unsupported`] for too many ranks, ranks that disagree about groups, or a replica of
+    /// a later rank.
     pub fn lay_out(grouping: &Grouping, ranks: &[RankBytes]) -> Result<Self> {
         let refuse = |why: String| Error::Unsupported {
             what: "this set of ranks".to_owned(),

@@ -32,7 +32,8 @@ pub struct Generation(pub u32);
 pub struct AdapterId([u8; 16]);
 
 impl AdapterId {
-    /// Takes a digest of an adapter's files. Returns `None` for another length, and for all zeros: no digest is that.
+    /// Takes a digest of an adapter's files. Returns `None` for another length, and for all zeros:
+    /// no digest is that.
     pub fn new(digest: &[u8]) -> Option<Self> {
         digest.try_into().ok().filter(|digest| *digest != [0; 16]).map(Self)
     }
@@ -68,8 +69,8 @@ impl BlockHash {
 
     /// The hash under which KV is kept that was computed with this adapter.
     ///
-    /// vLLM's hash names an adapter by name and path only; what lies there may have been exchanged. Both numbers
-    /// are digests, so their sum without carry is as unlike any other as they are.
+    /// vLLM's hash names an adapter by name and path only; what lies there may have been exchanged.
+    /// Both numbers are digests, so their sum without carry is as unlike any other as they are.
     #[inline]
     #[must_use]
     pub fn for_adapter(mut self, adapter: &AdapterId) -> Self {

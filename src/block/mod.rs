@@ -1,4 +1,5 @@
-//! Vocabulary without I/O: what a block is called, how large it is, what describes it, and the orders that move it.
+//! Vocabulary without I/O: what a block is called, how large it is, what describes it, and the
+//! orders that move it.
 
 pub mod descriptor;
 pub mod geometry;

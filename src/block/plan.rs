@@ -1,7 +1,9 @@
-//! The copy orders of one step, as bytes that travel in vLLM's connector metadata from `EngineCore` to the workers.
+//! The copy orders of one step, as bytes that travel in vLLM's connector metadata from `EngineCore`
+//! to the workers.
 //!
-//! A plan is made by the tier engine and executed by every rank's copy worker. Its bytes are checked when they are read: a
-//! length that passes the end, or a count that cannot be, is an error and the worker executes nothing.
+//! A plan is made by the tier engine and executed by every rank's copy worker. Its bytes are
+//! checked when they are read: a length that passes the end, or a count that cannot be, is an error
+//! and the worker executes nothing.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -29,10 +31,12 @@ pub struct BlockCopy {
 /// The slot was adopted: compare its checksum before its bytes are used.
 pub const VERIFY: u16 = 1;
 
-/// A fence for somebody whose writes the compute stream does not order: wait until the copy has answered.
+/// A fence for somebody whose writes the compute stream does not order: wait until the copy has
+/// answered.
 pub const ANSWERED: u16 = 4;
 
-/// The slot is being restored from disk: copy once its line says that it is filled, in the order of the plan.
+/// The slot is being restored from disk: copy once its line says that it is filled, in the order of
+/// the plan.
 pub const FOLLOW: u16 = 2;
 
 /// An asynchronous load for one request.
@@ -51,7 +55,8 @@ pub struct Load {
 pub struct StepPlan {
     /// Offloads whose source blocks are complete already: start them before the forward pass.
     pub stores_before: Vec<BlockCopy>,
-    /// Fences: offloads whose source block this step gives to somebody else. Wait for them before the forward pass.
+    /// Fences: offloads whose source block this step gives to somebody else. Wait for them before
+    /// the forward pass.
     pub waits: Vec<BlockCopy>,
     /// Loads to start.
     pub loads: Vec<Load>,

@@ -1,8 +1,11 @@
-//! `kvcellar bench compression DIR`: whether lossless compression would pay for the blocks in a store.
+//! `kvcellar bench compression DIR`: whether lossless compression would pay for the blocks in a
+//! store.
 //!
-//! Measured, block by block, on blocks that a real engine left: zstd on the bytes as they lie, and on byte planes (the first bytes of all values, then the second
-//! ones, ...), since the high bytes of neighbouring 16-bit values are alike and the low ones are noise. Every block is taken apart again and compared.
-//! CPU time is this process's, and it has one thread. Not measured: writing less to disk, which depends on the device.
+//! Measured, block by block, on blocks that a real engine left: zstd on the bytes as they lie, and
+//! on byte planes (the first bytes of all values, then the second ones, ...), since the high bytes
+//! of neighbouring 16-bit values are alike and the low ones are noise. Every block is taken apart
+//! again and compared. CPU time is this process's, and it has one thread. Not measured: writing
+//! less to disk, which depends on the device.
 
 use std::path::PathBuf;
 

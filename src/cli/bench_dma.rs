@@ -1,8 +1,9 @@
-//! `kvcellar bench dma`: what the bus to a GPU gives, over the size of fragments and their order, each way, beside one copy of the same bytes in one
-//! piece in the same run.
+//! `kvcellar bench dma`: what the bus to a GPU gives, over the size of fragments and their order,
+//! each way, beside one copy of the same bytes in one piece in the same run.
 //!
-//! Measured: rates of copies as a copier makes them (joined, dispatched as calibrated, jobs of the same size), and the time that handing fragments
-//! over takes. Not measured: the engine around it, and what copies cost a model that runs meanwhile (`scripts/gpu-check` does that from Python).
+//! Measured: rates of copies as a copier makes them (joined, dispatched as calibrated, jobs of the
+//! same size), and the time that handing fragments over takes. Not measured: the engine around it,
+//! and what copies cost a model that runs meanwhile (`scripts/gpu-check` does that from Python).
 
 use std::path::PathBuf;
 
@@ -64,7 +65,8 @@ pub fn run(options: &Options) -> i32 {
 /// Measures everything.
 ///
 /// # Errors
-/// [`crate::error::Error::DeviceDead`] without a GPU; [`crate::error::Error::Config`] for a size that is no power of two.
+/// [`crate::error::Error::DeviceDead`] without a GPU; [`crate::error::Error::Config`] for a size
+/// that is no power of two.
 pub fn measure(options: &Options) -> Result<Found> {
     let bytes = options.mib << 20;
     if !options.mib.is_power_of_two() || options.mib < 8 {

@@ -1,7 +1,8 @@
 //! `kvcellar bench fleet`: ways of routing side by side, over modelled engines.
 //!
-//! Measured: time to the first token, cached share and balance in simulated time, for the same traffic in every way; the decisions are the router's own
-//! code. Not measured: networks, and the speed of the decisions themselves (`bench route`).
+//! Measured: time to the first token, cached share and balance in simulated time, for the same
+//! traffic in every way; the decisions are the router's own code. Not measured: networks, and the
+//! speed of the decisions themselves (`bench route`).
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -137,7 +138,8 @@ fn all(runs: &[(Plan, Way)]) -> Result<Vec<Outcome>> {
     done.into_iter().map(|(_, outcome)| outcome).collect()
 }
 
-/// The cost model against the best other way, for each load and size: with the same seed each time, the median of all.
+/// The cost model against the best other way, for each load and size: with the same seed each time,
+/// the median of all.
 fn goals(rows: &[Row]) -> Vec<Goal> {
     let ours = rows.iter().filter(|row| row.way == Way::CostModel.name());
     let goal = |ours: &Row| {

@@ -1,8 +1,10 @@
 //! `kvcellar bench index`: block events a second on one core, and questions while events pour in.
 //!
-//! Measured: published bytes to holders (decoding, keys, links, sets, table), and tokens to scores (keys, table, sets), each beside an index of a hash map
-//! from key to a hash set of (engine, tier) that gets the same bytes through the same decoder. Not measured: sockets. The fleet: conversations of which a
-//! part is shared by many engines; batches as vLLM makes them, one event with the new blocks of a step, and evictions from time to time.
+//! Measured: published bytes to holders (decoding, keys, links, sets, table), and tokens to scores
+//! (keys, table, sets), each beside an index of a hash map from key to a hash set of (engine, tier)
+//! that gets the same bytes through the same decoder. Not measured: sockets. The fleet:
+//! conversations of which a part is shared by many engines; batches as vLLM makes them, one event
+//! with the new blocks of a step, and evictions from time to time.
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -55,7 +57,8 @@ const SHAPES: [Shape; 2] =
     [Shape { name: "3750x96", blocks: 3750, engines: 96 }, Shape { name: "8192x512", blocks: 8192, engines: 512 }];
 
 fn token(whose: u64, at: usize) -> u32 {
-    // Most vocabularies have between 32,000 and 256,000 tokens: two bytes for some, four for others, as they travel.
+    // Most vocabularies have between 32,000 and 256,000 tokens: two bytes for some, four for
+    // others, as they travel.
     xxhash_rust::xxh3::xxh3_64_with_seed(&whose.to_le_bytes(), at as u64) as u32 % 128_000
 }
 

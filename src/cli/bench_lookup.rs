@@ -1,8 +1,10 @@
 //! `kvcellar bench lookup`: nanoseconds a block for lookups and for allocation with eviction.
 //!
-//! Measured: the tier engine's block table and eviction order (no shared memory, no copies), beside a bare hash-map probe of the same keys in the same
-//! run. Interleaved, so that a noisy neighbour hits all alike. Cold: after walking memory larger than the caches. Not measured: hashing
-//! of tokens, which vLLM does. `python -m kvcellar bench lookup` adds the way through Python and vLLM's own manager.
+//! Measured: the tier engine's block table and eviction order (no shared memory, no copies), beside
+//! a bare hash-map probe of the same keys in the same run. Interleaved, so that a noisy neighbour
+//! hits all alike. Cold: after walking memory larger than the caches. Not measured: hashing of
+//! tokens, which vLLM does. `python -m kvcellar bench lookup` adds the way through Python and
+//! vLLM's own manager.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -97,7 +99,8 @@ fn cool_caches(scratch: &mut [u64]) {
     black_box(&scratch);
 }
 
-/// Nanoseconds for each of `count` blocks; `work` must find or evict `expected` of them, or it measured something else.
+/// Nanoseconds for each of `count` blocks; `work` must find or evict `expected` of them, or it
+/// measured something else.
 fn nanoseconds_each(count: usize, expected: usize, work: impl FnOnce() -> usize) -> f64 {
     let started = Instant::now();
     let found = black_box(work());

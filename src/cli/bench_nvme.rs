@@ -1,8 +1,10 @@
 //! `kvcellar bench nvme`: what the nvme tier makes of a disk, beside what the disk gives.
 //!
-//! Measured: blocks through the whole tier (directory, seals, checksums, slots of a real pool, mover, ring), in turn with a bare ring that does the same
-//! transfers and nothing else, with the tier over threads, and, from Python, with vLLM's own tier of files. In turn, so that a noisy neighbour hits all alike;
-//! whoever begins changes with every repetition. Not measured: copies to and from a KV cache. Leaves nothing behind.
+//! Measured: blocks through the whole tier (directory, seals, checksums, slots of a real pool,
+//! mover, ring), in turn with a bare ring that does the same transfers and nothing else, with the
+//! tier over threads, and, from Python, with vLLM's own tier of files. In turn, so that a noisy
+//! neighbour hits all alike; whoever begins changes with every repetition. Not measured: copies to
+//! and from a KV cache. Leaves nothing behind.
 
 pub mod bare;
 pub mod meter;
@@ -136,7 +138,8 @@ fn geometry(size: u64) -> Result<SlotGeometry> {
     lay_out(size - descriptor)
 }
 
-/// Slots of a pool that holds one chain and not a block more, beside the window that the tier sets aside: so a new chain evicts the whole one before it.
+/// Slots of a pool that holds one chain and not a block more, beside the window that the tier sets
+/// aside: so a new chain evicts the whole one before it.
 fn slots_for(blocks: u32) -> u32 {
     let window = |slots: u32| {
         (slots / limits::WINDOW_POOL_SHARE)
@@ -160,7 +163,8 @@ impl Field {
     fn open(options: &Options, size: u64, dir: &Path, pool_dir: &Path) -> Result<Self> {
         let geometry = geometry(size)?;
         let blocks = (options.bytes / size).clamp(1, u64::from(u32::MAX / TOKENS) - 1) as u32;
-        // The chain that is written, the one that is read, and the colder one that was read before and is given up; and some more.
+        // The chain that is written, the one that is read, and the colder one that was read before
+        // and is given up; and some more.
         let capacity = size * u64::from(blocks) * 13 / 4 + 8 * size + (8 << 20);
         let free = space::free_bytes(dir)?;
         if free / 4 < capacity {
@@ -204,7 +208,8 @@ impl Field {
         self.size * u64::from(self.blocks)
     }
 
-    /// Writes every extent once, so that nobody is timed while files grow. Returns the number of the next chain.
+    /// Writes every extent once, so that nobody is timed while files grow. Returns the number of
+    /// the next chain.
     fn warm_up(&self) -> Result<u32> {
         let extents = self.bare.extents();
         let chains = extents.div_ceil(self.blocks) + 1;
@@ -279,10 +284,12 @@ pub(super) fn load() -> String {
     std::fs::read_to_string("/proc/loadavg").unwrap_or_default().trim().to_owned()
 }
 
-/// Runs the measurements. `rival`: somebody else who takes his turn, if there is one; his turn at chain 0 of a size is not measured.
+/// Runs the measurements. `rival`: somebody else who takes his turn, if there is one; his turn at
+/// chain 0 of a size is not measured.
 ///
 /// # Errors
-/// Those of pools, stores and disks; [`Error::DataLost`] when something else would be measured than is said.
+/// Those of pools, stores and disks; [`Error::DataLost`] when something else would be measured than
+/// is said.
 pub fn measure(options: &Options, mut rival: Option<&mut Rival<'_>>) -> Result<Outcome> {
     if options.repetitions == 0 || options.sizes.is_empty() {
         return Err(Error::config("--repetitions, --sizes", "there is nothing to do", "Write at least one"));

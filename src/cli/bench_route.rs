@@ -1,10 +1,13 @@
-//! `kvcellar bench route`: what a routing decision costs, and what the router costs in front of engines.
+//! `kvcellar bench route`: what a routing decision costs, and what the router costs in front of
+//! engines.
 //!
-//! Measured: bodies of requests to engines (JSON, ids, keys, index, weighing, books) in this process, as wall time and as CPU time of the deciding thread;
-//! requests a second for a core of a router process in front of made-up engines, by its proxy and by Envoy, each beside the same with a fixed
-//! target. Not measured: engines; networks between machines.
+//! Measured: bodies of requests to engines (JSON, ids, keys, index, weighing, books) in this
+//! process, as wall time and as CPU time of the deciding thread; requests a second for a core of a
+//! router process in front of made-up engines, by its proxy and by Envoy, each beside the same with
+//! a fixed target. Not measured: engines; networks between machines.
 //!
-//! A *seen* text is a conversation's next turn: all but its last hundred tokens were tokenized before. A *new* text was never seen.
+//! A *seen* text is a conversation's next turn: all but its last hundred tokens were tokenized
+//! before. A *new* text was never seen.
 
 mod decide;
 mod envoy;
@@ -38,7 +41,8 @@ pub struct Options {
     /// Decisions in each repetition, for prompts of up to 10,000 tokens; of longer ones a tenth.
     #[arg(long, default_value_t = 300)]
     pub decisions: usize,
-    /// Requests through each front end in each repetition, for prompts of up to 10,000 tokens; of longer ones a tenth.
+    /// Requests through each front end in each repetition, for prompts of up to 10,000 tokens; of
+    /// longer ones a tenth.
     #[arg(long, default_value_t = 1000)]
     pub requests: usize,
     /// Repetitions of each measurement.

@@ -1,4 +1,5 @@
-//! Engines that come and go while a command runs: a file that changes, or names that are asked again.
+//! Engines that come and go while a command runs: a file that changes, or names that are asked
+//! again.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -17,8 +18,8 @@ fn stamp(file: Option<&Path>) -> Option<SystemTime> {
     file.and_then(|path| path.metadata().ok()?.modified().ok())
 }
 
-/// Looks again for ever: every time where engines are asked for, else when the file has changed. What cannot be read leaves them as they are and is
-/// said once.
+/// Looks again for ever: every time where engines are asked for, else when the file has changed.
+/// What cannot be read leaves them as they are and is said once.
 pub async fn keep<T>(
     file: Option<&Path>,
     is_asked_for: bool,

@@ -1,4 +1,5 @@
-//! `kvcellar doctor`: whether this machine suits KV Cellar, line by line, each problem with its remedy. Changes nothing and leaves nothing behind.
+//! `kvcellar doctor`: whether this machine suits KV Cellar, line by line, each problem with its
+//! remedy. Changes nothing and leaves nothing behind.
 
 pub mod cuda;
 pub mod disk;

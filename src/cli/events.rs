@@ -1,4 +1,5 @@
-//! `kvcellar events`: watch live streams, record them, play them again, and publish made-up ones for load tests.
+//! `kvcellar events`: watch live streams, record them, play them again, and publish made-up ones
+//! for load tests.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, BufWriter, IsTerminal, Write};
@@ -68,7 +69,8 @@ pub struct RecordOptions {
 pub struct ReplayOptions {
     /// A recording.
     file: PathBuf,
-    /// Port of the first engine's PUB socket; its replay socket gets the next one, and each further engine the next two.
+    /// Port of the first engine's PUB socket; its replay socket gets the next one, and each further
+    /// engine the next two.
     #[arg(long, default_value_t = 5600)]
     port: u16,
     /// Times as fast as it was; 0: as fast as it goes.
@@ -85,7 +87,8 @@ pub struct PublishOptions {
     /// Engines.
     #[arg(long, default_value_t = 4)]
     engines: u16,
-    /// Port of the first engine's PUB socket; its replay socket gets the next one, and each further engine the next two.
+    /// Port of the first engine's PUB socket; its replay socket gets the next one, and each further
+    /// engine the next two.
     #[arg(long, default_value_t = 5600)]
     port: u16,
     /// Block events a second of all engines together.

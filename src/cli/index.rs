@@ -20,13 +20,15 @@ use crate::index::tiers::Weights;
 /// Where engines are found.
 #[derive(Debug, Clone, Args)]
 pub struct Sources {
-    /// An engine: an address like `tcp://10.0.0.1:5557`, or endpoint=...,replay=...,name=...,model=...[,bind=true]. May be repeated.
+    /// An engine: an address like `tcp://10.0.0.1:5557`, or
+    /// endpoint=...,replay=...,name=...,model=...[,bind=true]. May be repeated.
     #[arg(long = "engine", value_name = "ENGINE")]
     pub engines: Vec<String>,
     /// A JSON file with a list of engines, read again when it changes.
     #[arg(long)]
     pub engines_file: Option<PathBuf>,
-    /// A name that resolves to every engine (a headless service): host:port or host:port:replay-port. Resolved again every few seconds.
+    /// A name that resolves to every engine (a headless service): host:port or
+    /// host:port:replay-port. Resolved again every few seconds.
     #[arg(long)]
     pub dns: Option<String>,
     /// Engines as pods.
@@ -123,7 +125,8 @@ pub struct Options {
     /// A file with the token that requests must bear.
     #[arg(long)]
     pub token_file: Option<PathBuf>,
-    /// Another index, e.g. `http://10.0.0.9:8090`, whose blocks this one takes over before it answers. The token is sent to it, too.
+    /// Another index, e.g. `http://10.0.0.9:8090`, whose blocks this one takes over before it
+    /// answers. The token is sent to it, too.
     #[arg(long)]
     pub catch_up: Option<String>,
     /// Requests a second; 0: no bound.

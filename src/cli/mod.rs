@@ -48,7 +48,8 @@ enum Part {
     /// Stores of this user on disk: show, check and remove them.
     #[command(subcommand)]
     Store(StoreCommand),
-    /// Says whether this machine, and a directory meant as `nvme_dir`, suit KV Cellar. Exit code 1 when something does not work.
+    /// Says whether this machine, and a directory meant as `nvme_dir`, suit KV Cellar. Exit code 1
+    /// when something does not work.
     Doctor(doctor::Options),
     /// An index of a fleet's KV blocks.
     #[cfg(feature = "serve")]
@@ -110,7 +111,8 @@ enum StoreCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Reads and checks every extent of stores that no engine uses. Exit code 1 when something is damaged.
+    /// Reads and checks every extent of stores that no engine uses. Exit code 1 when something is
+    /// damaged.
     Verify {
         /// The directory given as `nvme_dir`.
         dir: PathBuf,
@@ -163,7 +165,8 @@ enum BenchCommand {
     Compression(bench_compression::Options),
 }
 
-/// Runs the command with these arguments, without the program's name. Returns the exit code: 0 done, 1 refused or failed, 2 wrong usage.
+/// Runs the command with these arguments, without the program's name. Returns the exit code: 0
+/// done, 1 refused or failed, 2 wrong usage.
 pub fn run(args: Vec<String>) -> i32 {
     let command = match Command::try_parse_from(std::iter::once("kvcellar".to_owned()).chain(args)) {
         Ok(command) => command,

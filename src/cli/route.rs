@@ -49,7 +49,8 @@ pub struct Options {
     /// Address of the Envoy front end: an endpoint picker for the filter `ext_proc`, over gRPC.
     #[arg(long)]
     pub ext_proc: Option<SocketAddr>,
-    /// Engines beside the chosen one in the header that names it, for gateways that try them in turn.
+    /// Engines beside the chosen one in the header that names it, for gateways that try them in
+    /// turn.
     #[arg(long, default_value_t = 0)]
     pub ext_proc_fallbacks: usize,
     /// Certificate chain of the Envoy front end, PEM.
@@ -61,13 +62,15 @@ pub struct Options {
     /// Address of metrics, health and /debug.
     #[arg(long, default_value = "127.0.0.1:8092")]
     pub admin: SocketAddr,
-    /// An engine: a URL like `http://10.0.0.1:8000`, or `url=...[,events=tcp://...][,replay=tcp://...][,name=...][,draining=true]`. May be repeated.
+    /// An engine: a URL like `http://10.0.0.1:8000`, or
+    /// `url=...[,events=tcp://...][,replay=tcp://...][,name=...][,draining=true]`. May be repeated.
     #[arg(long = "engine", value_name = "ENGINE")]
     pub engines: Vec<String>,
     /// A JSON file with a list of engines, read again when it changes.
     #[arg(long)]
     pub engines_file: Option<PathBuf>,
-    /// A name that resolves to every engine (a headless service): host:port, or host:port:events-port:replay-port. Resolved again every few seconds.
+    /// A name that resolves to every engine (a headless service): host:port, or
+    /// host:port:events-port:replay-port. Resolved again every few seconds.
     #[arg(long)]
     pub dns: Option<String>,
     /// Engines as pods.
@@ -78,7 +81,8 @@ pub struct Options {
     #[cfg(feature = "kubernetes")]
     #[arg(long, default_value = "8000:5557:5558")]
     pub kubernetes_ports: String,
-    /// Where prefixes are looked up. Precise needs engines' events, and a tokenizer for prompts that come as text.
+    /// Where prefixes are looked up. Precise needs engines' events, and a tokenizer for prompts
+    /// that come as text.
     #[arg(long, value_enum, default_value = "approximate")]
     pub mode: Mode,
     /// How engines are weighed.
@@ -87,10 +91,12 @@ pub struct Options {
     /// Weights of scorers, e.g. prefix=3,queue=2,kv-usage=2. Unless given, the field's usual ones.
     #[arg(long, value_delimiter = ',')]
     pub scorers: Vec<String>,
-    /// A file of kind `EndpointPickerConfig`, instead of --mode, --policy, --scorers, --ext-proc-fallbacks and --session-header.
+    /// A file of kind `EndpointPickerConfig`, instead of --mode, --policy, --scorers,
+    /// --ext-proc-fallbacks and --session-header.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["mode", "policy", "scorers", "ext_proc_fallbacks", "session_header"])]
     pub picker_config: Option<PathBuf>,
-    /// Directory with a model's `tokenizer.json` and chat template; MODEL=DIRECTORY where engines serve several. May be repeated.
+    /// Directory with a model's `tokenizer.json` and chat template; MODEL=DIRECTORY where engines
+    /// serve several. May be repeated.
     #[arg(long = "tokenizer", value_name = "[MODEL=]DIRECTORY")]
     pub tokenizers: Vec<String>,
     /// Bound of the index's memory.
@@ -120,7 +126,8 @@ pub struct Options {
     /// Seed of the random numbers that settle ties.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// A collector's gRPC endpoint for traces, e.g. `http://127.0.0.1:4317`. Sampled as `OTEL_TRACES_SAMPLER` says.
+    /// A collector's gRPC endpoint for traces, e.g. `http://127.0.0.1:4317`. Sampled as
+    /// `OTEL_TRACES_SAMPLER` says.
     #[arg(long)]
     pub otlp: Option<String>,
 }

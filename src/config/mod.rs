@@ -1,7 +1,8 @@
 //! Typed configuration of one engine: `kv_connector_extra_config` and per-request controls.
 //!
-//! Owns: the list of keys, their types, units and defaults. Promises: an unknown key or a value of the wrong type is an error that names
-//! the key and the nearest known one. Does not read files or the environment.
+//! Owns: the list of keys, their types, units and defaults. Promises: an unknown key or a value of
+//! the wrong type is an error that names the key and the nearest known one. Does not read files or
+//! the environment.
 
 pub mod controls;
 pub mod nvme;
@@ -25,7 +26,8 @@ pub enum UnsupportedGroups {
     Bypass,
 }
 
-/// What `reset_cache` means, which vLLM calls when weights may have changed, and also at pause and sleep.
+/// What `reset_cache` means, which vLLM calls when weights may have changed, and also at pause and
+/// sleep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum OnReset {
     /// Everything stored is dropped, and what follows belongs to this process alone.
@@ -117,7 +119,8 @@ impl Config {
     /// Parses the JSON object a user wrote as `kv_connector_extra_config`.
     ///
     /// # Errors
-    /// [`Error::Config`] for text that is no JSON object, an unknown key, or a value of the wrong type or range.
+    /// [`Error::Config`] for text that is no JSON object, an unknown key, or a value of the wrong
+    /// type or range.
     pub fn parse(json: &str) -> Result<Self> {
         let object: Map<String, Value> = serde_json::from_str(json).map_err(|error| {
             Error::config(

@@ -37,7 +37,8 @@ pub enum Admission {
     /// Every block: right as long as the disk is large and patient.
     #[default]
     All,
-    /// While there is room every block, then only those that were used again: fewer writes, fewer hits.
+    /// While there is room every block, then only those that were used again: fewer writes, fewer
+    /// hits.
     Reused,
 }
 
@@ -46,11 +47,13 @@ pub enum Admission {
 pub struct NvmeConfig {
     /// Directory on the disk.
     pub dir: Option<PathBuf>,
-    /// Most bytes that all stores of this user below `dir` may take on disk together, everything included.
+    /// Most bytes that all stores of this user below `dir` may take on disk together, everything
+    /// included.
     pub bytes: u64,
     /// The user wrote the size; a default may be more than the disk has.
     pub bytes_explicit: bool,
-    /// Bytes of the file system that stay free whatever happens; `None`: a twentieth of it, at most 10 GiB.
+    /// Bytes of the file system that stay free whatever happens; `None`: a twentieth of it, at most
+    /// 10 GiB.
     pub reserve_bytes: Option<u64>,
     /// See [`DiskEngine`].
     pub engine: DiskEngine,

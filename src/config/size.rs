@@ -6,7 +6,8 @@ use serde_json::Value;
 use super::wrong;
 use crate::error::Result;
 
-/// Parses a positive size in bytes: a whole number, or text such as `"4GiB"` (powers of 1024) or `"4GB"` (powers of 1000).
+/// Parses a positive size in bytes: a whole number, or text such as `"4GiB"` (powers of 1024) or
+/// `"4GB"` (powers of 1000).
 ///
 /// # Errors
 /// [`crate::error::Error::Config`] naming `key` for anything else.

@@ -1,7 +1,8 @@
 //! Bytes to batches: vLLM's map form, the array form of `SGLang` and of vLLM before 0.25.
 //!
-//! Tolerant where publishers differ: fields and elements that are not known are passed over, an event that is not understood is left out and
-//! counted, and the others of its batch stay. What is not msgpack, or no batch at all, is refused as a whole.
+//! Tolerant where publishers differ: fields and elements that are not known are passed over, an
+//! event that is not understood is left out and counted, and the others of its batch stay. What is
+//! not msgpack, or no batch at all, is refused as a whole.
 
 use super::msgpack::{Cursor, Malformed};
 use super::wire::{Arena, Batch, Event, Hashes, Parent, Removed, Stored};
@@ -26,7 +27,8 @@ pub fn decode<'a>(payload: &'a [u8], arena: &mut Arena) -> Result<Batch<'a>> {
 /// # Errors
 /// [`Error::DataLost`] when it is no batch.
 pub fn rank(payload: &[u8]) -> Result<Option<u32>> {
-    // As every publisher writes it: three fields, of which the last is nil or a small number, in one byte.
+    // As every publisher writes it: three fields, of which the last is nil or a small number, in
+    // one byte.
     match payload {
         [0x93, .., 0xc0] => return Ok(None),
         [0x93, .., rank @ 0..=0x7f] => return Ok(Some((*rank).into())),

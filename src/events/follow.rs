@@ -1,11 +1,14 @@
-//! Following one publisher's numbered batches through losses, repeats, reconnections and restarts, without any I/O.
+//! Following one publisher's numbered batches through losses, repeats, reconnections and restarts,
+//! without any I/O.
 //!
-//! The caller tells what arrived and does what it is told: apply a batch, forget the publisher's blocks, ask for a replay. Promises: batches
-//! are applied in order and once; nothing is applied across a hole or across a restart unless everything before was forgotten; what waits during
-//! a replay is bounded.
+//! The caller tells what arrived and does what it is told: apply a batch, forget the publisher's
+//! blocks, ask for a replay. Promises: batches are applied in order and once; nothing is applied
+//! across a hole or across a restart unless everything before was forgotten; what waits during a
+//! replay is bounded.
 //!
-//! States: *live* (batches are applied as they come) and *replaying* (they wait until the replay has ended). A replay begins one batch before the
-//! first that is missing: if that one is no longer what it was, the publisher has restarted.
+//! States: *live* (batches are applied as they come) and *replaying* (they wait until the replay
+//! has ended). A replay begins one batch before the first that is missing: if that one is no longer
+//! what it was, the publisher has restarted.
 
 use std::collections::VecDeque;
 
@@ -182,7 +185,8 @@ impl<P: AsRef<[u8]>> Follower<P> {
                 return;
             }
             if number <= proof.0 {
-                // Another batch under a known number. What is held may be of either life: the replay from the start has it all.
+                // Another batch under a known number. What is held may be of either life: the
+                // replay from the start has it all.
                 self.forget(Why::Restart, steps);
                 self.drop_held();
                 return self.ask(steps);
@@ -320,7 +324,8 @@ mod tests {
         vec![life, number as u8]
     }
 
-    /// A follower whose replays are answered by a publisher that kept the last `kept` of `published` batches of its present life.
+    /// A follower whose replays are answered by a publisher that kept the last `kept` of
+    /// `published` batches of its present life.
     struct Scene {
         follower: Follower<Payload>,
         life: u8,

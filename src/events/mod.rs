@@ -1,7 +1,8 @@
 //! What happened to blocks: an engine's own log of it, and KVEvents on the wire.
 //!
-//! [`log`]: the queue of one engine's events until vLLM takes them. [`wire`], [`decode`], [`encode`]: batches of a fleet's engines as they
-//! travel. [`follow`]: one publisher's numbered batches through losses and restarts. [`publisher`], [`subscriber`]: the sockets.
+//! [`log`]: the queue of one engine's events until vLLM takes them. [`wire`], [`decode`],
+//! [`encode`]: batches of a fleet's engines as they travel. [`follow`]: one publisher's numbered
+//! batches through losses and restarts. [`publisher`], [`subscriber`]: the sockets.
 
 pub mod decode;
 pub mod encode;

@@ -1,7 +1,7 @@
 //! Reading msgpack from bytes that nobody vouches for.
 //!
-//! A cursor over one payload. Promises: no panic, no allocation, no recursion deeper than [`limits::MSGPACK_DEPTH_MAX`], and a length is
-//! believed only as far as there are bytes for it.
+//! A cursor over one payload. Promises: no panic, no allocation, no recursion deeper than
+//! [`limits::MSGPACK_DEPTH_MAX`], and a length is believed only as far as there are bytes for it.
 
 use rmp::Marker;
 

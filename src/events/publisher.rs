@@ -1,6 +1,8 @@
-//! Publishing KVEvents as vLLM does: a PUB socket, and a ROUTER socket that sends again what a subscriber has missed.
+//! Publishing KVEvents as vLLM does: a PUB socket, and a ROUTER socket that sends again what a
+//! subscriber has missed.
 //!
-//! For engines and tools without vLLM's own publisher. The last batches are kept for replays, up to a number and a size.
+//! For engines and tools without vLLM's own publisher. The last batches are kept for replays, up to
+//! a number and a size.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -1,7 +1,9 @@
-//! Recordings of event streams: one JSON object a line, with hashes and counts, never tokens, adapter names or extra keys.
+//! Recordings of event streams: one JSON object a line, with hashes and counts, never tokens,
+//! adapter names or extra keys.
 //!
-//! When a recording is played, token ids are made from each block's hash: equal blocks have equal tokens again and prefixes stay prefixes, so that an
-//! index does the same work and finds the same sharing; nothing leads back to a text.
+//! When a recording is played, token ids are made from each block's hash: equal blocks have equal
+//! tokens again and prefixes stay prefixes, so that an index does the same work and finds the same
+//! sharing; nothing leads back to a text.
 
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};

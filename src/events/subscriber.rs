@@ -1,7 +1,8 @@
 //! Following the publishers behind one address: connection, replays, and whom a batch belongs to.
 //!
-//! One task an address. Several data-parallel ranks, or several topics, behind it are several streams, each with a [`Follower`] of its own. A line that
-//! breaks is made anew with growing pauses; what was missed comes by replay. The address may also be one that engines connect to.
+//! One task an address. Several data-parallel ranks, or several topics, behind it are several
+//! streams, each with a [`Follower`] of its own. A line that breaks is made anew with growing
+//! pauses; what was missed comes by replay. The address may also be one that engines connect to.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -84,7 +85,8 @@ struct Follow<S> {
     replies: mpsc::Sender<(Stream, u64, Reply)>,
 }
 
-/// Follows an address for ever: dropping the future ends it. `known`: streams whose beginning somebody else has applied.
+/// Follows an address for ever: dropping the future ends it. `known`: streams whose beginning
+/// somebody else has applied.
 pub async fn follow<S: Sink>(address: Address, known: Vec<(Stream, Position)>, sink: S) {
     let (replies, mut incoming) = mpsc::channel(limits::REPLAY_QUEUE);
     let replays = address.replay.is_some();
@@ -134,7 +136,8 @@ impl<S: Sink> Follow<S> {
                     Err(_) => return true,
                 },
                 event = events.next() => match event {
-                    // A publisher that connects to us and goes is missed by nobody but its own stream, where a gap will tell.
+                    // A publisher that connects to us and goes is missed by nobody but its own
+                    // stream, where a gap will tell.
                     Some(SocketEvent::Disconnected(_)) if !self.address.bind => return true,
                     Some(_) => {}
                     None => return true,
@@ -143,7 +146,8 @@ impl<S: Sink> Follow<S> {
         }
     }
 
-    /// After a connection: known streams are checked against the publisher; of an unknown publisher the first batch is asked for.
+    /// After a connection: known streams are checked against the publisher; of an unknown publisher
+    /// the first batch is asked for.
     async fn meet(&mut self) {
         if self.streams.is_empty()
             && let Some(replay) = self.address.replay.clone()

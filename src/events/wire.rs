@@ -1,7 +1,8 @@
 //! KVEvents as they travel: vLLM's and `SGLang`'s batches of block events.
 //!
-//! Vocabulary only; `decode` and `encode` turn it from and into bytes. What repeats by the thousand, hashes and token ids, lies in an [`Arena`] that
-//! its owner uses again for the next batch; names and extra keys are borrowed from the payload.
+//! Vocabulary only; `decode` and `encode` turn it from and into bytes. What repeats by the
+//! thousand, hashes and token ids, lies in an [`Arena`] that its owner uses again for the next
+//! batch; names and extra keys are borrowed from the payload.
 
 use std::ops::Range;
 
@@ -22,7 +23,8 @@ impl Arena {
     }
 }
 
-/// The 64-bit name of a block hash that travels as a byte string: its last eight bytes, big-endian, as vLLM itself shortens digests.
+/// The 64-bit name of a block hash that travels as a byte string: its last eight bytes, big-endian,
+/// as vLLM itself shortens digests.
 pub fn name(digest: &[u8]) -> u64 {
     digest.iter().rev().take(8).rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
@@ -49,7 +51,8 @@ pub enum Event<'a> {
     Removed(Removed<'a>),
     /// Everything is gone.
     Cleared {
-        /// Written as a map, as vLLM does since 0.25: the prefix cache in GPU memory alone. As an array (`SGLang`, earlier vLLM): all tiers.
+        /// Written as a map, as vLLM does since 0.25: the prefix cache in GPU memory alone. As an
+        /// array (`SGLang`, earlier vLLM): all tiers.
         map_form: bool,
     },
 }

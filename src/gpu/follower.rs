@@ -1,7 +1,9 @@
-//! The follower: hands load orders to the copier as soon as their slots have been restored from disk, in the order of the plan.
+//! The follower: hands load orders to the copier as soon as their slots have been restored from
+//! disk, in the order of the plan.
 //!
-//! It sleeps on each slot's own word in shared memory, so no scheduler step lies between disk and KV cache, and the copier's threads never wait. An order
-//! whose restore failed is answered as failed.
+//! It sleeps on each slot's own word in shared memory, so no scheduler step lies between disk and
+//! KV cache, and the copier's threads never wait. An order whose restore failed is answered as
+//! failed.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,12 +16,14 @@ use super::{After, Answers, Copier, CopyError, Order};
 use crate::block::SlotIndex;
 use crate::pool::{Pool, futex};
 
-/// How long the follower sleeps before it looks whether it should end. A restore that ends wakes it at once.
+/// How long the follower sleeps before it looks whether it should end. A restore that ends wakes it
+/// at once.
 const LOOK_AROUND: Duration = Duration::from_millis(100);
 
 /// Where the follower counts what it did.
 pub trait Ledger: Send + Sync {
-    /// The first block of a followed load was handed to the copier; `overlapped`: before its last block had been read.
+    /// The first block of a followed load was handed to the copier; `overlapped`: before its last
+    /// block had been read.
     fn followed(&self, overlapped: bool);
 }
 
@@ -34,7 +38,8 @@ struct Post {
 /// The orders of one load, and what they come after.
 type Load = (Vec<Order>, After);
 
-/// One rank's follower thread. Its queue is bounded by the KV cache: every order has a block of it as destination.
+/// One rank's follower thread. Its queue is bounded by the KV cache: every order has a block of it
+/// as destination.
 pub struct Follower {
     loads: Option<Sender<Load>>,
     closed: Arc<AtomicBool>,
@@ -66,7 +71,8 @@ impl Follower {
         Ok(Self { loads: Some(loads), closed, thread: Some(thread) })
     }
 
-    /// Follows the restores of one load, whose copies come after `after`. Its orders are answered whatever happens.
+    /// Follows the restores of one load, whose copies come after `after`. Its orders are answered
+    /// whatever happens.
     ///
     /// # Errors
     /// The orders back, when the thread has ended.

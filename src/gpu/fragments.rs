@@ -1,4 +1,5 @@
-//! Fragments: what one copy command moves. Pure arithmetic: addresses in, fewer and better sorted addresses out.
+//! Fragments: what one copy command moves. Pure arithmetic: addresses in, fewer and better sorted
+//! addresses out.
 
 /// A contiguous piece of a block on both sides. Laid out as the gather kernel reads it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -24,10 +25,11 @@ impl Fragment {
     }
 }
 
-/// Sorts by the device's addresses and joins what touches on both sides. Moves the same bytes to the same places as before.
+/// Sorts by the device's addresses and joins what touches on both sides. Moves the same bytes to
+/// the same places as before.
 ///
-/// Slots begin with descriptor pages, so parts of two slots never touch, and no fragment crosses a border between pieces of pinned memory, which lie
-/// between slots.
+/// Slots begin with descriptor pages, so parts of two slots never touch, and no fragment crosses a
+/// border between pieces of pinned memory, which lie between slots.
 pub fn coalesce(fragments: &mut Vec<Fragment>) {
     fragments.sort_unstable();
     join(fragments);
@@ -100,7 +102,8 @@ mod tests {
     proptest! {
         #[test]
         fn no_byte_is_lost_or_moved_elsewhere(pieces in proptest::collection::vec((0_u64..60, 0_u64..60, any::<bool>()), 0..40), seed in any::<u64>()) {
-            // Device pieces of 8 bytes in distinct places; the host side follows the device side or lies anywhere.
+            // Device pieces of 8 bytes in distinct places; the host side follows the device side or
+            // lies anywhere.
             let mut places: Vec<u64> = pieces.iter().map(|(device, _, _)| *device).collect();
             places.sort_unstable();
             places.dedup();

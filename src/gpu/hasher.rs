@@ -1,7 +1,8 @@
 //! The idle hasher: gives filled slots the checksum without which no later engine adopts them.
 //!
-//! It runs at low priority, one slot at a time, only while nothing waits to be copied. A slot that is taken again meanwhile is left alone: its
-//! copy waits for the hash of that one slot (microseconds), so that the hasher never reads bytes that are being written.
+//! It runs at low priority, one slot at a time, only while nothing waits to be copied. A slot that
+//! is taken again meanwhile is left alone: its copy waits for the hash of that one slot
+//! (microseconds), so that the hasher never reads bytes that are being written.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,7 +24,8 @@ pub struct HashGuard {
 impl HashGuard {
     /// Copier: waits while the hasher reads this very slot.
     pub fn wait_until_free(&self, slot: SlotIndex) {
-        // SeqCst pairs with `enter`: either the hasher sees the slot's new generation, or we see that it is at work.
+        // SeqCst pairs with `enter`: either the hasher sees the slot's new generation, or we see
+        // that it is at work.
         while self.current.load(Ordering::SeqCst) == u64::from(slot.0) + 1 {
             thread::yield_now();
         }
@@ -68,7 +70,8 @@ pub struct IdleHasher {
 }
 
 impl IdleHasher {
-    /// Starts the thread. Without one (the system refused) nothing is hashed, and nothing adopted later.
+    /// Starts the thread. Without one (the system refused) nothing is hashed, and nothing adopted
+    /// later.
     pub fn start(pool: Arc<Pool>, rank: usize, guard: Arc<HashGuard>, busy: Box<dyn BusyProbe>) -> Self {
         let shared = Arc::new(Shared { pool, rank, guard, queue: Mutex::default(), wake: Condvar::new(), busy });
         let worker = Arc::clone(&shared);
@@ -108,7 +111,8 @@ impl Shared {
     }
 
     fn run(&self) {
-        // SAFETY: takes integers only; who = 0 means the calling thread on Linux. Failure leaves the priority as it is.
+        // SAFETY: takes integers only; who = 0 means the calling thread on Linux. Failure leaves
+        // the priority as it is.
         unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
         loop {
             let mut queue = self.lock();
@@ -134,8 +138,9 @@ impl Shared {
         let (offset, len) = self.pool.geometry().parts[self.rank].spans[copy.group as usize];
         self.guard.enter(slot);
         if self.pool.line(slot).may_hash(copy.generation) {
-            // SAFETY: the span lies inside the slot's payload and the pool stays mapped through `self.pool`. The part was written for this
-            // generation; before this rank writes it again its copier waits for the guard.
+            // SAFETY: the span lies inside the slot's payload and the pool stays mapped through
+            // `self.pool`. The part was written for this generation; before this rank writes it
+            // again its copier waits for the guard.
             let bytes = unsafe {
                 std::slice::from_raw_parts(self.pool.payload(slot).as_ptr().add(offset as usize), len as usize)
             };

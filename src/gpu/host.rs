@@ -37,8 +37,9 @@ fn carry_out(sides: &Sides, order: &Order) -> std::result::Result<(), CopyError>
 fn gather(group: &GroupRuns, block: u32, part: NonNull<u8>) -> std::result::Result<(), CopyError> {
     let mut to = part.as_ptr();
     for (from, len) in group.pieces(block).ok_or(CopyError::OutOfRange)? {
-        // SAFETY: `from` is valid by the contract of `Sides::new`; `to` stays inside the span, whose length is the sum of the pieces (checked by
-        // the caller). The block's source is fenced until this order is answered, and the slot is ours while it is filling.
+        // SAFETY: `from` is valid by the contract of `Sides::new`; `to` stays inside the span,
+        // whose length is the sum of the pieces (checked by the caller). The block's source is
+        // fenced until this order is answered, and the slot is ours while it is filling.
         unsafe {
             to.copy_from_nonoverlapping(from as *const u8, len);
             to = to.add(len);
@@ -50,8 +51,9 @@ fn gather(group: &GroupRuns, block: u32, part: NonNull<u8>) -> std::result::Resu
 fn scatter(group: &GroupRuns, block: u32, part: NonNull<u8>) -> std::result::Result<(), CopyError> {
     let mut from = part.as_ptr().cast_const();
     for (to, len) in group.pieces(block).ok_or(CopyError::OutOfRange)? {
-        // SAFETY: as in `gather`, the other way round: vLLM allocated the destination block for this load alone and reads it only after the
-        // load was reported finished; the slot is pinned by the load's lease.
+        // SAFETY: as in `gather`, the other way round: vLLM allocated the destination block for
+        // this load alone and reads it only after the load was reported finished; the slot is
+        // pinned by the load's lease.
         unsafe {
             (to as *mut u8).copy_from_nonoverlapping(from, len);
             from = from.add(len);
@@ -63,13 +65,15 @@ fn scatter(group: &GroupRuns, block: u32, part: NonNull<u8>) -> std::result::Res
 fn sum_of_block(group: &GroupRuns, block: u32) -> std::result::Result<u64, CopyError> {
     let mut hasher = Xxh3Default::new();
     for (address, len) in group.pieces(block).ok_or(CopyError::OutOfRange)? {
-        // SAFETY: valid by the contract of `Sides::new`; nobody writes the block while its order is not answered.
+        // SAFETY: valid by the contract of `Sides::new`; nobody writes the block while its order is
+        // not answered.
         hasher.update(unsafe { std::slice::from_raw_parts(address as *const u8, len) });
     }
     Ok(hasher.digest())
 }
 
-/// Copies with a few threads. An order in flight is bounded by the tier engine (`limits::INFLIGHT_STORES_MAX` and the KV cache itself).
+/// Copies with a few threads. An order in flight is bounded by the tier engine
+/// (`limits::INFLIGHT_STORES_MAX` and the KV cache itself).
 pub struct HostCopier {
     loads: Option<Sender<Order>>,
     offloads: Option<Sender<Order>>,

@@ -1,7 +1,8 @@
 //! Copies between vLLM's KV cache and the host pool, for one rank.
 //!
-//! Owns: the addresses of vLLM's KV tensors, the threads or streams that copy, and the order in which a step's copies may start. Promises: a copy
-//! is submitted, never waited for (except for a fence, which vLLM's next forward pass depends on); every order is answered exactly once, also a
+//! Owns: the addresses of vLLM's KV tensors, the threads or streams that copy, and the order in
+//! which a step's copies may start. Promises: a copy is submitted, never waited for (except for a
+//! fence, which vLLM's next forward pass depends on); every order is answered exactly once, also a
 //! failed one. Decides nothing about blocks.
 
 #[cfg(feature = "cuda")]
@@ -64,8 +65,8 @@ pub enum CopyError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ComputeStream(pub u64);
 
-/// A place in the compute stream's order, that copies come after. Made by [`Copier::mark`]; what it holds is the copier's own business. The default one comes
-/// after nothing.
+/// A place in the compute stream's order, that copies come after. Made by [`Copier::mark`]; what it
+/// holds is the copier's own business. The default one comes after nothing.
 #[derive(Clone, Default)]
 pub struct After(
     #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "in host memory there is nothing to come after"))]
@@ -78,15 +79,18 @@ pub trait Answers: Send + Sync {
     fn answer(&self, order: &Order, outcome: std::result::Result<(), CopyError>);
 }
 
-/// Moves blocks. Implementations: the host's threads ([`host::HostCopier`]) and, on a GPU, streams (`cuda::copier`).
+/// Moves blocks. Implementations: the host's threads ([`host::HostCopier`]) and, on a GPU, streams
+/// (`cuda::copier`).
 ///
-/// The memory of both sides stays alive and in place until every submitted order was answered: the copier keeps the pool mapped, and vLLM keeps
-/// its KV cache until the connector is shut down.
+/// The memory of both sides stays alive and in place until every submitted order was answered: the
+/// copier keeps the pool mapped, and vLLM keeps its KV cache until the connector is shut down.
 pub trait Copier: Send + Sync {
-    /// Starts copies, when all before `after` is done. Loads overtake offloads that have not started. Returns at once.
+    /// Starts copies, when all before `after` is done. Loads overtake offloads that have not
+    /// started. Returns at once.
     ///
     /// # Errors
-    /// [`crate::error::Error::DeviceDead`] when nothing can be started any more; no order was taken then.
+    /// [`crate::error::Error::DeviceDead`] when nothing can be started any more; no order was taken
+    /// then.
     fn submit(&self, orders: &[Order], after: &After) -> Result<()>;
 
     /// Orders that were submitted and not answered yet.
@@ -97,18 +101,20 @@ pub trait Copier: Send + Sync {
     /// In host memory there is nothing to do: what was computed before the call is there.
     ///
     /// # Errors
-    /// [`crate::error::Error::DeviceDead`] when the copier cannot follow the stream: what should come after that place must not be submitted.
+    /// [`crate::error::Error::DeviceDead`] when the copier cannot follow the stream: what should
+    /// come after that place must not be submitted.
     fn mark(&self, _compute: Option<ComputeStream>) -> Result<After> {
         Ok(After::default())
     }
 
-    /// Makes the compute stream, not the caller, wait until these offloads have read their blocks. `false`: it will not, and the caller has to wait for
-    /// their answers.
+    /// Makes the compute stream, not the caller, wait until these offloads have read their blocks.
+    /// `false`: it will not, and the caller has to wait for their answers.
     fn fence(&self, _compute: Option<ComputeStream>, _offloads: &[BlockCopy]) -> bool {
         false
     }
 
-    /// What people should know of this copier, once: what it found, what it could not get, and what to raise.
+    /// What people should know of this copier, once: what it found, what it could not get, and what
+    /// to raise.
     fn take_notes(&self) -> Vec<String> {
         Vec::new()
     }

@@ -1,4 +1,5 @@
-//! The two sides of one rank's copies: its KV cache and its parts of the pool's slots. Says which orders may be carried out, and where their bytes lie.
+//! The two sides of one rank's copies: its KV cache and its parts of the pool's slots. Says which
+//! orders may be carried out, and where their bytes lie.
 
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -35,8 +36,9 @@ impl Sides {
     /// Describes one rank's two sides.
     ///
     /// # Safety
-    /// Every address that `groups` resolves must be valid for reads and writes by the copier that is built on this (in its device's memory, for a
-    /// copier of a device), and stay so until that copier is dropped. vLLM allocates the KV cache once, before it registers it with the
+    /// Every address that `groups` resolves must be valid for reads and writes by the copier that
+    /// is built on this (in its device's memory, for a copier of a device), and stay so until that
+    /// copier is dropped. vLLM allocates the KV cache once, before it registers it with the
     /// connector, and frees it after the connector's `shutdown`.
     pub unsafe fn new(
         pool: Arc<Pool>,
@@ -48,7 +50,8 @@ impl Sides {
         Self { pool, groups, rank, verify_loads, guard }
     }
 
-    /// Whether an order may be carried out, and where its bytes lie. The slot stays what it is until the order was answered.
+    /// Whether an order may be carried out, and where its bytes lie. The slot stays what it is
+    /// until the order was answered.
     pub(super) fn admit(&self, order: &Order) -> std::result::Result<Admitted<'_>, CopyError> {
         let copy = &order.copy;
         let admitted = self.locate(copy)?;
@@ -73,7 +76,8 @@ impl Sides {
             return Err(CopyError::OutOfRange);
         }
         let slot = SlotIndex(copy.slot);
-        // SAFETY: the span lies inside the payload: `SlotGeometry::lay_out` sized the slot for all spans.
+        // SAFETY: the span lies inside the payload: `SlotGeometry::lay_out` sized the slot for all
+        // spans.
         let part = unsafe { self.pool.payload(slot).add(offset as usize) };
         Ok(Admitted { group, slot, part, len: len as usize })
     }
@@ -83,7 +87,8 @@ impl Sides {
         if copy.flags & VERIFY == 0 {
             return Ok(());
         }
-        // SAFETY: these are this rank's span of a filled slot; the engine holds a pin on it for this load, so nobody writes it.
+        // SAFETY: these are this rank's span of a filled slot; the engine holds a pin on it for
+        // this load, so nobody writes it.
         let bytes = unsafe { std::slice::from_raw_parts(admitted.part.as_ptr(), admitted.len) };
         self.compare(copy, xxhash_rust::xxh3::xxh3_64(bytes))
     }
@@ -99,7 +104,8 @@ impl Sides {
         self.pool.set_checksum(SlotIndex(copy.slot), self.rank, copy.generation, sum);
     }
 
-    /// The rank that wrote (and hashed) the bytes this rank uses: itself, or the first that holds the same span.
+    /// The rank that wrote (and hashed) the bytes this rank uses: itself, or the first that holds
+    /// the same span.
     fn writer_rank(&self, group: u16) -> usize {
         let parts = &self.pool.geometry().parts;
         let own = parts[self.rank].spans[group as usize];

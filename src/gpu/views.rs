@@ -1,8 +1,9 @@
 //! Where the bytes of a block lie in vLLM's KV cache on this rank.
 //!
-//! vLLM hands out one tensor view a layer. A view may be finer than a block (`kernel blocks`), several names may show the same bytes
-//! (layers that share KV), and groups overlay each other. All of that is resolved here once, into runs: contiguous pieces at a fixed
-//! distance from block to block.
+//! vLLM hands out one tensor view a layer. A view may be finer than a block (`kernel blocks`),
+//! several names may show the same bytes (layers that share KV), and groups overlay each other. All
+//! of that is resolved here once, into runs: contiguous pieces at a fixed distance from block to
+//! block.
 
 use serde::Deserialize;
 
@@ -46,7 +47,8 @@ impl GroupRuns {
     /// Resolves the views of a group's layers.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for views that overlap their own next page, hold no whole number of blocks, or disagree on it.
+    /// [`Error::Unsupported`] for views that overlap their own next page, hold no whole number of
+    /// blocks, or disagree on it.
     pub fn resolve(group: usize, layers: &[LayerView]) -> Result<Self> {
         let refuse = |why: &str| Error::Unsupported {
             what: format!("the KV cache layout of group {group}"),

@@ -1,8 +1,9 @@
 //! The copy worker: executes every step's plan for one rank.
 //!
-//! Lives in the worker process (or in `EngineCore`'s, when they are one). It is `Detached` until the first ticket comes, then `Attached`, and
-//! `Released` after it let go. Whatever happens, a load that was ordered is reported exactly once, as finished or failed, because vLLM
-//! keeps its blocks until then.
+//! Lives in the worker process (or in `EngineCore`'s, when they are one). It is `Detached` until
+//! the first ticket comes, then `Attached`, and `Released` after it let go. Whatever happens, a
+//! load that was ordered is reported exactly once, as finished or failed, because vLLM keeps its
+//! blocks until then.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -119,8 +120,9 @@ impl Board {
     }
 
     fn offload_answered(&self, order: &Order, outcome: std::result::Result<(), CopyError>) {
-        // A stale order's slot belongs to somebody else: its bits are not ours to set. An order that passes some end was refused before its slot was looked at;
-        // without an answer the slot would stay filling for good.
+        // A stale order's slot belongs to somebody else: its bits are not ours to set. An order
+        // that passes some end was refused before its slot was looked at; without an answer the
+        // slot would stay filling for good.
         let ours = match outcome {
             Err(CopyError::Stale) => false,
             Err(CopyError::OutOfRange) => {
@@ -210,7 +212,8 @@ impl BusyProbe for CopyQueue {
 }
 
 struct Attached {
-    // The follower drops first, then the copier: it carries out what is in flight while the board and the pool still stand.
+    // The follower drops first, then the copier: it carries out what is in flight while the board
+    // and the pool still stand.
     follower: Follower,
     copier: Arc<dyn Copier>,
     board: Arc<Board>,
@@ -251,7 +254,8 @@ impl CopyWorker {
         }
     }
 
-    /// Names the stream on which vLLM computes, for the hooks that follow. None where vLLM computes in host memory.
+    /// Names the stream on which vLLM computes, for the hooks that follow. None where vLLM computes
+    /// in host memory.
     pub fn set_compute(&mut self, compute: Option<ComputeStream>) {
         self.compute = compute;
     }
@@ -261,10 +265,12 @@ impl CopyWorker {
         Self::new(rank, verify_loads, Box::new(move |pool, answers, _guard| make_copier(pool, answers)))
     }
 
-    /// Maps the pool that `ticket` names and starts the copier. Does nothing when attached already, or let go.
+    /// Maps the pool that `ticket` names and starts the copier. Does nothing when attached already,
+    /// or let go.
     ///
     /// # Errors
-    /// Those of [`Pool::attach`] and of the copier. The worker then stays detached and reports every load failed.
+    /// Those of [`Pool::attach`] and of the copier. The worker then stays detached and reports
+    /// every load failed.
     pub fn attach(&mut self, ticket: &Ticket) -> Result<()> {
         if self.attached.is_some() || self.released {
             return Ok(());
@@ -295,13 +301,15 @@ impl CopyWorker {
         Ok(())
     }
 
-    /// Before the step's forward pass: starts offloads of complete blocks, waits for fences, and remembers loads and later offloads.
+    /// Before the step's forward pass: starts offloads of complete blocks, waits for fences, and
+    /// remembers loads and later offloads.
     ///
-    /// A copier with streams makes the compute stream wait. Else the wait is over when this rank has answered every fenced order: at most the time of the
-    /// copies themselves.
+    /// A copier with streams makes the compute stream wait. Else the wait is over when this rank
+    /// has answered every fenced order: at most the time of the copies themselves.
     ///
     /// # Errors
-    /// [`crate::error::Error::DataLost`] when `plan` is no plan. Loads whose copies could not be started are reported failed instead.
+    /// [`crate::error::Error::DataLost`] when `plan` is no plan. Loads whose copies could not be
+    /// started are reported failed instead.
     pub fn begin_step(&mut self, plan: &[u8]) -> Result<()> {
         let plan = StepPlan::decode(plan)?;
         self.pending_after = plan.stores_after;
@@ -311,13 +319,15 @@ impl CopyWorker {
         Ok(())
     }
 
-    /// Starts the loads of the step: when vLLM has prepared its blocks (zeroed them, where a model needs that), before the forward pass.
+    /// Starts the loads of the step: when vLLM has prepared its blocks (zeroed them, where a model
+    /// needs that), before the forward pass.
     pub fn start_loads(&mut self) {
         let loads = std::mem::take(&mut self.pending_loads);
         if loads.is_empty() {
             return;
         }
-        // The destinations may be in use by the steps submitted so far, and vLLM's own preparation of them is on the stream too.
+        // The destinations may be in use by the steps submitted so far, and vLLM's own preparation
+        // of them is on the stream too.
         let after = match &self.attached {
             Some(attached) => attached.copier.mark(self.compute).ok(),
             None => Some(After::default()),
@@ -376,7 +386,8 @@ impl CopyWorker {
         self.attached.is_some()
     }
 
-    /// Carries out what is in flight, then unmaps the pool and lets go of its locks. Later loads are reported failed.
+    /// Carries out what is in flight, then unmaps the pool and lets go of its locks. Later loads
+    /// are reported failed.
     pub fn release(&mut self) {
         self.released = true;
         let results = self.take_results();
@@ -426,7 +437,8 @@ impl CopyWorker {
             return;
         }
         let mut progress = board.lock();
-        // Nothing in flight means that every order was answered, also orders that were refused as stale.
+        // Nothing in flight means that every order was answered, also orders that were refused as
+        // stale.
         while progress.offloading.in_flight > 0 && fenced.iter().any(open) {
             progress = board.answered.wait(progress).unwrap_or_else(PoisonError::into_inner);
         }
@@ -471,7 +483,8 @@ impl CopyWorker {
     }
 }
 
-/// Maps the pool's pages, which exist already, into this process, so that the first copies do not fault on each. Losing that is only slower.
+/// Maps the pool's pages, which exist already, into this process, so that the first copies do not
+/// fault on each. Losing that is only slower.
 fn touch_in_background(pool: &Arc<Pool>) {
     let pool = Arc::clone(pool);
     let touch = move || pool.touch();

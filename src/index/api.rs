@@ -1,7 +1,9 @@
-//! The index over HTTP: questions and what an operator wants to see. JSON in, JSON out; the contract is `api/openapi.json`.
+//! The index over HTTP: questions and what an operator wants to see. JSON in, JSON out; the
+//! contract is `api/openapi.json`.
 //!
-//! Nothing that comes in is trusted: bodies are bounded before they are read, numbers before they are used, and whatever is wrong with a request is said
-//! in a 4xx answer. Answers take no lock that a writer holds for longer than a batch.
+//! Nothing that comes in is trusted: bodies are bounded before they are read, numbers before they
+//! are used, and whatever is wrong with a request is said in a 4xx answer. Answers take no lock
+//! that a writer holds for longer than a batch.
 
 mod limits;
 mod metrics;

@@ -1,7 +1,9 @@
-//! llm-d's block keys, so that answers can be compared with its indexer and its routers can ask this one.
+//! llm-d's block keys, so that answers can be compared with its indexer and its routers can ask
+//! this one.
 //!
-//! Three chains, each with llm-d's own definition of root and step. Only the first two name blocks of tokens exactly; the third belongs to its
-//! approximate producer, which hashes the last partial block, too.
+//! Three chains, each with llm-d's own definition of root and step. Only the first two name blocks
+//! of tokens exactly; the third belongs to its approximate producer, which hashes the last partial
+//! block, too.
 
 use xxhash_rust::xxh64::{Xxh64, xxh64};
 

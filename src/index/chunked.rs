@@ -1,6 +1,7 @@
 //! Memory that grows and never moves, so that readers need no lock to look into it.
 //!
-//! Items of the same number of words, found by index. Chunks double in size; a chunk that was made stays until the end.
+//! Items of the same number of words, found by index. Chunks double in size; a chunk that was made
+//! stays until the end.
 
 use std::sync::OnceLock;
 

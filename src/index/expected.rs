@@ -1,6 +1,8 @@
-//! Speculative holders: an engine that was just chosen will have the prompt's blocks before its events say so.
+//! Speculative holders: an engine that was just chosen will have the prompt's blocks before its
+//! events say so.
 //!
-//! They close the gap between a decision and the events that follow from it, for a short time, as a tier of their own.
+//! They close the gap between a decision and the events that follow from it, for a short time, as a
+//! tier of their own.
 
 use super::roster::{EngineId, Need};
 use super::sets::SetRef;

@@ -1,4 +1,5 @@
-//! Bringing a fleet's events into the index: which engines there are, a subscription for each, and what is known of their state.
+//! Bringing a fleet's events into the index: which engines there are, a subscription for each, and
+//! what is known of their state.
 
 #[cfg(feature = "kubernetes")]
 pub mod kubernetes;
@@ -76,7 +77,8 @@ impl Fleet {
     /// Goes on from another index's snapshot. To be called before any engine is followed.
     ///
     /// # Errors
-    /// [`crate::error::Error::DataLost`]; engines that were not taken over are followed from their replays.
+    /// [`crate::error::Error::DataLost`]; engines that were not taken over are followed from their
+    /// replays.
     pub fn resume(&mut self, snapshot: &[u8]) -> Result<usize> {
         let marks = self.index.write().restore(snapshot)?;
         self.marks = marks.into_iter().collect();

@@ -1,6 +1,7 @@
 //! Index blocks that are made of several smaller blocks of an engine.
 //!
-//! An index block is held where all its pieces are. Pieces before the last are *partial*: their tokens are kept until the last one tells the key.
+//! An index block is held where all its pieces are. Pieces before the last are *partial*: their
+//! tokens are kept until the last one tells the key.
 
 use hashbrown::HashMap;
 
@@ -66,7 +67,8 @@ impl Joined {
             self.partials.insert(hash, partial);
             return Some(Piece::Partial);
         }
-        // A salt stands at the very start, on both sides. Anything else lies differently in blocks of another size: such a block is never asked for.
+        // A salt stands at the very start, on both sides. Anything else lies differently in blocks
+        // of another size: such a block is never asked for.
         let extra = match partial.extras.split_first() {
             Some((first, rest)) if rest.iter().all(|extra| *extra == PLAIN) => *first,
             _ => xxh3_64(bytemuck::cast_slice(&partial.extras)),
@@ -95,7 +97,8 @@ impl Joined {
         self.memberships.get(&hash).map_or(&[], Vec::as_slice)
     }
 
-    /// Tiers of an index block, from those of its pieces: the tiers that have them all; else, where every piece is somewhere, the slowest needed.
+    /// Tiers of an index block, from those of its pieces: the tiers that have them all; else, where
+    /// every piece is somewhere, the slowest needed.
     pub fn mask(&self, key: u64, mask_of: impl Fn(u64) -> u8) -> u8 {
         let Some(pieces) = self.blocks.get(&key) else { return 0 };
         let masks = || pieces.iter().map(|piece| mask_of(*piece));

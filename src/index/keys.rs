@@ -1,8 +1,9 @@
 //! Request keys: what an index block is called, from the tokens of a prompt alone.
 //!
-//! A chain: the root names the model (or the LoRA adapter in its place), and every block's key is the xxh3 hash of its tokens, seeded by the key
-//! before it. What else vLLM puts into a block's hash (cache salt, multimodal inputs, prompt embeddings) goes in as one digest a block.
-//! Events and queries meet here: both ways to a digest live in this file.
+//! A chain: the root names the model (or the LoRA adapter in its place), and every block's key is
+//! the xxh3 hash of its tokens, seeded by the key before it. What else vLLM puts into a block's
+//! hash (cache salt, multimodal inputs, prompt embeddings) goes in as one digest a block. Events
+//! and queries meet here: both ways to a digest live in this file.
 
 use xxhash_rust::xxh3::{Xxh3, xxh3_64, xxh3_64_with_seed};
 
@@ -23,7 +24,8 @@ pub fn root(model: &str, lora: Option<&str>) -> u64 {
     }
 }
 
-/// The key of a block with these tokens after `parent`. `extra`: digest of its extra keys, or [`PLAIN`].
+/// The key of a block with these tokens after `parent`. `extra`: digest of its extra keys, or
+/// [`PLAIN`].
 #[inline]
 pub fn next(parent: u64, tokens: &[u32], extra: u64) -> u64 {
     let seed = if extra == PLAIN { parent } else { xxh3_64_with_seed(&extra.to_le_bytes(), parent) };
@@ -85,8 +87,9 @@ pub fn of_prompt(root: u64, tokens: &[u32], block: usize, extras: &Extras, keys:
 
 /// Digests of a `BlockStored` event's extra keys, one a block, appended to `digests`.
 ///
-/// Entries are vLLM's: the adapter's name first where there is one (it is in the root already), `(identifier, offset)` for multimodal inputs, the
-/// cache salt as a string, prompt embeddings as bytes; each may also come tagged, as in vLLM's own hash: `("mm", identifier, offset)`.
+/// Entries are vLLM's: the adapter's name first where there is one (it is in the root already),
+/// `(identifier, offset)` for multimodal inputs, the cache salt as a string, prompt embeddings as
+/// bytes; each may also come tagged, as in vLLM's own hash: `("mm", identifier, offset)`.
 ///
 /// # Errors
 /// [`Malformed`].
@@ -226,7 +229,8 @@ mod tests {
         let adapted = digests(&[&[("ada", None)], &[("cafe", Some(12))], &[("salt", None)]], Some("ada"));
         assert_eq!(adapted, plain, "the adapter is in the root, not here");
         assert_ne!(digests(&[&[("ada", None)], &[("cafe", Some(12))], &[("salt", None)]], None), plain);
-        // The next block holds the rest of the image, which began four tokens before it, and no salt.
+        // The next block holds the rest of the image, which began four tokens before it, and no
+        // salt.
         assert_eq!(digests(&[&[("cafe", Some(-4))]], None)[0], extras.digest(16, 32));
         assert_eq!(extras.digest(32, 48), PLAIN);
     }

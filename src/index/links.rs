@@ -1,7 +1,9 @@
-//! One engine's own names for blocks, in one KV cache group: which request key a hash stands for, and how often each tier holds it.
+//! One engine's own names for blocks, in one KV cache group: which request key a hash stands for,
+//! and how often each tier holds it.
 //!
-//! A hash is opaque and means something to its engine alone. A link lives as long as any tier holds its block, and then on as a *ghost*: a child that
-//! is stored later still finds its parent, and a block that comes back without tokens is known again. Ghosts go when there are too many of them,
+//! A hash is opaque and means something to its engine alone. A link lives as long as any tier holds
+//! its block, and then on as a *ghost*: a child that is stored later still finds its parent, and a
+//! block that comes back without tokens is known again. Ghosts go when there are too many of them,
 //! those without a holder for the longest time first.
 
 use std::collections::VecDeque;
@@ -18,7 +20,8 @@ pub const UNKNOWN: u64 = 0;
 /// What a hash stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Link {
-    /// Its request key; the last one where an engine's block is several of the index; [`UNKNOWN`] for an orphan.
+    /// Its request key; the last one where an engine's block is several of the index; [`UNKNOWN`]
+    /// for an orphan.
     pub key: u64,
     counts: [u8; TOLD_TIERS],
     stamp: u16,
@@ -83,11 +86,13 @@ impl Links {
         if wanted <= self.by_hash.capacity() {
             return 0;
         }
-        // A power of two of buckets, an eighth of them free, each with its entry and a byte of control.
+        // A power of two of buckets, an eighth of them free, each with its entry and a byte of
+        // control.
         (wanted * 8 / 7 + 1).next_power_of_two() * (size_of::<(u64, Link)>() + 1) + 64
     }
 
-    /// One more copy in a tier. `key` when it is known. Returns the link, and whether its tiers or its key are new.
+    /// One more copy in a tier. `key` when it is known. Returns the link, and whether its tiers or
+    /// its key are new.
     #[inline]
     pub fn store(&mut self, hash: u64, key: u64, tier: FleetTier) -> (Link, bool) {
         match self.by_hash.entry(hash) {
@@ -111,7 +116,8 @@ impl Links {
         }
     }
 
-    /// One copy less in a tier. Returns the link as it is now and the tiers that held it before; `None` when the tier had no copy.
+    /// One copy less in a tier. Returns the link as it is now and the tiers that held it before;
+    /// `None` when the tier had no copy.
     pub fn remove(&mut self, hash: u64, tier: FleetTier) -> Option<(Link, u8)> {
         let link = self.by_hash.get_mut(&hash)?;
         let before = link.mask();
@@ -173,7 +179,8 @@ impl Links {
     pub fn bury(&mut self, into: &mut Vec<u64>) {
         let most = self.held().max(limits::GHOSTS_MIN);
         while self.ghost_count > most && self.bury_one(into) {}
-        // Entries of ghosts that have come back are passed over one by one; where most are of that kind they go together.
+        // Entries of ghosts that have come back are passed over one by one; where most are of that
+        // kind they go together.
         if self.ghosts.len() > 4 * self.ghost_count + limits::GHOSTS_MIN {
             let links = &self.by_hash;
             let is_ghost =
@@ -182,7 +189,8 @@ impl Links {
         }
     }
 
-    /// Forgets so many ghosts, or all there are, to make room without growing. Returns their hashes.
+    /// Forgets so many ghosts, or all there are, to make room without growing. Returns their
+    /// hashes.
     pub fn bury_for(&mut self, count: usize, into: &mut Vec<u64>) {
         for _ in 0..count {
             if !self.bury_one(into) {

@@ -1,12 +1,13 @@
 //! Which engine holds which prefix, in which tier, right now.
 //!
-//! An event's way: a subscriber hands a decoded batch to [`writer::Writer::apply`]; the [`writer`] finds the request keys ([`keys`]) of the engine's hashes
-//! ([`links`]), waits for parents that have not come ([`orphans`]), bridges block sizes ([`joined`]), and changes the block's holder set ([`sets`]) in
-//! the [`table`]. A question's way: [`Index::score`] turns tokens into keys and walks the table once ([`query`]), beside the writer and never
-//! behind it.
+//! An event's way: a subscriber hands a decoded batch to [`writer::Writer::apply`]; the [`writer`]
+//! finds the request keys ([`keys`]) of the engine's hashes ([`links`]), waits for parents that
+//! have not come ([`orphans`]), bridges block sizes ([`joined`]), and changes the block's holder
+//! set ([`sets`]) in the [`table`]. A question's way: [`Index::score`] turns tokens into keys and
+//! walks the table once ([`query`]), beside the writer and never behind it.
 //!
-//! Promises: no answer waits for a writer; every structure is bounded; what cannot be placed for certain is a miss. Knows nothing of sockets:
-//! [`fleet`] brings the events, [`api`] the questions.
+//! Promises: no answer waits for a writer; every structure is bounded; what cannot be placed for
+//! certain is a miss. Knows nothing of sockets: [`fleet`] brings the events, [`api`] the questions.
 
 #[cfg(feature = "serve")]
 pub mod api;
@@ -52,7 +53,8 @@ pub struct Index {
 }
 
 impl Index {
-    /// An empty index. `block_tokens`: tokens of a block of the index, 0 for those of the first engine that tells; `bytes_max`: bound of its memory.
+    /// An empty index. `block_tokens`: tokens of a block of the index, 0 for those of the first
+    /// engine that tells; `bytes_max`: bound of its memory.
     ///
     /// # Errors
     /// [`crate::error::Error::Config`] when the bound is too low.
@@ -65,7 +67,8 @@ impl Index {
 
     /// The writer, alone. Readers do not wait for it.
     pub fn write(&self) -> MutexGuard<'_, Writer> {
-        // A panic within a batch leaves counts behind that are a little off, and blocks that are misses: better than no index.
+        // A panic within a batch leaves counts behind that are a little off, and blocks that are
+        // misses: better than no index.
         self.writer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

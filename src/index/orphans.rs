@@ -1,7 +1,7 @@
 //! Blocks whose parent is not known yet: kept until it comes, up to a bound.
 //!
-//! Dropping them at once would lose their whole subtree for good, for an engine tells of a block's tokens once. At the bound the oldest go, are counted,
-//! and stay misses.
+//! Dropping them at once would lose their whole subtree for good, for an engine tells of a block's
+//! tokens once. At the bound the oldest go, are counted, and stay misses.
 
 use std::collections::VecDeque;
 
@@ -53,7 +53,8 @@ impl Orphans {
         while self.bytes > limits::ORPHAN_BYTES_MAX {
             gone += usize::from(self.drop_oldest());
         }
-        // Places of adopted ones are passed over when their turn comes; they must not pile up meanwhile.
+        // Places of adopted ones are passed over when their turn comes; they must not pile up
+        // meanwhile.
         if self.order.len() > 2 * self.count + 1024 {
             let waiting = &self.waiting;
             self.order.retain(|(column, parent, number)| {

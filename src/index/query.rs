@@ -1,7 +1,9 @@
-//! Who holds how much of a prompt, where: one pass over its blocks, without a lock and without memory for each block.
+//! Who holds how much of a prompt, where: one pass over its blocks, without a lock and without
+//! memory for each block.
 //!
-//! Neighbouring blocks mostly have the same holders, so the pass goes over runs of equal sets. A group that needs whole prefixes counts as long as
-//! every block was there; one with a sliding window counts where its last blocks are there. What is found is a moment's truth: a block that
+//! Neighbouring blocks mostly have the same holders, so the pass goes over runs of equal sets. A
+//! group that needs whole prefixes counts as long as every block was there; one with a sliding
+//! window counts where its last blocks are there. What is found is a moment's truth: a block that
 //! changes hands during the pass may be seen either way.
 
 use super::roster::{EngineId, EngineView, Need, Roster};
@@ -78,7 +80,8 @@ pub struct Scorer {
 }
 
 impl Scorer {
-    /// Scores every engine that has anything of the prompt, or only `candidates`; best first, then by engine number.
+    /// Scores every engine that has anything of the prompt, or only `candidates`; best first, then
+    /// by engine number.
     pub fn score(
         &mut self,
         (table, sets, roster): (&Table, &Sets, &Roster),
@@ -180,7 +183,8 @@ impl Scorer {
         alive
     }
 
-    /// For engines that need care: can they use the prefix up to the last point of theirs within the run that has just ended?
+    /// For engines that need care: can they use the prefix up to the last point of theirs within
+    /// the run that has just ended?
     fn weigh(&mut self, several: &[&EngineView], start: u32, end: u32) {
         for (engine, usable) in several.iter().zip(&mut self.usable) {
             let point = end - end % engine.step.max(1);

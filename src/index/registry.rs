@@ -1,4 +1,5 @@
-//! Engines and their columns as the writer keeps them: who is there, under which number, with which groups.
+//! Engines and their columns as the writer keeps them: who is there, under which number, with which
+//! groups.
 
 use std::sync::Arc;
 
@@ -103,7 +104,8 @@ impl Writer {
         self.columns.get_mut(column.0 as usize)?.as_mut()
     }
 
-    /// The column of an engine's group, made if need be. `None`: there is no such engine, or it has too many groups.
+    /// The column of an engine's group, made if need be. `None`: there is no such engine, or it has
+    /// too many groups.
     pub(super) fn column_of(&mut self, id: EngineId, group: u32) -> Option<Column> {
         let engine = self.engines.get(id.0 as usize)?.as_ref()?;
         if let Some(column) = engine.by_group.get(&group) {

@@ -1,4 +1,5 @@
-//! The engines of the fleet and their columns, as readers see them. Replaced as a whole when an engine comes, goes, or shows another group.
+//! The engines of the fleet and their columns, as readers see them. Replaced as a whole when an
+//! engine comes, goes, or shows another group.
 
 use serde::{Deserialize, Serialize};
 
@@ -19,7 +20,8 @@ pub enum Need {
 }
 
 impl Need {
-    /// From what an event says of a group. `block`: tokens of an index block. What is not known needs the whole prefix.
+    /// From what an event says of a group. `block`: tokens of an index block. What is not known
+    /// needs the whole prefix.
     pub fn of(kind: Option<&str>, window: Option<u32>, block: u32) -> Self {
         match (kind, window) {
             // A token attends to itself and the window - 1 tokens before it.
@@ -43,7 +45,8 @@ pub struct EngineView {
     pub model: String,
     /// Its groups, the one that needs whole prefixes first where there is one.
     pub columns: Vec<(Column, Need)>,
-    /// Blocks of the index between two points up to which it can use a prefix: more than one where its own blocks are larger.
+    /// Blocks of the index between two points up to which it can use a prefix: more than one where
+    /// its own blocks are larger.
     pub step: u32,
 }
 
@@ -61,7 +64,8 @@ pub struct Roster {
     pub block_tokens: u32,
     /// By number.
     pub engines: Vec<Option<EngineView>>,
-    /// For every column: its engine's number and what it needs. `None` for numbers that are not in use.
+    /// For every column: its engine's number and what it needs. `None` for numbers that are not in
+    /// use.
     pub columns: Vec<Option<(EngineId, Need)>>,
 }
 

@@ -1,8 +1,11 @@
-//! Holder sets: who has a block, in which tiers. Equal sets exist once, however many blocks they belong to.
+//! Holder sets: who has a block, in which tiers. Equal sets exist once, however many blocks they
+//! belong to.
 //!
-//! Blocks of one prefix lie on the same engines, so that a fleet with millions of blocks has few different sets; a block's entry in the table is
-//! the 64-bit [`SetRef`] of its set. One writer makes, counts and frees sets; any number of readers copy them without a lock: a set's generation is
-//! odd while its memory changes, and a reader that finds another generation than its reference names knows that the reference is old.
+//! Blocks of one prefix lie on the same engines, so that a fleet with millions of blocks has few
+//! different sets; a block's entry in the table is the 64-bit [`SetRef`] of its set. One writer
+//! makes, counts and frees sets; any number of readers copy them without a lock: a set's generation
+//! is odd while its memory changes, and a reader that finds another generation than its reference
+//! names knows that the reference is old.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
@@ -40,7 +43,8 @@ impl SetRef {
     }
 }
 
-/// What readers see. Of a set's two words the first is generation and length, the second size class and place.
+/// What readers see. Of a set's two words the first is generation and length, the second size class
+/// and place.
 #[derive(Debug)]
 pub struct Sets {
     heads: Chunked<AtomicU64>,
@@ -52,7 +56,8 @@ impl Sets {
         Self { heads: Chunked::new(2), classes: std::array::from_fn(|class| Chunked::new(1 << class)) }
     }
 
-    /// Copies a set's holders into `into`, in the order of columns. `false`: the reference is old, ask the table again.
+    /// Copies a set's holders into `into`, in the order of columns. `false`: the reference is old,
+    /// ask the table again.
     #[inline]
     pub fn read(&self, wanted: SetRef, into: &mut Vec<u32>) -> bool {
         into.clear();
@@ -149,8 +154,9 @@ impl SetWriter {
         self.allowance = bytes;
     }
 
-    /// The set that differs from `from` in one column, which has the tiers `mask` in it (0: it is not in it). The caller gets one reference to it and
-    /// gives one to `from` back. `None`: there is no room for another set, and nothing has changed.
+    /// The set that differs from `from` in one column, which has the tiers `mask` in it (0: it is
+    /// not in it). The caller gets one reference to it and gives one to `from` back. `None`: there
+    /// is no room for another set, and nothing has changed.
     pub fn change(&mut self, from: SetRef, column: Column, mask: u8) -> Option<SetRef> {
         let holder = pack(column, mask);
         let slot = (xxh3_64(&(from.0 ^ u64::from(holder).rotate_left(40)).to_le_bytes()) as usize) % MEMO;

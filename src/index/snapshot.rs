@@ -1,8 +1,11 @@
-//! Copies of engines' blocks, from which another index goes on: a new replica has them before it takes traffic.
+//! Copies of engines' blocks, from which another index goes on: a new replica has them before it
+//! takes traffic.
 //!
-//! Engine by engine, each as it is after its last batch: that batch's number and fingerprint travel along, so that the other index asks the engine for
-//! what came later, and notices when the engine has restarted meanwhile. Layout: a magic line, the length of a JSON head and the head, then for each engine the
-//! same followed by 24 bytes a link (hash, key, copies in each tier). What comes in is not trusted: lengths are checked before they are used.
+//! Engine by engine, each as it is after its last batch: that batch's number and fingerprint travel
+//! along, so that the other index asks the engine for what came later, and notices when the engine
+//! has restarted meanwhile. Layout: a magic line, the length of a JSON head and the head, then for
+//! each engine the same followed by 24 bytes a link (hash, key, copies in each tier). What comes in
+//! is not trusted: lengths are checked before they are used.
 
 use serde::{Deserialize, Serialize};
 
@@ -62,8 +65,9 @@ impl Writer {
         Ok(out)
     }
 
-    /// One engine's part. `None`: there is no such engine, or it cannot be copied (no batch yet, blocks that wait for their parent, blocks of
-    /// another size): the other index follows it from its replays.
+    /// One engine's part. `None`: there is no such engine, or it cannot be copied (no batch yet,
+    /// blocks that wait for their parent, blocks of another size): the other index follows it from
+    /// its replays.
     ///
     /// # Errors
     /// [`Error::DataLost`] when it cannot be written.
@@ -103,7 +107,8 @@ impl Writer {
     /// Takes a whole snapshot over into an empty index. Returns where each engine's events stand.
     ///
     /// # Errors
-    /// [`Error::DataLost`] when it is none, or of another block size than this index was told to have; what was taken over by then stays, whole engines only.
+    /// [`Error::DataLost`] when it is none, or of another block size than this index was told to
+    /// have; what was taken over by then stays, whole engines only.
     pub fn restore(&mut self, bytes: &[u8]) -> Result<Vec<(String, Mark)>> {
         let wrong = |why: &str| Error::lost("snapshot", why);
         let mut rest = bytes.strip_prefix(MAGIC).ok_or_else(|| wrong("it does not begin as one"))?;

@@ -1,7 +1,8 @@
 //! Blocks of an engine that are several of the index.
 //!
-//! Blocks of two prompts that part within an engine's block share the index blocks before that point: such a key is held as long as any block with
-//! it is. What an engine can use ends at a border of its own blocks, which a question takes into account.
+//! Blocks of two prompts that part within an engine's block share the index blocks before that
+//! point: such a key is held as long as any block with it is. What an engine can use ends at a
+//! border of its own blocks, which a question takes into account.
 
 use hashbrown::HashMap;
 

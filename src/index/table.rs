@@ -1,8 +1,9 @@
 //! The table: request key to holder set. Readers never wait; one writer changes it.
 //!
-//! Sixteen open-addressing tables of atomic cells. A cell's key is emptied before its value changes and written after it, so that a reader who finds
-//! the same key before and after reading the value has a value of that key. Removed cells stay marked until their table is made anew, which
-//! readers see as one exchange of a pointer.
+//! Sixteen open-addressing tables of atomic cells. A cell's key is emptied before its value changes
+//! and written after it, so that a reader who finds the same key before and after reading the value
+//! has a value of that key. Removed cells stay marked until their table is made anew, which readers
+//! see as one exchange of a pointer.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -47,7 +48,8 @@ impl Cells {
                 EMPTY => return None,
                 found if found == key => {
                     let value = cell.value.load(Ordering::Acquire);
-                    // Else the block was removed at this moment, and another one may have the cell by now.
+                    // Else the block was removed at this moment, and another one may have the cell
+                    // by now.
                     return (cell.key.load(Ordering::Acquire) == key).then_some(SetRef(value));
                 }
                 _ => at = (at + 1) & mask,
@@ -67,7 +69,8 @@ fn shard_of(key: u64) -> usize {
     (key >> (u64::BITS - SHARD_BITS)) as usize
 }
 
-/// A reader's hold on the table. It sees later changes, except that a table made anew is noticed by [`View::renew`] only.
+/// A reader's hold on the table. It sees later changes, except that a table made anew is noticed by
+/// [`View::renew`] only.
 #[derive(Debug)]
 pub struct View<'t> {
     table: &'t Table,
@@ -159,7 +162,8 @@ impl TableWriter {
         self.shards.iter().map(|shard| shard.cells.0.len() * size_of::<Cell>()).sum()
     }
 
-    /// Bytes that one more block may cost at this moment: those of a larger table, beside the present one while its cells move.
+    /// Bytes that one more block may cost at this moment: those of a larger table, beside the
+    /// present one while its cells move.
     pub fn growth(&self, key: u64) -> usize {
         let shard = &self.shards[shard_of(key)];
         if shard.is_full() { shard.next_size() * size_of::<Cell>() } else { 0 }

@@ -1,8 +1,10 @@
-//! Where in an engine's reach a block lies, and a holder: one column with the tiers it has the block in.
+//! Where in an engine's reach a block lies, and a holder: one column with the tiers it has the
+//! block in.
 
 use serde::{Deserialize, Serialize};
 
-/// A tier as events name it, fastest first. The one an engine would load from is the first that holds the block.
+/// A tier as events name it, fastest first. The one an engine would load from is the first that
+/// holds the block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FleetTier {
@@ -75,7 +77,8 @@ impl Default for Weights {
     }
 }
 
-/// One KV cache group of one engine: what can hold a block. Numbers are used again after an engine is gone.
+/// One KV cache group of one engine: what can hold a block. Numbers are used again after an engine
+/// is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Column(pub u32);
 

@@ -1,7 +1,8 @@
 //! Events to holders: the one place that changes the index.
 //!
-//! Promises: what readers see of a block is what its engine's events say, tier by tier; nothing is taken for a holder whose key is not
-//! known for certain; memory stays within the bound. Where that is reached, new blocks are left out and counted: misses.
+//! Promises: what readers see of a block is what its engine's events say, tier by tier; nothing is
+//! taken for a holder whose key is not known for certain; memory stays within the bound. Where that
+//! is reached, new blocks are left out and counted: misses.
 
 use std::sync::Arc;
 
@@ -181,7 +182,8 @@ impl Writer {
         self.recount(column);
     }
 
-    /// Blocks that came without tokens, or with useless ones: they mean what is known of their hash.
+    /// Blocks that came without tokens, or with useless ones: they mean what is known of their
+    /// hash.
     fn store_unnamed(&mut self, column: Column, hash: u64, tier: FleetTier) {
         let key = self.key_of(column, hash).unwrap_or(UNKNOWN);
         let Some(state) = self.state(column) else { return };
@@ -298,8 +300,9 @@ impl Writer {
                 let mut key = parent;
                 let mut span = Vec::new();
                 for (number, tokens) in tokens.chunks_exact(index_block).enumerate() {
-                    // A salt belongs to the first token's block. Where other extra keys lie within a larger block is not said: those of no
-                    // known place make keys that nobody asks for.
+                    // A salt belongs to the first token's block. Where other extra keys lie within
+                    // a larger block is not said: those of no known place make keys that nobody
+                    // asks for.
                     key = keys::next(key, tokens, if number == 0 { extra } else { keys::PLAIN });
                     span.push(key);
                 }
@@ -338,7 +341,8 @@ impl Writer {
         }
     }
 
-    /// Names the blocks that waited for this one, in any group that shares its hashes, and those that waited for them.
+    /// Names the blocks that waited for this one, in any group that shares its hashes, and those
+    /// that waited for them.
     fn adopt_children(&mut self, column: Column, hash: u64) {
         let mut parents: Vec<(Column, u64)> = self.sharing(column).into_iter().map(|column| (column, hash)).collect();
         while let Some((column, parent)) = parents.pop() {
@@ -355,7 +359,8 @@ impl Writer {
                 let after = self.name_block(column, before, orphan.hash, &orphan.tokens, orphan.extra, ratio);
                 let key = if let Some(Before::Key(key)) = after { key } else { UNKNOWN };
                 let Some(state) = self.state(column) else { return };
-                // One that was removed meanwhile is no holder; its children may be, so it stays as the ghost that leads to them.
+                // One that was removed meanwhile is no holder; its children may be, so it stays as
+                // the ghost that leads to them.
                 let link = state.links.adopt(orphan.hash, key);
                 let link = link.unwrap_or_else(|| state.links.restore(orphan.hash, key, [0; TOLD_TIERS]));
                 self.counts.adopted += 1;

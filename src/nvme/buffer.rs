@@ -1,7 +1,8 @@
 //! Memory that the kernel reads from or writes to, and who keeps it alive.
 //!
-//! A buffer is a piece of a *region*: the shared host pool, or an arena of its own. It travels with its operation and comes back with the
-//! completion, so that nobody can free or reuse it while the kernel may still touch it.
+//! A buffer is a piece of a *region*: the shared host pool, or an arena of its own. It travels with
+//! its operation and comes back with the completion, so that nobody can free or reuse it while the
+//! kernel may still touch it.
 
 use std::alloc::{self, Layout};
 use std::ptr::NonNull;
@@ -14,7 +15,8 @@ use crate::pool::Pool;
 /// A stretch of memory that buffers are pieces of, and that a ring may register.
 ///
 /// # Safety
-/// `len` bytes from `start` must be mapped and writable, and must not move, for as long as the value lives.
+/// `len` bytes from `start` must be mapped and writable, and must not move, for as long as the
+/// value lives.
 pub unsafe trait Region: Send + Sync {
     /// First byte, aligned to [`SLOT_ALIGN`].
     fn start(&self) -> NonNull<u8>;
@@ -84,7 +86,8 @@ unsafe impl Region for Arena {
     }
 }
 
-/// A piece of a region, exclusively its holder's by the rules of whoever hands out the region's pieces (the slot table; an arena's owner).
+/// A piece of a region, exclusively its holder's by the rules of whoever hands out the region's
+/// pieces (the slot table; an arena's owner).
 pub struct Buffer {
     region: Arc<dyn Region>,
     offset: usize,
@@ -108,17 +111,20 @@ impl Buffer {
     /// A piece of a region. Offset and length must be multiples of [`SLOT_ALIGN`].
     ///
     /// # Safety
-    /// Until the buffer is dropped nobody else may write these bytes, nor read them while the buffer is being written.
+    /// Until the buffer is dropped nobody else may write these bytes, nor read them while the
+    /// buffer is being written.
     ///
     /// # Panics
-    /// When the piece passes the region's end: that is a bug of the caller, and going on would corrupt memory.
+    /// When the piece passes the region's end: that is a bug of the caller, and going on would
+    /// corrupt memory.
     pub unsafe fn of_region(region: Arc<dyn Region>, offset: usize, len: usize) -> Self {
         assert!(offset.checked_add(len).is_some_and(|end| end <= region.len()), "a buffer inside its region");
         debug_assert!(offset.is_multiple_of(SLOT_ALIGN as usize) && len.is_multiple_of(SLOT_ALIGN as usize));
         Self { region, offset, len }
     }
 
-    /// New memory, cut into `count` buffers of `bytes` each, and the region that a ring may register for them.
+    /// New memory, cut into `count` buffers of `bytes` each, and the region that a ring may
+    /// register for them.
     pub fn pieces(count: usize, bytes: usize) -> (Arc<dyn Region>, Vec<Self>) {
         let len = bytes.next_multiple_of(SLOT_ALIGN as usize);
         let arena: Arc<dyn Region> = Arena::new(count * len);
@@ -130,8 +136,9 @@ impl Buffer {
 
     /// The whole images (descriptor pages and payload) of `slots` adjacent slots.
     ///
-    /// The tier engine holds these slots for the operation: filling ones for reads, filled and held ones for writes. Their ranks' hashers may still
-    /// write the checksum pairs of a slot that is being written to disk; readers of the extent do not look at those.
+    /// The tier engine holds these slots for the operation: filling ones for reads, filled and held
+    /// ones for writes. Their ranks' hashers may still write the checksum pairs of a slot that is
+    /// being written to disk; readers of the extent do not look at those.
     pub fn slots(pool: &Arc<Pool>, first: SlotIndex, slots: u32) -> Self {
         let len = pool.geometry().slot_bytes as usize * slots as usize;
         let region: Arc<dyn Region> = Arc::clone(pool) as Arc<dyn Region>;
@@ -167,7 +174,8 @@ impl Buffer {
 
     /// The bytes.
     pub fn bytes(&self) -> &[u8] {
-        // SAFETY: mapped while the region lives, which `self` holds; exclusive by the contract of the constructors.
+        // SAFETY: mapped while the region lives, which `self` holds; exclusive by the contract of
+        // the constructors.
         unsafe { std::slice::from_raw_parts(self.start().as_ptr(), self.len) }
     }
 

@@ -1,7 +1,9 @@
-//! The private directories and files of stores: 0700 and 0600, ours, no links; and whether a file passes the page cache by.
+//! The private directories and files of stores: 0700 and 0600, ours, no links; and whether a file
+//! passes the page cache by.
 //!
-//! Owns who may look: every file of a store is opened here, for engines, commands and `kvcellar doctor` alike. Promises: a file that is open with
-//! `O_DIRECT` lies on a filesystem that means it. Does not know what is in them.
+//! Owns who may look: every file of a store is opened here, for engines, commands and
+//! `kvcellar doctor` alike. Promises: a file that is open with `O_DIRECT` lies on a filesystem that
+//! means it. Does not know what is in them.
 
 use std::fs::{DirBuilder, File, Metadata, OpenOptions};
 use std::io::ErrorKind;
@@ -124,8 +126,8 @@ pub fn is_direct(file: &File) -> bool {
     fcntl(file, FcntlArg::F_GETFL).is_ok_and(|flags| OFlag::from_bits_retain(flags).contains(OFlag::O_DIRECT))
 }
 
-/// Whether the filesystem means `O_DIRECT`: known ones do not, and some refuse only the transfer. A page that cannot be read for another reason says
-/// nothing about that.
+/// Whether the filesystem means `O_DIRECT`: known ones do not, and some refuse only the transfer. A
+/// page that cannot be read for another reason says nothing about that.
 fn means_direct(file: &File) -> bool {
     if fstatfs(file).is_ok_and(|found| NOT_DIRECT.contains(&found.filesystem_type())) {
         return false;
@@ -176,7 +178,8 @@ pub fn remove(path: &Path) -> Result<()> {
     }
 }
 
-/// Replaces a file's contents durably: at every moment, power cuts included, the name leads to the old contents or the new.
+/// Replaces a file's contents durably: at every moment, power cuts included, the name leads to the
+/// old contents or the new.
 ///
 /// # Errors
 /// [`Error::Io`]; the old contents stand then.

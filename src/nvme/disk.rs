@@ -1,7 +1,8 @@
 //! The seam between the tier and a device: operations go in, completions come out.
 //!
-//! Every implementation passes the same conformance suite (`tests/disks`): each submitted operation is completed exactly once, submitting never
-//! blocks, a short transfer is an error, reads overtake writes that have not started, writes in flight are bounded.
+//! Every implementation passes the same conformance suite (`tests/disks`): each submitted operation
+//! is completed exactly once, submitting never blocks, a short transfer is an error, reads overtake
+//! writes that have not started, writes in flight are bounded.
 
 use std::fs::File;
 
@@ -88,10 +89,12 @@ pub struct Description {
 
 /// A device that holds segments.
 pub trait Disk: Send + Sync {
-    /// Starts transfers. Returns at once; every operation is completed exactly once, whatever happens.
+    /// Starts transfers. Returns at once; every operation is completed exactly once, whatever
+    /// happens.
     fn submit(&self, operations: Vec<Operation>);
 
-    /// Makes a segment file known. Segments are numbered from 0 in the order in which they are added.
+    /// Makes a segment file known. Segments are numbered from 0 in the order in which they are
+    /// added.
     ///
     /// # Errors
     /// [`crate::error::Error::DeviceDead`] when the device takes no more segments.

@@ -1,7 +1,8 @@
 //! An extent's bytes: what must be true of them before anyone uses them.
 //!
-//! An extent is the image of a pool slot: descriptor pages with their seal, then the payload. Promises: [`check`] lets nothing through that is
-//! not, bit for bit, what was sealed under the key that it returns.
+//! An extent is the image of a pool slot: descriptor pages with their seal, then the payload.
+//! Promises: [`check`] lets nothing through that is not, bit for bit, what was sealed under the key
+//! that it returns.
 
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -20,7 +21,8 @@ pub struct Expected {
     pub key: Option<BlockKey>,
 }
 
-/// The checksums that seal an image: one a rank over its part of the group's payload, 0 for ranks that write none.
+/// The checksums that seal an image: one a rank over its part of the group's payload, 0 for ranks
+/// that write none.
 ///
 /// `image` is a whole slot of this geometry, and `group` one of its groups.
 pub fn sums(image: &[u8], geometry: &SlotGeometry, group: GroupIndex) -> Vec<u64> {
@@ -38,7 +40,8 @@ fn share<'a>(image: &'a [u8], geometry: &SlotGeometry, part: &RankPart, group: G
     &image[geometry.descriptor_bytes as usize..][offset as usize..(offset + len) as usize]
 }
 
-/// Checks the image that was read from an extent: it is of this store and generation, it is the expected block, and all its bytes are whole.
+/// Checks the image that was read from an extent: it is of this store and generation, it is the
+/// expected block, and all its bytes are whole.
 ///
 /// # Errors
 /// [`Error::DataLost`] saying what is wrong.

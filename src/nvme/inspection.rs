@@ -1,7 +1,8 @@
-//! A look at every extent of a store that no engine serves from, for `kvcellar store stat` and `verify` and `kvcellar bench compression`.
+//! A look at every extent of a store that no engine serves from, for `kvcellar store stat` and
+//! `verify` and `kvcellar bench compression`.
 //!
-//! Reads past the page cache where the filesystem can, so that it is the device that is judged. Changes nothing, unless damaged extents are to be
-//! dropped.
+//! Reads past the page cache where the filesystem can, so that it is the device that is judged.
+//! Changes nothing, unless damaged extents are to be dropped.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -85,10 +86,12 @@ fn by_snapshot(path: &Path, superblock: &Superblock) -> Result<Option<Inspected>
     Ok(Some(found))
 }
 
-/// Reads and checks every extent of a store. `repair` drops those that are damaged, so that no start meets them again.
+/// Reads and checks every extent of a store. `repair` drops those that are damaged, so that no
+/// start meets them again.
 ///
 /// # Errors
-/// [`Error::TryLater`] when an engine owns it; [`Error::DataLost`] without a whole superblock; [`Error::Io`].
+/// [`Error::TryLater`] when an engine owns it; [`Error::DataLost`] without a whole superblock;
+/// [`Error::Io`].
 pub fn verify(path: &Path, repair: bool, progress: Progress<'_>) -> Result<Inspected> {
     let _owned = registry::own(path)?;
     let superblock = Superblock::load(path)?;
@@ -101,10 +104,12 @@ pub fn verify(path: &Path, repair: bool, progress: Progress<'_>) -> Result<Inspe
     Ok(found)
 }
 
-/// Hands the payload of every whole block of a store to `see`, rank by rank one after another, until it says that it has seen enough.
+/// Hands the payload of every whole block of a store to `see`, rank by rank one after another,
+/// until it says that it has seen enough.
 ///
 /// # Errors
-/// [`Error::TryLater`] when an engine owns it; [`Error::DataLost`] without a whole superblock; [`Error::Io`]; those of `see`.
+/// [`Error::TryLater`] when an engine owns it; [`Error::DataLost`] without a whole superblock;
+/// [`Error::Io`]; those of `see`.
 pub fn payloads(path: &Path, see: &mut dyn FnMut(&[u8]) -> Result<bool>) -> Result<()> {
     let _owned = registry::own(path)?;
     let Superblock { store, cache_generation, geometry, .. } = Superblock::load(path)?;

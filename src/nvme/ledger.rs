@@ -2,10 +2,10 @@
 //! start needs room.
 //!
 //! The directory is the ledger. A store in use counts with its capacity, for it may grow to that at
-//! any moment; one that nobody owns is a *leftover* and counts with its bytes on disk. Whoever opens
-//! a store holds the ledger's lock from the look at the others until its own capacity is in its
-//! superblock and its surplus segments are gone: so the bound holds in real bytes, whoever starts
-//! beside it. Never removes a store in use. Does not choose the store that a start takes.
+//! any moment; one that nobody owns is a *leftover* and counts with its bytes on disk. Whoever
+//! opens a store holds the ledger's lock from the look at the others until its own capacity is in
+//! its superblock and its surplus segments are gone: so the bound holds in real bytes, whoever
+//! starts beside it. Never removes a store in use. Does not choose the store that a start takes.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -43,14 +43,16 @@ impl Ledger {
     /// Locks the ledger of this user's directory; waits while another start holds it.
     ///
     /// # Errors
-    /// [`Error::TryLater`] when it is held for longer than a start may take; [`Error::Io`]; [`Error::Config`].
+    /// [`Error::TryLater`] when it is held for longer than a start may take; [`Error::Io`];
+    /// [`Error::Config`].
     pub fn lock(dir: &Path) -> Result<Self> {
         let turn = Turn::wait(&dir.join(LOCK_NAME), Duration::from_millis(limits::LEDGER_WAIT_MS))?;
         Ok(Self { dir: dir.to_owned(), _turn: turn })
     }
 
     /// Makes room for `wanted` bytes in the store at `own`, all stores together staying within
-    /// `total`: leftovers go, as many as needed, in [`order`]. `own` is its caller's and does not count.
+    /// `total`: leftovers go, as many as needed, in [`order`]. `own` is its caller's and does not
+    /// count.
     ///
     /// # Errors
     /// [`Error::Io`] when the directory cannot be listed. What cannot be removed is a warning.

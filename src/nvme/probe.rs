@@ -16,8 +16,8 @@ use crate::limits::{DISK_BYTES_IN_FLIGHT, DISK_THREADS};
 /// Opens a disk whose segments will lie in `segment_dir`.
 ///
 /// # Errors
-/// [`Error::Unsupported`] when `io_uring` is insisted on and refused, [`Error::Io`] when the directory cannot be looked at, [`Error::DeviceDead`]
-/// when no thread can be started.
+/// [`Error::Unsupported`] when `io_uring` is insisted on and refused, [`Error::Io`] when the
+/// directory cannot be looked at, [`Error::DeviceDead`] when no thread can be started.
 pub fn open(
     engine: DiskEngine,
     regions: Vec<Arc<dyn Region>>,

@@ -1,8 +1,10 @@
-//! What every disk does alike: which operation starts next, which segments there are, how completions are handed out.
+//! What every disk does alike: which operation starts next, which segments there are, how
+//! completions are handed out.
 //!
-//! Promises: waiting reads start before waiting writes; bytes and operations in flight are bounded, writes to a part of that. One write may
-//! always be in flight, so that a stream of reads never starves writes for good. Does no I/O and takes no locks. The waiting side has no bound of
-//! its own: each waiting operation owns a buffer, and buffers are bounded by who makes them.
+//! Promises: waiting reads start before waiting writes; bytes and operations in flight are bounded,
+//! writes to a part of that. One write may always be in flight, so that a stream of reads never
+//! starves writes for good. Does no I/O and takes no locks. The waiting side has no bound of its
+//! own: each waiting operation owns a buffer, and buffers are bounded by who makes them.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -226,8 +228,9 @@ impl Outbox {
             return;
         }
         self.owed.fetch_sub(batch.len(), Ordering::Relaxed);
-        // A receiver that panics has lost its own completions, and the panic hook has said so. The disk serves its other operations on:
-        // unwinding from here would free memory that the kernel is still writing to.
+        // A receiver that panics has lost its own completions, and the panic hook has said so. The
+        // disk serves its other operations on: unwinding from here would free memory that the
+        // kernel is still writing to.
         let _ = catch_unwind(AssertUnwindSafe(|| self.completions.complete(batch)));
     }
 }

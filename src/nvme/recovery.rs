@@ -1,7 +1,8 @@
 //! The scan: what lies in which extent, read from the extents' own descriptors after a crash.
 //!
-//! Reads descriptor pages only, many at once: each batch of completions is answered by one batch of reads. Believes a descriptor when descriptor and
-//! seal are whole and of this store and generation; payloads are checked when they are read.
+//! Reads descriptor pages only, many at once: each batch of completions is answered by one batch of
+//! reads. Believes a descriptor when descriptor and seal are whole and of this store and
+//! generation; payloads are checked when they are read.
 
 use std::sync::Arc;
 
@@ -45,7 +46,8 @@ pub struct Scanned {
     pub next_sequence: u64,
     /// Extents that could not be read, or whose descriptor is not whole or not this store's.
     pub damaged: u64,
-    /// Extents that were never written or were erased, that an earlier generation wrote, or that a later extent of the same key replaces.
+    /// Extents that were never written or were erased, that an earlier generation wrote, or that a
+    /// later extent of the same key replaces.
     pub empty: u64,
 }
 
@@ -55,11 +57,13 @@ pub fn buffers(store: &Store) -> Vec<Buffer> {
     (0..count).map(|_| Buffer::pages(store.geometry().descriptor_bytes as usize)).collect()
 }
 
-/// Reads the descriptors of all extents that are there. `disk` has the store's segments, and its completions come to `arrivals` and are nobody
-/// else's meanwhile. Each of `buffers` holds one descriptor; there are as many reads in flight. `progress` hears of extents done and in all.
+/// Reads the descriptors of all extents that are there. `disk` has the store's segments, and its
+/// completions come to `arrivals` and are nobody else's meanwhile. Each of `buffers` holds one
+/// descriptor; there are as many reads in flight. `progress` hears of extents done and in all.
 ///
 /// # Errors
-/// [`Error::DeviceDead`] when the disk ends without completing a read, [`Error::Config`] without any buffer. Unreadable extents are no error.
+/// [`Error::DeviceDead`] when the disk ends without completing a read, [`Error::Config`] without
+/// any buffer. Unreadable extents are no error.
 pub fn scan(
     store: &Store,
     disk: &dyn Disk,
@@ -148,7 +152,8 @@ impl<'a> Findings<'a> {
             }
             Slot::Occupied(mut slot) => {
                 self.found.empty += 1;
-                // By extent where sequences are equal, so that the order of completions decides nothing.
+                // By extent where sequences are equal, so that the order of completions decides
+                // nothing.
                 if (entry.sequence, entry.extent) > (slot.get().sequence, slot.get().extent) {
                     slot.insert(entry);
                 }

@@ -1,6 +1,7 @@
 //! All stores of this user below one directory, for `kvcellar store`.
 //!
-//! Looking changes nothing and disturbs no engine. Removing needs the store's lock, so that nothing is taken from an engine that uses it.
+//! Looking changes nothing and disturbs no engine. Removing needs the store's lock, so that nothing
+//! is taken from an engine that uses it.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -27,7 +28,8 @@ pub struct Entry {
     pub path: PathBuf,
     /// Bytes on disk.
     pub bytes: u64,
-    /// `used`: an engine owns it; `left`: nobody does; `damaged`: nobody does, and there is no whole superblock.
+    /// `used`: an engine owns it; `left`: nobody does; `damaged`: nobody does, and there is no
+    /// whole superblock.
     pub state: &'static str,
     /// The last owner's process id.
     pub owner_pid: Option<u32>,
@@ -37,7 +39,8 @@ pub struct Entry {
     pub extent_bytes: Option<u64>,
     /// Extents in its segments.
     pub extents: Option<u64>,
-    /// Its contents are of weights that were changed in its last owner's process: no start can use them.
+    /// Its contents are of weights that were changed in its last owner's process: no start can use
+    /// them.
     pub private: bool,
     /// When it was made, in seconds since 1970.
     pub created_s: Option<u64>,
@@ -75,7 +78,8 @@ pub(super) fn list_in(dir: &Path) -> Result<Vec<Entry>> {
     let mut entries: Vec<Entry> = found
         .filter_map(|place| place.ok().map(|place| place.path()))
         .filter(|path| is_named_as_store(path))
-        // A store that another process removes between the listing and the look is no longer an entry.
+        // A store that another process removes between the listing and the look is no longer an
+        // entry.
         .filter_map(|path| describe(path).ok())
         .collect();
     entries.sort_by(|a, b| a.name.cmp(&b.name));
@@ -150,7 +154,8 @@ fn extents(dir: &Path, extent_bytes: u64) -> Result<u64> {
 /// Becomes the owner of a store that no engine uses.
 ///
 /// # Errors
-/// [`Error::TryLater`] when an engine owns it; [`Error::Io`]; [`Error::Config`] when it is not private.
+/// [`Error::TryLater`] when an engine owns it; [`Error::Io`]; [`Error::Config`] when it is not
+/// private.
 pub fn own(path: &Path) -> Result<PoolLocks> {
     fs::symlink_metadata(path).map_err(|error| Error::io("reading", path, error, "See `kvcellar store ls`"))?;
     let busy = || match store::owner_pid(path) {
@@ -163,7 +168,8 @@ pub fn own(path: &Path) -> Result<PoolLocks> {
 /// Removes a store that no engine uses.
 ///
 /// # Errors
-/// [`Error::TryLater`] when an engine owns it; [`Error::Io`], also when its directory holds files that are not a store's: they stay.
+/// [`Error::TryLater`] when an engine owns it; [`Error::Io`], also when its directory holds files
+/// that are not a store's: they stay.
 pub fn remove(entry: &Entry) -> Result<()> {
     let owned = own(&entry.path)?;
     store::clear(&entry.path)?;

@@ -1,12 +1,15 @@
-//! A disk on `io_uring`: one thread that owns the ring, fixed files, and fixed memory where the kernel takes it.
+//! A disk on `io_uring`: one thread that owns the ring, fixed files, and fixed memory where the
+//! kernel takes it.
 //!
-//! Promises what [`super::disk`] asks. The thread sleeps in the kernel when there is nothing to do; a submission wakes it through an eventfd that is
-//! polled by the ring itself, so that new work never waits for old work to end. States of an operation: waiting in the queue, in flight (the
+//! Promises what [`super::disk`] asks. The thread sleeps in the kernel when there is nothing to do;
+//! a submission wakes it through an eventfd that is polled by the ring itself, so that new work
+//! never waits for old work to end. States of an operation: waiting in the queue, in flight (the
 //! `Flight` owns it and its memory), completed.
 //!
-//! When the ring itself fails, everything that the kernel does not hold is completed with the errno, later submissions too. Transfers that the
-//! kernel still holds are completed when it ends them. Should it not even do that until the disk is closed, their memory is given up and
-//! never completed: handing it back would let someone use memory that the kernel may still write to.
+//! When the ring itself fails, everything that the kernel does not hold is completed with the
+//! errno, later submissions too. Transfers that the kernel still holds are completed when it ends
+//! them. Should it not even do that until the disk is closed, their memory is given up and never
+//! completed: handing it back would let someone use memory that the kernel may still write to.
 
 mod driver;
 mod flight;
@@ -57,11 +60,12 @@ struct State {
 type Registration = std::result::Result<(), String>;
 
 impl RingDisk {
-    /// Starts the ring and its thread, with at most `bytes_in_flight_max` bytes given to the kernel at once. Memory of `regions` is registered, if
-    /// the kernel lets us; the second value tells.
+    /// Starts the ring and its thread, with at most `bytes_in_flight_max` bytes given to the kernel
+    /// at once. Memory of `regions` is registered, if the kernel lets us; the second value tells.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] when the system refuses `io_uring`; [`Error::DeviceDead`] when it refuses a thread or an eventfd.
+    /// [`Error::Unsupported`] when the system refuses `io_uring`; [`Error::DeviceDead`] when it
+    /// refuses a thread or an eventfd.
     pub fn start(
         regions: Vec<Arc<dyn Region>>,
         completions: Arc<dyn Completions>,
@@ -199,8 +203,8 @@ impl Drop for RingDisk {
         state.closing = true;
         self.shared.wake(state);
         let Some(thread) = self.thread.take() else { return };
-        // The last owner may be a receiver of completions, which runs on the ring's thread: it ends by itself. The thread has no result, and its
-        // panic was reported by the panic hook.
+        // The last owner may be a receiver of completions, which runs on the ring's thread: it ends
+        // by itself. The thread has no result, and its panic was reported by the panic hook.
         if thread.thread().id() != thread::current().id() {
             let _ = thread.join();
         }

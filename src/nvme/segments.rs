@@ -1,6 +1,8 @@
-//! Segment files: preallocated with real bytes, one at a time, and made whole again when a start finds them short.
+//! Segment files: preallocated with real bytes, one at a time, and made whole again when a start
+//! finds them short.
 //!
-//! Owns their names, sizes and allocation. A segment is whole or is the last one. Never sparse: what is promised to the tier is on disk.
+//! Owns their names, sizes and allocation. A segment is whole or is the last one. Never sparse:
+//! what is promised to the tier is on disk.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -68,14 +70,16 @@ pub fn remove_from(dir: &Path, first: u32) -> Result<()> {
 }
 
 impl Segments {
-    /// Takes the segments that are there: missing ones in between are made anew, short ones filled up with zeros, surplus ones removed. Where the
-    /// disk has no room for that, a segment stays short or goes, and the store ends there.
+    /// Takes the segments that are there: missing ones in between are made anew, short ones filled
+    /// up with zeros, surplus ones removed. Where the disk has no room for that, a segment stays
+    /// short or goes, and the store ends there.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Config`] for files that are not ours alone.
     pub fn adopt(dir: &Path, layout: Layout, reserve_bytes: u64) -> Result<Self> {
         let mut segments = Self { dir: dir.to_owned(), layout, held: Vec::new() };
-        // First what is too much goes, then what is missing is made: at no moment there is more than the capacity.
+        // First what is too much goes, then what is missing is made: at no moment there is more
+        // than the capacity.
         remove_from(dir, layout.segments())?;
         present(dir)?.into_iter().try_for_each(|number| segments.cut(number))?;
         let count = present(dir)?.last().map_or(0, |last| last + 1);
@@ -130,7 +134,8 @@ impl Segments {
         Ok(space::free_bytes(&self.dir)? >= bytes.saturating_add(reserve_bytes))
     }
 
-    /// Preallocates the next segment. `None`: the capacity or the disk has no room for it, or the reserve would be touched; nothing is left behind.
+    /// Preallocates the next segment. `None`: the capacity or the disk has no room for it, or the
+    /// reserve would be touched; nothing is left behind.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Unsupported`] when the filesystem cannot preallocate.
@@ -146,7 +151,8 @@ impl Segments {
         let file = directory::open(&path, How::New)?;
         let made = allocate(&file, &path, u64::from(extents) * self.layout.extent_bytes).and_then(|room| {
             let found = file.metadata().map_err(|error| Error::io("reading", &path, error, REMEDY))?;
-            // A filesystem that keeps more about a file than was reckoned must not break the capacity.
+            // A filesystem that keeps more about a file than was reckoned must not break the
+            // capacity.
             if !room || found.blocks() * 512 > cost { Ok(None) } else { directory::open(&path, How::Direct).map(Some) }
         });
         if matches!(made, Ok(Some(_))) {

@@ -1,7 +1,9 @@
-//! The snapshot: which block lies in which extent, written at a clean close so that the next start needs no scan.
+//! The snapshot: which block lies in which extent, written at a clean close so that the next start
+//! needs no scan.
 //!
-//! A header, then one 64-byte record an extent; every record has a checksum and the header has one over the whole file. The superblock
-//! names that checksum, so that an older snapshot is never taken for the present one.
+//! A header, then one 64-byte record an extent; every record has a checksum and the header has one
+//! over the whole file. The superblock names that checksum, so that an older snapshot is never
+//! taken for the present one.
 
 use std::io::Read;
 use std::path::Path;
@@ -116,7 +118,8 @@ pub fn encode(subject: &Subject, entries: &[Entry]) -> (Vec<u8>, u64) {
     (bytes, header.checksum)
 }
 
-/// Reads a snapshot, trusting nothing in it. Returns what it is of, its entries in the order in which they were written, and its checksum.
+/// Reads a snapshot, trusting nothing in it. Returns what it is of, its entries in the order in
+/// which they were written, and its checksum.
 ///
 /// # Errors
 /// [`Error::DataLost`] when it is not a whole snapshot of this version.

@@ -1,7 +1,9 @@
-//! Where extents lie in segments, and how many a capacity holds: in bytes that the disk really gives, bookkeeping included.
+//! Where extents lie in segments, and how many a capacity holds: in bytes that the disk really
+//! gives, bookkeeping included.
 //!
-//! Arithmetic only, but for [`free_bytes`]. Promises: superblock (twice, for it is replaced by a second one), worst-case snapshot, lock and all
-//! segments with what the filesystem keeps about them stay within the capacity.
+//! Arithmetic only, but for [`free_bytes`]. Promises: superblock (twice, for it is replaced by a
+//! second one), worst-case snapshot, lock and all segments with what the filesystem keeps about
+//! them stay within the capacity.
 
 use std::path::Path;
 
@@ -11,8 +13,9 @@ use crate::limits::{self, SLOT_ALIGN};
 
 use super::snapshot;
 
-/// What the filesystem may keep about a segment beside its bytes: extents of a preallocated file are split as they are written, into as many as
-/// it has slots. 24 bytes are usual for each, in pages that may be half empty.
+/// What the filesystem may keep about a segment beside its bytes: extents of a preallocated file
+/// are split as they are written, into as many as it has slots. 24 bytes are usual for each, in
+/// pages that may be half empty.
 const SPLIT_BYTES: u64 = 48;
 
 /// Pages of a segment's own bookkeeping: its place in the directory and a tree's inner node.
@@ -48,7 +51,8 @@ pub fn segment_cost(extents: u32, extent_bytes: u64) -> u64 {
 }
 
 impl Layout {
-    /// Divides a capacity. `segment_bytes` is a wish for a new store; [`Layout::with`] takes what an existing one has.
+    /// Divides a capacity. `segment_bytes` is a wish for a new store; [`Layout::with`] takes what
+    /// an existing one has.
     pub fn new(capacity_bytes: u64, superblock_bytes: u64, extent_bytes: u64, segment_bytes: u64) -> Self {
         let available = available(capacity_bytes, superblock_bytes);
         let wanted = (segment_bytes / extent_bytes).clamp(1, limits::EXTENTS_MAX.into());
@@ -56,7 +60,8 @@ impl Layout {
         Self::with(capacity_bytes, superblock_bytes, extent_bytes, per_segment)
     }
 
-    /// Divides a capacity into segments of a given size; the last one may be smaller. `extents_max` is 0 when not even one fits.
+    /// Divides a capacity into segments of a given size; the last one may be smaller. `extents_max`
+    /// is 0 when not even one fits.
     pub fn with(capacity_bytes: u64, superblock_bytes: u64, extent_bytes: u64, per_segment: u32) -> Self {
         let available = available(capacity_bytes, superblock_bytes);
         let cost = segment_cost(per_segment, extent_bytes) + snapshot::RECORD_BYTES * u64::from(per_segment);

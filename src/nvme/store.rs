@@ -1,8 +1,11 @@
-//! A store: the directory that keeps blocks on disk across engines, and the one engine that may write it.
+//! A store: the directory that keeps blocks on disk across engines, and the one engine that may
+//! write it.
 //!
-//! States: *dirty* from the moment it is opened (durably, before anyone can write an extent), *clean* after [`Store::close_clean`]. Promises: one owner
-//! at a time, by a lock that the kernel drops with the process; capacity and reserve hold in real bytes; a damaged store opens as a new one. Which
-//! block lies in which extent is the tier engine's to decide; whether an extent's bytes are true is [`super::extent::check`]'s.
+//! States: *dirty* from the moment it is opened (durably, before anyone can write an extent),
+//! *clean* after [`Store::close_clean`]. Promises: one owner at a time, by a lock that the kernel
+//! drops with the process; capacity and reserve hold in real bytes; a damaged store opens as a new
+//! one. Which block lies in which extent is the tier engine's to decide; whether an extent's bytes
+//! are true is [`super::extent::check`]'s.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
@@ -73,7 +76,8 @@ pub struct Opened {
     pub recovery: Recovery,
     /// Stores of this namespace that were taken, for the log.
     pub taken: Vec<String>,
-    /// Why earlier contents are gone or must be scanned, for the log; empty when there is nothing to say.
+    /// Why earlier contents are gone or must be scanned, for the log; empty when there is nothing
+    /// to say.
     pub why: String,
     /// Stores that nobody used and that went for this one, for the log.
     pub removed: Vec<String>,
@@ -103,12 +107,13 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the first store of the namespace that nobody owns. It is marked as not closed, durably, when this returns. Stores that nobody uses
-    /// are removed as far as needed to stay within the wish's total.
+    /// Opens the first store of the namespace that nobody owns. It is marked as not closed,
+    /// durably, when this returns. Stores that nobody uses are removed as far as needed to stay
+    /// within the wish's total.
     ///
     /// # Errors
-    /// [`Error::TryLater`] when all are taken, or others leave no room for one block; [`Error::Config`] when not even one block fits or something is
-    /// not private; [`Error::Io`].
+    /// [`Error::TryLater`] when all are taken, or others leave no room for one block;
+    /// [`Error::Config`] when not even one block fits or something is not private; [`Error::Io`].
     pub fn open(wish: &Wish<'_>) -> Result<Opened> {
         let new = blank(wish)?;
         let most = wish.capacity_bytes.min(wish.total_bytes.saturating_sub(limits::LEDGER_BYTES));
@@ -160,12 +165,14 @@ impl Store {
         self.superblock.cache_generation
     }
 
-    /// Makes everything written so far worthless, and what is written from here on worth something to this process alone, for its weights changed:
-    /// durably, when it returns. The next start makes the store anew. Where no new superblock can be written (a full disk), the old one is removed
-    /// instead: the store is no more.
+    /// Makes everything written so far worthless, and what is written from here on worth something
+    /// to this process alone, for its weights changed: durably, when it returns. The next start
+    /// makes the store anew. Where no new superblock can be written (a full disk), the old one is
+    /// removed instead: the store is no more.
     ///
     /// # Errors
-    /// [`Error::Io`]; the store must be used no further. Only when not even its superblock could be removed do the old contents still count later.
+    /// [`Error::Io`]; the store must be used no further. Only when not even its superblock could be
+    /// removed do the old contents still count later.
     pub fn bump_cache_generation(&mut self) -> Result<u64> {
         let cache_generation = self.superblock.cache_generation + 1;
         let next = Superblock { cache_generation, private: true, clean: None, ..self.superblock.clone() };
@@ -201,7 +208,8 @@ impl Store {
         self.layout.place(extent)
     }
 
-    /// Preallocates the next segment. `None`: capacity or disk have no room for it, or the reserve would be touched.
+    /// Preallocates the next segment. `None`: capacity or disk have no room for it, or the reserve
+    /// would be touched.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Unsupported`] when the filesystem cannot preallocate.
@@ -215,8 +223,8 @@ impl Store {
             && directory::names(&self.path.join(superblock::NAME), &self.superblock_file)
     }
 
-    /// Overwrites an extent with zeros; its room stays allocated. Nobody may be reading or writing it. It reaches the disk when the system next
-    /// writes back, or with [`Store::close_clean`].
+    /// Overwrites an extent with zeros; its room stays allocated. Nobody may be reading or writing
+    /// it. It reaches the disk when the system next writes back, or with [`Store::close_clean`].
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Config`] for an extent that is not there.
@@ -224,7 +232,8 @@ impl Store {
         self.segments.erase(extent, self.layout.extent_bytes)
     }
 
-    /// Writes down what lies where, so that the next start needs no scan. Nothing may be written to the store after it.
+    /// Writes down what lies where, so that the next start needs no scan. Nothing may be written to
+    /// the store after it.
     ///
     /// # Errors
     /// [`Error::Io`]; the next start scans then.
@@ -419,7 +428,8 @@ fn assemble(wish: &Wish<'_>, path: PathBuf, lock: PoolLocks, superblock: Superbl
     })
 }
 
-/// Removes a store's contents, superblock first: half of them are no store. The lock and what is not a store's stay.
+/// Removes a store's contents, superblock first: half of them are no store. The lock and what is
+/// not a store's stay.
 pub(super) fn clear(path: &Path) -> Result<()> {
     for name in [superblock::NAME, snapshot::NAME] {
         directory::remove(&path.join(name))?;

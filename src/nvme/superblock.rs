@@ -1,7 +1,9 @@
-//! The superblock: what a store was made for, which generation of contents counts, and whether it was closed cleanly.
+//! The superblock: what a store was made for, which generation of contents counts, and whether it
+//! was closed cleanly.
 //!
-//! A small file of its own: fixed part, facts as JSON, slot geometry as JSON; one checksum over everything. It is only ever replaced as a
-//! whole, so that a reader finds the old one or the new one. Nothing in it is trusted before the checksum was compared.
+//! A small file of its own: fixed part, facts as JSON, slot geometry as JSON; one checksum over
+//! everything. It is only ever replaced as a whole, so that a reader finds the old one or the new
+//! one. Nothing in it is trusted before the checksum was compared.
 
 use std::io::Read;
 use std::path::Path;
@@ -42,7 +44,8 @@ pub struct Superblock {
     pub private: bool,
     /// When the store was made, in seconds since 1970.
     pub created_s: u64,
-    /// The snapshot that describes the contents; `None` while somebody may write, and after a crash.
+    /// The snapshot that describes the contents; `None` while somebody may write, and after a
+    /// crash.
     pub clean: Option<Clean>,
     /// The facts behind the namespace, as JSON.
     pub facts: String,
@@ -168,7 +171,8 @@ impl Superblock {
     /// Reads the superblock of the store in `dir`.
     ///
     /// # Errors
-    /// [`Error::DataLost`]; [`Error::Io`] when it cannot be opened; [`Error::Config`] when others may write it.
+    /// [`Error::DataLost`]; [`Error::Io`] when it cannot be opened; [`Error::Config`] when others
+    /// may write it.
     pub fn load(dir: &Path) -> Result<Self> {
         let path = dir.join(NAME);
         let mut bytes = Vec::new();
@@ -186,7 +190,8 @@ fn is_whole(segment_bytes: u64, slot_bytes: u64) -> bool {
         && segment_bytes / slot_bytes <= limits::EXTENTS_MAX.into()
 }
 
-/// Every size is aligned and every part lies inside the payload: nobody who uses the geometry can leave an image.
+/// Every size is aligned and every part lies inside the payload: nobody who uses the geometry can
+/// leave an image.
 fn is_sound(geometry: &SlotGeometry) -> bool {
     let aligned = |bytes: u64| bytes > 0 && bytes.is_multiple_of(SLOT_ALIGN) && bytes < 1 << 40;
     if !aligned(geometry.descriptor_bytes) || !aligned(geometry.slot_bytes) {

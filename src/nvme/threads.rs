@@ -1,7 +1,8 @@
 //! A disk of ordinary threads that call `pread` and `pwrite`: the one that works everywhere.
 //!
-//! Promises what [`super::disk`] asks. States of an operation: waiting in the queue, in the hands of one thread, completed. When the disk is dropped,
-//! what waits is completed as closed, and what a thread has in hand ends first.
+//! Promises what [`super::disk`] asks. States of an operation: waiting in the queue, in the hands
+//! of one thread, completed. When the disk is dropped, what waits is completed as closed, and what
+//! a thread has in hand ends first.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -97,8 +98,9 @@ impl Drop for ThreadDisk {
         self.shared.lock().closing = true;
         self.shared.work.notify_all();
         for thread in self.threads.drain(..) {
-            // The last owner may be a receiver of completions, which runs on a disk thread: that one ends by itself. A thread has no result, and
-            // its panic was reported by the panic hook.
+            // The last owner may be a receiver of completions, which runs on a disk thread: that
+            // one ends by itself. A thread has no result, and its panic was reported by the panic
+            // hook.
             if thread.thread().id() != thread::current().id() {
                 let _ = thread.join();
             }
@@ -151,7 +153,8 @@ impl Shared {
         };
         let mut state = self.lock();
         state.queue.ended(operation.kind, operation.buffer.len());
-        // This thread looks for work itself; a second operation may have become startable for another one that sleeps.
+        // This thread looks for work itself; a second operation may have become startable for
+        // another one that sleeps.
         if !state.queue.is_empty() {
             self.work.notify_one();
         }
@@ -166,7 +169,8 @@ fn transfer(file: &File, operation: &mut Operation) -> i64 {
     let (start, len) = (operation.buffer.start().as_ptr(), operation.buffer.len());
     for _ in 0..TRANSFER_RETRIES_MAX {
         let done = match operation.kind {
-            // SAFETY: the operation owns the buffer's `len` bytes, and this thread has it until the call returns.
+            // SAFETY: the operation owns the buffer's `len` bytes, and this thread has it until the
+            // call returns.
             Kind::Read => unsafe { libc::pread(file.as_raw_fd(), start.cast(), len, offset) },
             // SAFETY: as above; the bytes are only read.
             Kind::Write => unsafe { libc::pwrite(file.as_raw_fd(), start.cast(), len, offset) },

@@ -36,8 +36,8 @@ fn blend(estimate: &mut f64, sample: f64) {
 impl LoadPolicy {
     /// Whether to fetch `tokens` tokens in `bytes` bytes from disk, behind `queued` bytes.
     ///
-    /// The restore streams behind everything queued, and the prefill it saves would run at the estimated rate. While a rate is not known it is loaded: only that
-    /// makes it known.
+    /// The restore streams behind everything queued, and the prefill it saves would run at the
+    /// estimated rate. While a rate is not known it is loaded: only that makes it known.
     pub fn loads(self, rates: &Rates, tokens: u32, bytes: u64, queued: u64) -> bool {
         match self {
             Self::Always => true,

@@ -99,7 +99,8 @@ impl Eviction for Lru {
     }
 
     fn prefetch(&self, slot: SlotIndex) {
-        // A plain read of the link would stall; reading its address is enough for the compiler to emit nothing on other machines.
+        // A plain read of the link would stall; reading its address is enough for the compiler to
+        // emit nothing on other machines.
         crate::block::prefetch(&self.links[slot.0 as usize]);
     }
 }

@@ -19,7 +19,8 @@ pub enum Heat {
     Cold,
 }
 
-/// Chooses whom to evict. It only ever knows slots that may be evicted now: a pinned or filling slot is not in it.
+/// Chooses whom to evict. It only ever knows slots that may be evicted now: a pinned or filling
+/// slot is not in it.
 pub trait Eviction: Send {
     /// A slot may be evicted from now on.
     fn insert(&mut self, slot: SlotIndex, heat: Heat);

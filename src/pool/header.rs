@@ -131,18 +131,20 @@ impl<'a> Header<'a> {
     }
 
     fn owner(self) -> &'a Owner {
-        // SAFETY: the header pages are inside every mapping (`Mapping::of` checks the length), the offset is aligned, the struct is made of
-        // atomics only, and the mapping outlives 'a.
+        // SAFETY: the header pages are inside every mapping (`Mapping::of` checks the length), the
+        // offset is aligned, the struct is made of atomics only, and the mapping outlives 'a.
         unsafe { self.map.at(OWNER_OFFSET, size_of::<Owner>()).cast::<Owner>().as_ref() }
     }
 
-    /// Writes the purpose and the facts. Only the creator calls this, before anyone else maps the file.
+    /// Writes the purpose and the facts. Only the creator calls this, before anyone else maps the
+    /// file.
     pub(super) fn write(self, mut purpose: Purpose, facts: &str) {
         let facts = &facts.as_bytes()[..facts.len().min(limits::FACTS_BYTES_MAX)];
         purpose.facts_bytes = facts.len() as u64;
         purpose.checksum = purpose.sum();
         let head = bytemuck::bytes_of(&purpose);
-        // SAFETY: both ranges lie inside the header pages; the caller holds the owner lock and no other process maps the file yet.
+        // SAFETY: both ranges lie inside the header pages; the caller holds the owner lock and no
+        // other process maps the file yet.
         unsafe {
             self.map.at(FACTS_OFFSET, facts.len()).as_ptr().copy_from_nonoverlapping(facts.as_ptr(), facts.len());
             self.map.at(0, head.len()).as_ptr().copy_from_nonoverlapping(head.as_ptr(), head.len());

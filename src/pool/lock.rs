@@ -1,12 +1,16 @@
 //! Who may touch a pool file: two open-file-description locks on it; and whose turn it is to make
 //! one: [`Turn`].
 //!
-//! Byte 0 is the *owner* lock: exclusive, held by one `EngineCore` for as long as it uses the pool. Byte 1 is the *mappers* lock: shared, held by
-//! every process that maps the file, `EngineCore` included. Taking a pool over needs both exclusively: a dead owner does not prove that its
-//! workers have stopped writing. The kernel drops the locks with the last descriptor, also after SIGKILL.
+//! Byte 0 is the *owner* lock: exclusive, held by one `EngineCore` for as long as it uses the pool.
+//! Byte 1 is the *mappers* lock: shared, held by every process that maps the file, `EngineCore`
+//! included. Taking a pool over needs both exclusively: a dead owner does not prove that its
+//! workers have stopped writing. The kernel drops the locks with the last descriptor, also after
+//! SIGKILL.
 //!
-//! A child that was forked and has not yet called `exec` shares our descriptors. An owner that goes therefore gives its lock back by hand: else the
-//! next start would find it held by nobody in particular. The mappers lock stays until the last descriptor goes, as such a child shares the mapping.
+//! A child that was forked and has not yet called `exec` shares our descriptors. An owner that goes
+//! therefore gives its lock back by hand: else the next start would find it held by nobody in
+//! particular. The mappers lock stays until the last descriptor goes, as such a child shares the
+//! mapping.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -31,7 +35,8 @@ pub const TURN_NAME: &str = "lock";
 #[derive(Debug)]
 pub struct PoolLocks {
     file: File,
-    /// The process that became the owner by these: a forked child that drops its copy must not give back what its parent holds.
+    /// The process that became the owner by these: a forked child that drops its copy must not give
+    /// back what its parent holds.
     owned_by: Option<u32>,
 }
 
@@ -137,7 +142,8 @@ impl PoolLocks {
         drop(self.file.set_modified(SystemTime::now()));
     }
 
-    /// Owner: waits until no process of an earlier engine maps the file. `false`: some still do after `patience`.
+    /// Owner: waits until no process of an earlier engine maps the file. `false`: some still do
+    /// after `patience`.
     pub fn drain_mappers(&self, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
         loop {

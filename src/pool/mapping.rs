@@ -54,7 +54,8 @@ impl Mapping {
     /// Address of `len` bytes at `offset`.
     ///
     /// # Panics
-    /// When the range passes the mapping's end: that is a bug of the caller, and going on would corrupt memory.
+    /// When the range passes the mapping's end: that is a bug of the caller, and going on would
+    /// corrupt memory.
     #[inline]
     #[expect(clippy::panic, reason = "an address outside the pool must never be handed out")]
     pub fn at(&self, offset: usize, len: usize) -> NonNull<u8> {
@@ -65,7 +66,8 @@ impl Mapping {
         }
     }
 
-    /// Says where pages of the file that are not there yet shall lie: near these memory nodes, or everywhere if none is named.
+    /// Says where pages of the file that are not there yet shall lie: near these memory nodes, or
+    /// everywhere if none is named.
     pub fn place(&self, near: &[u32]) {
         placement::place(self.at(0, self.len()), self.len(), near);
     }

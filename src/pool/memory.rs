@@ -1,4 +1,5 @@
-//! What the tier engine needs of slots: the shared pool, or plain memory for tests and core-only benchmarks.
+//! What the tier engine needs of slots: the shared pool, or plain memory for tests and core-only
+//! benchmarks.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,7 +17,8 @@ pub trait SlotMemory: Send + Sync {
     fn line(&self, slot: SlotIndex) -> &SlotLine;
     /// Bits of the ranks that write a block.
     fn writers(&self) -> u64;
-    /// Writes the descriptor of a slot that is about to be filled. `false`: it did not fit and the slot is never adopted.
+    /// Writes the descriptor of a slot that is about to be filled. `false`: it did not fit and the
+    /// slot is never adopted.
     fn describe(&self, slot: SlotIndex, key: &BlockKey, generation: Generation, lineage: &Lineage) -> bool;
     /// Fetches what `describe` will write.
     fn prefetch(&self, slot: SlotIndex);
@@ -24,7 +26,8 @@ pub trait SlotMemory: Send + Sync {
     fn cache_generation(&self) -> u64;
     /// Makes all contents worthless, and what follows this process's alone.
     fn bump_cache_generation(&self) -> u64;
-    /// What a slot holds, if an earlier engine left a whole block of the present generation with all its checksums.
+    /// What a slot holds, if an earlier engine left a whole block of the present generation with
+    /// all its checksums.
     fn left_behind(&self, slot: SlotIndex) -> Option<(BlockKey, Generation, Lineage)>;
 }
 

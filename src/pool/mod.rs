@@ -1,10 +1,12 @@
 //! The shared host pool: one shared-memory file that holds the dram tier's slots.
 //!
-//! Owns: the file, its locks, its header, the slot table and the memory of the slots. Promises: memory is populated before anyone uses it (an
-//! error, never a SIGBUS); a pool is never shared with a process of an earlier engine that may still write. Does not decide which block
-//! lies where: that is the tier engine's.
+//! Owns: the file, its locks, its header, the slot table and the memory of the slots. Promises:
+//! memory is populated before anyone uses it (an error, never a SIGBUS); a pool is never shared
+//! with a process of an earlier engine that may still write. Does not decide which block lies
+//! where: that is the tier engine's.
 //!
-//! File layout: header ([`limits::HEADER_BYTES`]), slot table (one cache line a slot, page-aligned), slots.
+//! File layout: header ([`limits::HEADER_BYTES`]), slot table (one cache line a slot,
+//! page-aligned), slots.
 //!
 //! Sizes: [`ledger`] says what all engines of this user may have together, [`budget`] what the
 //! machine can give.
@@ -106,8 +108,8 @@ impl Pool {
     /// Attaches to the pool that a ticket names. Called by workers.
     ///
     /// # Errors
-    /// [`Error::Io`] when the file cannot be opened, [`Error::DataLost`] when it is not the pool the ticket means, [`Error::TryLater`]
-    /// when somebody is replacing it.
+    /// [`Error::Io`] when the file cannot be opened, [`Error::DataLost`] when it is not the pool
+    /// the ticket means, [`Error::TryLater`] when somebody is replacing it.
     pub fn attach(ticket: &Ticket) -> Result<Self> {
         let file = directory::open_private(&ticket.path)?;
         let locks = PoolLocks::attach(file.try_clone().map_err(|error| io(&ticket.path, error))?, &ticket.path)?;
@@ -157,7 +159,8 @@ impl Pool {
         self.map.at(0, 0)
     }
 
-    /// Where a slot's image (descriptor pages, then payload) begins in the mapping, a multiple of [`limits::SLOT_ALIGN`].
+    /// Where a slot's image (descriptor pages, then payload) begins in the mapping, a multiple of
+    /// [`limits::SLOT_ALIGN`].
     pub fn image_offset(&self, slot: SlotIndex) -> usize {
         self.slot_offset(slot)
     }
@@ -190,7 +193,8 @@ impl Pool {
         unsafe { map.at(offset, size_of::<SlotLine>()).cast::<SlotLine>().as_ref() }
     }
 
-    /// Start of a slot's payload. The bytes belong to whoever holds the slot by the rules of the slot table.
+    /// Start of a slot's payload. The bytes belong to whoever holds the slot by the rules of the
+    /// slot table.
     #[inline]
     pub fn payload(&self, slot: SlotIndex) -> NonNull<u8> {
         let geometry = &self.geometry;
@@ -203,7 +207,8 @@ impl Pool {
     pub fn prefetch_descriptor(&self, slot: SlotIndex) {
         let start = self.map.at(self.slot_offset(slot), 256).as_ptr();
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: prefetching reads nothing and faults never; the address is inside the mapping anyway.
+        // SAFETY: prefetching reads nothing and faults never; the address is inside the mapping
+        // anyway.
         unsafe {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
             for line in 0..4 {
@@ -214,13 +219,15 @@ impl Pool {
         let _ = start;
     }
 
-    /// Runs `write` on a slot's descriptor pages. Only the tier engine calls this, and only for a slot it is about to hand out.
+    /// Runs `write` on a slot's descriptor pages. Only the tier engine calls this, and only for a
+    /// slot it is about to hand out.
     pub fn with_descriptor_mut<T>(&self, slot: SlotIndex, write: impl FnOnce(&mut [u8]) -> T) -> T {
         let len = self.geometry.descriptor_bytes as usize;
         let start = self.map.at(self.slot_offset(slot), len);
-        // SAFETY: the range lies inside the mapping, which lives as long as `self`. Only the single owner of the pool (the tier engine, behind its
-        // lock) reads or writes descriptors; ranks touch the checksum pairs alone, as atomics, and only of slots that are filled, which
-        // this slot is not.
+        // SAFETY: the range lies inside the mapping, which lives as long as `self`. Only the single
+        // owner of the pool (the tier engine, behind its lock) reads or writes descriptors; ranks
+        // touch the checksum pairs alone, as atomics, and only of slots that are filled, which this
+        // slot is not.
         write(unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), len) })
     }
 
@@ -233,8 +240,9 @@ impl Pool {
     pub fn checksum_pair(&self, slot: SlotIndex, rank: usize) -> &[AtomicU64; 2] {
         debug_assert!(rank < self.geometry.parts.len());
         let offset = self.slot_offset(slot) + descriptor::checksum_offset(rank);
-        // SAFETY: inside the descriptor pages of a slot inside the mapping; 16-byte steps from a 4096-aligned start keep 8-byte alignment; two
-        // atomics may be shared with other processes; the mapping lives as long as `self`.
+        // SAFETY: inside the descriptor pages of a slot inside the mapping; 16-byte steps from a
+        // 4096-aligned start keep 8-byte alignment; two atomics may be shared with other processes;
+        // the mapping lives as long as `self`.
         unsafe { self.map.at(offset, 16).cast::<[AtomicU64; 2]>().as_ref() }
     }
 

@@ -1,8 +1,9 @@
-//! Where a pool's pages lie: on the memory nodes near the devices that copy them, else spread over all nodes; in huge pages where the system gives them
-//! to shared memory.
+//! Where a pool's pages lie: on the memory nodes near the devices that copy them, else spread over
+//! all nodes; in huge pages where the system gives them to shared memory.
 //!
-//! Said before the pages are touched, by the pool's owner, for the file: so it does not depend on which thread or process touches which page. Neither is
-//! needed: a system that refuses costs speed only.
+//! Said before the pages are touched, by the pool's owner, for the file: so it does not depend on
+//! which thread or process touches which page. Neither is needed: a system that refuses costs speed
+//! only.
 
 use std::ffi::{c_int, c_ulong};
 use std::path::Path;
@@ -16,17 +17,20 @@ const INTERLEAVE: c_int = 3;
 /// Memory nodes that are told apart: one bit each.
 const NODES_MAX: u32 = c_ulong::BITS;
 
-/// Asks for huge pages where this mapping touches pages first. `start` is page-aligned and mapped for `len` bytes.
+/// Asks for huge pages where this mapping touches pages first. `start` is page-aligned and mapped
+/// for `len` bytes.
 pub(super) fn prefer_huge_pages(start: NonNull<u8>, len: usize) {
-    // SAFETY: the range is a mapping of the caller's; the call changes how its pages are backed, not what they hold.
+    // SAFETY: the range is a mapping of the caller's; the call changes how its pages are backed,
+    // not what they hold.
     unsafe { libc::madvise(start.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
 }
 
-/// Asks the kernel to place the file's pages that are not there yet. `near`: the nodes next to the devices; none: not known. `start` is page-aligned and
-/// mapped for `len` bytes.
+/// Asks the kernel to place the file's pages that are not there yet. `near`: the nodes next to the
+/// devices; none: not known. `start` is page-aligned and mapped for `len` bytes.
 pub(super) fn place(start: NonNull<u8>, len: usize, near: &[u32]) {
     let Some((policy, nodes)) = policy(present(Path::new("/sys/devices/system/node")), near) else { return };
-    // SAFETY: as above; the mask is a local of as many bits as are named, which the kernel reads only.
+    // SAFETY: as above; the mask is a local of as many bits as are named, which the kernel reads
+    // only.
     unsafe {
         libc::syscall(libc::SYS_mbind, start.as_ptr(), len, policy, &raw const nodes, c_ulong::from(NODES_MAX), 0)
     };

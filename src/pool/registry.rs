@@ -24,7 +24,8 @@ pub struct Entry {
     /// Length of the file: the memory it takes once all of it exists, or that a pool without a name
     /// has.
     pub file_bytes: u64,
-    /// `used`: an engine owns it; `held`: processes of a dead engine still map it; `left`: nobody does; `damaged`: no valid header.
+    /// `used`: an engine owns it; `held`: processes of a dead engine still map it; `left`: nobody
+    /// does; `damaged`: no valid header.
     pub state: &'static str,
     /// The last owner's process id.
     pub owner_pid: Option<u32>,
@@ -54,7 +55,8 @@ pub fn list(pool_dir: &Path) -> Result<Vec<Entry>> {
     let mut entries: Vec<(SystemTime, Entry)> = files
         .filter_map(|file| file.ok().map(|file| file.path()))
         .filter(|path| path.extension().is_some_and(|ending| ending == "pool" || ending == claim::ENDING))
-        // A pool that another process removes between the listing and the look is no longer an entry.
+        // A pool that another process removes between the listing and the look is no longer an
+        // entry.
         .filter_map(|path| describe(path).ok())
         .collect();
     // Those that were out of use longest go first.
@@ -101,7 +103,8 @@ fn describe(path: PathBuf) -> Result<(SystemTime, Entry)> {
     Ok((used, entry))
 }
 
-/// Removes a pool that no engine uses. Processes that still map it keep their memory until they end.
+/// Removes a pool that no engine uses. Processes that still map it keep their memory until they
+/// end.
 ///
 /// # Errors
 /// [`Error::TryLater`] when an engine owns it, [`Error::Io`].

@@ -1,9 +1,10 @@
 //! The slot table: one cache line a slot, shared by `EngineCore` and all workers.
 //!
-//! Legal states: `Empty -> Filling -> Filled -> Empty` and `Filling -> Empty` (a copy failed). Only the tier engine changes the state and
-//! the generation. Workers add their own bit to `parts_done`, `parts_failed` or `load_failed` of the generation they were ordered to copy, and
-//! do nothing when they find another generation. The tier engine takes a slot back only when every writing rank has answered, so
-//! a bit never comes late.
+//! Legal states: `Empty -> Filling -> Filled -> Empty` and `Filling -> Empty` (a copy failed). Only
+//! the tier engine changes the state and the generation. Workers add their own bit to `parts_done`,
+//! `parts_failed` or `load_failed` of the generation they were ordered to copy, and do nothing when
+//! they find another generation. The tier engine takes a slot back only when every writing rank has
+//! answered, so a bit never comes late.
 
 use std::sync::atomic::AtomicU32 as FutexWord;
 
@@ -45,7 +46,8 @@ pub struct SlotLine {
     cache_generation: AtomicU64,
     /// Ranks that have copied out of a restored slot.
     load_done: AtomicU64,
-    /// The generation whose restore has ended; copy workers wait on this word. The standard library's atomic in every build: the kernel waits on it too.
+    /// The generation whose restore has ended; copy workers wait on this word. The standard
+    /// library's atomic in every build: the kernel waits on it too.
     restored: FutexWord,
     /// The generation whose restore failed.
     restore_failed: AtomicU32,
@@ -72,7 +74,8 @@ impl Default for SlotLine {
 }
 
 impl SlotLine {
-    /// Tier engine: takes an empty slot for a new block and returns the generation that copy orders must name.
+    /// Tier engine: takes an empty slot for a new block and returns the generation that copy orders
+    /// must name.
     pub fn begin_fill(&self, cache_generation: u64) -> Generation {
         // Generation 0 means "never used" (see `Pool::checksum`).
         let generation = self.generation.load(Ordering::Relaxed).wrapping_add(1).max(1);
@@ -108,7 +111,8 @@ impl SlotLine {
         if (done | failed) & writers == writers { Fill::Failed } else { Fill::Pending }
     }
 
-    /// Worker: may rank write its part for this order? `false`: the order is stale and must not touch memory.
+    /// Worker: may rank write its part for this order? `false`: the order is stale and must not
+    /// touch memory.
     pub fn may_write(&self, generation: u32) -> bool {
         self.state.load(Ordering::Acquire) == SlotState::Filling as u32
             && self.generation.load(Ordering::SeqCst) == generation
@@ -120,7 +124,8 @@ impl SlotLine {
             && self.generation.load(Ordering::SeqCst) == generation
     }
 
-    /// Worker: does the slot still belong to the order after which this rank's part was written? Also while other ranks write theirs.
+    /// Worker: does the slot still belong to the order after which this rank's part was written?
+    /// Also while other ranks write theirs.
     pub fn may_hash(&self, generation: u32) -> bool {
         self.state.load(Ordering::SeqCst) != SlotState::Empty as u32
             && self.generation.load(Ordering::SeqCst) == generation
@@ -149,7 +154,8 @@ impl SlotLine {
         self.load_failed.load(Ordering::Acquire) != 0
     }
 
-    /// Tier engine: the restore of this generation has ended. Whoever follows it must be woken ([`Self::restored_word`]).
+    /// Tier engine: the restore of this generation has ended. Whoever follows it must be woken
+    /// ([`Self::restored_word`]).
     pub fn end_restore(&self, generation: Generation, ok: bool) {
         if ok {
             self.publish();
@@ -160,7 +166,8 @@ impl SlotLine {
         self.restored.store(generation.0, Ordering::Release);
     }
 
-    /// Worker: how the restore of `generation` ended; `None` while it is under way. Also the value to wait on.
+    /// Worker: how the restore of `generation` ended; `None` while it is under way. Also the value
+    /// to wait on.
     pub fn restore_ended(&self, generation: u32) -> (Option<bool>, u32) {
         let seen = self.restored.load(Ordering::Acquire);
         ((seen == generation).then(|| self.restore_failed.load(Ordering::Relaxed) != generation), seen)
@@ -176,7 +183,8 @@ impl SlotLine {
         self.load_done.fetch_or(1 << rank, Ordering::AcqRel);
     }
 
-    /// Tier engine: nobody needs the bytes of a restored slot, because its followers were told that it failed.
+    /// Tier engine: nobody needs the bytes of a restored slot, because its followers were told that
+    /// it failed.
     pub fn release_all(&self, ranks: u64) {
         self.load_done.store(ranks, Ordering::Release);
     }

@@ -23,7 +23,8 @@ impl Watch {
     /// Calls `gone` once, from an own thread, when process `pid` has ended.
     ///
     /// # Errors
-    /// [`Error::DeviceDead`] when the system has no means to watch a process (Linux before 5.3) or no such process exists.
+    /// [`Error::DeviceDead`] when the system has no means to watch a process (Linux before 5.3) or
+    /// no such process exists.
     pub fn start(pid: u32, gone: impl FnOnce() + Send + 'static) -> Result<Self> {
         let dead = |problem: String| Error::DeviceDead {
             device: "watching the parent process".to_owned(),
@@ -57,7 +58,8 @@ impl Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        // Writing to an eventfd fails only when its counter is full: then the thread has been told already.
+        // Writing to an eventfd fails only when its counter is full: then the thread has been told
+        // already.
         let _told = self.stop.write(1);
         if let Some(thread) = self.thread.take()
             && thread.thread().id() != thread::current().id()

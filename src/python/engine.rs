@@ -33,7 +33,8 @@ pub(super) struct PyTierEngine {
 
 impl PyTierEngine {
     fn lock(&self) -> MutexGuard<'_, TierEngine> {
-        // A panic in an earlier call was reported then; the engine's own invariants are re-established by each operation.
+        // A panic in an earlier call was reported then; the engine's own invariants are
+        // re-established by each operation.
         self.engine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -62,9 +63,10 @@ impl PyTierEngine {
         })
     }
 
-    /// Creates or adopts the pool. `ranks`: JSON list of what each rank offers; `facts`: JSON object that makes up the namespace; `stable`: block hashes
-    /// mean the same after a restart. `progress(done, total)` is called in bytes. `near`: memory nodes next to the ranks' devices, where they are known.
-    /// `engines`: engines on this machine that share the configured size.
+    /// Creates or adopts the pool. `ranks`: JSON list of what each rank offers; `facts`: JSON
+    /// object that makes up the namespace; `stable`: block hashes mean the same after a restart.
+    /// `progress(done, total)` is called in bytes. `near`: memory nodes next to the ranks' devices,
+    /// where they are known. `engines`: engines on this machine that share the configured size.
     #[pyo3(signature = (ranks, facts, stable, progress, near=Vec::new(), engines=1))]
     #[expect(clippy::too_many_arguments, reason = "Python names them")]
     fn open_pool(
@@ -80,7 +82,8 @@ impl PyTierEngine {
         let config = self.config.clone();
         py.detach(|| {
             guarded(|| {
-                // An earlier pool of this process may still be mapped, which would keep it from being adopted.
+                // An earlier pool of this process may still be mapped, which would keep it from
+                // being adopted.
                 #[cfg(feature = "cuda")]
                 crate::gpu::cuda::pinning::settle();
                 let ranks: Vec<RankBytes> = serde_json::from_str(ranks)
@@ -141,8 +144,8 @@ impl PyTierEngine {
         self.run(py, |engine| engine.pool().filter(|_| !keep).map_or(Ok(()), |pool| pool.hide()))
     }
 
-    /// A request arrived. `controls`: JSON object of the user's wishes, or `None`; `adapter`: 16 bytes that say what its LoRA adapter consists of,
-    /// nothing without one.
+    /// A request arrived. `controls`: JSON object of the user's wishes, or `None`; `adapter`: 16
+    /// bytes that say what its LoRA adapter consists of, nothing without one.
     #[pyo3(signature = (request, controls, lora_name, adapter=inputs::NO_ADAPTER))]
     fn add_request(
         &self,
@@ -161,7 +164,8 @@ impl PyTierEngine {
         })
     }
 
-    /// Tokens beyond `local` that can be loaded; `None`: ask again next step. `hashes`: block hashes the engine does not have yet.
+    /// Tokens beyond `local` that can be loaded; `None`: ask again next step. `hashes`: block
+    /// hashes the engine does not have yet.
     fn lookup(
         &self,
         py: Python<'_>,
@@ -183,7 +187,8 @@ impl PyTierEngine {
         })
     }
 
-    /// vLLM admitted the request; `external` tokens come from us, into `blocks` (per group, from the first block not held by vLLM on).
+    /// vLLM admitted the request; `external` tokens come from us, into `blocks` (per group, from
+    /// the first block not held by vLLM on).
     fn admit(&self, py: Python<'_>, request: &str, external: u32, blocks: Vec<Vec<u32>>) -> PyResult<()> {
         self.run(py, |engine| {
             engine.admit(request, external, &blocks);
@@ -191,8 +196,9 @@ impl PyTierEngine {
         })
     }
 
-    /// Plans a step: offered blocks, vLLM blocks that it hands to requests, and those that it hands to other connectors.
-    /// Returns the workers' orders, and whether the engine is quiet: it need not be called again before something else is.
+    /// Plans a step: offered blocks, vLLM blocks that it hands to requests, and those that it hands
+    /// to other connectors. Returns the workers' orders, and whether the engine is quiet: it need
+    /// not be called again before something else is.
     #[pyo3(signature = (offers, reallocated, foreign=Vec::new()))]
     fn step<'py>(
         &self,
@@ -204,7 +210,8 @@ impl PyTierEngine {
         let offers = offers.into_iter().map(inputs::offer).collect::<PyResult<Vec<_>>>()?;
         let (plan, quiet) = self.run(py, |engine| {
             engine.poll();
-            // Before this step's own offloads: their sources belong to the requests that offer them.
+            // Before this step's own offloads: their sources belong to the requests that offer
+            // them.
             engine.reallocate(reallocated.iter().flatten().copied());
             engine.hand_to_others(foreign.into_iter());
             for offer in &offers {
@@ -247,12 +254,14 @@ impl PyTierEngine {
         })
     }
 
-    /// Makes everything stored so far worthless, and what is stored from here on this process's alone, unless `on_reset` is `keep`.
+    /// Makes everything stored so far worthless, and what is stored from here on this process's
+    /// alone, unless `on_reset` is `keep`.
     fn reset(&self, py: Python<'_>) -> PyResult<ResetReport> {
         self.run(py, |engine| Ok(engine.reset().into()))
     }
 
-    /// Events of this step: `StoredRun` and `RemovedRun` objects. `integers`: hashes as vLLM's 64-bit integers.
+    /// Events of this step: `StoredRun` and `RemovedRun` objects. `integers`: hashes as vLLM's
+    /// 64-bit integers.
     fn take_events(&self, py: Python<'_>, integers: bool) -> PyResult<Vec<Py<PyAny>>> {
         let runs = self.run(py, |engine| Ok(engine.take_events()))?;
         runs.into_iter().map(|run| run_object(py, run, integers)).collect()
@@ -266,7 +275,8 @@ impl PyTierEngine {
         })
     }
 
-    /// Every block that a request could have from a tier of ours now: (`dram` or `nvme`, hash, group).
+    /// Every block that a request could have from a tier of ours now: (`dram` or `nvme`, hash,
+    /// group).
     fn held(&self, py: Python<'_>) -> PyResult<Vec<(&'static str, Py<PyBytes>, u16)>> {
         let held = self.run(py, |engine| Ok(engine.held()))?;
         let name = |tier: Tier| match tier {
@@ -278,7 +288,8 @@ impl PyTierEngine {
         Ok(held.into_iter().map(row).collect())
     }
 
-    /// A step computed this many tokens in so many seconds: what `load_policy: auto` weighs a restore against.
+    /// A step computed this many tokens in so many seconds: what `load_policy: auto` weighs a
+    /// restore against.
     fn prefilled(&self, py: Python<'_>, tokens: u64, seconds: f64) -> PyResult<()> {
         self.run(py, |engine| {
             engine.prefilled(tokens, seconds);
@@ -308,7 +319,8 @@ impl PyTierEngine {
         })
     }
 
-    /// Lets go of the pool. Its file is removed without `keep_pool`, and after a reset: no later start could use it.
+    /// Lets go of the pool. Its file is removed without `keep_pool`, and after a reset: no later
+    /// start could use it.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         let keep = self.config.keep_pool;
         py.detach(|| {
@@ -355,7 +367,8 @@ impl PyLookupBench {
         Ok(py.detach(|| self.table.lock().unwrap_or_else(PoisonError::into_inner).lookup(&hashes)))
     }
 
-    /// Takes slots for these new blocks, evicting others, and makes them visible. Returns how many were evicted.
+    /// Takes slots for these new blocks, evicting others, and makes them visible. Returns how many
+    /// were evicted.
     fn allocate(&self, py: Python<'_>, hashes: &Bound<'_, PyList>) -> PyResult<usize> {
         let hashes = inputs::hashes(hashes)?;
         Ok(py.detach(|| self.table.lock().unwrap_or_else(PoisonError::into_inner).allocate(&hashes)))

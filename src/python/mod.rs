@@ -1,7 +1,7 @@
 //! The extension module `kvcellar._native`: parse, delegate, map errors. Nothing is decided here.
 //!
-//! Every entry point copies what it needs out of Python objects, then releases the GIL for the work itself. A panic
-//! becomes an exception of the ordinary kind: vLLM must never die of one.
+//! Every entry point copies what it needs out of Python objects, then releases the GIL for the work
+//! itself. A panic becomes an exception of the ordinary kind: vLLM must never die of one.
 
 #![expect(clippy::needless_pass_by_value, reason = "PyO3 extracts arguments by value")]
 
@@ -94,8 +94,8 @@ fn check_controls(json: &str) -> PyResult<()> {
     guarded(|| Controls::parse(json).map(drop))
 }
 
-/// The next log line of the native side: Python's number of its level, and its text; nothing when none came within `timeout_s`.
-/// Waits without the interpreter.
+/// The next log line of the native side: Python's number of its level, and its text; nothing when
+/// none came within `timeout_s`. Waits without the interpreter.
 #[pyfunction]
 fn next_log_line(py: Python<'_>, timeout_s: f64) -> PyResult<Option<(u8, String)>> {
     py.detach(|| {
@@ -116,13 +116,15 @@ fn python_level(level: log::Level) -> u8 {
     }
 }
 
-/// Runs the `kvcellar` command with these arguments (without the program's name) and returns its exit code.
+/// Runs the `kvcellar` command with these arguments (without the program's name) and returns its
+/// exit code.
 #[pyfunction]
 fn run_command(py: Python<'_>, args: Vec<String>) -> PyResult<i32> {
     py.detach(|| guarded(|| Ok(crate::cli::run(args))))
 }
 
-/// The core part of `kvcellar bench lookup`, as JSON: `{"results": [...], "goals": [...], "machine": {...}, "commit": ...}`.
+/// The core part of `kvcellar bench lookup`, as JSON:
+/// `{"results": [...], "goals": [...], "machine": {...}, "commit": ...}`.
 #[pyfunction]
 fn bench_lookup(py: Python<'_>, blocks: u32, request: u32, repetitions: usize) -> PyResult<String> {
     py.detach(|| {
@@ -134,7 +136,8 @@ fn bench_lookup(py: Python<'_>, blocks: u32, request: u32, repetitions: usize) -
     })
 }
 
-/// `kvcellar bench nvme`, as JSON. `rival(size, blocks, write, chain)` takes its turn among the others and returns its seconds and CPU seconds.
+/// `kvcellar bench nvme`, as JSON. `rival(size, blocks, write, chain)` takes its turn among the
+/// others and returns its seconds and CPU seconds.
 #[pyfunction]
 fn bench_nvme(
     py: Python<'_>,

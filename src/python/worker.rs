@@ -94,8 +94,9 @@ impl Gpu {
 
 #[pymethods]
 impl PyCopyWorker {
-    /// `views`: JSON, per group a list of layer views. The tensors they describe must stay allocated until `release`. `device`: the GPU whose memory they are
-    /// in, as torch numbers it; none: host memory. `nvrtc`: files that may be NVRTC.
+    /// `views`: JSON, per group a list of layer views. The tensors they describe must stay
+    /// allocated until `release`. `device`: the GPU whose memory they are in, as torch numbers it;
+    /// none: host memory. `nvrtc`: files that may be NVRTC.
     #[new]
     #[pyo3(signature = (config, rank, views, device=None, nvrtc=Vec::new()))]
     fn new(config: &PyConfig, rank: usize, views: &str, device: Option<i32>, nvrtc: Vec<PathBuf>) -> PyResult<Self> {
@@ -112,8 +113,8 @@ impl PyCopyWorker {
                 rank,
                 verify_loads,
                 Box::new(move |pool, answers, guard| {
-                    // SAFETY: the connector keeps vLLM's KV tensors alive (it holds references to them) until it has called `release`, which
-                    // ends the copier.
+                    // SAFETY: the connector keeps vLLM's KV tensors alive (it holds references to
+                    // them) until it has called `release`, which ends the copier.
                     let sides = unsafe { Sides::new(pool, Arc::clone(&held), rank, verify_loads, guard) };
                     match &on_gpu {
                         Some(gpu) => gpu.copier(sides, answers),
@@ -148,7 +149,8 @@ impl PyCopyWorker {
         })
     }
 
-    /// Before the forward pass: see the plan's parts. `stream`: the handle of the stream on which vLLM computes, on a GPU.
+    /// Before the forward pass: see the plan's parts. `stream`: the handle of the stream on which
+    /// vLLM computes, on a GPU.
     #[pyo3(signature = (plan, stream=None))]
     fn begin_step(&self, py: Python<'_>, plan: &[u8], stream: Option<u64>) -> PyResult<()> {
         let plan = plan.to_vec();
@@ -207,7 +209,8 @@ impl PyCopyWorker {
         py.detach(|| guarded(|| Ok(self.lock().take_notes())))
     }
 
-    /// Gives the idle hasher up to `seconds` to finish, carries out what is in flight, then unmaps the pool.
+    /// Gives the idle hasher up to `seconds` to finish, carries out what is in flight, then unmaps
+    /// the pool.
     fn release(&self, py: Python<'_>, seconds: f64) -> PyResult<()> {
         py.detach(|| {
             guarded(|| {
@@ -232,7 +235,8 @@ impl PyCopyWorker {
     }
 }
 
-/// On CPU the cores belong to the model: one copying thread saturates most of a memory channel; more only where cores abound.
+/// On CPU the cores belong to the model: one copying thread saturates most of a memory channel;
+/// more only where cores abound.
 fn default_threads() -> usize {
     thread::available_parallelism().map_or(1, |cores| (cores.get() / 4).clamp(1, 4))
 }

@@ -1,4 +1,5 @@
-//! What operators see of a router: health, metrics, the last decisions, engines, and the token ids of a request.
+//! What operators see of a router: health, metrics, the last decisions, engines, and the token ids
+//! of a request.
 
 use std::sync::Arc;
 

@@ -1,4 +1,5 @@
-//! What an answer says of its request: the usage that vLLM reports in its last chunk, or at the end of its body.
+//! What an answer says of its request: the usage that vLLM reports in its last chunk, or at the end
+//! of its body.
 
 use serde_json::Value as Json;
 
@@ -9,7 +10,8 @@ use crate::limits::ANSWER_TAIL_BYTES;
 pub struct Usage {
     /// Of the prompt.
     pub prompt: u32,
-    /// Of those, how many it need not compute; `None` where the engine does not say (`--enable-prompt-tokens-details`).
+    /// Of those, how many it need not compute; `None` where the engine does not say
+    /// (`--enable-prompt-tokens-details`).
     pub cached: Option<u32>,
 }
 

@@ -1,8 +1,11 @@
-//! What engines probably hold, without their events: whoever got a prompt has it, until it was probably evicted.
+//! What engines probably hold, without their events: whoever got a prompt has it, until it was
+//! probably evicted.
 //!
-//! Each engine has a recency list of prefix hashes. A prompt's first block counts as used after its last one, so a prefix always outlives what follows
-//! it, and the longest held prefix is found by halving. The bound of a list is the engine's own capacity where it tells it, and it learns: an answer
-//! that says fewer cached tokens than were expected shows what age the engine has already evicted.
+//! Each engine has a recency list of prefix hashes. A prompt's first block counts as used after its
+//! last one, so a prefix always outlives what follows it, and the longest held prefix is found by
+//! halving. The bound of a list is the engine's own capacity where it tells it, and it learns: an
+//! answer that says fewer cached tokens than were expected shows what age the engine has already
+//! evicted.
 
 use std::num::NonZeroUsize;
 
@@ -59,8 +62,8 @@ impl Recent {
         }
     }
 
-    /// The engine said how much of a prompt it had, of which `expected` blocks were taken to be held. `age`: what
-    /// [`Self::age`] said at the decision.
+    /// The engine said how much of a prompt it had, of which `expected` blocks were taken to be
+    /// held. `age`: what [`Self::age`] said at the decision.
     pub fn learn(&mut self, expected: usize, found: usize, age: u64) {
         if found < expected && age >= BLOCKS_MIN {
             // It had evicted what was that old.

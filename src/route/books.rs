@@ -1,10 +1,13 @@
-//! What was promised to an engine and has not ended, and how fast it kept its promises. Known at once, where the engine's own numbers are a scrape old.
+//! What was promised to an engine and has not ended, and how fast it kept its promises. Known at
+//! once, where the engine's own numbers are a scrape old.
 //!
-//! An engine computes prompts in the order they came. So the oldest one without a first token is being computed since it became the oldest, at the
-//! engine's speed: what is left of it is known between two answers, too. An answer that comes as a whole does not tell when its prompt was
+//! An engine computes prompts in the order they came. So the oldest one without a first token is
+//! being computed since it became the oldest, at the engine's speed: what is left of it is known
+//! between two answers, too. An answer that comes as a whole does not tell when its prompt was
 //! computed; such a prompt is taken to be after its time.
 //!
-//! Pure: times are arguments, in seconds since any moment. The [`Booking`] of a real engine gives its promise back whatever happens.
+//! Pure: times are arguments, in seconds since any moment. The [`Booking`] of a real engine gives
+//! its promise back whatever happens.
 
 #![expect(clippy::cast_sign_loss, reason = "times since a moment and tokens are never below zero")]
 
@@ -60,8 +63,9 @@ pub struct Books {
     pub speed: Speed,
 }
 
-/// Time over which an engine's flow is seen, in s: some busy periods, in which a request of those there are is delayed by one that comes now. A
-/// longer one would still count sessions that have left.
+/// Time over which an engine's flow is seen, in s: some busy periods, in which a request of those
+/// there are is delayed by one that comes now. A longer one would still count sessions that have
+/// left.
 pub const FLOW_S: f64 = 5.0;
 
 /// How much was asked of an engine lately: sums that fade.

@@ -1,4 +1,5 @@
-//! From a view to an engine: weighted scorers or the cost model, then a pick. Pure but for the seeded randomness it is given.
+//! From a view to an engine: weighted scorers or the cost model, then a pick. Pure but for the
+//! seeded randomness it is given.
 
 use super::cost;
 use super::scorers::Scorer;
@@ -28,7 +29,8 @@ pub enum Policy {
 }
 
 impl Policy {
-    /// The field's default profile: prefix 3, queue 2, KV usage 2; and what breaks ties as users expect.
+    /// The field's default profile: prefix 3, queue 2, KV usage 2; and what breaks ties as users
+    /// expect.
     pub fn field() -> Self {
         let weights = vec![(Scorer::Prefix, 3.0), (Scorer::Queue, 2.0), (Scorer::KvUsage, 2.0), (Scorer::Cold, 0.1)];
         Self::Scorers(weights, Pick::Best)

@@ -1,19 +1,24 @@
 //! The cost model: what sending a request to each engine costs everybody, in seconds of waiting.
 //!
-//! A request's own time to the first token is wait + load + prefill. The wait is what was booked to the engine and is not computed yet, at its measured
-//! speed, plus other routers' requests that it says it holds, plus the time until enough KV cache is free. Load is what comes from lower tiers, at
-//! their speeds; prefill what nobody has.
+//! A request's own time to the first token is wait + load + prefill. The wait is what was booked to
+//! the engine and is not computed yet, at its measured speed, plus other routers' requests that it
+//! says it holds, plus the time until enough KV cache is free. Load is what comes from lower tiers,
+//! at their speeds; prefill what nobody has.
 //!
-//! Its work also delays those who come to the engine before it is idle again. As many come as its rate of requests says, in the time that it takes to
-//! do what is booked beside what goes on coming. So an engine that many ask gets no long prompts, and a session leaves it before it is drowned.
+//! Its work also delays those who come to the engine before it is idle again. As many come as its
+//! rate of requests says, in the time that it takes to do what is booked beside what goes on
+//! coming. So an engine that many ask gets no long prompts, and a session leaves it before it is
+//! drowned.
 //!
-//! Who must wait for the one engine that has its prefix, though another would be free, loses that time. The losses of a prefix are its credit
-//! ([`super::credit`]): as soon as they would have paid for computing it once more, it is. So what is asked for often spreads, what is not does not,
-//! and neither waiting nor computing can exceed twice what was necessary by much.
+//! Who must wait for the one engine that has its prefix, though another would be free, loses that
+//! time. The losses of a prefix are its credit ([`super::credit`]): as soon as they would have paid
+//! for computing it once more, it is. So what is asked for often spreads, what is not does not, and
+//! neither waiting nor computing can exceed twice what was necessary by much.
 
 use super::view::{Held, Look, View};
 
-/// The share of an engine's time from which on it is not taken to be busier: it would never be idle.
+/// The share of an engine's time from which on it is not taken to be busier: it would never be
+/// idle.
 const BUSY_MAX: f64 = 0.9;
 
 /// A prediction for one engine, in seconds.
@@ -92,7 +97,8 @@ pub fn of(view: &View<'_>) -> Vec<Cost> {
     view.engines.iter().map(cost).collect()
 }
 
-/// A prefix's credit after a decision: what computing it once more took of it, or what waiting for it added.
+/// A prefix's credit after a decision: what computing it once more took of it, or what waiting for
+/// it added.
 pub fn credit_after(costs: &[Cost], chosen: usize, credit_s: f64) -> f64 {
     let Cost { cost_s, spread_s } = costs[chosen];
     if cost_s > spread_s {

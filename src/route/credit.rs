@@ -1,5 +1,5 @@
-//! What the requests of each prefix have lost because too few engines hold it: the credit for which it is computed once more ([`super::cost`]).
-//! The least recently asked are forgotten.
+//! What the requests of each prefix have lost because too few engines hold it: the credit for which
+//! it is computed once more ([`super::cost`]). The least recently asked are forgotten.
 
 use std::num::NonZeroUsize;
 

@@ -28,7 +28,8 @@ pub struct Spec {
     pub events: Option<String>,
     /// Where it replays them.
     pub replay: Option<String>,
-    /// It gets no new requests. A state of an engine, not a part of what tells it apart: see [`Spec::is_same`].
+    /// It gets no new requests. A state of an engine, not a part of what tells it apart: see
+    /// [`Spec::is_same`].
     #[serde(default)]
     pub draining: bool,
 }
@@ -36,7 +37,8 @@ pub struct Spec {
 const REMEDY: &str = "Write e.g. url=http://10.0.0.1:8000,events=tcp://10.0.0.1:5557,replay=tcp://10.0.0.1:5558,name=a";
 
 impl Spec {
-    /// An engine as on the command line: `url=...[,events=...][,replay=...][,name=...][,draining=true]`, or a URL alone.
+    /// An engine as on the command line:
+    /// `url=...[,events=...][,replay=...][,name=...][,draining=true]`, or a URL alone.
     ///
     /// # Errors
     /// [`Error::Config`].
@@ -188,7 +190,8 @@ impl Engine {
         self.recent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether it gets no new requests from now on. What it has goes on, and what is known of it stays.
+    /// Whether it gets no new requests from now on. What it has goes on, and what is known of it
+    /// stays.
     pub fn drain(&self, draining: bool) {
         self.draining.store(draining, Ordering::Relaxed);
     }
@@ -221,7 +224,8 @@ impl Engine {
         self.failures.fetch_max(FAILURES_MAX, Ordering::Relaxed);
     }
 
-    /// What it says now is said by another process than the last time, or after a time in which it was not well.
+    /// What it says now is said by another process than the last time, or after a time in which it
+    /// was not well.
     pub fn is_back(&self, told: &Told) -> bool {
         self.failures.load(Ordering::Relaxed) >= FAILURES_MAX || self.has_restarted(told)
     }

@@ -18,7 +18,8 @@ impl Engines {
         self.list.load_full()
     }
 
-    /// Exactly these from now on. What is known of one stays as long as its address does; one that goes may end its requests.
+    /// Exactly these from now on. What is known of one stays as long as its address does; one that
+    /// goes may end its requests.
     pub fn set(&self, specs: Vec<Spec>) {
         let before = self.all();
         let place = |spec: Spec| {

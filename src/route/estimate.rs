@@ -12,8 +12,8 @@ pub const BLOCK_TOKENS: usize = 64;
 /// Blocks that are matched at most (131,072 tokens).
 pub const BLOCKS_MAX: usize = 2048;
 
-/// A prompt's bytes in the order in which the engine will see them. Chats: tools, then every message, each closed, so that a longer
-/// conversation begins with a shorter one's bytes.
+/// A prompt's bytes in the order in which the engine will see them. Chats: tools, then every
+/// message, each closed, so that a longer conversation begins with a shorter one's bytes.
 pub fn bytes_of(body: &Map<String, Json>) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut add = |value: &Json| match value {

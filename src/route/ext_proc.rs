@@ -1,8 +1,9 @@
 //! The Envoy front end: an endpoint picker behind the filter `ext_proc`.
 //!
-//! One stream is one request. In `FULL_DUPLEX_STREAMED` the answer to the headers is withheld until the body is complete; in `BUFFERED` Envoy waits for it
-//! before it sends the body. Either way the engine's address goes out as a header and as metadata of `envoy.lb`. A stream that ends early is a client
-//! that went away: what was booked for it is given back.
+//! One stream is one request. In `FULL_DUPLEX_STREAMED` the answer to the headers is withheld until
+//! the body is complete; in `BUFFERED` Envoy waits for it before it sends the body. Either way the
+//! engine's address goes out as a header and as metadata of `envoy.lb`. A stream that ends early is
+//! a client that went away: what was booked for it is given back.
 
 mod session;
 
@@ -48,7 +49,8 @@ pub struct Picker {
 
 /// The picker as a gRPC service.
 pub fn service(router: Arc<Router>, limits: Limits) -> ExternalProcessorServer<Picker> {
-    // Room for a body over the limit, so that it is refused by name; a gateway that buffers more has its own limit.
+    // Room for a body over the limit, so that it is refused by name; a gateway that buffers more
+    // has its own limit.
     let most = limits.body_bytes_max.saturating_mul(2).saturating_add(32 << 20);
     let picker = Picker { router, limits: Arc::new(limits) };
     ExternalProcessorServer::new(picker).max_decoding_message_size(most).max_encoding_message_size(most)
@@ -73,7 +75,8 @@ impl ExternalProcessor for Picker {
                     }
                 }
                 if session.is_over() {
-                    // Hanging up with a body on its way could overtake the refusal: the rest is read and dropped until Envoy hangs up.
+                    // Hanging up with a body on its way could overtake the refusal: the rest is
+                    // read and dropped until Envoy hangs up.
                     let rest = async { while let Ok(Some(_)) = messages.message().await {} };
                     let _hung_up = tokio::time::timeout(DRAIN, rest).await;
                     return;

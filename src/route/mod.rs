@@ -1,11 +1,14 @@
 //! The router: which engine a request should go to, so that it saves the most work.
 //!
-//! A request's way: a front end ([`proxy`] or [`ext_proc`]) reads it and hands it to [`router::Router::route`]; [`request`] reads the body, [`tokens`] finds the
-//! ids vLLM will see, [`prefix`] says what each engine has of them (the [`crate::index`], or its own guess, [`approximate`]), [`choose`] weighs that
-//! against load with the [`scorers`] or the [`cost`] model, and the [`books`] keep what was promised until the answer has ended ([`answer`]).
+//! A request's way: a front end ([`proxy`] or [`ext_proc`]) reads it and hands it to
+//! [`router::Router::route`]; [`request`] reads the body, [`tokens`] finds the ids vLLM will see,
+//! [`prefix`] says what each engine has of them (the [`crate::index`], or its own guess,
+//! [`approximate`]), [`choose`] weighs that against load with the [`scorers`] or the [`cost`]
+//! model, and the [`books`] keep what was promised until the answer has ended ([`answer`]).
 //!
-//! Promises: deciding takes no lock that a writer of the index holds; every table is bounded; a request that cannot be understood is passed on or
-//! refused by name, never dropped; everything booked is given back.
+//! Promises: deciding takes no lock that a writer of the index holds; every table is bounded; a
+//! request that cannot be understood is passed on or refused by name, never dropped; everything
+//! booked is given back.
 
 pub mod admin;
 pub mod answer;

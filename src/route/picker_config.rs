@@ -1,7 +1,8 @@
-//! `EndpointPickerConfig` files, as the field's endpoint pickers read them: which scorers with which weights, and how to pick.
+//! `EndpointPickerConfig` files, as the field's endpoint pickers read them: which scorers with
+//! which weights, and how to pick.
 //!
-//! What this router does otherwise or need not be told is noted; what it does not do is refused by name, with what to use instead. A file never
-//! means something else here than it says.
+//! What this router does otherwise or need not be told is noted; what it does not do is refused by
+//! name, with what to use instead. A file never means something else here than it says.
 
 mod plugins;
 

@@ -25,7 +25,8 @@ pub struct Found {
     pub rank: Option<u32>,
 }
 
-/// Tokens that vLLM takes from its cache at most: the last one of a prompt is always computed, so its block is, too.
+/// Tokens that vLLM takes from its cache at most: the last one of a prompt is always computed, so
+/// its block is, too.
 fn usable(tokens: u32, prompt: u32, block: u32) -> u32 {
     tokens.min(prompt.saturating_sub(1) / block.max(1) * block.max(1))
 }
@@ -70,7 +71,8 @@ fn split_rank(name: &str) -> (&str, Option<u32>) {
     parts.map_or((name, None), |(base, rank)| (base, Some(rank)))
 }
 
-/// The key of the longest prefix that any engine has of a prompt, in the terms in which it was found. `block`: tokens of a block of the index.
+/// The key of the longest prefix that any engine has of a prompt, in the terms in which it was
+/// found. `block`: tokens of a block of the index.
 pub fn longest(prompt: &Prompt, from: &str, found: &[Found], block: u32) -> Option<u64> {
     let (keys, block) = match from {
         "precise" => (&prompt.keys, block.max(1)),

@@ -1,7 +1,9 @@
-//! The HTTP front end: a reverse proxy for the `OpenAI` API that decides for every request where it goes.
+//! The HTTP front end: a reverse proxy for the `OpenAI` API that decides for every request where it
+//! goes.
 //!
-//! Bodies of answers pass through untouched, chunk by chunk. A request is tried again elsewhere only as long as no byte of an answer has come. When a
-//! client goes away its request upstream is dropped, which cancels it there.
+//! Bodies of answers pass through untouched, chunk by chunk. A request is tried again elsewhere
+//! only as long as no byte of an answer has come. When a client goes away its request upstream is
+//! dropped, which cancels it there.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -232,7 +234,8 @@ fn passes(name: &HeaderName, headers: &HeaderMap) -> bool {
     !HOP_BY_HOP.contains(name) && !named.split(',').any(|it| it.trim().eq_ignore_ascii_case(name.as_str()))
 }
 
-/// An answer's body on its way, watched but not changed. Dropped before its end, it cancels the request upstream.
+/// An answer's body on its way, watched but not changed. Dropped before its end, it cancels the
+/// request upstream.
 struct Observed {
     inner: hyper::body::Incoming,
     ticket: Option<Ticket>,

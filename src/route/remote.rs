@@ -1,5 +1,6 @@
-//! Token ids from an engine, where this process cannot say them: vLLM's render endpoints, and where those are not served (vLLM 0.32 does so only when it is
-//! started with `--enable-scale-out`) its tokenizer.
+//! Token ids from an engine, where this process cannot say them: vLLM's render endpoints, and where
+//! those are not served (vLLM 0.32 does so only when it is started with `--enable-scale-out`) its
+//! tokenizer.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -12,7 +13,8 @@ use super::request::Kind;
 /// How long an engine may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long an idle connection is kept: less than engines keep it, so that none is used that they are closing.
+/// How long an idle connection is kept: less than engines keep it, so that none is used that they
+/// are closing.
 const IDLE: Duration = Duration::from_secs(4);
 
 /// Asks engines for the ids that a request becomes there.
@@ -42,7 +44,8 @@ impl Remote {
         serde_json::from_slice(&answer.bytes().await.ok()?).ok()
     }
 
-    /// The ids of a request; of several prompts the first's. `is_plain`: nothing in it changes its tokens but what the engine's tokenizer knows as well.
+    /// The ids of a request; of several prompts the first's. `is_plain`: nothing in it changes its
+    /// tokens but what the engine's tokenizer knows as well.
     pub async fn ids(&self, engine: &Engine, kind: Kind, body: &Map<String, Json>, is_plain: bool) -> Option<Vec<u32>> {
         let path = match kind {
             Kind::Chat => "/v1/chat/completions/render",

@@ -1,4 +1,5 @@
-//! The decision core that both front ends share: from a request to an engine, and what becomes of it.
+//! The decision core that both front ends share: from a request to an engine, and what becomes of
+//! it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -85,7 +86,8 @@ pub struct Router {
 }
 
 impl Router {
-    /// A router. To be made within a runtime: in precise mode it starts the task that tells the index what to expect.
+    /// A router. To be made within a runtime: in precise mode it starts the task that tells the
+    /// index what to expect.
     ///
     /// # Errors
     /// Those of [`Remote::new`].
@@ -325,7 +327,8 @@ fn describe(
     }
 }
 
-/// A request that was decided on. Dropped without an end it counts as aborted; what it booked is given back in any case.
+/// A request that was decided on. Dropped without an end it counts as aborted; what it booked is
+/// given back in any case.
 #[derive(Debug)]
 pub struct Ticket {
     router: Arc<Router>,
@@ -389,7 +392,8 @@ impl Ticket {
         }
     }
 
-    /// Its engine could not be reached, or broke off before its first byte: moves on. `false`: nobody is left, and it stays where it failed.
+    /// Its engine could not be reached, or broke off before its first byte: moves on. `false`:
+    /// nobody is left, and it stays where it failed.
     pub fn move_on(&mut self) -> bool {
         let next = (self.at + 1..self.order.len()).find(|at| self.order[*at].0.is_usable());
         let Some(at) = next else { return false };

@@ -1,4 +1,5 @@
-//! What engines say of themselves: `/metrics` now and then, `/v1/models` less often. Jittered, bounded in time and size.
+//! What engines say of themselves: `/metrics` now and then, `/v1/models` less often. Jittered,
+//! bounded in time and size.
 
 use std::sync::Arc;
 use std::time::Duration;

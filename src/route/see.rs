@@ -1,4 +1,5 @@
-//! The last decisions, for people: what was asked, who could have taken it, why it went where it went, and what became of it.
+//! The last decisions, for people: what was asked, who could have taken it, why it went where it
+//! went, and what became of it.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};

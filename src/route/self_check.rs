@@ -1,4 +1,5 @@
-//! At start: does this process find the same ids as vLLM? Where not, it is said, and the engine's own are used.
+//! At start: does this process find the same ids as vLLM? Where not, it is said, and the engine's
+//! own are used.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -67,7 +67,8 @@ impl Ports {
     }
 }
 
-/// The engines behind a name with one address for each of them: `host:port` or `host:port:events-port:replay-port`.
+/// The engines behind a name with one address for each of them: `host:port` or
+/// `host:port:events-port:replay-port`.
 ///
 /// # Errors
 /// [`Error::Config`] for a wrong form; [`Error::TryLater`] when the name cannot be resolved.

@@ -1,18 +1,21 @@
 //! How fast an engine is, learned from its answers.
 //!
-//! Time to the first token is taken as an overhead plus the tokens that were to be computed before it, at some rate: a straight line through what was seen
-//! lately. The slope is learned slowly, since it is the hardware's; the overhead quickly, since it is the load's; it fades, so that an engine that was
-//! slow once is asked again.
+//! Time to the first token is taken as an overhead plus the tokens that were to be computed before
+//! it, at some rate: a straight line through what was seen lately. The slope is learned slowly,
+//! since it is the hardware's; the overhead quickly, since it is the load's; it fades, so that an
+//! engine that was slow once is asked again.
 
 use super::view::Rates;
 
 /// What is remembered of an answer after the next one.
 const KEPT: f64 = 0.99;
 
-/// Answers that the default speed counts for, of tokens like those that were seen: neither long nor short prompts make it count for more.
+/// Answers that the default speed counts for, of tokens like those that were seen: neither long nor
+/// short prompts make it count for more.
 const PRIOR: f64 = 1.0;
 
-/// Seconds a token: no engine computes prompts faster or slower, whatever a few answers seem to say.
+/// Seconds a token: no engine computes prompts faster or slower, whatever a few answers seem to
+/// say.
 const SLOPES: (f64, f64) = (2e-6, 0.1);
 
 /// Time in which an overhead that is not seen again fades, in s.
@@ -23,7 +26,8 @@ const OVERHEAD_S: f64 = 30.0;
 pub struct Speed {
     /// Weighted sums of answers: count, tokens, seconds, tokens squared, tokens times seconds.
     sums: [f64; 5],
-    /// The overhead may seem to be below zero for a while: answers scatter on both sides of the line.
+    /// The overhead may seem to be below zero for a while: answers scatter on both sides of the
+    /// line.
     overhead_s: f64,
     /// When it was learned.
     at_s: f64,
@@ -48,13 +52,15 @@ impl Speed {
         Rates { overhead_s: (self.overhead_s * faded).max(0.0), ..self.rates }
     }
 
-    /// A first token came now, `seconds` after the decision, with so many tokens to be computed before it.
+    /// A first token came now, `seconds` after the decision, with so many tokens to be computed
+    /// before it.
     pub fn answered(&mut self, now_s: f64, tokens: u64, seconds: f64) {
         let x = tokens as f64;
         let sample = [1.0, x, seconds, x * x, x * seconds];
         self.sums.iter_mut().zip(sample).for_each(|(sum, part)| *sum = *sum * KEPT + part);
         let [n, sx, sy, sxx, sxy] = self.sums;
-        // The spread of tokens around their mean says the slope; the default slope counts as one answer more.
+        // The spread of tokens around their mean says the slope; the default slope counts as one
+        // answer more.
         let prior = PRIOR * (sxx / n).max(1.0);
         let spread = sxx - sx * sx / n + prior;
         let with = sxy - sx * sy / n + prior / Rates::default().prefill;

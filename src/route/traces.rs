@@ -1,7 +1,9 @@
-//! Traces of requests, sent by OTLP: one span for each, from its decision to the end of its answer, as a child of the caller's and the parent of the engine's.
+//! Traces of requests, sent by OTLP: one span for each, from its decision to the end of its answer,
+//! as a child of the caller's and the parent of the engine's.
 //!
-//! Spans carry counts and names, never tokens or text. Sampling follows `OTEL_TRACES_SAMPLER`, and the caller's own choice; what cannot be sent is
-//! dropped by the exporter's own thread, and requests never wait for it.
+//! Spans carry counts and names, never tokens or text. Sampling follows `OTEL_TRACES_SAMPLER`, and
+//! the caller's own choice; what cannot be sent is dropped by the exporter's own thread, and
+//! requests never wait for it.
 
 use std::collections::HashMap;
 use std::time::{Duration, SystemTime};
@@ -39,7 +41,8 @@ pub struct Trace {
 }
 
 impl Traces {
-    /// Sends to a collector's gRPC endpoint, e.g. `http://127.0.0.1:4317`. To be called within a runtime.
+    /// Sends to a collector's gRPC endpoint, e.g. `http://127.0.0.1:4317`. To be called within a
+    /// runtime.
     ///
     /// # Errors
     /// [`Error::Config`].

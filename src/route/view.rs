@@ -1,4 +1,5 @@
-//! What a decision is made from: a request and every engine that may take it, at one moment. Plain data, so that deciding is a pure function.
+//! What a decision is made from: a request and every engine that may take it, at one moment. Plain
+//! data, so that deciding is a pure function.
 
 use crate::index::tiers::TIERS;
 
@@ -94,7 +95,8 @@ pub struct Look {
 pub struct View<'a> {
     /// Tokens of the prompt, exact or estimated.
     pub prompt_tokens: u32,
-    /// What requests for the longest prefix that any engine has of it have lost by waiting, in s ([`super::credit`]).
+    /// What requests for the longest prefix that any engine has of it have lost by waiting, in s
+    /// ([`super::credit`]).
     pub credit_s: f64,
     /// The engines.
     pub engines: &'a [Look],

@@ -3,7 +3,8 @@
 use super::residency::Residency;
 use crate::block::SlotIndex;
 
-/// Takes over every whole block of the present generation that has all its checksums, and empties all other slots. Returns how many came back.
+/// Takes over every whole block of the present generation that has all its checksums, and empties
+/// all other slots. Returns how many came back.
 ///
 /// The bytes are compared with the checksums by the workers, before the first load that uses them.
 pub fn take_over(residency: &mut Residency, adopt: bool) -> u64 {

@@ -1,7 +1,8 @@
 //! The nvme tier's state: its store, its disk, what is under way, and what the mover is to do next.
 //!
-//! Everything here happens under the engine's lock and takes no time: bytes are hashed, compared, read and written by the mover and the disk. What is under
-//! way is named by a token; a completion whose token is unknown is a bug.
+//! Everything here happens under the engine's lock and takes no time: bytes are hashed, compared,
+//! read and written by the mover and the disk. What is under way is named by a token; a completion
+//! whose token is unknown is a bug.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};

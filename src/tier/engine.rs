@@ -1,4 +1,5 @@
-//! The engine's state and the operations that are not about one way of a block: requests, reset, events, metrics.
+//! The engine's state and the operations that are not about one way of a block: requests, reset,
+//! events, metrics.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -128,12 +129,14 @@ impl TierEngine {
         self.record(|_| trace::line("open", &[("slots", slots.into()), ("adopted", 0.into())]));
     }
 
-    /// Whether a reset came: nothing of an earlier engine may be used, and no later one may use what is stored.
+    /// Whether a reset came: nothing of an earlier engine may be used, and no later one may use
+    /// what is stored.
     pub fn is_private(&self) -> bool {
         self.private
     }
 
-    /// Gives the engine a pool, and takes over what an earlier engine left in it. Returns the number of blocks taken over.
+    /// Gives the engine a pool, and takes over what an earlier engine left in it. Returns the
+    /// number of blocks taken over.
     pub fn open_pool(&mut self, pool: Pool, adopt: bool) -> u64 {
         let adopt = adopt && !self.private;
         if self.private {
@@ -162,7 +165,8 @@ impl TierEngine {
 
     /// Gives the engine a disk below its pool, with what a reopened store holds.
     ///
-    /// `disk`: over the store's segments, completing to a [`super::mover::ToMover`] of the same `jobs`.
+    /// `disk`: over the store's segments, completing to a [`super::mover::ToMover`] of the same
+    /// `jobs`.
     pub fn open_disk(
         &mut self,
         store: Store,
@@ -206,7 +210,8 @@ impl TierEngine {
         self.record(|_| trace::line("open_disk", &fields));
     }
 
-    /// One round of writing everything dirty to disk before the engine stops. Returns whether nothing is left to do.
+    /// One round of writing everything dirty to disk before the engine stops. Returns whether
+    /// nothing is left to do.
     pub fn flush(&mut self) -> bool {
         // What belongs to this process alone is worth nothing when it ends.
         if self.disk.is_none() || self.private {
@@ -235,7 +240,8 @@ impl TierEngine {
         }
     }
 
-    /// Lets go of the slots: every lookup is a miss again. Running loads are forgotten with their engine.
+    /// Lets go of the slots: every lookup is a miss again. Running loads are forgotten with their
+    /// engine.
     pub fn close(&mut self) {
         self.close_disk();
         self.flushing = false;
@@ -248,7 +254,8 @@ impl TierEngine {
         self.plan = StepPlan::default();
     }
 
-    /// A request arrived. `lora`: name of its adapter, empty for none; `adapter`: what that consists of.
+    /// A request arrived. `lora`: name of its adapter, empty for none; `adapter`: what that
+    /// consists of.
     pub fn add_request(&mut self, id: &str, controls: Controls, lora: &str, adapter: Option<AdapterId>) {
         self.serial = self.serial.wrapping_add(1).max(1);
         self.requests.insert(id.to_owned(), Request::new(self.serial, controls, lora.into(), adapter));
@@ -266,7 +273,8 @@ impl TierEngine {
         }
     }
 
-    /// Finishes what the ranks have answered. Called at every hook; costs one load for each rank's bits of the oldest batch when nothing happened.
+    /// Finishes what the ranks have answered. Called at every hook; costs one load for each rank's
+    /// bits of the oldest batch when nothing happened.
     pub fn poll(&mut self) {
         while self.batches.front().is_some_and(|batch| self.is_answered(batch)) {
             if let Some(batch) = self.batches.pop_front() {
@@ -290,8 +298,8 @@ impl TierEngine {
         self.wait_for(blocks, 0);
     }
 
-    /// vLLM gives these blocks to another connector. Its writes are not on vLLM's compute stream, so that workers wait
-    /// for the copies themselves before it is told of the step.
+    /// vLLM gives these blocks to another connector. Its writes are not on vLLM's compute stream,
+    /// so that workers wait for the copies themselves before it is told of the step.
     pub fn hand_to_others(&mut self, blocks: impl Iterator<Item = u32>) {
         self.wait_for(blocks, ANSWERED);
     }
@@ -307,7 +315,8 @@ impl TierEngine {
         }
     }
 
-    /// Tells subscribers that nothing is to be had from our tiers any more. What lies in them stays for the next start.
+    /// Tells subscribers that nothing is to be had from our tiers any more. What lies in them stays
+    /// for the next start.
     pub fn withdraw(&mut self) {
         let Some(residency) = &mut self.residency else { return };
         for slot in residency.visible_slots() {
@@ -320,8 +329,9 @@ impl TierEngine {
         }
     }
 
-    /// Whether vLLM should keep stepping although no request runs: orders wait to be sent, copies to be noticed or events to be published.
-    /// Without any progress for [`limits::PENDING_WORK_STALL_MS`] the answer is no until something moves.
+    /// Whether vLLM should keep stepping although no request runs: orders wait to be sent, copies
+    /// to be noticed or events to be published. Without any progress for
+    /// [`limits::PENDING_WORK_STALL_MS`] the answer is no until something moves.
     pub fn pending_work(&mut self) -> bool {
         self.poll();
         let events = self.residency.as_ref().map_or(0, |residency| residency.events.len());
@@ -339,9 +349,10 @@ impl TierEngine {
         pending && self.progress.1.elapsed() < Duration::from_millis(limits::PENDING_WORK_STALL_MS)
     }
 
-    /// Makes everything stored so far worthless: weights may have changed. What is stored from here on belongs to this process alone, for such weights
-    /// exist nowhere else: both tiers are marked durably when this returns, and no later start uses them. Copies under way end where they are and
-    /// are then forgotten. With `on_reset: keep` nothing happens.
+    /// Makes everything stored so far worthless: weights may have changed. What is stored from here
+    /// on belongs to this process alone, for such weights exist nowhere else: both tiers are marked
+    /// durably when this returns, and no later start uses them. Copies under way end where they are
+    /// and are then forgotten. With `on_reset: keep` nothing happens.
     pub fn reset(&mut self) -> ResetReport {
         if self.on_reset == OnReset::Keep {
             return ResetReport { kept: true, ..ResetReport::default() };
@@ -401,7 +412,8 @@ impl TierEngine {
         }
     }
 
-    /// Nothing is under way and nothing waits: until the next request or offer, a step has nothing to ask of the engine.
+    /// Nothing is under way and nothing waits: until the next request or offer, a step has nothing
+    /// to ask of the engine.
     pub fn is_quiet(&self) -> bool {
         let events = self.residency.as_ref().is_some_and(|residency| !residency.events.is_empty());
         let moving = self.disk.as_ref().is_some_and(|disk| !disk.is_idle() || disk.announce_from.is_some());
@@ -414,7 +426,8 @@ impl TierEngine {
         self.residency.as_mut().map_or_else(Vec::new, |residency| residency.events.take(limits::EVENTS_PER_STEP_MAX))
     }
 
-    /// Blocks that may be evicted, the next one first, with the serial of the request that used each last. For inspection.
+    /// Blocks that may be evicted, the next one first, with the serial of the request that used
+    /// each last. For inspection.
     pub fn eviction_order(&self) -> Vec<(BlockKey, u32)> {
         self.residency.as_ref().map(Residency::eviction_order).unwrap_or_default()
     }

@@ -1,7 +1,9 @@
 //! The states of an extent, and the one function that says what follows from what.
 //!
-//! An extent whose read or write failed is *retired*: no block gets it before the next start, which looks at the disk anew. One that is dropped while it is
-//! read waits for the last reader, *doomed* to become free or *condemned* to be retired; a reader that fails condemns what another change had doomed.
+//! An extent whose read or write failed is *retired*: no block gets it before the next start, which
+//! looks at the disk anew. One that is dropped while it is read waits for the last reader, *doomed*
+//! to become free or *condemned* to be retired; a reader that fails condemns what another change
+//! had doomed.
 
 /// Where an extent stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,7 +54,8 @@ impl State {
         ALL.get(usize::from(number)).copied().unwrap_or(State::Retired)
     }
 
-    /// What a change makes of this state; `None` where it cannot happen. `read`: somebody reads the extent.
+    /// What a change makes of this state; `None` where it cannot happen. `read`: somebody reads the
+    /// extent.
     pub(super) fn after(self, change: Change, read: bool) -> Option<Self> {
         Some(match (self, change) {
             (Self::Free, Change::Reserve) => Self::Writing,

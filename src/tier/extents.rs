@@ -1,7 +1,9 @@
 //! Which block is in the nvme tier, in which state: the one place that changes it.
 //!
-//! States and what follows from what are `super::extent_state`'s. Every change of a running engine goes through `Extents::transition`, which also keeps the counts and the free
-//! list and appends the event; nothing else may. A committed extent that nobody reads is in the order of eviction, and only then.
+//! States and what follows from what are `super::extent_state`'s. Every change of a running engine
+//! goes through `Extents::transition`, which also keeps the counts and the free list and appends
+//! the event; nothing else may. A committed extent that nobody reads is in the order of eviction,
+//! and only then.
 
 use super::extent_state::{Change, State};
 use super::table::BlockTable;
@@ -148,7 +150,8 @@ impl Extents {
         }
     }
 
-    /// Takes over what a reopened store holds. It is announced later, when its descriptor has been read.
+    /// Takes over what a reopened store holds. It is announced later, when its descriptor has been
+    /// read.
     pub fn adopt(&mut self, extent: ExtentIndex, key: &BlockKey, stamp: Stamp) -> bool {
         if extent.0 >= self.ready || self.table.find(key).is_some() || self.state(extent) != State::Free {
             return false;
@@ -196,7 +199,8 @@ impl Extents {
         run
     }
 
-    /// Drops the coldest block to make one more extent free. Returns its key. `None`: all are being read or written.
+    /// Drops the coldest block to make one more extent free. Returns its key. `None`: all are being
+    /// read or written.
     pub fn evict(&mut self, events: &mut EventLog) -> Option<BlockKey> {
         let victim = self.order.victim(&|_| true)?;
         let evicted = self.table.record(victim).key();
@@ -204,7 +208,8 @@ impl Extents {
         evicted
     }
 
-    /// The next `count` extents to be reserved are handed out in ascending order, so that blocks written together lie together.
+    /// The next `count` extents to be reserved are handed out in ascending order, so that blocks
+    /// written together lie together.
     pub fn line_up(&mut self, count: usize) {
         let from = self.free.len().saturating_sub(count);
         self.free[from..].sort_unstable_by(|a, b| b.cmp(a));
@@ -236,7 +241,8 @@ impl Extents {
         self.transition(extent, Change::Fail { retire }, events);
     }
 
-    /// Drops a block from disk, also one that was dropped before and is still read. A `retired` extent is not used again.
+    /// Drops a block from disk, also one that was dropped before and is still read. A `retired`
+    /// extent is not used again.
     pub fn discard(&mut self, extent: ExtentIndex, retire: bool, events: &mut EventLog) {
         if matches!(self.state(extent), State::Committed | State::Doomed | State::Condemned) {
             self.transition(extent, Change::Drop { retire }, events);

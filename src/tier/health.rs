@@ -1,10 +1,12 @@
-//! Whether the disk is in service: out of it after errors in a row, and tried again with growing patience.
+//! Whether the disk is in service: out of it after errors in a row, and tried again with growing
+//! patience.
 
 use std::time::{Duration, Instant};
 
 use crate::limits::{DISK_BACKOFF_MS, DISK_ERRORS_MAX};
 
-/// Legal states: in service -> out of service -> trying -> in service, or -> out of service for longer; lost is final.
+/// Legal states: in service -> out of service -> trying -> in service, or -> out of service for
+/// longer; lost is final.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     In,

@@ -14,7 +14,8 @@ pub struct Sources<'a> {
 }
 
 impl Sources<'_> {
-    /// Number of consecutive blocks that either tier holds: every `step`-th hash, starting with the first.
+    /// Number of consecutive blocks that either tier holds: every `step`-th hash, starting with the
+    /// first.
     fn run(self, hashes: &[BlockHash], step: usize, group: GroupIndex) -> usize {
         let wanted = hashes.len().div_ceil(step);
         let mut run = self.residency.visible_run(hashes, step, group);
@@ -33,11 +34,14 @@ impl Sources<'_> {
     }
 }
 
-/// The token at which a request may resume, at most `limit`; `local` when the tiers add nothing to vLLM's own hit.
+/// The token at which a request may resume, at most `limit`; `local` when the tiers add nothing to
+/// vLLM's own hit.
 ///
-/// `hashes`: the request's block hashes. `local`: tokens vLLM holds itself, a multiple of every group's block size. Full-attention groups need every
-/// block in `[local, n)`, sliding-window groups the blocks their window before n touches, draft-model groups one block more. Shrinking
-/// n for one group is checked again for all sliding-window groups; full groups stay satisfied when n shrinks.
+/// `hashes`: the request's block hashes. `local`: tokens vLLM holds itself, a multiple of every
+/// group's block size. Full-attention groups need every block in `[local, n)`, sliding-window
+/// groups the blocks their window before n touches, draft-model groups one block more. Shrinking n
+/// for one group is checked again for all sliding-window groups; full groups stay satisfied when n
+/// shrinks.
 pub fn resume_at(sources: Sources<'_>, grouping: &Grouping, hashes: &[BlockHash], local: u32, limit: u32) -> u32 {
     let covered = (hashes.len() as u64 * u64::from(grouping.hash_tokens)).min(u64::from(u32::MAX)) as u32;
     let mut end = align(limit.min(covered), grouping);
@@ -86,7 +90,8 @@ fn run_from(
     sources.run(&hashes[start..end], step, GroupIndex(group as u16)) as u32
 }
 
-/// The largest end at or below `end` whose window is there for this group; `local` when there is none above it.
+/// The largest end at or below `end` whose window is there for this group; `local` when there is
+/// none above it.
 fn shrink_to_window(
     sources: Sources<'_>,
     grouping: &Grouping,
@@ -109,7 +114,8 @@ fn shrink_to_window(
         });
         match gap {
             None => return end,
-            // The window must not contain the gap; for a draft group neither may the block after the end.
+            // The window must not contain the gap; for a draft group neither may the block after
+            // the end.
             Some(block) => {
                 let below = align((block.saturating_sub(u32::from(spec.eagle))) * tokens, grouping);
                 end = below.min(end - grouping.hit_tokens);

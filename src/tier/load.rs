@@ -21,7 +21,8 @@ use crate::policy::LoadPolicy;
 pub enum Hit {
     /// This many tokens beyond vLLM's own can be loaded.
     Tokens(u32),
-    /// Another request is loading the same blocks right now: ask again, and vLLM's own cache will have them.
+    /// Another request is loading the same blocks right now: ask again, and vLLM's own cache will
+    /// have them.
     AskAgain,
 }
 
@@ -39,7 +40,8 @@ struct Parts {
 }
 
 impl TierEngine {
-    /// How many tokens beyond `local` the tier can load for a request of `tokens` tokens. Changes nothing that another lookup can see.
+    /// How many tokens beyond `local` the tier can load for a request of `tokens` tokens. Changes
+    /// nothing that another lookup can see.
     pub fn lookup(&mut self, id: &str, tokens: u32, local: u32) -> Hit {
         self.poll();
         let Some(request) = self.requests.get_mut(id) else { return Hit::Tokens(0) };
@@ -135,8 +137,10 @@ impl TierEngine {
         Hit::AskAgain
     }
 
-    /// vLLM admitted the request, with `external` tokens to come from us after `local` own ones. `blocks`: per group, vLLM's block ids from the block of
-    /// token `local` on. Holds the blocks and orders the copies; what cannot be found any more makes the load fail, never a wrong byte.
+    /// vLLM admitted the request, with `external` tokens to come from us after `local` own ones.
+    /// `blocks`: per group, vLLM's block ids from the block of token `local` on. Holds the blocks
+    /// and orders the copies; what cannot be found any more makes the load fail, never a wrong
+    /// byte.
     pub fn admit(&mut self, id: &str, external: u32, blocks: &[Vec<u32>]) {
         self.poll();
         self.count_admission(id, external);
@@ -161,7 +165,8 @@ impl TierEngine {
             wanted.extend(real.map(|((key, block), number)| (key, *block, number * spec.block_tokens)));
         }
         if self.disk.is_some() {
-            // In prefix order over all groups: the first bytes that are needed are the first that are read.
+            // In prefix order over all groups: the first bytes that are needed are the first that
+            // are read.
             wanted.sort_by_key(|(_, _, token)| *token);
         }
         // Nothing is held or read for a load that cannot work.
@@ -230,7 +235,8 @@ impl TierEngine {
         }
     }
 
-    /// Empties slots for the blocks that only the disk has. What is gone from here is as recent on disk as it was here.
+    /// Empties slots for the blocks that only the disk has. What is gone from here is as recent on
+    /// disk as it was here.
     fn make_room(&mut self, wanted: &[(BlockKey, u32, u32)], serial: u32) -> Vec<BlockKey> {
         let (Some(residency), Some(disk)) = (&self.residency, &self.disk) else { return Vec::new() };
         let only_on_disk = |key: &BlockKey| residency.find_any(key).is_none() && disk.extents.find(key).is_some();
@@ -243,7 +249,8 @@ impl TierEngine {
         evicted
     }
 
-    /// The slot, generation and flags of one block's copy order; plans its read when it lies on disk.
+    /// The slot, generation and flags of one block's copy order; plans its read when it lies on
+    /// disk.
     fn take(
         &mut self,
         key: &BlockKey,
@@ -322,7 +329,8 @@ impl TierEngine {
         for (slot, token) in &lease.held {
             if residency.memory().line(*slot).load_refused() {
                 barrier = Some(barrier.map_or(*token, |first: u32| first.min(*token)));
-                // A block that could not be restored was dropped already, and is no block of the tier.
+                // A block that could not be restored was dropped already, and is no block of the
+                // tier.
                 if let Some(key) = residency.key(*slot).filter(|key| residency.find(key) == Some(*slot)) {
                     residency.drop_block(*slot, DropReason::Corrupt);
                     dropped.push(key);

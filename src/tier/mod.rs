@@ -1,10 +1,11 @@
 //! The tier engine: every decision about blocks, in `EngineCore`.
 //!
-//! Owns all metadata of the dram and nvme tiers. Promises: a block is found only under the key it was stored under and only when all its bytes are
-//! there; every hold ends; nothing here waits for a copy. Read the files in a block's order: [`offload`] (a step completes blocks),
-//! [`residency`] and [`extents`] (where they are), [`spill`] (to disk), [`hit`] and [`load`] (a request comes back for them), [`restore`] (from disk),
-//! [`adoption`] (after a restart). [`disk_tier`] is the nvme tier's state, [`mover`] its thread.
-//! [`machine`] tells before all that what cannot work.
+//! Owns all metadata of the dram and nvme tiers. Promises: a block is found only under the key it
+//! was stored under and only when all its bytes are there; every hold ends; nothing here waits for
+//! a copy. Read the files in a block's order: [`offload`] (a step completes blocks), [`residency`]
+//! and [`extents`] (where they are), [`spill`] (to disk), [`hit`] and [`load`] (a request comes
+//! back for them), [`restore`] (from disk), [`adoption`] (after a restart). [`disk_tier`] is the
+//! nvme tier's state, [`mover`] its thread. [`machine`] tells before all that what cannot work.
 
 pub mod adoption;
 pub mod disk_tier;

@@ -1,7 +1,9 @@
-//! The mover: one thread that does for the nvme tier whatever takes time, without the engine's lock.
+//! The mover: one thread that does for the nvme tier whatever takes time, without the engine's
+//! lock.
 //!
-//! It computes and compares checksums, hands transfers to the disk, and tells the engine how they ended. It sleeps on the *bell* in the pool's header, which the
-//! engine, the disk and the copy workers of other processes ring. It never waits for a transfer.
+//! It computes and compares checksums, hands transfers to the disk, and tells the engine how they
+//! ended. It sleeps on the *bell* in the pool's header, which the engine, the disk and the copy
+//! workers of other processes ring. It never waits for a transfer.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -98,7 +100,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Mover {
-    /// Starts the mover of an engine whose nvme tier is open. `None`: it has none, or the system refused a thread.
+    /// Starts the mover of an engine whose nvme tier is open. `None`: it has none, or the system
+    /// refused a thread.
     pub fn start(engine: &Arc<Mutex<TierEngine>>, jobs: Receiver<Job>) -> Option<Self> {
         let desk = {
             let locked = lock(engine);
@@ -190,7 +193,8 @@ impl Desk {
                 Job::Grow => moved.push(self.grow()),
                 Job::Erase(extents) => moved.push(self.erase(extents)),
                 Job::Done(completion) => {
-                    // Reads that were ordered before go to the disk before time is spent on this one.
+                    // Reads that were ordered before go to the disk before time is spent on this
+                    // one.
                     if !operations.is_empty() {
                         self.disk.submit(std::mem::take(&mut operations));
                     }
@@ -209,7 +213,8 @@ impl Desk {
         Operation { token, kind, segment, offset, buffer }
     }
 
-    /// Gives the images of adjacent slots their checksums: those that the ranks' hashers have, else computed here.
+    /// Gives the images of adjacent slots their checksums: those that the ranks' hashers have, else
+    /// computed here.
     fn seal(&self, orders: &[SealOrder]) -> std::result::Result<(), Trouble> {
         let geometry = self.pool.geometry();
         for order in orders {
@@ -274,7 +279,8 @@ impl Desk {
         }
     }
 
-    /// Compares what was read with what must be there, and makes the good images those of their slots.
+    /// Compares what was read with what must be there, and makes the good images those of their
+    /// slots.
     fn compare(
         &self,
         buffer: Buffer,
@@ -357,7 +363,8 @@ impl Desk {
     }
 }
 
-/// Stops an engine: writes dirty blocks to disk for at most [`limits::FLUSH_MS`], leaves a snapshot, and lets go of everything.
+/// Stops an engine: writes dirty blocks to disk for at most [`limits::FLUSH_MS`], leaves a
+/// snapshot, and lets go of everything.
 pub fn shut(engine: &Arc<Mutex<TierEngine>>) {
     let deadline = Instant::now() + Duration::from_millis(limits::FLUSH_MS);
     while Instant::now() < deadline {

@@ -8,7 +8,8 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::pool::header::FORMAT_VERSION;
 
-/// The one fact that is told to people only: where the model lay. A copy of it elsewhere is the same model.
+/// The one fact that is told to people only: where the model lay. A copy of it elsewhere is the
+/// same model.
 const LABEL: &str = "model";
 
 /// The facts with what the engine itself adds, and their fingerprint.

@@ -74,7 +74,8 @@ struct Candidate {
 }
 
 impl TierEngine {
-    /// Offers complete blocks. Those the tier holds are touched; the others get slots, as far as there are any, and copy orders.
+    /// Offers complete blocks. Those the tier holds are touched; the others get slots, as far as
+    /// there are any, and copy orders.
     pub fn offer(&mut self, offer: &Offer<'_>, start: Start) {
         let Some(request) = self.requests.get(offer.request) else { return };
         if self.residency.is_none()
@@ -97,8 +98,9 @@ impl TierEngine {
         self.store(offer, &resident, &missing, serial, start);
     }
 
-    /// Splits the offered blocks into those the dram tier holds, those that only the disk holds (they are not copied again: vLLM has them now, and the disk when
-    /// it has not), and those nobody holds; blocks that are being filled are none of them.
+    /// Splits the offered blocks into those the dram tier holds, those that only the disk holds
+    /// (they are not copied again: vLLM has them now, and the disk when it has not), and those
+    /// nobody holds; blocks that are being filled are none of them.
     fn sort_out(&self, offer: &Offer<'_>) -> Sorted {
         let mut sorted = Sorted::default();
         let (Some(residency), Some(request)) = (&self.residency, self.requests.get(offer.request)) else {
@@ -116,7 +118,8 @@ impl TierEngine {
             residency.find_all(&request.hashes[start..end], step, GroupIndex(group as u16), &mut found);
             for (index, (held, block)) in found.iter().zip(&blocks.blocks).enumerate() {
                 match held {
-                    // The null block stands for a block that slid out of its window: its bytes are not there.
+                    // The null block stands for a block that slid out of its window: its bytes are
+                    // not there.
                     _ if *block == 0 => {}
                     Some((slot, true)) => sorted.resident.push(*slot),
                     Some((_, false)) => {}
@@ -296,7 +299,8 @@ impl TierEngine {
         }
     }
 
-    /// vLLM finished a request of `prompt` and altogether `total` tokens. Its last blocks should have been offered before.
+    /// vLLM finished a request of `prompt` and altogether `total` tokens. Its last blocks should
+    /// have been offered before.
     pub fn finish(&mut self, id: &str, prompt: u32, total: u32) {
         if let Some(request) = self.requests.get_mut(id) {
             request.finished = Some((prompt, total));
@@ -304,7 +308,8 @@ impl TierEngine {
         }
     }
 
-    /// Once nothing of a finished request is under way, its prefix is made to outlive its suffix, and what no future hit is likely to need goes first.
+    /// Once nothing of a finished request is under way, its prefix is made to outlive its suffix,
+    /// and what no future hit is likely to need goes first.
     fn retire_if_done(&mut self, id: &str) {
         let done = self.requests.get(id).is_some_and(|request| request.finished.is_some() && request.batches == 0);
         if !done {
@@ -327,7 +332,8 @@ impl TierEngine {
             for (block, held) in found.iter().enumerate() {
                 let Some((slot, true)) = held else { continue };
                 let needed = spec.tail_blocks().is_none_or(|tail| {
-                    // Future prompts most likely continue this one, from the end of its prompt or of its answer.
+                    // Future prompts most likely continue this one, from the end of its prompt or
+                    // of its answer.
                     [prompt, total].into_iter().any(|tokens| {
                         let last = self.grouping.hit_limit(tokens) / spec.block_tokens + u32::from(spec.eagle);
                         (last.saturating_sub(tail + u32::from(spec.eagle))..last).contains(&(block as u32))
@@ -354,6 +360,7 @@ impl TierEngine {
 fn tokens_of(offer: &Offer<'_>, candidate: &Candidate, block_tokens: u32) -> Box<[u32]> {
     let block = offer.groups[candidate.group].first + candidate.index as u32;
     let from = (block * block_tokens).checked_sub(offer.tokens_from).map(|from| from as usize);
-    // A block whose tokens were not sent along is kept, but its event would not be self-describing: no tokens at all is what consumers know.
+    // A block whose tokens were not sent along is kept, but its event would not be self-describing:
+    // no tokens at all is what consumers know.
     from.and_then(|from| offer.tokens.get(from..from + block_tokens as usize)).unwrap_or_default().into()
 }

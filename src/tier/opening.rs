@@ -80,12 +80,14 @@ pub struct Identity<'a> {
     pub stable: bool,
 }
 
-/// Gives an engine that has a pool the nvme tier of its configuration, if there is one, and starts its mover. `engines`: of this machine that start
-/// together and share `nvme_size`. Where others have taken all of it, or the system refuses (a disk that is full to the last block), there is no
+/// Gives an engine that has a pool the nvme tier of its configuration, if there is one, and starts
+/// its mover. `engines`: of this machine that start together and share `nvme_size`. Where others
+/// have taken all of it, or the system refuses (a disk that is full to the last block), there is no
 /// tier, no mover and a warning: a cache must not keep vLLM from serving, nor a disk the memory.
 ///
 /// # Errors
-/// Those of [`Store::open`] and of [`probe::open`] that a user can mend in the configuration; the engine is as it was then.
+/// Those of [`Store::open`] and of [`probe::open`] that a user can mend in the configuration; the
+/// engine is as it was then.
 pub fn open_disk(
     engine: &Arc<Mutex<TierEngine>>,
     config: &Config,

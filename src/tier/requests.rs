@@ -12,7 +12,8 @@ pub struct Request {
     pub serial: u32,
     /// What the user asked of the cache.
     pub controls: Controls,
-    /// Block hashes so far, at the granularity of `request.block_hashes`, with the adapter mixed in.
+    /// Block hashes so far, at the granularity of `request.block_hashes`, with the adapter mixed
+    /// in.
     pub hashes: Vec<BlockHash>,
     /// Name of the LoRA adapter, empty for none.
     pub lora: Box<str>,
@@ -59,8 +60,8 @@ impl Request {
         }
     }
 
-    /// Appends hashes as vLLM made them. The only place where they enter: keys, parents, both tiers and events carry
-    /// the adapter from here.
+    /// Appends hashes as vLLM made them. The only place where they enter: keys, parents, both tiers
+    /// and events carry the adapter from here.
     pub fn add_hashes(&mut self, hashes: &[BlockHash]) {
         match self.adapter {
             None => self.hashes.extend_from_slice(hashes),

@@ -1,11 +1,14 @@
 //! Which block is in the dram tier, in which state: the one place that changes it.
 //!
-//! Legal private states of a slot: `Empty -> Filling -> Filled -> Empty`, `Filling -> Empty` (lost), and `Filled -> Doomed -> Empty` or `Filling -> Doomed
-//! -> Empty` (dropped or lost while held: no lookup finds it any more, and it is freed with its last hold). Every change goes through
-//! `Residency::transition`, which also appends the event; nothing else may. A slot is in the policy exactly while it is `Filled` and unpinned.
+//! Legal private states of a slot: `Empty -> Filling -> Filled -> Empty`, `Filling -> Empty`
+//! (lost), and `Filled -> Doomed -> Empty` or `Filling -> Doomed -> Empty` (dropped or lost while
+//! held: no lookup finds it any more, and it is freed with its last hold). Every change goes
+//! through `Residency::transition`, which also appends the event; nothing else may. A slot is in
+//! the policy exactly while it is `Filled` and unpinned.
 //!
-//! Beside a disk a filled slot is *clean* while the disk holds the same block, else *dirty*; dirty slots that may be evicted stand in a second order, so that
-//! the coldest of them is found at once. A slot that is being written to disk stays where it is in the order, but is no victim.
+//! Beside a disk a filled slot is *clean* while the disk holds the same block, else *dirty*; dirty
+//! slots that may be evicted stand in a second order, so that the coldest of them is found at once.
+//! A slot that is being written to disk stays where it is in the order, but is no victim.
 
 use std::sync::Arc;
 
@@ -96,7 +99,8 @@ pub struct Residency {
     policy: Box<dyn Eviction>,
     /// Dirty slots that may be evicted; `None` without a disk.
     dirty: Option<Lru>,
-    /// Counts uses: how many there were since a block's last one bounds how far it is from the hot end of the order.
+    /// Counts uses: how many there were since a block's last one bounds how far it is from the hot
+    /// end of the order.
     clock: u32,
     free: Vec<u32>,
     census: Census,
@@ -199,7 +203,8 @@ impl Residency {
     }
 
     fn empty(&mut self, slot: SlotIndex) {
-        // Empty in shared memory first: a crash from here on must not find the old block in a slot that is handed out again.
+        // Empty in shared memory first: a crash from here on must not find the old block in a slot
+        // that is handed out again.
         self.memory.line(slot).clear();
         self.table.record_mut(slot).state = EMPTY;
         self.free.push(slot.0);
@@ -232,7 +237,8 @@ impl Residency {
         run
     }
 
-    /// Looks every `step`-th hash up, starting with the first: the slot that has the key, and whether it is visible.
+    /// Looks every `step`-th hash up, starting with the first: the slot that has the key, and
+    /// whether it is visible.
     pub fn find_all(
         &self,
         hashes: &[BlockHash],
@@ -249,7 +255,8 @@ impl Residency {
     /// Takes a slot for a new block, evicting the policy's choice when none is free.
     ///
     /// # Errors
-    /// The reason why there is none: [`DropReason::NoSlot`], or [`DropReason::OwnPrefix`] when the victim was last used by the very request (`toucher`) that asks.
+    /// The reason why there is none: [`DropReason::NoSlot`], or [`DropReason::OwnPrefix`] when the
+    /// victim was last used by the very request (`toucher`) that asks.
     pub fn reserve(&mut self, key: &BlockKey, toucher: u32) -> std::result::Result<Reserved, DropReason> {
         let evicted = if self.free.is_empty() { Some(self.evict(toucher)?) } else { None };
         let slot = SlotIndex(self.free.pop().ok_or(DropReason::NoSlot)?);
@@ -285,8 +292,9 @@ impl Residency {
         Ok(evicted)
     }
 
-    /// Empties slots, the next victims first, until `count` are free or none may go. Returns what is gone. The next `count` slots that are reserved are handed out
-    /// in ascending order: what is read together lies together.
+    /// Empties slots, the next victims first, until `count` are free or none may go. Returns what
+    /// is gone. The next `count` slots that are reserved are handed out in ascending order: what is
+    /// read together lies together.
     pub fn make_room(&mut self, count: usize, toucher: u32) -> Vec<BlockKey> {
         let mut evicted = Vec::new();
         while self.free.len() < count
@@ -299,7 +307,8 @@ impl Residency {
         evicted
     }
 
-    /// A block's bytes are all there: lookups find it from now on. It may be evicted after [`Self::settle`].
+    /// A block's bytes are all there: lookups find it from now on. It may be evicted after
+    /// [`Self::settle`].
     pub fn publish(&mut self, slot: SlotIndex, lineage: Lineage) {
         self.transition(slot, Transition::Publish(lineage));
     }
@@ -317,7 +326,8 @@ impl Residency {
         self.transition(slot, Transition::Lose);
     }
 
-    /// Drops a visible block. Pinned, it stays where it is until its last pin goes, but no lookup finds it.
+    /// Drops a visible block. Pinned, it stays where it is until its last pin goes, but no lookup
+    /// finds it.
     pub fn drop_block(&mut self, slot: SlotIndex, reason: DropReason) {
         if !Self::visible(self.table.record(slot)) {
             return;
@@ -358,7 +368,8 @@ impl Residency {
         self.table.record(slot).pins
     }
 
-    /// Blocks were used: they become the last to be evicted, the first of them last of all. Pinned ones stay as they are.
+    /// Blocks were used: they become the last to be evicted, the first of them last of all. Pinned
+    /// ones stay as they are.
     pub fn touch(&mut self, slots: &[SlotIndex], toucher: u32) {
         for slot in slots.iter().rev() {
             if self.table.record(*slot).pins == 0 {
@@ -468,14 +479,16 @@ impl Residency {
         Some(Dirty { slot, reused: record.flags & REUSED != 0, uses_since: self.clock.wrapping_sub(record.used) })
     }
 
-    /// A dirty block will not be written: it is no longer offered for that. It is as dirty as before, and dropped when evicted.
+    /// A dirty block will not be written: it is no longer offered for that. It is as dirty as
+    /// before, and dropped when evicted.
     pub fn pass_over(&mut self, slot: SlotIndex) {
         if let Some(dirty) = &mut self.dirty {
             dirty.remove(slot);
         }
     }
 
-    /// A visible block is being written to disk: until [`Self::end_write`] its slot is not given away.
+    /// A visible block is being written to disk: until [`Self::end_write`] its slot is not given
+    /// away.
     pub fn begin_write(&mut self, slot: SlotIndex) {
         self.table.record_mut(slot).flags |= WRITING;
         self.pass_over(slot);
@@ -488,7 +501,8 @@ impl Residency {
         self.census.writing -= 1;
         match self.table.record(slot).state {
             FILLED => {
-                // A block that could not be written is not tried again before it is used again: it is dropped when evicted.
+                // A block that could not be written is not tried again before it is used again: it
+                // is dropped when evicted.
                 self.set_clean(slot, written);
                 true
             }
@@ -533,7 +547,8 @@ impl Residency {
         memory.line(slot).end_restore(generation, ok);
     }
 
-    /// A restore that was given up before (its followers know) has ended at last: the slot's bytes are the device's no longer.
+    /// A restore that was given up before (its followers know) has ended at last: the slot's bytes
+    /// are the device's no longer.
     pub fn end_abandoned(&mut self, slot: SlotIndex) {
         self.transition(slot, Transition::Lose);
     }
@@ -565,7 +580,8 @@ impl Residency {
         self.table.record(slot).key()
     }
 
-    /// Blocks that may be evicted, the next one first, each with the serial of the request that used it last. For inspection.
+    /// Blocks that may be evicted, the next one first, each with the serial of the request that
+    /// used it last. For inspection.
     pub fn eviction_order(&self) -> Vec<(BlockKey, u32)> {
         let described = |slot: SlotIndex| self.key(slot).map(|key| (key, self.table.record(slot).toucher));
         self.policy.order().into_iter().filter_map(described).collect()

@@ -1,7 +1,9 @@
-//! The way of a block from disk back into a slot, and from there, without another step, into vLLM's KV cache.
+//! The way of a block from disk back into a slot, and from there, without another step, into vLLM's
+//! KV cache.
 //!
-//! A restored block takes a slot as an offloaded one does: a free one, or that of the block to evict next, but never one of its own prefix. A block that gets none
-//! streams through the [`super::window`].
+//! A restored block takes a slot as an offloaded one does: a free one, or that of the block to
+//! evict next, but never one of its own prefix. A block that gets none streams through the
+//! [`super::window`].
 
 use std::time::Instant;
 
@@ -117,7 +119,8 @@ impl TierEngine {
         wake
     }
 
-    /// What has to be done now and then, also when nothing ended. Returns the slots whose followers are to be woken.
+    /// What has to be done now and then, also when nothing ended. Returns the slots whose followers
+    /// are to be woken.
     pub fn tick(&mut self, now: Instant) -> Vec<SlotIndex> {
         self.poll();
         let mut wake = Vec::new();
@@ -191,7 +194,8 @@ impl TierEngine {
         }
     }
 
-    /// A read took longer than any device may: who follows it is told that it failed. Its slots stay the device's until it answers.
+    /// A read took longer than any device may: who follows it is told that it failed. Its slots
+    /// stay the device's until it answers.
     fn give_up(&mut self, token: u64, wake: &mut Vec<SlotIndex>) {
         let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return };
         let Some(read) = disk.reads.get_mut(&token) else { return };
@@ -216,7 +220,8 @@ impl TierEngine {
         }
     }
 
-    /// Orders the descriptors of some more blocks that a reopened store holds, while few events wait.
+    /// Orders the descriptors of some more blocks that a reopened store holds, while few events
+    /// wait.
     fn announce(&mut self) {
         let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return };
         let (Some(from), true) = (disk.announce_from, disk.health.is_in()) else { return };
@@ -255,7 +260,8 @@ impl TierEngine {
                     residency.counters.dropped(DropReason::DiskFailed, 1);
                     disk.extents.discard(extent, true, &mut residency.events);
                 }
-                // What cannot describe itself is not what the directory says, unless it was written anew meanwhile.
+                // What cannot describe itself is not what the directory says, unless it was written
+                // anew meanwhile.
                 Err(_) if disk.extents.is_unannounced(extent) => {
                     residency.counters.corrupt_extents += 1;
                     residency.counters.dropped(DropReason::Corrupt, 1);

@@ -1,7 +1,8 @@
 //! The way of a block from a slot to disk: the cleaner, and what follows when a write has ended.
 //!
-//! A share of the slots (`clean_percent`) is kept free or clean, and so is the same share of the order of eviction, counted from its cold end: what must be evicted
-//! next can be, without waiting for a write.
+//! A share of the slots (`clean_percent`) is kept free or clean, and so is the same share of the
+//! order of eviction, counted from its cold end: what must be evicted next can be, without waiting
+//! for a write.
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -24,7 +25,8 @@ pub(super) fn now_s() -> u64 {
 }
 
 impl TierEngine {
-    /// The cleaner: orders writes of the coldest dirty blocks until enough slots are free or clean, or enough writes are under way.
+    /// The cleaner: orders writes of the coldest dirty blocks until enough slots are free or clean,
+    /// or enough writes are under way.
     ///
     /// `all`: every dirty block, because the engine stops.
     pub(super) fn clean(&mut self, all: bool) {
@@ -65,7 +67,8 @@ impl TierEngine {
             let keys = names(chosen.iter().map(|(_, key)| *key));
             trace::line("spill", &[("keys", keys), ("evicted", names(evicted))])
         });
-        // Chosen coldest first, but laid out as they lie in memory: neighbours there become neighbours on disk, and go in one transfer.
+        // Chosen coldest first, but laid out as they lie in memory: neighbours there become
+        // neighbours on disk, and go in one transfer.
         chosen.sort_by_key(|(slot, _)| slot.0);
         let planned = self.place(chosen);
         self.write(planned);
@@ -101,7 +104,8 @@ impl TierEngine {
         let slots = census.free + census.filling + census.filled;
         let wanted = slots * disk.settings.clean_percent / 100;
         let dirty = residency.coldest_dirty()?;
-        // The share counts from the cold end: hot clean blocks do not help when cold dirty ones must go.
+        // The share counts from the cold end: hot clean blocks do not help when cold dirty ones
+        // must go.
         let cold = u64::from(dirty.uses_since) >= slots - wanted;
         let few = census.free + census.clean + census.writing < wanted;
         (all || disk.settings.write_through || (wanted > 0 && (few || cold))).then_some(dirty)

@@ -1,14 +1,16 @@
 //! The block table: which slot holds which block.
 //!
-//! Open addressing with linear probing over 64-bit entries (32 bits of the hash, 32 bits of slot number), at most half full, fixed in size because
-//! the pool is: nothing is ever allocated or rehashed. The key itself lies in the slot's record, so a hit touches one cache line of the
-//! index and one record, and a run of lookups prefetches both ahead.
+//! Open addressing with linear probing over 64-bit entries (32 bits of the hash, 32 bits of slot
+//! number), at most half full, fixed in size because the pool is: nothing is ever allocated or
+//! rehashed. The key itself lies in the slot's record, so a hit touches one cache line of the index
+//! and one record, and a run of lookups prefetches both ahead.
 
 use std::hash::{BuildHasher, RandomState};
 
 use crate::block::{BlockHash, BlockKey, GroupIndex, SlotIndex, prefetch};
 
-/// How far ahead index entries and slot records are fetched. Records wait for their entry, so they are fetched later.
+/// How far ahead index entries and slot records are fetched. Records wait for their entry, so they
+/// are fetched later.
 const ENTRY_AHEAD: usize = 16;
 const RECORD_AHEAD: usize = 8;
 
@@ -87,7 +89,8 @@ impl BlockTable {
         &mut self.records[slot.0 as usize]
     }
 
-    /// 32 bits that place a key and tell most others from it. Block hashes are uniform already; this only mixes in group and seed.
+    /// 32 bits that place a key and tell most others from it. Block hashes are uniform already;
+    /// this only mixes in group and seed.
     #[inline]
     fn tag(&self, hash: &BlockHash, group: GroupIndex) -> u32 {
         let bytes = hash.padded();
@@ -143,7 +146,8 @@ impl BlockTable {
         self.find_tagged(self.tag(&key.hash, key.group), &key.hash, key.group)
     }
 
-    /// Looks up every `step`-th hash, starting with the first, and calls `visit` with each answer in order until it returns `false`.
+    /// Looks up every `step`-th hash, starting with the first, and calls `visit` with each answer
+    /// in order until it returns `false`.
     #[inline]
     pub fn find_run(
         &self,
@@ -205,7 +209,8 @@ impl BlockTable {
         prefetch(self.record(slot));
     }
 
-    /// Takes a slot's key away. Entries behind it move up, so that no gap ends another key's search early.
+    /// Takes a slot's key away. Entries behind it move up, so that no gap ends another key's search
+    /// early.
     pub(super) fn remove(&mut self, slot: SlotIndex) {
         let Some(key) = self.record(slot).key() else { return };
         self.record_mut(slot).hash_len = 0;
@@ -226,7 +231,8 @@ impl BlockTable {
                 break;
             }
             let home = self.home((entry >> 32) as u32);
-            // The entry may move into the gap unless its home lies after the gap on the way to where it stands.
+            // The entry may move into the gap unless its home lies after the gap on the way to
+            // where it stands.
             if at.wrapping_sub(home) & self.mask() >= at.wrapping_sub(gap) & self.mask() {
                 self.entries[gap] = entry;
                 gap = at;

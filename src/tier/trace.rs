@@ -1,6 +1,8 @@
-//! The operation log: what the engine was asked and what it did, in order, for replay by an independent model.
+//! The operation log: what the engine was asked and what it did, in order, for replay by an
+//! independent model.
 //!
-//! JSON lines with hashes and counts, never tokens or text. One line an operation; written through at once, because the process may be killed.
+//! JSON lines with hashes and counts, never tokens or text. One line an operation; written through
+//! at once, because the process may be killed.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;

@@ -1,8 +1,10 @@
-//! The restore window: a few slots, used round robin, through which blocks stream that find no slot of their own.
+//! The restore window: a few slots, used round robin, through which blocks stream that find no slot
+//! of their own.
 //!
-//! Positions are given out in the order of the requests' prefixes. A position's slot and generation are known when it is given out, so that copy workers can
-//! follow without another step; its read begins when every rank has copied what lay in the slot before. So a prefix larger than the pool passes through, and
-//! a full pool never keeps a restore from ending.
+//! Positions are given out in the order of the requests' prefixes. A position's slot and generation
+//! are known when it is given out, so that copy workers can follow without another step; its read
+//! begins when every rank has copied what lay in the slot before. So a prefix larger than the pool
+//! passes through, and a full pool never keeps a restore from ending.
 
 use std::collections::VecDeque;
 
@@ -30,7 +32,8 @@ pub struct Window {
 }
 
 impl Window {
-    /// A window over these slots, which belong to it from now on. `ranks`: bits of all ranks that copy out of a slot.
+    /// A window over these slots, which belong to it from now on. `ranks`: bits of all ranks that
+    /// copy out of a slot.
     pub fn new(slots: Vec<SlotIndex>, memory: &dyn SlotMemory, ranks: u64) -> Self {
         let place = |slot: SlotIndex| {
             let line = memory.line(slot);

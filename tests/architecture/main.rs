@@ -1,5 +1,6 @@
-//! Holds the crate to its architecture: the direction of dependencies between modules, the places where `unsafe` may
-//! stand, and the shape of module files. The rules are tried on sources written to break them, so that they can fail.
+//! Holds the crate to its architecture: the direction of dependencies between modules, the places
+//! where `unsafe` may stand, and the shape of module files. The rules are tried on sources written
+//! to break them, so that they can fail.
 
 mod rules;
 mod scan;
@@ -101,7 +102,15 @@ fn misshapen_files_are_found() {
     let bare = Source { path: "pool/slots.rs".to_owned(), text: "pub struct Slot;\n".to_owned() };
     let long = Source { path: "pool/slots.rs".to_owned(), text: format!("//! Slots.\n{}", "\n".repeat(600)) };
     let homeless = Source { path: "utils.rs".to_owned(), text: "//! Things.\n".to_owned() };
-    for (source, expected) in [(bare, "begins without `//!`"), (long, "601 lines"), (homeless, "has no row")] {
+    let wide = Source { path: "pool/slots.rs".to_owned(), text: format!("//! Slots.\n    // {}\n", "a".repeat(94)) };
+    let loud = Source { path: "tier/spill.rs".to_owned(), text: "//! It.\nfn f() { eprintln!(); }\n".to_owned() };
+    for (source, expected) in [
+        (bare, "begins without `//!`"),
+        (long, "601 lines"),
+        (homeless, "has no row"),
+        (wide, "slots.rs:2: a comment wider"),
+        (loud, "use `log`"),
+    ] {
         let found = rules::complaints(&[source]);
         assert!(found.iter().any(|text| text.contains(expected)), "{expected}: {found:?}");
     }

@@ -5,6 +5,12 @@ use crate::scan::Source;
 /// Longest source file, in lines.
 const LINES_MAX: usize = 600;
 
+/// Widest comment line, in columns.
+const COMMENT_COLUMNS_MAX: usize = 100;
+
+/// Files that may write to standard error: everything else logs.
+const STDERR_PREFIXES: &[&str] = &["cli/", "logging.rs"];
+
 /// What a module may name in this crate.
 enum Reach {
     Anything,
@@ -12,7 +18,8 @@ enum Reach {
 }
 use Reach::{Anything, Only};
 
-/// Every top-level module, lower ones first: a row may only name rows above it, so there are no cycles.
+/// Every top-level module, lower ones first: a row may only name rows above it, so there are no
+/// cycles.
 const ROWS: &[(&str, Reach)] = &[
     ("error", Only(&[])),
     ("limits", Only(&[])),
@@ -36,14 +43,17 @@ const ROWS: &[(&str, Reach)] = &[
     ("bin", Only(&["cli"])),
 ];
 
-/// Files that may contain `unsafe`: they own memory that others see, or talk to a device or an interpreter.
-/// The one other place is the prefetch hint, which touches nobody's memory.
+/// Files that may contain `unsafe`: they own memory that others see, or talk to a device or an
+/// interpreter. The one other place is the prefetch hint, which touches nobody's memory.
 const UNSAFE_PREFIXES: &[&str] =
     &["pool/", "gpu/", "nvme/ring", "nvme/buffer.rs", "nvme/threads.rs", "python/", "block/prefetch.rs"];
 
 /// Everything that is wrong with the sources, as sentences that name the file.
 pub(crate) fn complaints(sources: &[Source]) -> Vec<String> {
-    sources.iter().flat_map(|source| [arrows(source), safety(source), shape(source)].concat()).collect()
+    sources
+        .iter()
+        .flat_map(|source| [arrows(source), safety(source), shape(source), comments(source), output(source)].concat())
+        .collect()
 }
 
 fn arrows(source: &Source) -> Vec<String> {
@@ -80,6 +90,23 @@ fn shape(source: &Source) -> Vec<String> {
         found.push(format!("src/{}: {lines} lines, at most {LINES_MAX} are allowed", source.path));
     }
     found
+}
+
+fn comments(source: &Source) -> Vec<String> {
+    let is_wide = |line: &str| line.trim_start().starts_with("//") && line.chars().count() > COMMENT_COLUMNS_MAX;
+    let wide = source.text.lines().enumerate().filter(|(_, line)| is_wide(line));
+    wide.map(|(index, _)| {
+        format!("src/{}:{}: a comment wider than {COMMENT_COLUMNS_MAX} columns", source.path, index + 1)
+    })
+    .collect()
+}
+
+fn output(source: &Source) -> Vec<String> {
+    let may = STDERR_PREFIXES.iter().any(|prefix| source.path.starts_with(prefix));
+    if may || !source.writes_to_stderr() {
+        return Vec::new();
+    }
+    vec![format!("src/{}: `eprintln!`: use `log`, so that the line has a level and a place", source.path)]
 }
 
 /// Rows that name a row below them, or one that does not exist: none, or the table itself is wrong.

@@ -1,8 +1,8 @@
 //! Reads Rust source as text: what a module names in this crate, and whether it uses `unsafe`.
 //!
-//! Comments, string and character literals and test modules are blanked out first, so that only code speaks. This is no
-//! parser: it understands `crate::`, `super::` and `kvcellar::` paths and brace groups after them, which is what the rules
-//! are about.
+//! Comments, string and character literals and test modules are blanked out first, so that only
+//! code speaks. This is no parser: it understands `crate::`, `super::` and `kvcellar::` paths and
+//! brace groups after them, which is what the rules are about.
 
 use std::collections::BTreeSet;
 
@@ -13,7 +13,8 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    /// Module path: `gpu/worker.rs` is `[gpu, worker]`, `gpu/mod.rs` is `[gpu]`, `lib.rs` is the root, empty.
+    /// Module path: `gpu/worker.rs` is `[gpu, worker]`, `gpu/mod.rs` is `[gpu]`, `lib.rs` is the
+    /// root, empty.
     pub(crate) fn module(&self) -> Vec<&str> {
         let mut parts: Vec<&str> = self.path.trim_end_matches(".rs").split('/').collect();
         if matches!(parts.last(), Some(&("mod" | "lib" | "main"))) {
@@ -41,8 +42,17 @@ impl Source {
 
     /// Whether the file's code, tests left out, contains the keyword `unsafe`.
     pub(crate) fn is_unsafe(&self) -> bool {
+        self.has_word(&["unsafe"])
+    }
+
+    /// Whether the file's code, tests left out, writes to standard error itself.
+    pub(crate) fn writes_to_stderr(&self) -> bool {
+        self.has_word(&["eprintln", "eprint"])
+    }
+
+    fn has_word(&self, wanted: &[&str]) -> bool {
         let code = blank_test_modules(&blank_literals(&self.text));
-        words(&code).any(|(_, word)| word == "unsafe")
+        words(&code).any(|(_, word)| wanted.contains(&word))
     }
 }
 
@@ -56,8 +66,8 @@ fn first_names(after: &str) -> Vec<String> {
     }
 }
 
-/// For a path that begins with `super` in a module `depth` levels below the root: the names right below the root, if the
-/// path climbs that far.
+/// For a path that begins with `super` in a module `depth` levels below the root: the names right
+/// below the root, if the path climbs that far.
 fn above_root(after: &str, depth: usize) -> Vec<String> {
     let mut rest = after;
     let mut climbed = 1;
@@ -173,8 +183,8 @@ pub(crate) fn blank_literals(text: &str) -> String {
     kept
 }
 
-/// Bytes of the comment or literal that `text` begins with, 0 if there is none. `after_word` tells that the character
-/// before continues a word, so that the `r` of `for"` is no raw string.
+/// Bytes of the comment or literal that `text` begins with, 0 if there is none. `after_word` tells
+/// that the character before continues a word, so that the `r` of `for"` is no raw string.
 fn literal_length(text: &str, after_word: bool) -> usize {
     if text.starts_with("//") {
         return text.find('\n').unwrap_or(text.len());

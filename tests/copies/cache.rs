@@ -1,6 +1,7 @@
 //! A KV cache in plain memory, and an own idea of where each byte of a block lies in it.
 //!
-//! The positions are computed from the layout's definition and not with `GroupRuns`, which is what is tested.
+//! The positions are computed from the layout's definition and not with `GroupRuns`, which is what
+//! is tested.
 
 use std::cell::UnsafeCell;
 
@@ -19,7 +20,8 @@ pub(crate) enum Layout {
 #[derive(Debug, Clone)]
 pub(crate) struct Shape {
     pub(crate) layout: Layout,
-    /// Layers of each group; group g shows the first of the memory's layers, so that groups overlay each other.
+    /// Layers of each group; group g shows the first of the memory's layers, so that groups overlay
+    /// each other.
     pub(crate) groups: Vec<usize>,
     /// Kernel blocks of one block.
     pub(crate) ratio: usize,
@@ -76,7 +78,8 @@ impl Shape {
     }
 }
 
-/// The memory. Copiers write it through addresses; tests look at it only when no order is under way.
+/// The memory. Copiers write it through addresses; tests look at it only when no order is under
+/// way.
 pub(crate) struct KvCache {
     pub(crate) shape: Shape,
     memory: Box<[UnsafeCell<u8>]>,

@@ -59,8 +59,8 @@ fn carry_out<M: Maker>(scene: &Scene, rank: usize, copies: &[BlockCopy], directi
     assert_eq!(ledger.answers().len(), copies.len());
 }
 
-/// Offloads random blocks of every group from all ranks, then loads them into other blocks of caches that hold other bytes. Every byte of the slots
-/// and of all caches is compared.
+/// Offloads random blocks of every group from all ranks, then loads them into other blocks of
+/// caches that hold other bytes. Every byte of the slots and of all caches is compared.
 fn round_trip<M: Maker>(scene: &Scene, random: &mut Random) {
     let shape = &scene.ranks[0].cache.shape;
     let (groups, blocks) = (shape.groups.len(), shape.blocks);
@@ -172,7 +172,8 @@ pub(crate) fn every_order_is_answered_exactly_once<M: Maker>() {
     let scene = Scene::new(&[(Shape { blocks: 64, ..Shape::plain(4) }, None)], 40);
     scene.scramble(&mut random);
     let (copier, ledger) = copier::<M>(&scene, 0, 4);
-    // 20 slots to be filled, 20 slots to be loaded from, and orders that cannot be carried out in between.
+    // 20 slots to be filled, 20 slots to be loaded from, and orders that cannot be carried out in
+    // between.
     let mut all: Vec<Order> = Vec::new();
     let mut wanted = Vec::new();
     let mut give = |copy: BlockCopy, direction, outcome: Result<(), CopyError>| {
@@ -219,7 +220,8 @@ pub(crate) fn every_order_is_answered_exactly_once<M: Maker>() {
     }
 }
 
-/// A copier of one thread that is stopped inside the answer of its first offload, with `offloads` and then `loads` submitted after it.
+/// A copier of one thread that is stopped inside the answer of its first offload, with `offloads`
+/// and then `loads` submitted after it.
 fn stopped<M: Maker>(scene: &Scene, offloads: u32, loads: u32) -> (Box<dyn Copier>, Arc<Ledger>) {
     let (copier, ledger) = copier::<M>(scene, 0, 1);
     ledger.close();

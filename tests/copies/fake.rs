@@ -1,7 +1,8 @@
-//! A copier that misbehaves as told: it fails chosen slots, holds chosen orders back, refuses to be given any, and answers out of order.
+//! A copier that misbehaves as told: it fails chosen slots, holds chosen orders back, refuses to be
+//! given any, and answers out of order.
 //!
-//! Within what the trait allows it is right: loads go before offloads, each order is answered once, nothing is left behind. One order is carried
-//! out at a time, by the host copier.
+//! Within what the trait allows it is right: loads go before offloads, each order is answered once,
+//! nothing is left behind. One order is carried out at a time, by the host copier.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -108,11 +108,12 @@ impl BusyProbe for Begins {
     }
 }
 
-/// A slot is taken again while the hasher reads it: the copier writes it only when the hasher has left it. A hash that ended after the copy would
-/// have read bytes that were being written.
+/// A slot is taken again while the hasher reads it: the copier writes it only when the hasher has
+/// left it. A hash that ended after the copy would have read bytes that were being written.
 #[test]
 fn a_copier_waits_for_the_hasher_to_leave_its_slot() {
-    // A large block is hashed while a small one is copied: without the guard the copy is done first by far.
+    // A large block is hashed while a small one is copied: without the guard the copy is done first
+    // by far.
     let shape = Shape { page: 400_000, blocks: 2, groups: vec![40, 1], ..Shape::plain(1) };
     let scene = Scene::new(&[(shape, None)], 2);
     let side = scene.side(0, false);

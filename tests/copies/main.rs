@@ -1,8 +1,10 @@
-//! Copies between a KV cache and the pool: one suite that every [`kvcellar::gpu::Copier`] must pass, and the copy worker on top of it.
+//! Copies between a KV cache and the pool: one suite that every [`kvcellar::gpu::Copier`] must
+//! pass, and the copy worker on top of it.
 //!
-//! The suite (`conformance.rs`) runs against the host copier and against a fake (`fake.rs`) that fails, holds and reorders what it is told to.
-//! The fake passes the same suite, so what the worker's tests show with it holds for a real copier. Everything random has a
-//! fixed seed, `KVCELLAR_SEED=n` takes another one; it is printed.
+//! The suite (`conformance.rs`) runs against the host copier and against a fake (`fake.rs`) that
+//! fails, holds and reorders what it is told to. The fake passes the same suite, so what the
+//! worker's tests show with it holds for a real copier. Everything random has a fixed seed,
+//! `KVCELLAR_SEED=n` takes another one; it is printed.
 
 #![allow(
     clippy::needless_for_each,

@@ -9,7 +9,8 @@ impl Random {
         Self(seed)
     }
 
-    /// The seed of a whole test: `KVCELLAR_SEED`, or a fixed one. Printed, so that a failure shows it.
+    /// The seed of a whole test: `KVCELLAR_SEED`, or a fixed one. Printed, so that a failure shows
+    /// it.
     pub(crate) fn of_test() -> Self {
         let seed = std::env::var("KVCELLAR_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(7);
         println!("KVCELLAR_SEED={seed}");

@@ -20,7 +20,8 @@ use crate::cache::{KvCache, Shape};
 use crate::fake::{Control, FakeCopier};
 use crate::random::Random;
 
-/// Builds the copier under test. The memory that `groups` names outlives it: a [`Scene`] is dropped last.
+/// Builds the copier under test. The memory that `groups` names outlives it: a [`Scene`] is dropped
+/// last.
 pub(crate) trait Maker {
     /// Called when a test begins; what it returns lives as long as the test.
     fn turn(_test: &str) -> Box<dyn std::any::Any> {
@@ -42,7 +43,8 @@ pub(crate) struct Side {
 impl Side {
     /// For a copier over the memory of a [`Scene`].
     pub(crate) fn host(self) -> Sides {
-        // SAFETY: the addresses are those of a scene's KV caches; every test drops its copiers before its scene.
+        // SAFETY: the addresses are those of a scene's KV caches; every test drops its copiers
+        // before its scene.
         unsafe { Sides::new(self.pool, self.groups, self.rank, self.verify_loads, self.guard) }
     }
 }
@@ -129,7 +131,8 @@ impl Scene {
     /// A slot's whole payload. Only when no order is under way.
     pub(crate) fn payload(&self, slot: u32) -> Vec<u8> {
         let len = *self.pool.geometry().payload_bytes.iter().max().expect("a group") as usize;
-        // SAFETY: the payload holds at least the bytes of its largest group, the pool lives as long as `self`, and nobody writes now.
+        // SAFETY: the payload holds at least the bytes of its largest group, the pool lives as long
+        // as `self`, and nobody writes now.
         unsafe { std::slice::from_raw_parts(self.pool.payload(SlotIndex(slot)).as_ptr(), len) }.to_vec()
     }
 

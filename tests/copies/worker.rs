@@ -66,7 +66,8 @@ pub(crate) fn filled(scene: &Scene, worker: &mut CopyWorker, slots: std::ops::Ra
     copies
 }
 
-/// Collects results until `count` loads ended, and a while longer, so that a second report would show.
+/// Collects results until `count` loads ended, and a while longer, so that a second report would
+/// show.
 fn collect(worker: &mut CopyWorker, count: usize) -> LoadResults {
     let mut all = LoadResults::default();
     let mut take = |all: &mut LoadResults| {
@@ -381,7 +382,8 @@ fn letting_go_finishes_what_is_in_flight() {
     let targets = [BlockCopy { block: 6, ..held[0] }, BlockCopy { block: 7, ..held[1] }];
     let plan = StepPlan { loads: vec![load("a", &targets), load("b", &held[2..])], ..stores(&copies) };
     step(&mut worker, &plan);
-    // A file description of its own: the owner's scene keeps the pool, the worker's must be gone at the end.
+    // A file description of its own: the owner's scene keeps the pool, the worker's must be gone at
+    // the end.
     std::thread::scope(|scope| {
         let worker = &mut worker;
         let released = scope.spawn(move || worker.release());

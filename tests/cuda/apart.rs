@@ -1,4 +1,5 @@
-//! A worker in a process of its own, as vLLM's are with several ranks. (In all other tests worker and pool's owner share a process, each with its own mapping.)
+//! A worker in a process of its own, as vLLM's are with several ranks. (In all other tests worker
+//! and pool's owner share a process, each with its own mapping.)
 
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -47,7 +48,8 @@ fn the_worker() {
         stub.forward(compute, &ranges, 40 + block as u8, true);
     }
     worker.finish_step();
-    // A copier that answers early has all the time to do so. Then vLLM gives two of the blocks to somebody else.
+    // A copier that answers early has all the time to do so. Then vLLM gives two of the blocks to
+    // somebody else.
     let deadline = Instant::now() + Duration::from_millis(100);
     while worker.in_flight() > 0 && Instant::now() < deadline {
         std::thread::yield_now();
@@ -82,7 +84,8 @@ fn the_worker() {
     stub.is_clean();
 }
 
-/// Runs the worker's process with the copier changed. Whether it found everything right, and so did the pool's owner.
+/// Runs the worker's process with the copier changed. Whether it found everything right, and so did
+/// the pool's owner.
 fn play(mutation: Mutation) -> bool {
     let scene = Scene::new(&[(shape(), None)], SLOTS.into());
     for slot in 0..SLOTS {

@@ -1,5 +1,5 @@
-//! Drivers that are not there, too old, without a device, or without a function: values with a remedy. Each in a process of its own, for a process
-//! loads its driver once.
+//! Drivers that are not there, too old, without a device, or without a function: values with a
+//! remedy. Each in a process of its own, for a process loads its driver once.
 
 use std::path::Path;
 use std::process::Command;
@@ -15,7 +15,8 @@ use crate::scene::Scene;
 use crate::stub::{self, Stub};
 use crate::vllm::{Vllm, load};
 
-/// Runs one ignored test of this binary in a process of its own, with these libraries before all others. What it said.
+/// Runs one ignored test of this binary in a process of its own, with these libraries before all
+/// others. What it said.
 fn child(test: &str, library: Option<&Path>, environment: &[(&str, &str)]) -> String {
     let mut command = Command::new(std::env::current_exe().expect("this binary"));
     command.args(["--ignored", "--exact", test, "--nocapture", "--test-threads=1"]).envs(environment.iter().copied());

@@ -1,4 +1,5 @@
-//! Calls that the driver refuses: everything is answered, nothing is given back too early, and the rest goes on.
+//! Calls that the driver refuses: everything is answered, nothing is given back too early, and the
+//! rest goes on.
 
 use crate::histories::{History, scene};
 use crate::random::Random;
@@ -8,7 +9,8 @@ use crate::vllm::Vllm;
 /// A device that is gone answers these too.
 const ALSO_GONE: [&str; 2] = ["cuStreamQuery", "cuStreamSynchronize"];
 
-/// One history with a function that fails; for good when the device is gone. How many orders failed, and how many loads worked.
+/// One history with a function that fails; for good when the device is gone. How many orders
+/// failed, and how many loads worked.
 fn play(seed: u64, name: &str, skip: i32, gone: bool, code: i32) -> (u32, u32) {
     let stub = Stub::take(seed);
     let scene = scene();
@@ -60,7 +62,8 @@ fn whatever_is_refused_once_every_order_is_answered_and_the_rest_goes_on() {
     }
 }
 
-/// A device that is gone answers every call with the same error. Its copies are gone with it, which the checker does not know.
+/// A device that is gone answers every call with the same error. Its copies are gone with it, which
+/// the checker does not know.
 #[test]
 fn a_device_that_is_gone_fails_everything_and_stops_nobody() {
     let mut random = Random::of_test();

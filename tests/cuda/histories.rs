@@ -1,4 +1,5 @@
-//! Random histories of steps, offloads, fences and loads, on a device that does things late and out of order.
+//! Random histories of steps, offloads, fences and loads, on a device that does things late and out
+//! of order.
 
 use kvcellar::block::plan::{BlockCopy, StepPlan};
 use kvcellar::pool::slot_table::Fill;
@@ -165,7 +166,8 @@ pub(crate) fn scene() -> Scene {
     Scene::new(&[(Shape { blocks: BLOCKS as usize, page: 48, ..Shape::plain(3) }, None)], SLOTS.into())
 }
 
-/// How much the checker found, how many bytes were wrong, and how many loads worked. `by_kernel`: all fragments go by the kernel, both ways.
+/// How much the checker found, how many bytes were wrong, and how many loads worked. `by_kernel`:
+/// all fragments go by the kernel, both ways.
 fn play(seed: u64, steps: u32, mutation: Mutation, by_kernel: bool) -> (i32, String, u32, u32) {
     let stub = Stub::take(seed);
     let scene = scene();

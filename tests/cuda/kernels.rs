@@ -1,4 +1,5 @@
-//! The gather kernel's way through the copier, and calibration. The stub runs no kernel: it does what `cuda/gather.cu` says.
+//! The gather kernel's way through the copier, and calibration. The stub runs no kernel: it does
+//! what `cuda/gather.cu` says.
 
 use kvcellar::block::plan::{BlockCopy, StepPlan};
 use kvcellar::gpu::cuda::calibration;
@@ -56,7 +57,8 @@ fn calibration_measures_what_is_there_and_gives_its_memory_back() {
     stub.is_clean();
 }
 
-/// Fragments of five layers, packed on their way out: into several buffers, and into each again and again.
+/// Fragments of five layers, packed on their way out: into several buffers, and into each again and
+/// again.
 #[test]
 fn small_fragments_are_offloaded_by_way_of_device_memory() {
     let stub = Stub::take(6);
@@ -98,7 +100,8 @@ fn without_memory_for_packing_the_engines_are_used_and_it_is_said() {
     stub.is_clean();
 }
 
-/// The stub's rates mean nothing: the benchmark runs, gives its memory back, and reports every size both ways.
+/// The stub's rates mean nothing: the benchmark runs, gives its memory back, and reports every size
+/// both ways.
 #[test]
 fn the_benchmark_runs_over_the_stub() {
     use kvcellar::cli::bench_dma::{Options, measure};

@@ -1,8 +1,10 @@
-//! Copies on a GPU, over a stub of the driver's library (`stub/`): built here with the system's C compiler and loaded in the driver's place.
+//! Copies on a GPU, over a stub of the driver's library (`stub/`): built here with the system's C
+//! compiler and loaded in the driver's place.
 //!
-//! The copier passes the suite of all copiers; the order of copies and steps is checked by the stub, and the check is shown to find what it is for;
-//! faults, missing functions and old drivers are values. What a GPU does and how fast it is, the stub cannot say. Everything random has a fixed seed,
-//! `KVCELLAR_SEED=n` takes another one; it is printed.
+//! The copier passes the suite of all copiers; the order of copies and steps is checked by the
+//! stub, and the check is shown to find what it is for; faults, missing functions and old drivers
+//! are values. What a GPU does and how fast it is, the stub cannot say. Everything random has a
+//! fixed seed, `KVCELLAR_SEED=n` takes another one; it is printed.
 
 #![allow(
     clippy::needless_for_each,

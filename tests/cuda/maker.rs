@@ -14,7 +14,8 @@ use crate::stub::{self, Stub};
 
 pub(crate) struct Cuda;
 
-/// Tests that load into blocks which they also offload, without a fence: they look at answers, not at bytes.
+/// Tests that load into blocks which they also offload, without a fence: they look at answers, not
+/// at bytes.
 const CARELESS: [&str; 2] = ["submitting_does_not_wait", "loads_overtake_queued_offloads"];
 
 /// The stub for one test of the suite; at its end the checker has found nothing.
@@ -35,7 +36,8 @@ impl Maker for Cuda {
     fn turn(test: &str) -> Box<dyn Any> {
         let stub = Stub::take(11);
         if test == "loads_overtake_queued_offloads" {
-            // The two streams are independent of each other: only on an immediate device do answers show what was started first.
+            // The two streams are independent of each other: only on an immediate device do answers
+            // show what was started first.
             stub.eager();
         }
         Box::new(Turn { stub, checked: !CARELESS.contains(&test) })

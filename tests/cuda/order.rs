@@ -1,4 +1,5 @@
-//! The order of copies and steps, one rule at a time: kept by the copier, and missed by the checker's leave when the rule is taken away.
+//! The order of copies and steps, one rule at a time: kept by the copier, and missed by the
+//! checker's leave when the rule is taken away.
 
 use std::time::{Duration, Instant};
 
@@ -18,8 +19,8 @@ fn stores_after(copies: &[BlockCopy]) -> StepPlan {
     StepPlan { stores_after: copies.to_vec(), ..StepPlan::default() }
 }
 
-/// Plays with everything as it is meant to be, then with the copier changed: the checker is quiet first and speaks then. Bytes are right in an intact run; in the
-/// other they need not be.
+/// Plays with everything as it is meant to be, then with the copier changed: the checker is quiet
+/// first and speaks then. Bytes are right in an intact run; in the other they need not be.
 fn checked(mutation: Mutation, play: impl Fn(&mut Vllm<'_>, bool)) {
     for mutation in [Mutation::None, mutation] {
         let stub = Stub::take(5);
@@ -47,7 +48,8 @@ fn a_block_is_offloaded_after_the_step_that_computes_it() {
     });
 }
 
-/// Blocks that a step completed are offloaded before the next one: their step may still be running then.
+/// Blocks that a step completed are offloaded before the next one: their step may still be running
+/// then.
 #[test]
 fn an_early_offload_comes_after_the_step_before() {
     checked(Mutation::CopiesWaitForNothing, |vllm, _| {
@@ -67,7 +69,8 @@ fn a_load_comes_after_the_steps_before_its_allocation() {
         vllm.step(&stores_after(&[copy]), &[], &[(3, 7)]);
         vllm.wait_for(&copy);
         vllm.scene.line(0).publish();
-        // Block 5 belongs to a request whose last step has not run yet when the block is given to the load.
+        // Block 5 belongs to a request whose last step has not run yet when the block is given to
+        // the load.
         vllm.stub.hold(true);
         vllm.step(&StepPlan::default(), &[], &[(5, 9)]);
         let plan = StepPlan { loads: vec![load("a", &[BlockCopy { block: 5, ..copy }])], ..StepPlan::default() };
@@ -79,7 +82,8 @@ fn a_load_comes_after_the_steps_before_its_allocation() {
     });
 }
 
-/// A restore that ends while later steps run: its load still comes after the step before it was given the block.
+/// A restore that ends while later steps run: its load still comes after the step before it was
+/// given the block.
 #[test]
 fn a_followed_load_comes_after_the_steps_before_its_allocation() {
     checked(Mutation::CopiesWaitForNothing, |vllm, intact| {
@@ -147,7 +151,8 @@ fn a_fence_goes_before_what_else_is_queued() {
     stub.is_clean();
 }
 
-/// An offload of block 3 on a device that stands still. A copier that answers early has had all the time to do so.
+/// An offload of block 3 on a device that stands still. A copier that answers early has had all the
+/// time to do so.
 fn offload_that_may_be_answered_early(vllm: &mut Vllm<'_>) -> BlockCopy {
     let copy = vllm.scene.begin(0, 0, 3);
     vllm.stub.hold(true);
@@ -170,7 +175,8 @@ fn a_slot_is_given_back_only_when_its_copy_is_over() {
     });
 }
 
-/// A fence whose order was answered is over: released too early, the next step writes into a block that is still being read.
+/// A fence whose order was answered is over: released too early, the next step writes into a block
+/// that is still being read.
 #[test]
 fn a_fence_is_released_only_when_its_copy_is_over() {
     checked(Mutation::EventsAreOverAtOnce, |vllm, _| {

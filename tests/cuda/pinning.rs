@@ -1,4 +1,5 @@
-//! Pinning in pieces and in the background: what waits, what is copied meanwhile, and what happens when the system has had enough.
+//! Pinning in pieces and in the background: what waits, what is copied meanwhile, and what happens
+//! when the system has had enough.
 
 use std::path::Path;
 
@@ -92,8 +93,8 @@ fn a_fence_does_not_wait_for_pinning() {
     stub.is_clean();
 }
 
-/// A copy of ordinary memory makes its caller wait for all that the stream was given before: the copier does that when vLLM's step is over, and serves others
-/// meanwhile.
+/// A copy of ordinary memory makes its caller wait for all that the stream was given before: the
+/// copier does that when vLLM's step is over, and serves others meanwhile.
 #[test]
 fn ordinary_memory_keeps_nobody_waiting() {
     let stub = Stub::take(6);

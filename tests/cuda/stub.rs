@@ -53,7 +53,8 @@ unsafe impl Send for Library {}
 // SAFETY: as above.
 unsafe impl Sync for Library {}
 
-/// The stub's library, built once, without the functions that `without` names. A library that somebody may have loaded is never written again.
+/// The stub's library, built once, without the functions that `without` names. A library that
+/// somebody may have loaded is never written again.
 pub(crate) fn build(without: &[&str]) -> PathBuf {
     static BUILT: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
     let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
@@ -99,7 +100,8 @@ fn library() -> &'static Library {
         // A child is told which one; else it is the whole one.
         let path = std::env::var_os(LIBRARY).map_or_else(|| build(&[]), PathBuf::from);
         let path = CString::new(path.as_os_str().as_encoded_bytes()).expect("a path");
-        // SAFETY: our own library. Its name makes the loader give it to whoever asks for the driver's from here on.
+        // SAFETY: our own library. Its name makes the loader give it to whoever asks for the
+        // driver's from here on.
         let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
         assert!(!handle.is_null(), "the stub cannot be loaded");
         Library(handle)
@@ -170,7 +172,8 @@ impl Stub {
         self.set(c"register_most", bytes);
     }
 
-    /// From here on another thread captures a graph, and whoever has not said that it stays out of it must not disturb that.
+    /// From here on another thread captures a graph, and whoever has not said that it stays out of
+    /// it must not disturb that.
     pub(crate) fn capture(&self) {
         self.set(c"capturing", 1);
     }

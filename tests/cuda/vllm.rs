@@ -1,4 +1,5 @@
-//! vLLM as the copy worker sees it: hooks around forward passes on a compute stream, KV cache in the device's memory.
+//! vLLM as the copy worker sees it: hooks around forward passes on a compute stream, KV cache in
+//! the device's memory.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,11 +21,13 @@ pub(crate) struct Vllm<'a> {
     pub(crate) scene: &'a Scene,
     pub(crate) worker: CopyWorker,
     compute: ComputeStream,
-    /// Where the worker has mapped the first slot's payload: it maps the pool for itself, in whatever process.
+    /// Where the worker has mapped the first slot's payload: it maps the pool for itself, in
+    /// whatever process.
     payload: Arc<AtomicU64>,
 }
 
-/// Runs hooks that must not wait for the device, which stands still: one that does would never come back, and ends this process instead of hanging it.
+/// Runs hooks that must not wait for the device, which stands still: one that does would never come
+/// back, and ends this process instead of hanging it.
 pub(crate) fn at_once<T>(what: &str, hooks: impl FnOnce() -> T) -> T {
     let (done, over) = std::sync::mpsc::channel::<()>();
     let what = what.to_owned();
@@ -40,7 +43,8 @@ pub(crate) fn at_once<T>(what: &str, hooks: impl FnOnce() -> T) -> T {
     outcome
 }
 
-/// A worker of rank 0 over the stub's device, not attached yet, and where it will map the first slot's payload.
+/// A worker of rank 0 over the stub's device, not attached yet, and where it will map the first
+/// slot's payload.
 pub(crate) fn worker(
     scene_groups: &Arc<Vec<kvcellar::gpu::views::GroupRuns>>,
     options: Options,
@@ -90,7 +94,8 @@ impl<'a> Vllm<'a> {
         self.scene.ranks[0].groups[0].pieces(block).expect("a block").collect()
     }
 
-    /// One step: hooks, and a forward pass that reads and writes blocks. Nothing in here may wait for the device.
+    /// One step: hooks, and a forward pass that reads and writes blocks. Nothing in here may wait
+    /// for the device.
     pub(crate) fn step(&mut self, plan: &StepPlan, reads: &[u32], writes: &[(u32, u8)]) {
         self.worker.set_compute(Some(self.compute));
         self.worker.begin_step(&plan.encode()).expect("a plan");

@@ -42,7 +42,8 @@ fn what_is_written_is_read_across_segments(make: Make) {
     assert_eq!(disk.in_flight(), 0);
 }
 
-/// Random reads and writes of the pages of four segments, each page in use by one operation at a time, against a model of their bytes.
+/// Random reads and writes of the pages of four segments, each page in use by one operation at a
+/// time, against a model of their bytes.
 fn storm(make: Make) {
     const SEGMENTS: usize = 4;
     const PLACES: usize = 64;

@@ -1,8 +1,10 @@
-//! A disk in memory that does what a test tells it: fails, transfers too little, loses, tears, holds, reorders, dies.
+//! A disk in memory that does what a test tells it: fails, transfers too little, loses, tears,
+//! holds, reorders, dies.
 //!
-//! It starts with the bytes of the files it is given and never writes to them; [`FaultyDisk::write_back`] does. Automatic: a thread of its own
-//! completes operations. Manual: nothing happens until the test calls [`FaultyDisk::step`]. An operation takes effect when it is completed. Stands
-//! alone, so that other tests can include it by path.
+//! It starts with the bytes of the files it is given and never writes to them;
+//! [`FaultyDisk::write_back`] does. Automatic: a thread of its own completes operations. Manual:
+//! nothing happens until the test calls [`FaultyDisk::step`]. An operation takes effect when it is
+//! completed. Stands alone, so that other tests can include it by path.
 
 #![allow(dead_code, reason = "each test that includes this uses other faults")]
 
@@ -176,7 +178,8 @@ impl FaultyDisk {
         true
     }
 
-    /// Operations that wait: token, kind, segment and offset, in the order in which they were submitted.
+    /// Operations that wait: token, kind, segment and offset, in the order in which they were
+    /// submitted.
     pub(crate) fn pending(&self) -> Vec<(u64, Kind, u32, u64)> {
         let facts = |operation: &Operation| (operation.token, operation.kind, operation.segment, operation.offset);
         self.lock().waiting.iter().map(facts).collect()

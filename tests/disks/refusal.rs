@@ -1,6 +1,8 @@
-//! Systems that refuse: `io_uring` forbidden by seccomp, a low limit of locked memory, a ring that stops working.
+//! Systems that refuse: `io_uring` forbidden by seccomp, a low limit of locked memory, a ring that
+//! stops working.
 //!
-//! Each scene runs in a process of its own (this test binary again, with one test and an environment variable), because its restrictions last.
+//! Each scene runs in a process of its own (this test binary again, with one test and an
+//! environment variable), because its restrictions last.
 
 use std::path::Path;
 use std::process::Command;

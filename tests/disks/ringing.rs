@@ -50,7 +50,8 @@ fn new_work_passes_a_waiting_operation_and_a_drop_waits_for_it() {
     assert_eq!((ended.token, ended.outcome, ended.buffer.bytes()[PAGE - 1]), (0, Ok(()), 7));
 }
 
-/// The second submission comes while the ring wakes up for the first, which then waits: nothing but its own wake can bring the second one on.
+/// The second submission comes while the ring wakes up for the first, which then waits: nothing but
+/// its own wake can bring the second one on.
 #[test]
 fn work_that_comes_during_a_wake_is_seen() {
     if !has_ring() {

@@ -64,7 +64,8 @@ fn no_more_segments_than_the_bound() {
     let disk = ThreadDisk::start(completions(), 1).expect("a disk");
     let file = segment(folder.path(), "s", 1);
     let mut taken = 0;
-    // The limit of open files may be below ours: the system's refusal ends the test early, and says so.
+    // The limit of open files may be below ours: the system's refusal ends the test early, and says
+    // so.
     while let Ok(again) = file.try_clone() {
         match disk.add_segment(again) {
             Ok(number) => taken = number as usize + 1,

@@ -1,4 +1,5 @@
-//! Readers beside a writer: what never changes is always found, and nobody holds what nobody ever had.
+//! Readers beside a writer: what never changes is always found, and nobody holds what nobody ever
+//! had.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

@@ -1,4 +1,5 @@
-//! One engine: its true contents, what it publishes, and the line to the index with everything that can go wrong on it.
+//! One engine: its true contents, what it publishes, and the line to the index with everything that
+//! can go wrong on it.
 
 use std::collections::{HashMap, VecDeque};
 

@@ -82,7 +82,8 @@ impl Naive {
         masked(self.groups[group].get(&hash))
     }
 
-    /// Tiers in which a group has the index block that ends at token `end`; `hash` names the engine's block of a prompt that ends at a token.
+    /// Tiers in which a group has the index block that ends at token `end`; `hash` names the
+    /// engine's block of a prompt that ends at a token.
     pub(crate) fn holds(&self, group: usize, prompt: u64, end: usize, hash: &dyn Fn(u64, usize) -> u64) -> u8 {
         holds(self.shape.block, prompt, end, &|prompt, end| self.mask(group, hash(prompt, end)))
     }

@@ -24,7 +24,8 @@ pub(crate) fn keys(prompt: u64) -> Vec<u64> {
     found
 }
 
-/// An engine's own name for the block that ends at token `end`: equal contents have equal names within one life.
+/// An engine's own name for the block that ends at token `end`: equal contents have equal names
+/// within one life.
 pub(crate) fn hash(life: u64, tokens: &[u32], end: usize) -> u64 {
     let bytes: Vec<u8> = tokens[..end].iter().flat_map(|token| token.to_le_bytes()).collect();
     xxh3_64_with_seed(&xxh3_64(&bytes).to_le_bytes(), life)

@@ -1,4 +1,5 @@
-//! Whole fleets on bad lines: when the noise is over, the index is what a naive one is, and never says more than the truth.
+//! Whole fleets on bad lines: when the noise is over, the index is what a naive one is, and never
+//! says more than the truth.
 
 use std::collections::HashMap;
 
@@ -66,7 +67,8 @@ impl Fleet {
         });
     }
 
-    /// Every engine's tiers of every block of these prompts: the index against the naive one and against the truth.
+    /// Every engine's tiers of every block of these prompts: the index against the naive one and
+    /// against the truth.
     fn compare(&self, prompts: u64) {
         let names: Vec<_> = self.engines.iter().map(|(_, engine, _)| engine.names()).collect();
         let mut scorer = Scorer::default();

@@ -27,7 +27,8 @@ impl Told {
         self.index.write().engine(name, MODEL).expect("room")
     }
 
-    /// Blocks of two tokens, numbered from `first`, whose hashes are their numbers; block `n` holds tokens `2n` and `2n + 1`.
+    /// Blocks of two tokens, numbered from `first`, whose hashes are their numbers; block `n` holds
+    /// tokens `2n` and `2n + 1`.
     fn store(&mut self, id: EngineId, first: u64, count: u64, medium: &str) {
         self.arena.clear();
         self.arena.hashes.extend(first..first + count);

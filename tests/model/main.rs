@@ -1,9 +1,10 @@
 //! The tier engine against a plain model, driven by random histories of a simulated vLLM.
 //!
-//! The simulation keeps what real memory would hold: every vLLM block and every slot has a content, copies move contents, and blocks are given
-//! to others as soon as vLLM frees them. So a missing fence, a block served under a wrong key, or a slot reused too early shows as a wrong
-//! content. The model (`dram.rs`) knows the documented rules and nothing of the engine's structures; answers and states must be equal
-//! after every operation.
+//! The simulation keeps what real memory would hold: every vLLM block and every slot has a content,
+//! copies move contents, and blocks are given to others as soon as vLLM frees them. So a missing
+//! fence, a block served under a wrong key, or a slot reused too early shows as a wrong content.
+//! The model (`dram.rs`) knows the documented rules and nothing of the engine's structures; answers
+//! and states must be equal after every operation.
 //!
 //! `KVCELLAR_SEEDS=n` runs more histories; a failure prints its seed and shrunk history.
 

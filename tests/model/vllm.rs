@@ -1,4 +1,5 @@
-//! A simulated vLLM: requests, block tables, a memory of contents, and one worker that copies late and out of order.
+//! A simulated vLLM: requests, block tables, a memory of contents, and one worker that copies late
+//! and out of order.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;

@@ -81,7 +81,8 @@ fn every_writing_rank_must_have_hashed_its_part() {
     assert_eq!([[1], [2], [3]].map(|number| stock.hit(&number)), [16, 0, 0]);
 }
 
-/// An evicted block's slot is empty or refilled; its old checksum must not make the new block adoptable.
+/// An evicted block's slot is empty or refilled; its old checksum must not make the new block
+/// adoptable.
 #[test]
 fn a_checksum_of_an_earlier_generation_does_not_count() {
     let place = Place::new();
@@ -97,7 +98,8 @@ fn a_checksum_of_an_earlier_generation_does_not_count() {
     assert_eq!([[1], [2], [3], [4]].map(|number| stock.hit(&number)), [0, 0, 0, 16]);
 }
 
-/// A descriptor that was not rewritten for the slot's present block names another one, whose bytes are gone.
+/// A descriptor that was not rewritten for the slot's present block names another one, whose bytes
+/// are gone.
 #[test]
 fn a_descriptor_of_an_earlier_generation_does_not_count() {
     let place = Place::new();

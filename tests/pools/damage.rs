@@ -21,7 +21,8 @@ fn purpose() -> Purpose {
     Purpose::of(6, 2, 500)
 }
 
-/// A pool file in the middle of its life: blocks with and without checksums, an evicted one, one that is being filled, an empty slot.
+/// A pool file in the middle of its life: blocks with and without checksums, an evicted one, one
+/// that is being filled, an empty slot.
 fn sound() -> &'static [u8] {
     static FILE: OnceLock<Vec<u8>> = OnceLock::new();
     FILE.get_or_init(|| {

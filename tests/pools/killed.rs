@@ -1,6 +1,7 @@
 //! An owner that is killed in the middle of its work: what the next engine takes over is whole.
 //!
-//! The owner is this test binary again, which stores, hashes and evicts blocks in random order until SIGKILL comes.
+//! The owner is this test binary again, which stores, hashes and evicts blocks in random order
+//! until SIGKILL comes.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -76,7 +77,8 @@ fn owner() {
 
 const RESET: &str = "KVCELLAR_POOLS_RESET_DIR";
 
-/// An owner that resets its caches, stores once more and waits to be killed: nothing unless a test started this process for it.
+/// An owner that resets its caches, stores once more and waits to be killed: nothing unless a test
+/// started this process for it.
 #[test]
 fn resetting_owner() {
     let Ok(dir) = std::env::var(RESET) else { return };
@@ -152,7 +154,8 @@ fn after_sudden_death_only_whole_hashed_blocks_come_back() {
         adopted += found.len();
         cleared += used - found.len();
         drop(pool);
-        // The same through the engine; every third pool goes on with what the dead left, as the next owner does by itself.
+        // The same through the engine; every third pool goes on with what the dead left, as the
+        // next owner does by itself.
         if seed % 3 == 0 {
             let mut stock = Stock::of(place.open(&purpose()));
             for block in &found {

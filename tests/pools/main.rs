@@ -1,9 +1,12 @@
-//! Pool files: who may open them, what a later engine takes over, and what damage and sudden death leave behind.
+//! Pool files: who may open them, what a later engine takes over, and what damage and sudden death
+//! leave behind.
 //!
-//! Blocks are stored as in production, through the tier engine, with this test in the place of the copy workers. What each block's key, tokens and
-//! bytes must be follows from its number (`blocks.rs`), so that anything adopted can be checked without trusting the file.
+//! Blocks are stored as in production, through the tier engine, with this test in the place of the
+//! copy workers. What each block's key, tokens and bytes must be follows from its number
+//! (`blocks.rs`), so that anything adopted can be checked without trusting the file.
 //!
-//! `KVCELLAR_SEEDS=n` tries n damaged files; `KVCELLAR_SEED=n` seeds the kills. Both print what they used.
+//! `KVCELLAR_SEEDS=n` tries n damaged files; `KVCELLAR_SEED=n` seeds the kills. Both print what
+//! they used.
 
 #![allow(
     clippy::needless_for_each,

@@ -47,7 +47,8 @@ fn a_second_engine_gets_its_own_pool_and_learns_who_has_the_first() {
     assert_eq!(place.open(&purpose).pool.path(), purpose.file(place.path(), 0));
 }
 
-/// Threads of one process as starts of several: each open has its own file description, which is what the locks belong to.
+/// Threads of one process as starts of several: each open has its own file description, which is
+/// what the locks belong to.
 #[test]
 fn engines_that_start_at_the_same_moment_all_get_a_pool_of_their_own() {
     let place = Place::new();
@@ -122,7 +123,8 @@ fn a_pool_whose_name_was_removed_is_gone() {
     assert!(beside.pool.path().exists(), "a pool removed another pool's name");
 }
 
-/// A worker of a dead engine may still write: nobody may share its memory. Takes `limits::ADOPTION_WAIT_MS`.
+/// A worker of a dead engine may still write: nobody may share its memory. Takes
+/// `limits::ADOPTION_WAIT_MS`.
 #[test]
 fn a_pool_that_others_still_map_is_not_shared() {
     let place = Place::new();

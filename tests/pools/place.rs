@@ -13,7 +13,8 @@ use kvcellar::pool::open::{Opened, Wish, namespace_name, open};
 
 use crate::blocks::TOKENS;
 
-/// Tests that start processes run alone: between fork and exec a child shares every lock of this process, also those of other tests' pools.
+/// Tests that start processes run alone: between fork and exec a child shares every lock of this
+/// process, also those of other tests' pools.
 static PROCESSES: RwLock<()> = RwLock::new(());
 
 /// For a test that starts processes.

@@ -1,6 +1,8 @@
-//! Too little memory: a pool is capped, or refused with the name of the setting; never a SIGBUS later.
+//! Too little memory: a pool is capped, or refused with the name of the setting; never a SIGBUS
+//! later.
 //!
-//! Uses own small tmpfs mounts. Where they cannot be made (no root, no mounts in this container) the tests say so and end.
+//! Uses own small tmpfs mounts. Where they cannot be made (no root, no mounts in this container)
+//! the tests say so and end.
 
 use std::fs;
 use std::path::Path;
@@ -59,7 +61,8 @@ fn more_than_the_machine_has_is_an_error_that_names_dram_size() {
     assert_no_pools(place.path());
 }
 
-/// The old pool's memory is counted once: it is free by the time the new pool is measured, or somebody still maps it.
+/// The old pool's memory is counted once: it is free by the time the new pool is measured, or
+/// somebody still maps it.
 #[test]
 fn a_replaced_pool_is_capped_like_a_fresh_one() {
     let Some(tmpfs) = Tmpfs::mount(1 << 20) else { return };
@@ -70,7 +73,8 @@ fn a_replaced_pool_is_capped_like_a_fresh_one() {
     touch_all(&opened.pool);
 }
 
-/// A start that finds the memory taken by the workers of a dead engine. Takes `limits::ADOPTION_WAIT_MS`.
+/// A start that finds the memory taken by the workers of a dead engine. Takes
+/// `limits::ADOPTION_WAIT_MS`.
 #[test]
 fn memory_that_others_still_map_is_not_counted() {
     let Some(tmpfs) = Tmpfs::mount(1 << 20) else { return };

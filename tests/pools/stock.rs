@@ -61,7 +61,8 @@ impl Stock {
         id
     }
 
-    /// Offers consecutive blocks of one request, which then ends. Returns the copy orders, with the number of the block of each.
+    /// Offers consecutive blocks of one request, which then ends. Returns the copy orders, with the
+    /// number of the block of each.
     pub(crate) fn offer(&mut self, numbers: &[u64]) -> Vec<(BlockCopy, u64)> {
         let id = self.request(numbers);
         let group = GroupOffer { first: 0, blocks: (1..=numbers.len() as u32).collect(), extra: Vec::new() };
@@ -125,7 +126,8 @@ pub(crate) fn write(pool: &Pool, copy: &BlockCopy, number: u64, rank: usize) {
     let bytes = part(number, rank, len as usize);
     let start = pool.payload(SlotIndex(copy.slot)).as_ptr().wrapping_add(offset as usize);
     for (piece, bytes) in bytes.chunks(997).enumerate() {
-        // SAFETY: the span lies inside the slot's payload; the slot is being filled and this test is its only writer.
+        // SAFETY: the span lies inside the slot's payload; the slot is being filled and this test
+        // is its only writer.
         unsafe { start.add(piece * 997).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
     }
 }
@@ -133,7 +135,8 @@ pub(crate) fn write(pool: &Pool, copy: &BlockCopy, number: u64, rank: usize) {
 /// A rank's bytes in a slot.
 pub(crate) fn read(pool: &Pool, slot: u32, rank: usize) -> Vec<u8> {
     let (offset, len) = pool.geometry().parts[rank].spans[0];
-    // SAFETY: the span lies inside the slot's payload, the pool is mapped, and no process writes the slot now.
+    // SAFETY: the span lies inside the slot's payload, the pool is mapped, and no process writes
+    // the slot now.
     unsafe { std::slice::from_raw_parts(pool.payload(SlotIndex(slot)).as_ptr().add(offset as usize), len as usize) }
         .to_vec()
 }
@@ -145,7 +148,8 @@ pub(crate) fn put_checksum(pool: &Pool, copy: &BlockCopy, rank: usize) {
     }
 }
 
-/// Everything the next engine would take over. Whatever it is, it must be a block that a test stored, with that block's tokens.
+/// Everything the next engine would take over. Whatever it is, it must be a block that a test
+/// stored, with that block's tokens.
 pub(crate) fn left_behind(pool: &Arc<Pool>) -> Vec<Found> {
     let find = |slot| {
         let (key, generation, lineage) = pool.left_behind(SlotIndex(slot))?;

@@ -1,13 +1,18 @@
-//! The slot table's protocol under explored schedules (shuttle): one engine, two writing ranks, one rank that only reads.
+//! The slot table's protocol under explored schedules (shuttle): one engine, two writing ranks, one
+//! rank that only reads.
 //!
-//! The engine fills, publishes, clears and takes slots again for several generations. The ranks execute their orders late, and get some orders
-//! twice: after the generation they name is over. Payloads are two words a rank, so that a half-written part shows. Checked in every
-//! schedule: a block that is published is whole and of this generation; a stale order is refused and leaves no bit; a reader that holds a block
-//! sees only that block; a refusal of a load is seen by the engine of that very generation; nothing hangs.
+//! The engine fills, publishes, clears and takes slots again for several generations. The ranks
+//! execute their orders late, and get some orders twice: after the generation they name is over.
+//! Payloads are two words a rank, so that a half-written part shows. Checked in every schedule: a
+//! block that is published is whole and of this generation; a stale order is refused and leaves no
+//! bit; a reader that holds a block sees only that block; a refusal of a load is seen by the engine
+//! of that very generation; nothing hangs.
 //!
-//! Not checked here: orderings weaker than sequential consistency (shuttle has none). Two broken engines show that the checker can fail.
+//! Not checked here: orderings weaker than sequential consistency (shuttle has none). Two broken
+//! engines show that the checker can fail.
 //!
-//! `KVCELLAR_SEEDS=n` explores n schedules a test instead of 2000, `KVCELLAR_SEED=n` starts from another one; a failure prints its schedule.
+//! `KVCELLAR_SEEDS=n` explores n schedules a test instead of 2000, `KVCELLAR_SEED=n` starts from
+//! another one; a failure prints its schedule.
 
 #![expect(clippy::expect_used, reason = "a thread that is gone fails the test, and the message says which")]
 
@@ -29,7 +34,8 @@ const SLOTS: usize = 2;
 /// Fills of one schedule: each slot is taken about three times.
 const FILLS: u32 = 6;
 
-/// What happened in all schedules of one test: a protocol that never gets anywhere would pass every other check.
+/// What happened in all schedules of one test: a protocol that never gets anywhere would pass every
+/// other check.
 #[derive(Debug, Default)]
 struct Seen {
     published: PlainCount,
@@ -228,7 +234,8 @@ fn offload(cellar: &Cellar, rank: usize, slot: usize, generation: u32, stale: bo
     let cell = &cellar.slots[slot];
     let allowed = cell.line.may_write(generation);
     assert!(!(stale && allowed), "a stale order may write: slot {slot} rank {rank} generation {generation}");
-    // A broken engine ends generations whose orders are under way: the payload must show that, not this.
+    // A broken engine ends generations whose orders are under way: the payload must show that, not
+    // this.
     assert!(stale || allowed || cellar.rule != Rule::AllAnswered, "an order was refused: slot {slot} rank {rank}");
     if !allowed {
         count(&cellar.seen.stale_offloads);
@@ -249,7 +256,8 @@ fn offload(cellar: &Cellar, rank: usize, slot: usize, generation: u32, stale: bo
     }
 }
 
-/// Some ranks are slower than the engine and the others together by far; a uniformly random schedule hardly ever starves one.
+/// Some ranks are slower than the engine and the others together by far; a uniformly random
+/// schedule hardly ever starves one.
 fn dawdle() {
     if thread_rng().gen_bool(0.2) {
         for _ in 0..thread_rng().gen_range(0..60) {
@@ -258,7 +266,8 @@ fn dawdle() {
     }
 }
 
-/// Not at once: `begin_fill` empties the answers before it names the new generation. But no fence hangs.
+/// Not at once: `begin_fill` empties the answers before it names the new generation. But no fence
+/// hangs.
 fn wait_until_answered(line: &SlotLine, rank: usize, generation: u32) {
     while !line.answered(rank, generation) {
         thread::yield_now();
@@ -370,7 +379,8 @@ fn the_checker_catches_an_engine_that_takes_a_slot_back_before_all_ranks_answere
     explore_at_least(MUTANT_SCHEDULES, move || schedule(Rule::FirstFailure, &seen));
 }
 
-/// A fence: vLLM's next step overwrites the source block as soon as `answered` says so. The engine takes the slot again meanwhile.
+/// A fence: vLLM's next step overwrites the source block as soon as `answered` says so. The engine
+/// takes the slot again meanwhile.
 #[test]
 fn a_fence_ends_only_after_the_source_was_read() {
     explore(|| {
@@ -394,7 +404,8 @@ fn a_fence_ends_only_after_the_source_was_read() {
         };
         for _ in 0..4 {
             let generation = line.begin_fill(0).0;
-            // The forward pass writes the block, the engine orders its offload, and the next pass wants the block.
+            // The forward pass writes the block, the engine orders its offload, and the next pass
+            // wants the block.
             source.store(u64::from(generation), Ordering::SeqCst);
             queue.send(generation).expect("the copier listens");
             let fence = {
@@ -419,7 +430,8 @@ fn a_fence_ends_only_after_the_source_was_read() {
     });
 }
 
-/// The idle hasher reads a part while the engine may take the slot again: `may_hash` and a guard keep it from reading new bytes under an old name.
+/// The idle hasher reads a part while the engine may take the slot again: `may_hash` and a guard
+/// keep it from reading new bytes under an old name.
 #[test]
 fn a_stale_hash_order_is_refused() {
     explore(|| {

@@ -1,7 +1,8 @@
 //! Engines killed at a random moment under load: the next one serves true bytes or nothing.
 //!
-//! The test starts this very binary again as a child that computes and fetches without end, kills it, damages the store's files some of the time, and opens the
-//! same store itself. `KVCELLAR_SEEDS=n` kills n times; a failure prints the seed that repeats it.
+//! The test starts this very binary again as a child that computes and fetches without end, kills
+//! it, damages the store's files some of the time, and opens the same store itself.
+//! `KVCELLAR_SEEDS=n` kills n times; a failure prints the seed that repeats it.
 
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};

@@ -216,7 +216,8 @@ impl Rig {
             0,
             false,
             Box::new(move |pool, answers, guard| {
-                // SAFETY: the cache's memory does not move and outlives the worker, which `Rig::drop` releases first.
+                // SAFETY: the cache's memory does not move and outlives the worker, which
+                // `Rig::drop` releases first.
                 let side = unsafe { Sides::new(pool, Arc::clone(&groups), 0, false, guard) };
                 Ok(Box::new(HostCopier::start(side, &answers, 1)?) as Box<dyn Copier>)
             }),
@@ -286,7 +287,8 @@ impl Rig {
         self.settle();
     }
 
-    /// Asks for a chain's first blocks and loads what the engine offers. Returns the number of blocks that came back, `Err` when the load failed.
+    /// Asks for a chain's first blocks and loads what the engine offers. Returns the number of
+    /// blocks that came back, `Err` when the load failed.
     ///
     /// Every byte that comes back is compared with what belongs there.
     pub(crate) fn fetch(&mut self, chain: u32, blocks: u32) -> std::result::Result<u32, u32> {

@@ -1,4 +1,5 @@
-//! What a later engine finds: everything after a clean close, everything whole after a crash, nothing of an earlier generation.
+//! What a later engine finds: everything after a clean close, everything whole after a crash,
+//! nothing of an earlier generation.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};

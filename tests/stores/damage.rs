@@ -45,13 +45,15 @@ fn page(file: &File, number: u64, pages: u64) -> Vec<u8> {
     bytes
 }
 
-/// Swaps runs of `pages` pages, or copies one over the other, anywhere in the segments. An extent is two pages.
+/// Swaps runs of `pages` pages, or copies one over the other, anywhere in the segments. An extent
+/// is two pages.
 fn exchange(dir: &Path, choices: &mut Choices, pages: u64, both: bool) {
     let found: Vec<_> = segments(dir).into_iter().filter(|path| pages_of(path) >= 2).collect();
     if found.is_empty() {
         return;
     }
-    // Single pages go from descriptor to descriptor, or from payload to payload: that is what a torn write looks like.
+    // Single pages go from descriptor to descriptor, or from payload to payload: that is what a
+    // torn write looks like.
     let half = choices.of(0..2);
     let mut place = || {
         let path = choices.pick(&found).clone();

@@ -175,7 +175,8 @@ const NUMBER: &str = "KVCELLAR_TEST_LEDGER_NUMBER";
 const CHILDREN: u8 = 3;
 const LIVES: u8 = 6;
 
-/// Run as a child of this very binary: takes a store of a new namespace again and again, and fills it.
+/// Run as a child of this very binary: takes a store of a new namespace again and again, and fills
+/// it.
 #[test]
 fn filler_child() {
     let (Some(dir), Ok(number)) = (std::env::var_os(DIR), std::env::var(NUMBER)) else { return };
@@ -220,7 +221,8 @@ fn processes_that_start_at_the_same_time_never_exceed_the_total() {
     let mut children: Vec<Child> = (0..CHILDREN).map(|number| filler(&place, number)).collect();
     let mut looks = 0;
     while children.iter_mut().any(|child| child.try_wait().expect("looked at").is_none()) {
-        // While it is held nobody opens or removes a store: what is counted is there at the same time.
+        // While it is held nobody opens or removes a store: what is counted is there at the same
+        // time.
         let ledger = Ledger::lock(&dir).expect("locked");
         within(&place, "under way");
         drop(ledger);

@@ -1,4 +1,5 @@
-//! A directory for stores, and an engine's part played by the test: it writes and reads extents by number.
+//! A directory for stores, and an engine's part played by the test: it writes and reads extents by
+//! number.
 
 use std::path::{Path, PathBuf};
 

@@ -1,5 +1,6 @@
-//! Histories of engines that write known blocks, with damage between them. Whatever a store says afterwards, a block that passes the check is the
-//! block that was stored under its key, in this store and generation. A store always opens again.
+//! Histories of engines that write known blocks, with damage between them. Whatever a store says
+//! afterwards, a block that passes the check is the block that was stored under its key, in this
+//! store and generation. A store always opens again.
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -86,7 +87,8 @@ impl History<'_> {
             }
             _ => {
                 let (extent, number) = (self.choices.of(0..16) as u32, self.choices.of(0..NUMBERS));
-                // Of two extents with one key the older one comes back when the other goes: no plain knowledge any more.
+                // Of two extents with one key the older one comes back when the other goes: no
+                // plain knowledge any more.
                 self.plain &= engine.entries.iter().all(|entry| entry.key != key(number));
                 engine.put(extent, number);
                 let place = (engine.store.id(), engine.store.cache_generation());

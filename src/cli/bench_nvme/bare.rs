@@ -1,4 +1,5 @@
-//! The yardstick: a disk that moves the same extents between the same kind of memory and the same kind of files, and does nothing else.
+//! The yardstick: a disk that moves the same extents between the same kind of memory and the same
+//! kind of files, and does nothing else.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -16,7 +17,8 @@ use crate::pool::Pool;
 
 use super::meter::Way;
 
-/// Keeps at most `depth` operations with the disk until `total` of them have ended well. `make` gets an ended operation's buffer for the next one.
+/// Keeps at most `depth` operations with the disk until `total` of them have ended well. `make`
+/// gets an ended operation's buffer for the next one.
 ///
 /// # Errors
 /// [`Error::DataLost`] when one fails, [`Error::DeviceDead`] when the disk ends.
@@ -49,7 +51,8 @@ pub fn pump(
     Ok(())
 }
 
-/// Fills the payload of every slot with bytes that no device can compress. Nobody may use the slots yet.
+/// Fills the payload of every slot with bytes that no device can compress. Nobody may use the slots
+/// yet.
 pub fn fill(pool: &Arc<Pool>) {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     for slot in 0..pool.slot_count() {
@@ -110,7 +113,8 @@ impl Bare {
         self.store.extents_ready()
     }
 
-    /// Moves `count` extents from `first` on, between them and the first slots; as many at once as the tier has.
+    /// Moves `count` extents from `first` on, between them and the first slots; as many at once as
+    /// the tier has.
     ///
     /// # Errors
     /// Those of [`pump`].
@@ -131,7 +135,8 @@ impl Bare {
         })
     }
 
-    /// Computes the checksums of the first `count` slots, as sealing and checking do. Returns something made of them.
+    /// Computes the checksums of the first `count` slots, as sealing and checking do. Returns
+    /// something made of them.
     pub fn checksums(&self, count: u32) -> u64 {
         let sum = |slot| {
             let image = Buffer::slots(&self.pool, SlotIndex(slot), 1);

@@ -1,6 +1,7 @@
 //! Seconds and CPU seconds of a piece of work, and what is made of many of them.
 //!
-//! CPU time is that of the whole process, all its threads, user and system: the copying thread, the mover, the ring and the kernel's own workers for it.
+//! CPU time is that of the whole process, all its threads, user and system: the copying thread, the
+//! mover, the ring and the kernel's own workers for it.
 
 use std::time::Instant;
 
@@ -107,7 +108,8 @@ impl Table {
         results
     }
 
-    /// The median over repetitions of a quotient of two contenders' readings in the same repetition.
+    /// The median over repetitions of a quotient of two contenders' readings in the same
+    /// repetition.
     fn quotient(&self, way: Way, size: u64, over: &str, under: &str, what: fn(&Reading) -> f64) -> Option<f64> {
         let (over, under) = (self.row(over, way, size)?, self.row(under, way, size)?);
         let each = over.readings.iter().zip(&under.readings).map(|(a, b)| what(a) / what(b)).collect();
@@ -164,7 +166,8 @@ mod tests {
     #[test]
     fn goals_compare_readings_of_the_same_repetition() {
         let mut table = Table::default();
-        // The machine slows down tenfold between the repetitions; the tier is a tenth slower each time.
+        // The machine slows down tenfold between the repetitions; the tier is a tenth slower each
+        // time.
         for slow in [1.0, 10.0, 100.0] {
             put(&mut table, TIER, 1.1 * slow, 1.2 * slow);
             put(&mut table, BARE, slow, slow);

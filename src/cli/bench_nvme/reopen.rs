@@ -1,7 +1,9 @@
-//! `kvcellar bench nvme --reopen N`: how long a store of `N` small blocks takes to open, after a clean stop and after a crash.
+//! `kvcellar bench nvme --reopen N`: how long a store of `N` small blocks takes to open, after a
+//! clean stop and after a crash.
 //!
-//! Clean: the time of [`Store::open`], which reads the snapshot; its pages were dropped from the page cache before. Crash: the scan of all descriptors, in turn
-//! with a bare loop that reads the same bytes with the same disk, in the same order and depth, and looks at none of them.
+//! Clean: the time of [`Store::open`], which reads the snapshot; its pages were dropped from the
+//! page cache before. Crash: the scan of all descriptors, in turn with a bare loop that reads the
+//! same bytes with the same disk, in the same order and depth, and looks at none of them.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -100,7 +102,8 @@ fn build(store: &mut Store, blocks: u32) -> Result<Vec<Entry>> {
     Ok(entries)
 }
 
-/// Takes a file's pages out of the page cache, so that it is read as after a restart of the machine.
+/// Takes a file's pages out of the page cache, so that it is read as after a restart of the
+/// machine.
 fn forget(path: &Path) -> Result<()> {
     let fail = |error| Error::io("reading", path, error, "Name a directory that you may read");
     let file = File::open(path).map_err(fail)?;
@@ -172,7 +175,8 @@ fn scan(opened: Opened, blocks: u32, repetitions: u32) -> Result<(Vec<f64>, Vec<
 /// Runs the measurements.
 ///
 /// # Errors
-/// [`Error::Config`] when the disk has no room for it, those of the store and of the disk, [`Error::DataLost`] when blocks are not found again.
+/// [`Error::Config`] when the disk has no room for it, those of the store and of the disk,
+/// [`Error::DataLost`] when blocks are not found again.
 pub fn measure(options: &Options, blocks: u32) -> Result<Outcome> {
     let most = limits::EXTENTS_MAX / 2;
     if blocks == 0 || blocks > most || options.repetitions == 0 {

@@ -1,6 +1,8 @@
-//! The whole tier, driven as vLLM drives it, without a KV cache: slots are answered by hand, so that no copy is timed.
+//! The whole tier, driven as vLLM drives it, without a KV cache: slots are answered by hand, so
+//! that no copy is timed.
 //!
-//! A *chain* is one request's blocks. Writing chain `n` evicts chain `n - 1` from the slots, so that reading it comes from disk.
+//! A *chain* is one request's blocks. Writing chain `n` evicts chain `n - 1` from the slots, so
+//! that reading it comes from disk.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;

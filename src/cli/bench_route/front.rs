@@ -1,4 +1,5 @@
-//! The front ends: a router process beside the same with a fixed target, and Envoy with our picker beside Envoy with a fixed target.
+//! The front ends: a router process beside the same with a fixed target, and Envoy with our picker
+//! beside Envoy with a fixed target.
 
 use bytes::Bytes;
 use indicatif::ProgressBar;

@@ -25,7 +25,8 @@ impl Load {
         Self { client: Client::builder(TokioExecutor::new()).build(connector) }
     }
 
-    /// Posts every body once, `at_once` of them at a time. Returns how long each took, in s, sorted.
+    /// Posts every body once, `at_once` of them at a time. Returns how long each took, in s,
+    /// sorted.
     ///
     /// # Errors
     /// [`Error::DeviceDead`] for any answer but 200.

@@ -91,7 +91,8 @@ impl RouterProcess {
     /// [`Error::DeviceDead`].
     pub(super) async fn start(flags: &[String], engines: usize) -> Result<Self> {
         const NAME: &str = "the router";
-        // As this process was called: the file behind a virtual environment's interpreter would not find the package.
+        // As this process was called: the file behind a virtual environment's interpreter would not
+        // find the package.
         let program = std::env::args_os().next().ok_or_else(|| dead(NAME, "this process has no name"))?;
         let program = std::path::PathBuf::from(program);
         let mut command = Command::new(&program);

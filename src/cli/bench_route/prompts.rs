@@ -1,4 +1,5 @@
-//! Texts of so many tokens, as people write them: words of a small vocabulary in random order, a sentence now and then.
+//! Texts of so many tokens, as people write them: words of a small vocabulary in random order, a
+//! sentence now and then.
 
 use crate::error::{Error, Result};
 use crate::route::tokens::TokenModel;

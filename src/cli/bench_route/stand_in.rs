@@ -1,4 +1,5 @@
-//! Stands in for engines: answers at once, so that what is measured is the way to them. Speaks as much of vLLM as the router asks for.
+//! Stands in for engines: answers at once, so that what is measured is the way to them. Speaks as
+//! much of vLLM as the router asks for.
 
 use axum::Router;
 use axum::body::Bytes;

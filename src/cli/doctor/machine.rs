@@ -83,7 +83,8 @@ fn memlock() -> Finding {
     judge_memlock(soft, may_lock)
 }
 
-/// Whether the effective capabilities in `/proc/self/status` hold `CAP_IPC_LOCK`. `None`: the text does not say.
+/// Whether the effective capabilities in `/proc/self/status` hold `CAP_IPC_LOCK`. `None`: the text
+/// does not say.
 fn has_capability(status: &str) -> Option<bool> {
     let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
     Some(u64::from_str_radix(mask.trim(), 16).ok()? >> CAP_IPC_LOCK & 1 == 1)

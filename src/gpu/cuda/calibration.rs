@@ -1,5 +1,5 @@
-//! Which way of dispatch is the fastest for which size of fragment, measured on the device at hand before vLLM serves. Takes some milliseconds, and some more to
-//! compile the kernel.
+//! Which way of dispatch is the fastest for which size of fragment, measured on the device at hand
+//! before vLLM serves. Takes some milliseconds, and some more to compile the kernel.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -22,10 +22,12 @@ type Answer<T> = std::result::Result<T, Refused>;
 /// Sizes of fragments that are tried, in bytes.
 const SIZES: [u64; 5] = [4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20];
 
-/// The kernel takes multiprocessors from the model: it has to be this much faster than the engines to be used, in percent.
+/// The kernel takes multiprocessors from the model: it has to be this much faster than the engines
+/// to be used, in percent.
 const GATHER_GAIN_PERCENT: f64 = 20.0;
 
-/// A call for each fragment takes our own processor's time: it has to be this much faster than batches to be used, in percent.
+/// A call for each fragment takes our own processor's time: it has to be this much faster than
+/// batches to be used, in percent.
 const EACH_GAIN_PERCENT: f64 = 10.0;
 
 /// Jobs in which the bytes are handed over: one is moved while the next one is prepared.
@@ -97,7 +99,8 @@ impl Calibration {
         Self { thresholds, kernel: None, rates: Vec::new(), no_kernel: why, refused: Vec::new(), seconds: 0.0 }
     }
 
-    /// Without measuring: a kernel image that is there, for fragments below `gather_below` bytes to the device and `stage_below` to the host.
+    /// Without measuring: a kernel image that is there, for fragments below `gather_below` bytes to
+    /// the device and `stage_below` to the host.
     ///
     /// # Errors
     /// [`Refused`] when the driver does not load it.
@@ -113,8 +116,8 @@ impl Calibration {
     }
 }
 
-/// Compiles the kernel and measures, on a device of which nobody copies. What cannot be had (NVRTC, memory to measure with, a way of copying) is left out, not
-/// refused.
+/// Compiles the kernel and measures, on a device of which nobody copies. What cannot be had (NVRTC,
+/// memory to measure with, a way of copying) is left out, not refused.
 ///
 /// # Errors
 /// [`Refused`] when the device does not work.
@@ -185,7 +188,8 @@ impl Bench {
         }
     }
 
-    /// GB/s of the best of a few rounds: others may use the bus. The first round pays for what is set up on first use.
+    /// GB/s of the best of a few rounds: others may use the bus. The first round pays for what is
+    /// set up on first use.
     fn rate(&mut self, way: Way, direction: Direction, size: u64, stream: &Stream) -> Answer<f64> {
         let fragments = self.room.scattered(size, CALIBRATION_BYTES / size);
         let mut best = f64::INFINITY;

@@ -1,7 +1,10 @@
-//! The copier of a GPU: hands orders to a thread of its own, which gives them to the device and asks whether they are over.
+//! The copier of a GPU: hands orders to a thread of its own, which gives them to the device and
+//! asks whether they are over.
 //!
-//! What happens on vLLM's thread: an event is recorded on its stream (`mark`), orders go into a queue (`submit`), and a fence waits until the copies it names have
-//! been handed to the device, not until they are over. Loads go before offloads, each direction on its own stream of lowest priority.
+//! What happens on vLLM's thread: an event is recorded on its stream (`mark`), orders go into a
+//! queue (`submit`), and a fence waits until the copies it names have been handed to the device,
+//! not until they are over. Loads go before offloads, each direction on its own stream of lowest
+//! priority.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -274,7 +277,8 @@ impl Lanes {
         }
     }
 
-    /// Gives what may be given, loads first, and answers what is over. A fence that comes meanwhile does not wait for all of that.
+    /// Gives what may be given, loads first, and answers what is over. A fence that comes meanwhile
+    /// does not wait for all of that.
     fn work(&mut self, common: &Common, queue: &Receiver<Message>) {
         while self.loads.start_job(common) {
             self.receive_waiting(common, queue);

@@ -30,7 +30,8 @@ struct Raw(CUevent);
 // SAFETY: an event is the driver's own object; its functions are safe to call from all threads.
 unsafe impl Send for Raw {}
 
-// SAFETY: the context is the driver's own object and may be made current in any thread; everything else is shared behind a lock.
+// SAFETY: the context is the driver's own object and may be made current in any thread; everything
+// else is shared behind a lock.
 unsafe impl Send for Device {}
 // SAFETY: as above.
 unsafe impl Sync for Device {}
@@ -46,7 +47,8 @@ pub struct Facts {
     pub multiprocessors: i32,
     /// Kernels may use the host's own addresses of pinned memory.
     pub host_addresses: bool,
-    /// The memory node next to the device; none on a machine without nodes, or when the driver (before CUDA 12.2) does not know.
+    /// The memory node next to the device; none on a machine without nodes, or when the driver
+    /// (before CUDA 12.2) does not know.
     pub near_node: Option<u32>,
 }
 
@@ -101,7 +103,8 @@ impl Device {
         self.driver.check("cuDeviceGetAttribute", code).map(|()| value)
     }
 
-    /// Runs `work` with this device's context current in the calling thread, and leaves the thread as it was.
+    /// Runs `work` with this device's context current in the calling thread, and leaves the thread
+    /// as it was.
     ///
     /// # Errors
     /// [`Refused`] when the context is gone, or the work's own.
@@ -110,17 +113,20 @@ impl Device {
         self.driver.check("cuCtxPushCurrent", unsafe { (self.driver.functions.cuCtxPushCurrent_v2)(self.context) })?;
         let outcome = work();
         let mut popped: CUcontext = ptr::null_mut();
-        // SAFETY: the pointer is to a local; what is popped is what was pushed, since work of this crate leaves the stack as it found it.
+        // SAFETY: the pointer is to a local; what is popped is what was pushed, since work of this
+        // crate leaves the stack as it found it.
         let code = unsafe { (self.driver.functions.cuCtxPopCurrent_v2)(&raw mut popped) };
         self.driver.check("cuCtxPopCurrent", code).and(outcome)
     }
 
-    /// Lets the calling thread, one of our own, go on while torch captures a graph in another: a capture forbids all threads what it might miss, asking
-    /// for events too, and would fail when one does it. What our threads do never belongs into a graph.
+    /// Lets the calling thread, one of our own, go on while torch captures a graph in another: a
+    /// capture forbids all threads what it might miss, asking for events too, and would fail when
+    /// one does it. What our threads do never belongs into a graph.
     pub(super) fn stay_out_of_captures(&self) {
         let mut mode = CAPTURE_MODE_RELAXED;
         if let Some(exchange) = self.driver.functions.cuThreadExchangeStreamCaptureMode {
-            // SAFETY: the pointer is to a local, which the driver exchanges with the thread's mode. A refusal leaves that as it was.
+            // SAFETY: the pointer is to a local, which the driver exchanges with the thread's mode.
+            // A refusal leaves that as it was.
             unsafe { exchange(&raw mut mode) };
         }
     }
@@ -165,7 +171,8 @@ impl Drop for Device {
         let functions = &self.driver.functions;
         let events = std::mem::take(self.events.get_mut().unwrap_or_else(PoisonError::into_inner));
         for Raw(event) in events {
-            // SAFETY: the event is this device's and nobody holds it any more. What the driver answers changes nothing here.
+            // SAFETY: the event is this device's and nobody holds it any more. What the driver
+            // answers changes nothing here.
             unsafe { (functions.cuEventDestroy_v2)(event) };
         }
         // SAFETY: retained once in `open`; torch holds its own.
@@ -194,7 +201,8 @@ impl Stream {
         matches!(unsafe { (self.device.driver.functions.cuStreamQuery)(self.handle) }, SUCCESS | NOT_READY)
     }
 
-    /// Waits, in this thread, until all that the stream was given is done. For ends and failures only.
+    /// Waits, in this thread, until all that the stream was given is done. For ends and failures
+    /// only.
     pub(super) fn synchronize(&self) -> Answer<()> {
         // SAFETY: the stream is alive while `self` is.
         let code = unsafe { (self.device.driver.functions.cuStreamSynchronize)(self.handle) };
@@ -209,7 +217,8 @@ impl Drop for Stream {
     }
 }
 
-/// A place in a stream's order. Goes back to its device to be used again: a stream that was told to wait for it keeps what it was told.
+/// A place in a stream's order. Goes back to its device to be used again: a stream that was told to
+/// wait for it keeps what it was told.
 pub(super) struct Event {
     device: Arc<Device>,
     handle: CUevent,
@@ -230,7 +239,8 @@ impl Event {
 
     /// Marks the end of what vLLM's stream was given so far.
     pub(super) fn record_on(&self, compute: ComputeStream) -> Answer<()> {
-        // SAFETY: the connector names the stream that torch uses now; torch never destroys its streams.
+        // SAFETY: the connector names the stream that torch uses now; torch never destroys its
+        // streams.
         let code = unsafe { (self.device.driver.functions.cuEventRecord)(self.handle, foreign(compute)) };
         self.device.driver.check("cuEventRecord", code)
     }
@@ -262,7 +272,8 @@ fn foreign(compute: ComputeStream) -> CUstream {
 }
 
 fn wait(device: &Device, stream: CUstream, event: &Event) -> Answer<()> {
-    // SAFETY: the event is alive while borrowed; the stream is ours, or torch's, which never destroys its streams.
+    // SAFETY: the event is alive while borrowed; the stream is ours, or torch's, which never
+    // destroys its streams.
     let code = unsafe { (device.driver.functions.cuStreamWaitEvent)(stream, event.handle, 0) };
     device.driver.check("cuStreamWaitEvent", code)
 }

@@ -1,7 +1,10 @@
-//! How fragments are handed to the device: one call for a whole batch, a call for each, or the gather kernel.
+//! How fragments are handed to the device: one call for a whole batch, a call for each, or the
+//! gather kernel.
 //!
-//! Over the bus from the device to the host the copy engines are always used: they take nothing from the model's multiprocessors. Small fragments may be packed in
-//! the device's memory first (see `staging`), and to the device they may go by the kernel, where calibration found that to be faster.
+//! Over the bus from the device to the host the copy engines are always used: they take nothing
+//! from the model's multiprocessors. Small fragments may be packed in the device's memory first
+//! (see `staging`), and to the device they may go by the kernel, where calibration found that to be
+//! faster.
 
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -102,9 +105,11 @@ impl Dispatch {
         [self.engines.device.driver.batches().then_some(Way::Batch), Some(Way::Each), by_kernel]
     }
 
-    /// Gives the fragments to the stream, which waits for `mark` already. After an error some of them may be under way. Changes the order of `fragments`.
+    /// Gives the fragments to the stream, which waits for `mark` already. After an error some of
+    /// them may be under way. Changes the order of `fragments`.
     ///
-    /// `table`: for the kernel, of no job that is under way. Without one, or without a kernel or staging, the copy engines alone are used.
+    /// `table`: for the kernel, of no job that is under way. Without one, or without a kernel or
+    /// staging, the copy engines alone are used.
     pub(super) fn hand_over(
         &mut self,
         way: Way,
@@ -171,7 +176,8 @@ impl Engines {
             let (host, len) = (fragment.host as usize, fragment.len as usize);
             match direction {
                 Direction::Offload => {
-                    // SAFETY: both sides stay in place until the order was answered, which is after the stream has passed this copy (see `Copier`).
+                    // SAFETY: both sides stay in place until the order was answered, which is after
+                    // the stream has passed this copy (see `Copier`).
                     let code = unsafe {
                         (functions.cuMemcpyDtoHAsync_v2)(host as *mut c_void, fragment.device, len, stream.handle)
                     };
@@ -219,9 +225,11 @@ impl Engines {
         let nowhere = CUmemLocation { type_: Location::CU_MEM_LOCATION_TYPE_INVALID, id: 0 };
         let mut attributes = CUmemcpyAttributes {
             srcAccessOrder: match direction {
-                // The source is the KV cache: it may be read only after the event that the stream waits for.
+                // The source is the KV cache: it may be read only after the event that the stream
+                // waits for.
                 Direction::Offload => Access::CU_MEMCPY_SRC_ACCESS_ORDER_STREAM,
-                // The source is a filled slot: whole before this call, and left alone until the order is answered. No work of the stream writes it.
+                // The source is a filled slot: whole before this call, and left alone until the
+                // order is answered. No work of the stream writes it.
                 Direction::Load => Access::CU_MEMCPY_SRC_ACCESS_ORDER_ANY,
             },
             srcLocHint: nowhere,
@@ -229,8 +237,8 @@ impl Engines {
             flags: Flags::CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE as u32,
         };
         let (mut first, mut failed) = (0_usize, 0_usize);
-        // SAFETY: the three lists are of one length and outlive the call, which copies them, as are the one set of attributes and its first index.
-        // For the memory see `each`.
+        // SAFETY: the three lists are of one length and outlive the call, which copies them, as are
+        // the one set of attributes and its first index. For the memory see `each`.
         let code = unsafe {
             batch(
                 self.to.as_mut_ptr(),

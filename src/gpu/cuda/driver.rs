@@ -1,8 +1,9 @@
-//! The driver's library, loaded at run time. Promises: a library or a symbol that is not there, and every code the driver answers, is a value with a
-//! remedy; nothing here panics or aborts.
+//! The driver's library, loaded at run time. Promises: a library or a symbol that is not there, and
+//! every code the driver answers, is a value with a remedy; nothing here panics or aborts.
 //!
-//! `cudarc` finds the library and gives the types. Its own wrappers panic when a symbol is missing and read the answer into a Rust enum, which a newer
-//! driver's codes would not fit: so the functions are looked up here once, and answer numbers.
+//! `cudarc` finds the library and gives the types. Its own wrappers panic when a symbol is missing
+//! and read the answer into a Rust enum, which a newer driver's codes would not fit: so the
+//! functions are looked up here once, and answer numbers.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::OnceLock;
@@ -17,7 +18,8 @@ use crate::limits::DRIVER_VERSION_MIN;
 /// An address in the device's memory, or of pinned memory as the device sees it.
 pub type Address = u64;
 
-/// `cuMemcpyBatchAsync` of CUDA 12.8: destinations, sources, lengths, their number; attributes, the first copy of each, their number; where it failed.
+/// `cuMemcpyBatchAsync` of CUDA 12.8: destinations, sources, lengths, their number; attributes, the
+/// first copy of each, their number; where it failed.
 pub(super) type BatchCall = unsafe extern "C" fn(
     *mut Address,
     *mut Address,
@@ -86,11 +88,12 @@ macro_rules! functions {
         impl Functions {
             /// Looks all of them up. `Err`: the symbol that is missing.
             fn find() -> std::result::Result<Self, &'static str> {
-                // The caller saw that the library is there. One that vanished since then panics in `culib`.
-                // SAFETY: it is loaded once and never unloaded.
+                // The caller saw that the library is there. One that vanished since then panics in
+                // `culib`. SAFETY: it is loaded once and never unloaded.
                 let library = std::panic::catch_unwind(|| unsafe { culib() }).map_err(|_| "symbols any more")?;
                 Ok(Self {
-                    // SAFETY: the types are those of the driver API for these symbols, versions included.
+                    // SAFETY: the types are those of the driver API for these symbols, versions
+                    // included.
                     $($name: *unsafe { library.get(concat!(stringify!($name), "\0").as_bytes()) }.map_err(|_| stringify!($name))?,)+
                     // SAFETY: as above. A driver that is too old for one of these lacks its symbol.
                     $($maybe: unsafe { library.get(concat!(stringify!($maybe), "\0").as_bytes()) }.ok().map(|found| *found),)+
@@ -150,10 +153,12 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// The process's driver. Looked for once: a driver that was missing stays missing until the next start.
+    /// The process's driver. Looked for once: a driver that was missing stays missing until the
+    /// next start.
     ///
     /// # Errors
-    /// [`Error::DeviceDead`] when there is no driver, it is too old or damaged, or it finds no device.
+    /// [`Error::DeviceDead`] when there is no driver, it is too old or damaged, or it finds no
+    /// device.
     pub fn get() -> Result<&'static Self> {
         static DRIVER: OnceLock<std::result::Result<Driver, (String, String)>> = OnceLock::new();
         match DRIVER.get_or_init(Self::open) {
@@ -168,7 +173,8 @@ impl Driver {
 
     fn open() -> std::result::Result<Self, (String, String)> {
         let update = || "Update the NVIDIA driver".to_owned();
-        // SAFETY: loads the library and runs its initialisation, as any program that uses the GPU does.
+        // SAFETY: loads the library and runs its initialisation, as any program that uses the GPU
+        // does.
         if !unsafe { is_culib_present() } {
             let remedy = "Install the NVIDIA driver, or give the container the GPU (docker run --gpus all). Without it KV caches in host memory are served";
             return Err(("its library (libcuda.so.1) is not there".to_owned(), remedy.to_owned()));
@@ -217,12 +223,14 @@ impl Driver {
 
     fn name_of(&self, code: u32) -> String {
         let mut text: *const c_char = std::ptr::null();
-        // SAFETY: the pointer is to a local; the driver sets it to a text of its own that is never freed, or to null.
+        // SAFETY: the pointer is to a local; the driver sets it to a text of its own that is never
+        // freed, or to null.
         let answer = unsafe { (self.functions.cuGetErrorName)(code, &raw mut text) };
         if answer != SUCCESS || text.is_null() {
             return "an error without a name".to_owned();
         }
-        // SAFETY: as above: a text that ends in a null byte and lives as long as the library, which is never unloaded.
+        // SAFETY: as above: a text that ends in a null byte and lives as long as the library, which
+        // is never unloaded.
         unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
     }
 }

@@ -14,7 +14,8 @@ use crate::limits::{GATHER_SMS, TABLE_ROWS_MAX};
 
 type Answer<T> = std::result::Result<T, Refused>;
 
-/// Threads of a block, which fill half of a multiprocessor: `cuda/gather.cu` is compiled for as many.
+/// Threads of a block, which fill half of a multiprocessor: `cuda/gather.cu` is compiled for as
+/// many.
 const THREADS: u32 = 1024;
 
 /// Memory may be used in every context, and by kernels.
@@ -27,7 +28,8 @@ pub struct Kernel {
     function: CUfunction,
 }
 
-// SAFETY: module and function are the driver's own objects; its functions are safe to call from all threads.
+// SAFETY: module and function are the driver's own objects; its functions are safe to call from all
+// threads.
 unsafe impl Send for Kernel {}
 // SAFETY: as above.
 unsafe impl Sync for Kernel {}
@@ -55,7 +57,8 @@ impl Kernel {
         Ok(Some(kernel))
     }
 
-    /// Moves these rows of the table from where `host` says to where `device` says, in the stream's order. Both are pinned memory or the device's.
+    /// Moves these rows of the table from where `host` says to where `device` says, in the stream's
+    /// order. Both are pinned memory or the device's.
     pub(super) fn launch(&self, table: &Table, rows: Range<usize>, stream: &Stream) -> Answer<()> {
         let missing = || Refused { call: "cuLaunchKernel", code: 500, name: "no such function".to_owned() };
         let launch = self.device.driver.functions.cuLaunchKernel.ok_or_else(missing)?;
@@ -63,8 +66,8 @@ impl Kernel {
         let mut address = table.start.as_ptr() as u64 + (rows.start * size_of::<Fragment>()) as u64;
         let mut count = rows.len() as u32;
         let mut arguments = [(&raw mut address).cast::<c_void>(), (&raw mut count).cast::<c_void>()];
-        // SAFETY: the arguments are of the kernel's types and copied by the call. The table lives until its job is over, and so do both sides of its
-        // fragments (see `Copier`).
+        // SAFETY: the arguments are of the kernel's types and copied by the call. The table lives
+        // until its job is over, and so do both sides of its fragments (see `Copier`).
         let code = unsafe {
             launch(
                 self.function,
@@ -87,7 +90,8 @@ impl Kernel {
 impl Drop for Kernel {
     fn drop(&mut self) {
         if let Some(unload) = self.device.driver.functions.cuModuleUnload {
-            // SAFETY: the copier that held the kernel has no job left. What the driver answers changes nothing here.
+            // SAFETY: the copier that held the kernel has no job left. What the driver answers
+            // changes nothing here.
             let unloaded =
                 self.device.with(|| self.device.driver.check("cuModuleUnload", unsafe { unload(self.module) }));
             drop(unloaded);
@@ -136,7 +140,8 @@ impl Table {
     /// Appends a row.
     ///
     /// # Panics
-    /// When the table is full: no job that goes by the kernel has more than [`TABLE_ROWS_MAX`] fragments.
+    /// When the table is full: no job that goes by the kernel has more than [`TABLE_ROWS_MAX`]
+    /// fragments.
     pub(super) fn push(&mut self, row: Fragment) {
         assert!(self.len < TABLE_ROWS_MAX, "a job with more fragments than a table has rows");
         // SAFETY: inside the table, and a row that no kernel was told of yet.
@@ -148,7 +153,8 @@ impl Table {
 impl Drop for Table {
     fn drop(&mut self) {
         let (start, driver) = (self.start.as_ptr().cast::<c_void>(), self.device.driver);
-        // SAFETY: from `cuMemHostAlloc`, and its last job is over. What the driver answers changes nothing here.
+        // SAFETY: from `cuMemHostAlloc`, and its last job is over. What the driver answers changes
+        // nothing here.
         let free = || driver.check("cuMemFreeHost", unsafe { (driver.functions.cuMemFreeHost)(start) });
         drop(self.device.with(free));
     }

@@ -1,7 +1,9 @@
-//! One direction's copies: a queue of orders, and the jobs that were given to the direction's stream.
+//! One direction's copies: a queue of orders, and the jobs that were given to the direction's
+//! stream.
 //!
-//! An order is `Queued -> In a job -> Answered`, or answered at once when it may not be carried out. A job ends when its event is over, and only
-//! then are its orders answered. Jobs of a lane end in their order.
+//! An order is `Queued -> In a job -> Answered`, or answered at once when it may not be carried
+//! out. A job ends when its event is over, and only then are its orders answered. Jobs of a lane
+//! end in their order.
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
@@ -70,7 +72,8 @@ impl Common {
         }
     }
 
-    /// A call was refused: of a device that still works (its orders fail, the next ones are tried), or of one from which nothing is taken any more.
+    /// A call was refused: of a device that still works (its orders fail, the next ones are tried),
+    /// or of one from which nothing is taken any more.
     fn was_refused(&self, refused: &Refused, stream: &Stream) {
         if stream.works() {
             self.notes.push(format!("copies could not be started: {refused}"));
@@ -134,7 +137,8 @@ impl Lane {
         self.queue.is_empty() && self.jobs.is_empty()
     }
 
-    /// Gives the next job to the stream. `false`: nothing waits, enough is under way, or the first order's memory is being pinned.
+    /// Gives the next job to the stream. `false`: nothing waits, enough is under way, or the first
+    /// order's memory is being pinned.
     pub(super) fn start_job(&mut self, common: &Common) -> bool {
         let Some(first) = self.queue.front() else { return false };
         let commands: usize = self.jobs.iter().map(|job| job.commands).sum();
@@ -146,8 +150,9 @@ impl Lane {
                 common.pinning.urge(SlotIndex(first.order.copy.slot));
                 false
             }
-            // Copies of ordinary memory make their caller wait for all that comes before them on the stream: not before vLLM's step is over. An event that
-            // cannot be asked is found out about when it is used.
+            // Copies of ordinary memory make their caller wait for all that comes before them on
+            // the stream: not before vLLM's step is over. An event that cannot be asked is found
+            // out about when it is used.
             Pin::Refused if first.mark.as_ref().is_some_and(|mark| matches!(mark.event.is_over(), Ok(false))) => false,
             _ => {
                 self.start(common);
@@ -156,11 +161,13 @@ impl Lane {
         }
     }
 
-    /// Makes vLLM's stream wait for these offloads, after giving those to our stream that still wait, whatever else is under way. `false`: it will not.
+    /// Makes vLLM's stream wait for these offloads, after giving those to our stream that still
+    /// wait, whatever else is under way. `false`: it will not.
     pub(super) fn fence(&mut self, common: &Common, compute: ComputeStream, offloads: &[BlockCopy]) -> bool {
         let named: HashSet<(u32, u32)> = offloads.iter().map(|copy| (copy.slot, copy.generation)).collect();
         let is_named = |order: &Order| named.contains(&(order.copy.slot, order.copy.generation));
-        // They go before what else waits: vLLM's step waits for them. Every order has its own mark, so they may be carried out in any order.
+        // They go before what else waits: vLLM's step waits for them. Every order has its own mark,
+        // so they may be carried out in any order.
         let (first, rest): (VecDeque<_>, _) = self.queue.drain(..).partition(|queued| is_named(&queued.order));
         let left = rest.len();
         self.queue = first;
@@ -168,7 +175,8 @@ impl Lane {
         while self.queue.len() > left {
             self.start(common);
         }
-        // The stream passes jobs in their order: the last one of them comes after all of them. None: all were answered meanwhile.
+        // The stream passes jobs in their order: the last one of them comes after all of them.
+        // None: all were answered meanwhile.
         let Some(job) = self.jobs.iter().rev().find(|job| job.orders.iter().any(is_named)) else { return true };
         match job.event.hold(compute) {
             Ok(()) => true,
@@ -179,7 +187,8 @@ impl Lane {
         }
     }
 
-    /// Takes orders that come after the same mark and lie in the same kind of memory, and gives them to the stream.
+    /// Takes orders that come after the same mark and lie in the same kind of memory, and gives
+    /// them to the stream.
     fn start(&mut self, common: &Common) {
         let Some(first) = self.queue.front() else { return };
         let (mark, pinned) = (first.mark.clone(), common.pin(&first.order) == Pin::Pinned);
@@ -233,7 +242,8 @@ impl Lane {
         if let Err(refused) = &given {
             common.was_refused(refused, &self.stream);
         }
-        // Part of a job that failed may be under way: its memory is given back when the stream has passed it.
+        // Part of a job that failed may be under way: its memory is given back when the stream has
+        // passed it.
         let job = Job { event, commands, orders, failed: given.is_err(), table };
         match job.event.record(&self.stream) {
             Ok(()) => self.jobs.push_back(job),
@@ -244,8 +254,8 @@ impl Lane {
         }
     }
 
-    /// Without the event that would tell: waits, in this thread, until the stream has passed everything. `false`: the context is gone, and its copies
-    /// with it.
+    /// Without the event that would tell: waits, in this thread, until the stream has passed
+    /// everything. `false`: the context is gone, and its copies with it.
     fn wait_for_stream(&self, common: &Common, refused: &Refused) -> bool {
         common.was_refused(refused, &self.stream);
         self.stream.synchronize().is_ok()
@@ -291,7 +301,8 @@ impl Lane {
         let located = common.sides.locate(&order.copy)?;
         match self.direction {
             Direction::Offload => {
-                // SAFETY: this rank's part of a slot that is being filled; the copy into it is over and the order not answered.
+                // SAFETY: this rank's part of a slot that is being filled; the copy into it is over
+                // and the order not answered.
                 let bytes = unsafe { std::slice::from_raw_parts(located.part.as_ptr(), located.len) };
                 common.sides.set_checksum(&order.copy, xxh3_64(bytes));
                 Ok(())
@@ -309,7 +320,8 @@ impl Lane {
         let (driver, functions) = (common.device.driver, &common.device.driver.functions);
         for (device, len) in located.group.pieces(copy.block).into_iter().flatten() {
             let into = bytes[done..done + len].as_mut_ptr().cast();
-            // SAFETY: the piece is `len` bytes on both sides, and the memory here outlives the copy, which is waited for below.
+            // SAFETY: the piece is `len` bytes on both sides, and the memory here outlives the
+            // copy, which is waited for below.
             let code = unsafe { (functions.cuMemcpyDtoHAsync_v2)(into, device, len, self.stream.handle) };
             driver.check("cuMemcpyDtoHAsync", code)?;
             done += len;

@@ -1,4 +1,5 @@
-//! Times copies the way a copier makes them, for `kvcellar bench dma`: the same joining of fragments, the same ways of dispatch, jobs of the same size.
+//! Times copies the way a copier makes them, for `kvcellar bench dma`: the same joining of
+//! fragments, the same ways of dispatch, jobs of the same size.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;

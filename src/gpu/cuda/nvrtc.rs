@@ -1,5 +1,5 @@
-//! NVRTC, the compiler that torch brings along, loaded at run time. Compiles the gather kernel for the device at hand. Without it copies
-//! go without the kernel.
+//! NVRTC, the compiler that torch brings along, loaded at run time. Compiles the gather kernel for
+//! the device at hand. Without it copies go without the kernel.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
@@ -8,7 +8,8 @@ use std::ptr;
 /// The kernel's text.
 const SOURCE: &str = include_str!("../../../cuda/gather.cu");
 
-/// Names under which NVRTC is found when something has loaded it already, or when the system has it.
+/// Names under which NVRTC is found when something has loaded it already, or when the system has
+/// it.
 const NAMES: [&str; 2] = ["libnvrtc.so.13", "libnvrtc.so.12"];
 
 /// Why there is no kernel.
@@ -57,7 +58,8 @@ struct Compiler {
     log: Copy,
 }
 
-/// Compiles the kernel for a device of this compute capability. `places`: files to look at before the system's own.
+/// Compiles the kernel for a device of this compute capability. `places`: files to look at before
+/// the system's own.
 ///
 /// # Errors
 /// [`NoKernel`].
@@ -93,7 +95,8 @@ impl Compiler {
         let library = places.iter().map(PathBuf::as_path).chain(names).find_map(open).ok_or(NoKernel::NotThere)?;
         macro_rules! function {
             ($name:literal, $type:ty) => {
-                // SAFETY: the field's type is NVRTC's for this function, unchanged since CUDA 11. The library is never closed.
+                // SAFETY: the field's type is NVRTC's for this function, unchanged since CUDA 11.
+                // The library is never closed.
                 unsafe { std::mem::transmute::<*mut c_void, $type>(symbol(library, $name)?) }
             };
         }
@@ -124,7 +127,8 @@ fn read(program: Program, size: Size, copy: Copy) -> Result<Vec<u8>, c_int> {
 }
 
 fn open(name: &Path) -> Option<*mut c_void> {
-    // The compiler looks for a part of its own by name only, not beside itself: it has to be there already.
+    // The compiler looks for a part of its own by name only, not beside itself: it has to be there
+    // already.
     let folder = name.parent().and_then(|folder| std::fs::read_dir(folder).ok());
     for part in folder.into_iter().flatten().flatten() {
         if part.file_name().as_encoded_bytes().starts_with(b"libnvrtc-builtins.so") {
@@ -136,7 +140,8 @@ fn open(name: &Path) -> Option<*mut c_void> {
 
 fn load(name: &Path, scope: c_int) -> Option<*mut c_void> {
     let name = CString::new(name.as_os_str().as_encoded_bytes()).ok()?;
-    // SAFETY: the name ends in a null byte; the library's initialisation does nothing that others see. It is never closed.
+    // SAFETY: the name ends in a null byte; the library's initialisation does nothing that others
+    // see. It is never closed.
     let library = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | scope) };
     (!library.is_null()).then_some(library)
 }

@@ -1,11 +1,15 @@
-//! The pool's memory, pinned for the device in pieces and in the background, so that serving starts at once.
+//! The pool's memory, pinned for the device in pieces and in the background, so that serving starts
+//! at once.
 //!
-//! A piece is `Waiting -> Pinned` or `Waiting -> Refused` and stays so. Several neighbours are pinned by one call; a call that the driver refuses is tried again
-//! in halves, for large ones fail where smaller ones do not. Pieces that copies wait for go first. When the system pins no more, what is pinned
-//! stays; slots in the rest are copied as ordinary memory, which is slower and never wrong. One thread: while the driver pins, other calls of the process wait.
+//! A piece is `Waiting -> Pinned` or `Waiting -> Refused` and stays so. Several neighbours are
+//! pinned by one call; a call that the driver refuses is tried again in halves, for large ones fail
+//! where smaller ones do not. Pieces that copies wait for go first. When the system pins no more,
+//! what is pinned stays; slots in the rest are copied as ordinary memory, which is slower and never
+//! wrong. One thread: while the driver pins, other calls of the process wait.
 //!
-//! Unpinning takes as long as pinning did, and a stopping process has no time for it: dropping a pinning leaves it to a thread that keeps the memory mapped meanwhile.
-//! A process that ends takes both with it; one that lives on waits by [`settle`] before it maps the pool again.
+//! Unpinning takes as long as pinning did, and a stopping process has no time for it: dropping a
+//! pinning leaves it to a thread that keeps the memory mapped meanwhile. A process that ends takes
+//! both with it; one that lives on waits by [`settle`] before it maps the pool again.
 
 use std::collections::VecDeque;
 use std::ffi::c_void;
@@ -72,7 +76,8 @@ pub fn settle() {
     }
 }
 
-/// The process ends, and the kernel will unpin all: no thread of ours is in the driver when that is taken down.
+/// The process ends, and the kernel will unpin all: no thread of ours is in the driver when that is
+/// taken down.
 extern "C" fn stop_unpinning() {
     STOPPING.store(true, Ordering::Release);
     let deadline = Instant::now() + Duration::from_millis(UNPIN_EXIT_MS);
@@ -85,15 +90,18 @@ fn unpinning() -> MutexGuard<'static, Vec<JoinHandle<()>>> {
     UNPINNING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The pinning of one pool in this process. Dropped, it lets go of all memory, in the background: no copy may be under way then.
+/// The pinning of one pool in this process. Dropped, it lets go of all memory, in the background:
+/// no copy may be under way then.
 pub struct Pinning {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Pinning {
-    /// Begins to pin the pool's slots: `chunk_bytes` at once, or `piece_bytes` at least. Without a thread (the system refused one) everything stays ordinary memory.
-    /// Waits for what an earlier pinning let go of: memory that is still pinned for that one is not ordinary, and must not be taken for it.
+    /// Begins to pin the pool's slots: `chunk_bytes` at once, or `piece_bytes` at least. Without a
+    /// thread (the system refused one) everything stays ordinary memory. Waits for what an earlier
+    /// pinning let go of: memory that is still pinned for that one is not ordinary, and must not be
+    /// taken for it.
     pub fn start(pool: Arc<Pool>, device: Arc<Device>, notes: Arc<Notes>, chunk_bytes: u64, piece_bytes: u64) -> Self {
         settle();
         let slot_bytes = pool.geometry().slot_bytes;
@@ -192,7 +200,8 @@ impl Shared {
         (unsafe { self.pool.start().add(self.pool.image_offset(SlotIndex(first))) }.as_ptr().cast(), len)
     }
 
-    /// Unpins what was pinned, once the thread that pins has ended. The memory is unmapped by whoever lets go of it last.
+    /// Unpins what was pinned, once the thread that pins has ended. The memory is unmapped by
+    /// whoever lets go of it last.
     fn unpin(&self, pinning: Option<JoinHandle<()>>) {
         if let Some(thread) = pinning {
             // A thread that panicked pins nothing more.
@@ -202,13 +211,15 @@ impl Shared {
         let unpin = || {
             for pieces in pinned.iter().take_while(|_| !STOPPING.load(Ordering::Acquire)) {
                 let (start, _) = self.memory(pieces);
-                // SAFETY: pinned by us as this very range; `self.pool` keeps it mapped; no copy is under way any more, as the owner of the `Pinning` promised.
+                // SAFETY: pinned by us as this very range; `self.pool` keeps it mapped; no copy is
+                // under way any more, as the owner of the `Pinning` promised.
                 let code = unsafe { (self.device.driver.functions.cuMemHostUnregister)(start) };
                 self.device.driver.check("cuMemHostUnregister", code)?;
             }
             Ok(())
         };
-        // A driver that refuses has lost its context; the kernel unpins the memory with the process.
+        // A driver that refuses has lost its context; the kernel unpins the memory with the
+        // process.
         let _gone = self.device.with(unpin);
     }
 
@@ -234,7 +245,8 @@ impl Shared {
     fn pin(&self, pieces: Range<usize>) {
         let (start, len) = self.memory(&pieces);
         let driver = self.device.driver;
-        // SAFETY: the range lies inside the mapping, which `self.pool` keeps; it is unpinned before that is dropped.
+        // SAFETY: the range lies inside the mapping, which `self.pool` keeps; it is unpinned before
+        // that is dropped.
         let code = unsafe { (driver.functions.cuMemHostRegister_v2)(start, len, REGISTER_PORTABLE_MAPPED) };
         match driver.check("cuMemHostRegister", code) {
             Ok(()) => {

@@ -1,4 +1,5 @@
-//! Memory on both sides, to measure copies with: on the host's it is of the kind a pool has, shared memory that is pinned afterwards.
+//! Memory on both sides, to measure copies with: on the host's it is of the kind a pool has, shared
+//! memory that is pinned afterwards.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -55,8 +56,9 @@ impl Room {
         (0..self.bytes / size).map(|at| self.fragment(at * size, at * size, size)).collect()
     }
 
-    /// `count` fragments of this size as a model's blocks have them: in slots of [`LAYERS`] on the host, with a page between two slots, and anywhere on the
-    /// device, with gaps. `count` is a power of two; they take up at most twice their bytes.
+    /// `count` fragments of this size as a model's blocks have them: in slots of [`LAYERS`] on the
+    /// host, with a page between two slots, and anywhere on the device, with gaps. `count` is a
+    /// power of two; they take up at most twice their bytes.
     pub(super) fn scattered(&self, size: u64, count: u64) -> Vec<Fragment> {
         debug_assert!(count.is_power_of_two() && size >= PAGE && 2 * size * count <= self.bytes);
         let turned = |at: u64| if count == 1 { 0 } else { at.reverse_bits() >> (u64::BITS - count.trailing_zeros()) };
@@ -78,7 +80,8 @@ impl Drop for Room {
     fn drop(&mut self) {
         let functions = &self.device.driver.functions;
         let free = || {
-            // SAFETY: from the allocations above, once; all copies were waited for. What the driver answers changes nothing here.
+            // SAFETY: from the allocations above, once; all copies were waited for. What the driver
+            // answers changes nothing here.
             unsafe {
                 if self.is_pinned {
                     (functions.cuMemHostUnregister)(self.host.as_mut_ptr().cast());

@@ -1,9 +1,12 @@
-//! Staging: how small fragments leave the KV cache. The gather kernel lays them one behind the other in a buffer in the device's memory, as they lie in the
-//! slots; from there the copy engine moves few large pieces.
+//! Staging: how small fragments leave the KV cache. The gather kernel lays them one behind the
+//! other in a buffer in the device's memory, as they lie in the slots; from there the copy engine
+//! moves few large pieces.
 //!
-//! A copy engine spends about as long on 4 KiB as on 64 KiB. The device's own memory has bandwidth to spare, so packing takes a few multiprocessors for a fraction
-//! of the time that the bus takes. Packing goes on a stream of its own, ahead of the copies: while one buffer is emptied the next ones are filled. A buffer is
-//! filled again only behind the copies that empty it; the streams know that, no thread waits for it.
+//! A copy engine spends about as long on 4 KiB as on 64 KiB. The device's own memory has bandwidth
+//! to spare, so packing takes a few multiprocessors for a fraction of the time that the bus takes.
+//! Packing goes on a stream of its own, ahead of the copies: while one buffer is emptied the next
+//! ones are filled. A buffer is filled again only behind the copies that empty it; the streams know
+//! that, no thread waits for it.
 
 use std::sync::Arc;
 
@@ -54,8 +57,9 @@ impl Staging {
         Ok(Self { kernel: Arc::clone(kernel), stream, buffers, next: 0, memory })
     }
 
-    /// Fills the next buffer with the first of these fragments, as many as it holds, behind `mark`; `out` is given what comes after that. Answers how many
-    /// fragments, and the pieces that `out` has to move: from the buffer to the host. Then [`Self::emptied`] must be called.
+    /// Fills the next buffer with the first of these fragments, as many as it holds, behind `mark`;
+    /// `out` is given what comes after that. Answers how many fragments, and the pieces that `out`
+    /// has to move: from the buffer to the host. Then [`Self::emptied`] must be called.
     ///
     /// # Errors
     /// [`Refused`]. Nothing of this call is under way then.
@@ -88,13 +92,15 @@ impl Staging {
         self.kernel.launch(table, from..table.len(), &self.stream)?;
         let ordered = filled.record(&self.stream).and_then(|()| out.wait(&filled));
         if ordered.is_err() {
-            // `out` does not know of the kernel: it has to be over before its table and the blocks it reads are given back.
+            // `out` does not know of the kernel: it has to be over before its table and the blocks
+            // it reads are given back.
             let _gone = self.stream.synchronize();
         }
         ordered.map(|()| (count, pieces))
     }
 
-    /// `out` was given the copies of the buffer that was filled last, or what could be given of them.
+    /// `out` was given the copies of the buffer that was filled last, or what could be given of
+    /// them.
     pub(super) fn emptied(&mut self, out: &Stream) -> Answer<()> {
         let event = self.memory.device.event().and_then(|event| event.record(out).map(|()| event));
         if event.is_err() {
@@ -110,7 +116,8 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        // Whoever used it has waited for its copies, and they for the kernel. What the driver answers changes nothing here.
+        // Whoever used it has waited for its copies, and they for the kernel. What the driver
+        // answers changes nothing here.
         let _gone = self.stream.synchronize();
     }
 }
@@ -119,7 +126,8 @@ impl Drop for Memory {
     fn drop(&mut self) {
         let (driver, start) = (self.device.driver, self.start);
         if start != 0 {
-            // SAFETY: from `cuMemAlloc`, once; nothing that uses it is under way. What the driver answers changes nothing here.
+            // SAFETY: from `cuMemAlloc`, once; nothing that uses it is under way. What the driver
+            // answers changes nothing here.
             let free = || driver.check("cuMemFree", unsafe { (driver.functions.cuMemFree_v2)(start) });
             drop(self.device.with(free));
         }

@@ -1,7 +1,7 @@
 //! Engines as pods of Kubernetes: those with certain labels that are running.
 //!
-//! The pods are listed anew every few seconds. Access is that of the process: its service account in a pod, `KUBECONFIG` elsewhere. Needs the right to
-//! list pods in the namespace.
+//! The pods are listed anew every few seconds. Access is that of the process: its service account
+//! in a pod, `KUBECONFIG` elsewhere. Needs the right to list pods in the namespace.
 
 use std::net::IpAddr;
 
@@ -14,7 +14,8 @@ use crate::error::{Error, Result};
 /// Which pods are engines.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Pods {
-    /// Running pods with these labels, e.g. `app=vllm`: every one is an engine. Listed again every few seconds.
+    /// Running pods with these labels, e.g. `app=vllm`: every one is an engine. Listed again every
+    /// few seconds.
     #[arg(long = "kubernetes-labels", value_name = "LABELS", required = false)]
     pub labels: String,
     /// Their namespace, if it is not our own.

@@ -50,7 +50,8 @@ impl Entry {
     }
 }
 
-/// An engine as on the command line: `endpoint=...[,replay=...][,name=...][,model=...][,bind=true]`, or an address alone.
+/// An engine as on the command line:
+/// `endpoint=...[,replay=...][,name=...][,model=...][,bind=true]`, or an address alone.
 ///
 /// # Errors
 /// [`Error::Config`].
@@ -115,7 +116,8 @@ pub fn read(path: &Path) -> Result<Vec<Source>> {
     entries.into_iter().map(Entry::source).collect()
 }
 
-/// The engines behind a name with one address for each of them: `host:port` or `host:port:replay_port`.
+/// The engines behind a name with one address for each of them: `host:port` or
+/// `host:port:replay_port`.
 ///
 /// # Errors
 /// [`Error::Config`] for a wrong form; [`Error::TryLater`] when the name cannot be resolved.

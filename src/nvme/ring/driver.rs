@@ -1,6 +1,8 @@
-//! The ring thread's loop: takes operations from the queue, gives them to the kernel, hands their ends out.
+//! The ring thread's loop: takes operations from the queue, gives them to the kernel, hands their
+//! ends out.
 //!
-//! One turn: what ended is subtracted, what may start is started, finished operations are handed out, and only then does the thread wait.
+//! One turn: what ended is subtracted, what may start is started, finished operations are handed
+//! out, and only then does the thread wait.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd};
@@ -23,7 +25,8 @@ pub(super) struct Driver {
     // Dropped first: the ring lets go of memory before anything else is given up.
     kernel: Kernel,
     flight: Flight,
-    /// Slots of entries that were pushed and, as far as was seen, not taken by the kernel; `None` is the wake.
+    /// Slots of entries that were pushed and, as far as was seen, not taken by the kernel; `None`
+    /// is the wake.
     pushed: VecDeque<Option<usize>>,
     /// The wake's entry is pushed or in the kernel.
     armed: bool,
@@ -59,7 +62,8 @@ impl Driver {
     }
 
     fn turn(&mut self) -> Turn {
-        // Before the queue is looked at: a wake that is read away here announced what will be found there.
+        // Before the queue is looked at: a wake that is read away here announced what will be found
+        // there.
         if let Err(errno) = self.arm() {
             return Turn::Failed(errno);
         }
@@ -111,7 +115,8 @@ impl Driver {
     /// Pushes the entry of a slot that is listed as pushed already.
     fn push(&mut self, slot: usize) -> Result<(), i32> {
         let Some(flying) = self.flight.get_mut(slot) else { return Ok(()) };
-        // SAFETY: the flight owns the operation until its completion was read or its entry was found unsubmitted, and gives it up otherwise.
+        // SAFETY: the flight owns the operation until its completion was read or its entry was
+        // found unsubmitted, and gives it up otherwise.
         unsafe { self.kernel.push_transfer(&flying.operation, slot) }.map_err(|error| errno_of(&error))
     }
 
@@ -178,7 +183,8 @@ impl Driver {
         self.finished.extend(operations.into_iter().map(|operation| completion(operation, Err(error))));
     }
 
-    /// The ring failed: from now on everything is completed with its errno, until the disk is closed.
+    /// The ring failed: from now on everything is completed with its errno, until the disk is
+    /// closed.
     fn outlive(mut self, errno: i32) {
         self.shared.lock().failed = Some(errno);
         let unsubmitted: Vec<_> = mem::take(&mut self.pushed).into_iter().flatten().collect();
@@ -205,7 +211,8 @@ impl Driver {
         (state.queue.drain(), state.closing)
     }
 
-    /// Waits for a wake without the ring. While the kernel holds transfers it looks again now and then.
+    /// Waits for a wake without the ring. While the kernel holds transfers it looks again now and
+    /// then.
     fn idle(&self) {
         let timeout = if self.flight.is_empty() { PollTimeout::NONE } else { PollTimeout::from(10u8) };
         // An interrupted wait is a wait that ended.

@@ -1,7 +1,7 @@
 //! Operations that the kernel holds, and so their memory.
 //!
-//! An operation goes in before its entry is pushed and comes out when its completion was read. Whatever is still inside when this is dropped is
-//! given up: its memory is never freed or reused.
+//! An operation goes in before its entry is pushed and comes out when its completion was read.
+//! Whatever is still inside when this is dropped is given up: its memory is never freed or reused.
 
 use crate::nvme::disk::Operation;
 
@@ -49,7 +49,8 @@ impl Flight {
 
 impl Drop for Flight {
     fn drop(&mut self) {
-        // The kernel may still transfer these: a leak is harmless, a reuse of the memory would not be.
+        // The kernel may still transfer these: a leak is harmless, a reuse of the memory would not
+        // be.
         self.slots.drain(..).flatten().for_each(std::mem::forget);
     }
 }

@@ -1,4 +1,5 @@
-//! The kernel's side of the ring: making it, registering files and memory, entries in and results out.
+//! The kernel's side of the ring: making it, registering files and memory, entries in and results
+//! out.
 //!
 //! Used by one thread only, the one that made it. Knows nothing of order or bounds.
 
@@ -22,7 +23,8 @@ pub(super) struct Kernel {
     /// The kernel has a table of files for us.
     file_table: bool,
     files: Vec<Target>,
-    /// Registered regions, each with the number of its first piece. They are held until the ring is gone.
+    /// Registered regions, each with the number of its first piece. They are held until the ring is
+    /// gone.
     regions: Vec<(Arc<dyn Region>, usize)>,
 }
 
@@ -110,7 +112,8 @@ impl Kernel {
     /// Puts the transfer of `operation` into the submission queue.
     ///
     /// # Safety
-    /// The operation's buffer must stay where it is until the entry's completion was read, or the entry was found unsubmitted.
+    /// The operation's buffer must stay where it is until the entry's completion was read, or the
+    /// entry was found unsubmitted.
     pub(super) unsafe fn push_transfer(&mut self, operation: &Operation, slot: usize) -> io::Result<()> {
         let Some(&target) = self.files.get(operation.segment as usize) else {
             return Err(io::Error::from_raw_os_error(libc::EBADF));
@@ -172,13 +175,15 @@ impl Kernel {
 impl Drop for Kernel {
     fn drop(&mut self) {
         if !self.regions.is_empty() {
-            // A ring's own end is left to a kernel worker; the memory counts against the limit until then. A refusal changes nothing.
+            // A ring's own end is left to a kernel worker; the memory counts against the limit
+            // until then. A refusal changes nothing.
             let _ = self.ring.submitter().unregister_buffers();
         }
     }
 }
 
-/// The entry of a transfer, its memory named by its registered piece if there is one. A length beyond 32 bits is cut, so that it ends short.
+/// The entry of a transfer, its memory named by its registered piece if there is one. A length
+/// beyond 32 bits is cut, so that it ends short.
 fn transfer(file: types::Fd, operation: &Operation, piece: Option<u16>) -> squeue::Entry {
     let (start, offset) = (operation.buffer.start().as_ptr(), operation.offset);
     let len = u32::try_from(operation.buffer.len()).unwrap_or(u32::MAX);

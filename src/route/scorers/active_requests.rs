@@ -1,4 +1,5 @@
-//! Few requests of ours in flight, beside the engine that has most of them; 1 for engines that have none.
+//! Few requests of ours in flight, beside the engine that has most of them; 1 for engines that have
+//! none.
 
 use crate::route::view::View;
 

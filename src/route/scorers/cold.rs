@@ -1,4 +1,5 @@
-//! Requests that nobody has anything of go to the engine whose last such request is longest ago, so that prefixes spread.
+//! Requests that nobody has anything of go to the engine whose last such request is longest ago, so
+//! that prefixes spread.
 
 use crate::route::view::View;
 

@@ -1,4 +1,5 @@
-//! Scorers: each gives every engine a number between 0 and 1, larger is better. Pure functions of a [`View`].
+//! Scorers: each gives every engine a number between 0 and 1, larger is better. Pure functions of a
+//! [`View`].
 
 mod active_requests;
 mod adapter;

@@ -1,4 +1,5 @@
-//! Few waiting requests: what the engine said last, or ours without a first token where those are more.
+//! Few waiting requests: what the engine said last, or ours without a first token where those are
+//! more.
 
 use crate::route::view::View;
 

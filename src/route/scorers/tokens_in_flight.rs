@@ -1,4 +1,5 @@
-//! Few tokens of ours in flight: knows of every decision at once, where the engine's own numbers are a scrape old.
+//! Few tokens of ours in flight: knows of every decision at once, where the engine's own numbers
+//! are a scrape old.
 
 use crate::route::view::View;
 

@@ -1,7 +1,9 @@
-//! A modelled engine's KV cache: blocks in GPU memory, and those that were evicted from it in host memory.
+//! A modelled engine's KV cache: blocks in GPU memory, and those that were evicted from it in host
+//! memory.
 //!
-//! A block in GPU memory is pinned by running requests, or free: free ones stay in recency order until their room is needed, then they go to host
-//! memory, whose oldest go for good. Room that running requests will still fill is reserved, and counts as used.
+//! A block in GPU memory is pinned by running requests, or free: free ones stay in recency order
+//! until their room is needed, then they go to host memory, whose oldest go for good. Room that
+//! running requests will still fill is reserved, and counts as used.
 
 use hashbrown::HashMap;
 use lru::LruCache;
@@ -65,7 +67,8 @@ impl Cache {
         self.pinned.len() + self.reserved + blocks - pinned <= self.gpu_blocks
     }
 
-    /// Pins the leading blocks of a prompt, of which `gpu` are in GPU memory and `loaded` come from host memory, and reserves others.
+    /// Pins the leading blocks of a prompt, of which `gpu` are in GPU memory and `loaded` come from
+    /// host memory, and reserves others.
     pub fn admit(&mut self, hashes: &[u64], contents: &[u32], (gpu, loaded): (usize, usize), others: usize) {
         for hash in &hashes[..gpu] {
             self.pin(*hash);
@@ -91,7 +94,8 @@ impl Cache {
         *pins == 1 && self.free.pop(&hash).is_none()
     }
 
-    /// A request has ended: its blocks are free, the last one the first to go, and `reserved` blocks that it did not fill are given back.
+    /// A request has ended: its blocks are free, the last one the first to go, and `reserved`
+    /// blocks that it did not fill are given back.
     pub fn release(&mut self, hashes: &[u64], reserved: usize) {
         self.reserved -= reserved;
         for hash in hashes.iter().rev() {

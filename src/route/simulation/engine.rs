@@ -1,9 +1,12 @@
-//! A model of an engine: continuous batching with chunked prefill over a prefix cache with a tier in host memory behind it ([`Cache`]).
+//! A model of an engine: continuous batching with chunked prefill over a prefix cache with a tier
+//! in host memory behind it ([`Cache`]).
 //!
-//! As in vLLM, a step spends a budget of tokens: one for each request that decodes, then chunks of prompts in the order they came; who gets nothing of it
-//! waits, and finds what others have computed meanwhile when its turn comes. A step takes a fixed time, a time for each prompt token it computes and
-//! each request it decodes, and the time of loads from host memory. Not modelled: preemption (a request's room is reserved up to its end), attention
-//! that grows with the context, failures.
+//! As in vLLM, a step spends a budget of tokens: one for each request that decodes, then chunks of
+//! prompts in the order they came; who gets nothing of it waits, and finds what others have
+//! computed meanwhile when its turn comes. A step takes a fixed time, a time for each prompt token
+//! it computes and each request it decodes, and the time of loads from host memory. Not modelled:
+//! preemption (a request's room is reserved up to its end), attention that grows with the context,
+//! failures.
 
 use std::collections::VecDeque;
 
@@ -143,7 +146,8 @@ impl SimEngine {
         self.waiting.is_empty() && self.running.is_empty()
     }
 
-    /// Lets the first waiting request in if there is room. Returns the tokens that it loads from host memory.
+    /// Lets the first waiting request in if there is room. Returns the tokens that it loads from
+    /// host memory.
     fn admit(&mut self) -> Option<u32> {
         let job = self.waiting.front()?;
         let (gpu, host) = self.cache.held(&job.hashes[..job.prompt]);

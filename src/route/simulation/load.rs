@@ -1,4 +1,5 @@
-//! Made-up traffic: sessions that arrive at random, each a chain of prompts that begin like the one before.
+//! Made-up traffic: sessions that arrive at random, each a chain of prompts that begin like the one
+//! before.
 
 #![expect(clippy::cast_sign_loss, reason = "simulated times and shares are never below zero")]
 

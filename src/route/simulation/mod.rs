@@ -1,7 +1,9 @@
-//! A fleet in a computer's head: the router's real scorers, cost model, books, guesses and index against modelled engines. Seeded, so that a run repeats.
+//! A fleet in a computer's head: the router's real scorers, cost model, books, guesses and index
+//! against modelled engines. Seeded, so that a run repeats.
 //!
-//! A [`Plan`] names the traffic ([`load`]); a world of [`engine`]s serves it, routed in one [`Way`]; the [`outcome`] sums up. Not modelled: networks,
-//! several routers, engines that come and go, tokens that are only estimated.
+//! A [`Plan`] names the traffic ([`load`]); a world of [`engine`]s serves it, routed in one
+//! [`Way`]; the [`outcome`] sums up. Not modelled: networks, several routers, engines that come and
+//! go, tokens that are only estimated.
 
 pub mod cache;
 pub mod engine;

@@ -21,7 +21,8 @@ pub struct Outcome {
     pub cached: f64,
     /// Busiest engine's work over the mean.
     pub imbalance: f64,
-    /// Mean share of time that an engine worked: computed, decoded or loaded, without what a step takes in any case.
+    /// Mean share of time that an engine worked: computed, decoded or loaded, without what a step
+    /// takes in any case.
     pub busy: f64,
 }
 

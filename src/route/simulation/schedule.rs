@@ -3,7 +3,8 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-/// Things to happen, soonest first; of those at the same time, in the order in which they were planned.
+/// Things to happen, soonest first; of those at the same time, in the order in which they were
+/// planned.
 #[derive(Debug)]
 pub(super) struct Schedule<T> {
     now_s: f64,

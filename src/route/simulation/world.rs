@@ -1,4 +1,5 @@
-//! The simulated world: requests arrive, the router's own code decides, engines step, their events reach the index, scrapes tell of them.
+//! The simulated world: requests arrive, the router's own code decides, engines step, their events
+//! reach the index, scrapes tell of them.
 
 #![expect(clippy::cast_sign_loss, reason = "simulated times are never below zero")]
 
@@ -26,7 +27,8 @@ use crate::route::choose::{Policy, choose};
 use crate::route::credit::Credits;
 use crate::route::view::{Held, Look, View};
 
-/// How long an engine's events take to the index; between two scrapes on average; between two looks for what did not come. In s, as in a router.
+/// How long an engine's events take to the index; between two scrapes on average; between two looks
+/// for what did not come. In s, as in a router.
 const EVENTS_S: f64 = 0.02;
 const SCRAPE_S: f64 = 0.5;
 const EXPIRE_S: f64 = 0.05;

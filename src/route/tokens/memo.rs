@@ -1,4 +1,5 @@
-//! Texts that were encoded lately, with their ids: turns of a conversation come again with every request.
+//! Texts that were encoded lately, with their ids: turns of a conversation come again with every
+//! request.
 
 use std::sync::{Arc, Mutex, PoisonError};
 

@@ -1,7 +1,8 @@
 //! A chat request's messages and tools as vLLM hands them to the template.
 //!
-//! Facts of vLLM 0.32: contents are joined to text unless the template loops over parts; arguments of tool calls become objects; tools are dumped with
-//! the fields its models declare. Whatever is rare is [`Inexact`] rather than guessed.
+//! Facts of vLLM 0.32: contents are joined to text unless the template loops over parts; arguments
+//! of tool calls become objects; tools are dumped with the fields its models declare. Whatever is
+//! rare is [`Inexact`] rather than guessed.
 
 use serde_json::{Map, Value as Json};
 

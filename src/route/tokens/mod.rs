@@ -1,7 +1,8 @@
 //! Prompts to the token ids that vLLM will see, in this process.
 //!
-//! Promises: ids are vLLM's own or the request is said to be [`Inexact`], with the reason, and takes another way (an engine's render endpoint, or an
-//! estimate). Nothing here waits for a network.
+//! Promises: ids are vLLM's own or the request is said to be [`Inexact`], with the reason, and
+//! takes another way (an engine's render endpoint, or an estimate). Nothing here waits for a
+//! network.
 
 pub mod memo;
 pub mod messages;

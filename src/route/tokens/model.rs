@@ -1,8 +1,10 @@
 //! One model's tokenizer and chat template.
 //!
-//! A text is cut where the tokenizer certainly cuts it, too: at its added tokens, and within long texts at a space between two ASCII letters. Pieces
-//! are remembered, so that of a conversation only the new turn costs; and of a piece that is new, words are ([`super::words`]). That holds for byte-level
-//! BPE, whose pretokenizers all begin a word at such a space; other tokenizers get the whole text every time.
+//! A text is cut where the tokenizer certainly cuts it, too: at its added tokens, and within long
+//! texts at a space between two ASCII letters. Pieces are remembered, so that of a conversation
+//! only the new turn costs; and of a piece that is new, words are ([`super::words`]). That holds
+//! for byte-level BPE, whose pretokenizers all begin a word at such a space; other tokenizers get
+//! the whole text every time.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -36,7 +38,8 @@ pub struct TokenModel {
 }
 
 impl TokenModel {
-    /// Reads `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` in a model's directory.
+    /// Reads `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` in a model's
+    /// directory.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Config`].

@@ -106,7 +106,8 @@ fn quoted(text: &str, ascii: bool, out: &mut String) {
             '\t' => out.push_str("\\t"),
             '\u{8}' => out.push_str("\\b"),
             '\u{c}' => out.push_str("\\f"),
-            // Python's encoder leaves DEL alone unless it is asked for ASCII, and then it still does.
+            // Python's encoder leaves DEL alone unless it is asked for ASCII, and then it still
+            // does.
             char if (char as u32) < 0x20 => escape("\\u", 4, char as u32, out),
             char if ascii && !char.is_ascii() => {
                 let mut units = [0; 2];

@@ -1,7 +1,7 @@
 //! Ids of words: of a text that nobody has sent before, most words were in others.
 //!
-//! Two generations of a bounded map: what is used lives on in the young one, and when that is full the old one is dropped. Locked once a text, not once a
-//! word.
+//! Two generations of a bounded map: what is used lives on in the young one, and when that is full
+//! the old one is dropped. Locked once a text, not once a word.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -91,7 +91,8 @@ impl Words {
         Ok(())
     }
 
-    /// Appends ids of words up to the first one that is not known, which is returned with its name, if it may be remembered.
+    /// Appends ids of words up to the first one that is not known, which is returned with its name,
+    /// if it may be remembered.
     fn known<'t>(
         &self,
         rest: &mut &'t str,
@@ -139,7 +140,8 @@ impl Words {
     }
 }
 
-/// Where the first word of a text ends: at a space after an ASCII letter or a mark that ends a clause, and before an ASCII letter.
+/// Where the first word of a text ends: at a space after an ASCII letter or a mark that ends a
+/// clause, and before an ASCII letter.
 fn word_end(text: &str) -> usize {
     let bytes = text.as_bytes();
     for at in 1..bytes.len().saturating_sub(1) {
