@@ -17,7 +17,8 @@ PACE_MAX = 30.0
 # What the fixed work takes on a good machine, measured when it is idle.
 WORK_GOOD_S = 0.1
 WORK_ROUNDS = 600_000
-# Loads shrink from here on: where a session is only a little late, each seed means the same everywhere.
+# Loads shrink from here on: where a session is only a little late, each seed means the same
+# everywhere.
 SLOW_PACE = 2.0
 
 

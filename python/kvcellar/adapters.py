@@ -27,13 +27,15 @@ logger = init_logger(f"vllm.{__name__}")
 
 BASE: Final = b""
 NOT_YET: Final = "not yet"
-# Adapters of which a worker remembers what it loaded, and directories of which digests are remembered.
+# Adapters of which a worker remembers what it loaded, and directories of which digests are
+# remembered.
 ADAPTERS_MAX = 4096
 FILES_MAX = 256
-# How often a request may be told to wait for the first report: workers that never report stop nobody.
+# How often a request may be told to wait for the first report: workers that never report stop
+# nobody.
 ASKS_MAX = 1000
-# Time stamps of a file system are no finer than its clock's ticks: what was written just now may be written again
-# without one changing.
+# Time stamps of a file system are no finer than its clock's ticks: what was written just now may be
+# written again without one changing.
 _SETTLED_NS = 100_000_000
 
 _digests: "OrderedDict[Path, tuple[tuple[tuple[str, Stamp], ...], bytes]]" = OrderedDict()
@@ -193,7 +195,8 @@ class Loads:
             if not self._changed:
                 return None
             self._changed = False
-            # Two engines in one process share the class, and numbers of adapters are each engine's own.
+            # Two engines in one process share the class, and numbers of adapters are each engine's
+            # own.
             managers = list(self._by_manager.values())
             loaded = dict(managers[0]) if len(managers) == 1 else {}
             return AdapterReport({rank: RankLoads(self._epoch, loaded, since)})
@@ -236,7 +239,8 @@ class Adapters:
         self._reported: dict[int, RankLoads] = {}
         self._given: dict[int, bytes] = {}
         self._asked = 0
-        # Requests that finished while steps with them may still be under way: the adapter's number, their last step.
+        # Requests that finished while steps with them may still be under way: the adapter's number,
+        # their last step.
         self._finished: deque[tuple[int, int]] = deque()
 
     def confirm(self, report: AdapterReport) -> frozenset[int]:

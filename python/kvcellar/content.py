@@ -151,7 +151,8 @@ def process_start_ns() -> int:
     Raises:
         OSError: the system does not say.
     """
-    # Fields after the command's closing bracket; the start is field 22 of the line, in ticks since boot.
+    # Fields after the command's closing bracket; the start is field 22 of the line, in ticks since
+    # boot.
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     return time.time_ns() - int((age_s + _CLOCK_GRAIN_S) * 1e9)

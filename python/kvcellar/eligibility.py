@@ -13,8 +13,8 @@ from kvcellar._native import Config
 
 # Pooling over all tokens of a prompt: vLLM refuses to prefill a part of it.
 _WHOLE_PROMPT_POOLING = ("MEAN", "CLS", "STEP")
-# KV cache specs of these names keep what is not a function of the prefix: the window of R-SWA moves over generated
-# tokens only.
+# KV cache specs of these names keep what is not a function of the prefix: the window of R-SWA moves
+# over generated tokens only.
 _SPECS_NOT_OF_THE_PREFIX = ("RSWASpec",)
 
 

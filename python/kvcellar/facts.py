@@ -21,7 +21,8 @@ from kvcellar.neutral import FIELDS, OTHERS_THAT_COUNT, is_neutral
 from kvcellar.window import check, vllm_version
 
 _RANDOM_SEED_HASHES = ("xxhash",)
-# Whose code computes KV or prepares what it is computed of. Whole versions: a patch release may mend a model.
+# Whose code computes KV or prepares what it is computed of. Whole versions: a patch release may
+# mend a model.
 PACKAGES = (
     "torch", "torchvision", "transformers", "triton", "flashinfer-python", "flash-attn", "bitsandbytes",
     "compressed-tensors", "mistral-common", "timm", "xformers",

@@ -112,8 +112,8 @@ def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Groups:
         raise UnsupportedError(f"This model has no KV cache. {REMEDY}")
     zeroes = getattr(kv_cache_config, "needs_kv_cache_zeroing", False)
     if zeroes and getattr(vllm_config, "use_v2_model_runner", True):
-        # Runner V2 zeroes a step's new blocks before it tells the connector of the step: a copy that still reads one
-        # of them could not be waited for.
+        # Runner V2 zeroes a step's new blocks before it tells the connector of the step: a copy
+        # that still reads one of them could not be waited for.
         raise UnsupportedError(
             f"vLLM's model runner V2 zeroes new blocks of this KV cache (its groups differ in precision) before copies "
             f"of them can be waited for. Set VLLM_USE_V2_MODEL_RUNNER=0. {REMEDY}"

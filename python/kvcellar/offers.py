@@ -2,8 +2,10 @@
 
 from typing import TypeAlias
 
-# (number of the first block, vLLM's block ids from there on, encoded extra hash keys of each block or nothing)
+# (number of the first block, vLLM's block ids from there on, encoded extra hash keys of each block
+# or nothing)
 GroupOffer: TypeAlias = tuple[int, list[int], list[bytes]]
 
-# (request id, block hashes the engine lacks, number of the first token, token ids, one element a group)
+# (request id, block hashes the engine lacks, number of the first token, token ids, one element a
+# group)
 Offer: TypeAlias = tuple[str, list[bytes], int, list[int], list[GroupOffer]]

@@ -19,9 +19,11 @@ from kvcellar.offers import GroupOffer
 logger = init_logger(f"vllm.{__name__}")
 
 CONTROLS_KEY = "kvcellar"
-# A longer id, or one with other characters, gets a name of ours: no id can be too long for the native engine.
+# A longer id, or one with other characters, gets a name of ours: no id can be too long for the
+# native engine.
 _PLAIN_ID_CHARACTERS = 200
-# So many requests that are left out are logged as warnings: clients must not be able to fill the log.
+# So many requests that are left out are logged as warnings: clients must not be able to fill the
+# log.
 _WARNINGS_MAX = 10
 
 

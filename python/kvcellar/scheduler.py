@@ -41,7 +41,8 @@ _NOTHING = StepMetadata(b"")
 # Steps below that are decode, and say nothing about prefill.
 _PREFILL_TOKENS_MIN = 128
 _NEVER = 1 << 62
-# How long an idle vLLM is kept stepping for the pool to be opened, and after retiring for the workers to let go.
+# How long an idle vLLM is kept stepping for the pool to be opened, and after retiring for the
+# workers to let go.
 _START_PATIENCE_S = 300.0
 _RETIRE_PATIENCE_S = 10.0
 
@@ -74,14 +75,17 @@ class SchedulerSide:
         self._left_out_ids: set[str] = set()
         self._left_out = LeftOut()
         self._adapters = Adapters(self._world())
-        # Number of the step that was planned last: it tells which requests ran with an adapter that was exchanged.
+        # Number of the step that was planned last: it tells which requests ran with an adapter that
+        # was exchanged.
         self._step = 0
         self._numbers_steps = vllm_config.lora_config is not None
         self._names = 0
-        # Loads that vLLM waits for, and those of them that no step has ordered yet: vLLM's id and the engine's name.
+        # Loads that vLLM waits for, and those of them that no step has ordered yet: vLLM's id and
+        # the engine's name.
         self._loading: dict[str, str] = {}
         self._unordered: dict[str, str] = {}
-        # The engine has something under way, or may have counted something: most decode steps need not ask it.
+        # The engine has something under way, or may have counted something: most decode steps need
+        # not ask it.
         self._active = True
         self._counted = True
         self._measures_prefill = self._config.measures_prefill
@@ -102,7 +106,8 @@ class SchedulerSide:
         parent = multiprocessing.parent_process()
         self._front_end = parent.pid if parent is not None else None
 
-    # -- start ---------------------------------------------------------------------------------------------------------
+    # -- start
+    # ---------------------------------------------------------------------------------------------------------
 
     def bind(self, manager: KVCacheManager) -> None:
         """vLLM's own block tables, to be read anew in every step."""
@@ -116,7 +121,8 @@ class SchedulerSide:
 
     def _add_offers(self, offers: Mapping[tuple[int, int], RankOffer]) -> None:
         if not self._opened:
-            # vLLM 0.33 repeats the handshake after a sleep; the pool and its workers are as they were.
+            # vLLM 0.33 repeats the handshake after a sleep; the pool and its workers are as they
+            # were.
             self._offers.update(offers)
 
     def _world(self) -> int:
@@ -152,7 +158,8 @@ class SchedulerSide:
         self._opening = threading.Thread(target=work, name="kvcellar-open", daemon=True)
         self._opening.start()
 
-    # -- end -----------------------------------------------------------------------------------------------------------
+    # -- end
+    # -----------------------------------------------------------------------------------------------------------
 
     def shutdown(self) -> None:
         """Let go of the pool; its contents stay for the next start unless ``keep_pool`` is false."""
@@ -205,7 +212,8 @@ class SchedulerSide:
             self._closed = self._counted = True
             self._engine.close()
 
-    # -- one request's way ---------------------------------------------------------------------------------------------
+    # -- one request's way
+    # ---------------------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
         """A request arrived, or was rewritten."""
@@ -327,12 +335,14 @@ class SchedulerSide:
         self._active = self._counted = True
         offer = None
         if not known.was_rewritten():
-            # Before its first step a request has only what vLLM found in its own cache: the rest may never have come.
+            # Before its first step a request has only what vLLM found in its own cache: the rest
+            # may never have come.
             computed = request.num_computed_tokens
             offer = self._offer(known, computed if known.scheduled else min(computed, known.local))
         self._engine.finish(known.name, request.num_prompt_tokens, request.num_tokens, offer)
 
-    # -- one step's way ------------------------------------------------------------------------------------------------
+    # -- one step's way
+    # ------------------------------------------------------------------------------------------------
 
     def step(self, output: SchedulerOutput) -> StepMetadata:
         """Plan the copies of a step that vLLM has just scheduled."""
@@ -429,8 +439,8 @@ class SchedulerSide:
         if isinstance(report, WorkerReport):
             self._hear(report)
         if self._attaching:
-            # Outputs of steps that were under way when the ticket was sent come first; after them every worker is
-            # attached.
+            # Outputs of steps that were under way when the ticket was sent come first; after them
+            # every worker is attached.
             self._attaching -= 1
             if self._attaching == 0 and not self._retired:
                 self._engine.attached()
@@ -486,7 +496,8 @@ class SchedulerSide:
             if self._engine.reset().kept:
                 self.retire()
 
-    # -- asked by vLLM now and then ------------------------------------------------------------------------------------
+    # -- asked by vLLM now and then
+    # ------------------------------------------------------------------------------------
 
     def has_pending_work(self) -> bool:
         """Whether vLLM should keep stepping although no request runs."""

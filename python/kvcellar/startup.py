@@ -75,6 +75,6 @@ def check(vllm_config: Any) -> None:
         if engines > 1:
             os.environ[ENGINES_VARIABLE] = str(engines)
         elif multiprocessing.parent_process() is None:
-            # A front end that started several engines before. An engine's own process must keep what it was told:
-            # there vLLM says 1.
+            # A front end that started several engines before. An engine's own process must keep
+            # what it was told: there vLLM says 1.
             os.environ.pop(ENGINES_VARIABLE, None)

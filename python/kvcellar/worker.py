@@ -19,7 +19,8 @@ from kvcellar.stats import KVCellarStats, of_side, of_worker
 
 logger = init_logger(f"vllm.{__name__}")
 
-# How long a stopping worker may go on giving checksums to what it offloaded last; vLLM allows 5 s for everything.
+# How long a stopping worker may go on giving checksums to what it offloaded last; vLLM allows 5 s
+# for everything.
 HASHING_AT_SHUTDOWN_S = 1.0
 # How long copies may take to end where letting go of the pool failed: far longer than any copy.
 _COPIES_PATIENCE_S = 30.0
@@ -52,7 +53,8 @@ class WorkerSide:
         self._native: CopyWorker | None = None
         self._kv_caches: dict[str, torch.Tensor] = {}
         self._gpu: int | None = None
-        # Loads that were ordered and not reported: the native worker's name of each request, and vLLM's id of it.
+        # Loads that were ordered and not reported: the native worker's name of each request, and
+        # vLLM's id of it.
         self._loads: dict[str, str] = {}
         self._never_ordered: set[str] = set()
         self._step = 0
@@ -65,7 +67,8 @@ class WorkerSide:
         """This rank's layers of every group."""
         return views.group_views(self._kv_cache_config, kv_caches)
 
-    # -- start ---------------------------------------------------------------------------------------------------------
+    # -- start
+    # ---------------------------------------------------------------------------------------------------------
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """vLLM allocated its KV cache.
@@ -89,7 +92,8 @@ class WorkerSide:
             self._config, self._rank, layers, self._gpu, nvrtc.libraries() if self._gpu is not None else []
         )
         if self._beside_others:
-            # MultiConnector passes on one handshake only, and other connectors refuse what is not theirs.
+            # MultiConnector passes on one handshake only, and other connectors refuse what is not
+            # theirs.
             self._report.offer = self._offer()
         parent = multiprocessing.parent_process()
         if parent is not None:
@@ -122,7 +126,8 @@ class WorkerSide:
             facts.attention(self._vllm_config),
         )
 
-    # -- one step's way ------------------------------------------------------------------------------------------------
+    # -- one step's way
+    # ------------------------------------------------------------------------------------------------
 
     def begin_step(self, metadata: StepMetadata) -> None:
         """Before anything of this step is written: attach when told to, start early offloads, wait for fences."""
@@ -160,7 +165,8 @@ class WorkerSide:
         """Loads that ended since the last step; failed ones are among the finished ones too."""
         lost, self._never_ordered = self._never_ordered, set()
         if self._native is None or self._out_of_service:
-            # No copy is under way any more (see `_leave_service`): whatever was not reported has failed.
+            # No copy is under way any more (see `_leave_service`): whatever was not reported has
+            # failed.
             lost.update(self._loads.values())
             self._loads = {}
             return KVConnectorTransferResults(finished_recving=lost, failed_recving=set(lost))
@@ -169,7 +175,8 @@ class WorkerSide:
         lost.update(ended[name] for name in failed if name in ended)
         return KVConnectorTransferResults(finished_recving=lost | set(ended.values()), failed_recving=lost)
 
-    # -- end -----------------------------------------------------------------------------------------------------------
+    # -- end
+    # -----------------------------------------------------------------------------------------------------------
 
     def fail(self, where: str, error: Exception) -> None:
         """An internal error: take this worker out of service, and tell the scheduler's side. Never raises."""

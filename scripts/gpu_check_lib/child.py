@@ -61,7 +61,8 @@ def run(
     """
     started = time.monotonic()
     last_words: list[str] = []
-    # A file, not a pipe: nobody has to read it while the command runs, and it is there when the command is not.
+    # A file, not a pipe: nobody has to read it while the command runs, and it is there when the
+    # command is not.
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             command,

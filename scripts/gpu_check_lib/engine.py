@@ -78,7 +78,8 @@ class Engine:
             max_num_seqs=64,
             max_num_batched_tokens=cell.batched_tokens,
             kv_cache_memory_bytes=cell.kv_bytes,
-            # Several small engines run at a time; the number is compared with what is free and bounds nothing else.
+            # Several small engines run at a time; the number is compared with what is free and
+            # bounds nothing else.
             gpu_memory_utilization=0.9 if cell.shape == "8b" else 0.1,
             attention_backend=cell.backend,
             kv_transfer_config=cell.connector(),

@@ -20,7 +20,8 @@ from gpu_check_lib.table import Row, State
 # Engines of the tiny model that are started beside each other: nothing of theirs is timed.
 AT_A_TIME = 4
 LAYOUTS = ("BLHNC", "LBNHC", "LBHNC", "BLNHC")
-# Longer than an engine of the large model needs to start, by far: one that hangs does not cost the others.
+# Longer than an engine of the large model needs to start, by far: one that hangs does not cost the
+# others.
 PHASE_LIMIT_S = 90.0
 SHARE_OF_SHARED_MEMORY = 0.6
 LOAD_PROMPTS = 64

@@ -68,8 +68,8 @@ def run(arguments: Arguments) -> None:
     size = cache_size.plan(arguments, MODEL, writer)
     counters = []
     with closing(Subscriber()) as subscriber, pool_folder() as pool_dir, nvme_folder(arguments) as nvme_dir:
-        # Both tiers lie in folders of this run alone: a second run must find its cold prompts cold. Nothing of the
-        # server stays in memory, so that only the disk can answer after a restart.
+        # Both tiers lie in folders of this run alone: a second run must find its cold prompts cold.
+        # Nothing of the server stays in memory, so that only the disk can answer after a restart.
         sizes = {"dram_size": arguments.dram_size, "nvme_size": arguments.nvme_size}
         tiers = connector_flag(**sizes, pool_dir=pool_dir, nvme_dir=nvme_dir) if arguments.with_kvcellar else None
 

@@ -16,7 +16,8 @@ EVICTED_HIT = "dram_hit_after_eviction"
 RECOMPUTED = "recomputed"
 OPENING = "opening_turn"
 EVICTED_RECOMPUTED = "recomputed_after_eviction"
-# In the order they are shown: first one prompt from each source, then what the conversations met on the way.
+# In the order they are shown: first one prompt from each source, then what the conversations met on
+# the way.
 MEANINGS = {
     COLD: "never seen before",
     GPU_HIT: "sent again at once: vLLM's own prefix cache",

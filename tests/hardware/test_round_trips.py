@@ -88,7 +88,8 @@ class RoundTrips(unittest.TestCase):
         assert not (ended and compute.asleep()), f"{name}: a load ended before its destination was free"
         if not ended:
             rig.wait_for(request)
-        # The model's stream was not told of the load: vLLM launches what reads the blocks when it has heard of its end.
+        # The model's stream was not told of the load: vLLM launches what reads the blocks when it
+        # has heard of its end.
         cache.read(at_targets, loaded)
         cache.read(at_sources, kept)
         self.assert_same(cache, read, before, targets, f"{name}: a step before the load read what it loads")

@@ -13,7 +13,8 @@ from kvcellar._native import Config, TierEngine
 from tests.python.test_native import GROUPING
 
 BLOCK_BYTES = 256 << 10
-# The ring of messages between vLLM's EngineCore and its worker: made whole, its pages come as it goes round.
+# The ring of messages between vLLM's EngineCore and its worker: made whole, its pages come as it
+# goes round.
 CHUNKS, CHUNK_BYTES, MESSAGE_BYTES = 10, 24 << 20, 200_000
 
 

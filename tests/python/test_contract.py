@@ -49,7 +49,8 @@ READ = (
     "KVCacheTensor",
     "KVCacheGroupSpec",
 )
-# The worker hands results over while the step's metadata is still bound, and saves before it reports.
+# The worker hands results over while the step's metadata is still bound, and saves before it
+# reports.
 STEP_ORDER = (
     "get_transfer_results",
     "get_block_ids_with_load_errors",

@@ -21,7 +21,8 @@ def test_a_blocks_whole_way_over_the_stub(tmp_path: Path) -> None:
     # What people read in the log: how copies are dispatched, and that the pool is pinned.
     assert "copies by the engines go" in done.stdout
     assert "pinned" in done.stdout
-    # Calibration tried the kernel, compiled by the NVRTC that torch brings; without torch it says that there is none.
+    # Calibration tried the kernel, compiled by the NVRTC that torch brings; without torch it says
+    # that there is none.
     has_torch = find_spec("torch") is not None
     assert ("no kernel" not in done.stdout) == has_torch, done.stdout
     kernels = re.search(r"(\d+) kernels", done.stdout)

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-# Per generated token: (token, logprob, rank) of the chosen token and of the five most likely ones, sorted.
+# Per generated token: (token, logprob, rank) of the chosen token and of the five most likely ones,
+# sorted.
 Position = tuple[tuple[str, float, int], ...]
 
 

@@ -18,7 +18,8 @@ from tests.vllm.stand_in import Load, Wish, desk
 from tests.vllm.tiny_models import VOCABULARY
 
 ANSWER_TOKENS = 2
-# With the null block, what one of the longest prompts takes and little more: the next request gets its blocks.
+# With the null block, what one of the longest prompts takes and little more: the next request gets
+# its blocks.
 LONG_BLOCKS = 24
 KV_BLOCKS = LONG_BLOCKS + 3
 PIECE_US = 1000
@@ -132,7 +133,8 @@ def loaded_into_blocks_that_we_still_copy(engine: Engine, name: str, rng: random
     brake = Brake()
 
     def on_blocks(load: Load) -> None:
-        # The KV cache is so small that they are nearly all of its blocks, and so were those of the one that ended.
+        # The KV cache is so small that they are nearly all of its blocks, and so were those of the
+        # one that ended.
         met.append(len(load.blocks) == LONG_BLOCKS - 1 and oplog.outstanding(engine.trace()) > 0)
         brake.pace(PIECE_US)
         brake.let_go()

@@ -224,7 +224,8 @@ class Replay:
     spilled_blocks: int = 0
     streamed_blocks: int = 0
     has_disk: bool = False
-    # Blocks being read from disk, by how: into a slot of their own or through the window, the earliest first.
+    # Blocks being read from disk, by how: into a slot of their own or through the window, the
+    # earliest first.
     reads: dict[str, list[str]] = field(default_factory=dict)
     lookups: int = 0
     waits: int = 0
@@ -233,7 +234,8 @@ class Replay:
     loads: dict[str, list[str]] = field(default_factory=dict)
     batches: dict[int, list[str]] = field(default_factory=dict)
     used: dict[str, dict[str, None]] = field(default_factory=dict)
-    # Members of a batch that did not become visible with the others: the next operation must say that they are lost.
+    # Members of a batch that did not become visible with the others: the next operation must say
+    # that they are lost.
     owed: tuple[int, list[str]] | None = None
 
     def run(self, ops: Iterable[Op]) -> "Replay":

@@ -27,7 +27,8 @@ SHARED_BYTES, MORE_SHARED_BYTES = 64 << 20, 512 << 20
 # What a made-up control group leaves of its limit.
 GROUP_BYTES, GROUP_ROOM_BYTES = 4 << 30, 40 << 20
 
-# Where the kernel's ``struct seccomp_data`` has the call's number, and the low half of its third argument.
+# Where the kernel's ``struct seccomp_data`` has the call's number, and the low half of its third
+# argument.
 NUMBER_AT, THIRD_AT = 0, 32
 LOAD, JUMP_IF_EQUAL, GIVE_BACK = 0x20, 0x15, 0x06
 REFUSE, ALLOW = 0x00050000, 0x7FFF0000

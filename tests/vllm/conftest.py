@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from tests.vllm.server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
-# Files whose tests start engines of their own, many of them: they fill up whichever worker has time.
+# Files whose tests start engines of their own, many of them: they fill up whichever worker has
+# time.
 EACH_ALONE = {"test_index.py", "test_nvme.py"}
 SEED = int(os.environ.get("KVCELLAR_TEST_SEED", "20817"))
 
@@ -22,7 +23,8 @@ SEED = int(os.environ.get("KVCELLAR_TEST_SEED", "20817"))
 def pytest_configure(config: pytest.Config) -> None:
     """Prepares this process and the engines that it starts, and names the marker for long campaigns."""
     config.addinivalue_line("markers", "soak: a long campaign, run by scripts/soak and with -m soak")
-    # Children of an in-process engine, and servers, import tests.vllm.mutants and tests.vllm.timed by name.
+    # Children of an in-process engine, and servers, import tests.vllm.mutants and tests.vllm.timed
+    # by name.
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -24,8 +24,9 @@ from tests.vllm.engines import Engine, environment, open_engine
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# EngineCore in the front end's process, the worker in EngineCore's, and one thread that computes, on whichever core is
-# free: threads of several engines that wait for each other while they spin cost more than they bring.
+# EngineCore in the front end's process, the worker in EngineCore's, and one thread that computes,
+# on whichever core is free: threads of several engines that wait for each other while they spin
+# cost more than they bring.
 ONE_PROCESS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -25,7 +25,8 @@ class PrefixCache:
     capacity: int
     block_tokens: int
     events: list[Event] = field(default_factory=list)
-    # The oldest first. Of one prompt the last block is the oldest, so a prefix outlives what follows it.
+    # The oldest first. Of one prompt the last block is the oldest, so a prefix outlives what
+    # follows it.
     _ages: OrderedDict[int, None] = field(default_factory=OrderedDict)
     _leased: Counter[int] = field(default_factory=Counter)
 

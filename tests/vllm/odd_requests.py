@@ -136,7 +136,8 @@ class OddRequests:
             {"use_beam_search": True, "n": 2},
             {"stream": True},
             {"stream": True, "stream_options": {"include_usage": True}},
-            # A seed that can be used ends vLLM 0.32's CPU build by itself: its generators cannot step back.
+            # A seed that can be used ends vLLM 0.32's CPU build by itself: its generators cannot
+            # step back.
             {"seed": 2**70, "temperature": 0.7},
             {"stop": rng.choice((["\n"], ["a" * 500], [""], 7))},
             {"max_tokens": rng.choice((0, 1, 40, -1, 10**9))},

@@ -30,7 +30,8 @@ SETTLE_S = 60.0
 # What a start takes on a good machine that does something else beside it.
 START_GOOD_S = 60.0
 
-# The smallest blocks that the CPU's attention kernels take; 64 of them hold two of the longest requests.
+# The smallest blocks that the CPU's attention kernels take; 64 of them hold two of the longest
+# requests.
 BLOCK_TOKENS = 32
 KV_BLOCKS = 65
 MAX_MODEL_LEN = 1024

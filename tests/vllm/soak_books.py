@@ -135,6 +135,7 @@ def is_explained(record: Record, sightings: dict[int, set[str]]) -> bool:
         return record.decision is not None
     if record.end is End.LEFT or record.engine or record.refusal in {*REASONS, *LATE}:
         return True
-    # Envoy's own answer where the chosen engine could not be reached, or broke off before its head was passed on.
+    # Envoy's own answer where the chosen engine could not be reached, or broke off before its head
+    # was passed on.
     unreached = record.front == "envoy" and record.refusal == "gateway" and is_decided(record, sightings)
     return unreached or (record.kind == "models" and record.status == 200)

@@ -15,7 +15,8 @@ import aiohttp
 from tests.deadlines import deadline
 from tests.vllm.soak_plan import Leave, Plan
 
-# Longer than anything takes on a good machine: a request at this end, see `deadline`, is one that was stuck.
+# Longer than anything takes on a good machine: a request at this end, see `deadline`, is one that
+# was stuck.
 STUCK_S = 30.0
 # A reader's pause: longer than an engine may be silent.
 PAUSE_S = 3.5
@@ -73,7 +74,8 @@ class Client:
         """Opens its sessions."""
         timeout = aiohttp.ClientTimeout(total=None)
         self._lasting = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
-        # aiohttp repeats a GET whose connection turns out to be closed, which nobody could account for.
+        # aiohttp repeats a GET whose connection turns out to be closed, which nobody could account
+        # for.
         fresh = aiohttp.TCPConnector(limit=0, force_close=True)
         self._fresh = aiohttp.ClientSession(connector=fresh, timeout=timeout)
         narrow = aiohttp.TCPConnector(limit=0, force_close=True, socket_factory=narrow_socket)

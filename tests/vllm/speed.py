@@ -11,7 +11,8 @@ from tests.vllm.sizes import DATA_TYPE
 
 # One layer's widest product of the small model for a chunk of 256 tokens.
 TOKENS, HIDDEN, INNER = 256, 576, 1536
-# What one takes on one core of a good machine in float32. In bfloat16 it is faster there, and needs no patience.
+# What one takes on one core of a good machine in float32. In bfloat16 it is faster there, and needs
+# no patience.
 GOOD_S = 0.009
 PROCESS_GOOD_S = 10.0
 PRODUCTS_MAX = 40

@@ -64,8 +64,9 @@ def state(total: int, free: int, filling: int, filled: int, pins: int = 0) -> Op
     return {"op": "state", **counts, "leases": 0, "fences": 0}
 
 
-# Fill, hit, load, then a second request whose blocks push out the coldest ones. Reverse touching makes a1 the hottest
-# of its request, so b1 takes the free slot, b2 takes the slot of a3 (the tail goes first), b3 that of a2.
+# Fill, hit, load, then a second request whose blocks push out the coldest ones. Reverse touching
+# makes a1 the hottest of its request, so b1 takes the free slot, b2 takes the slot of a3 (the tail
+# goes first), b3 that of a2.
 GOOD = [
     opened(4),
     lookup("a", ["a1", "a2", "a3"], 0),
@@ -262,8 +263,8 @@ def restored(*keys: str) -> Op:
     return {"op": "restored", "keys": list(keys), "lost": []}
 
 
-# Two slots and a window of one. a1 and a2 go to disk, b1 and b2 push them out of memory, then a1 and a2 come back: room
-# is made for both before either is read.
+# Two slots and a window of one. a1 and a2 go to disk, b1 and b2 push them out of memory, then a1
+# and a2 come back: room is made for both before either is read.
 DISK = [
     opened(3),
     opened_disk(),

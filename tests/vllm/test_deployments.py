@@ -31,12 +31,13 @@ from tests.vllm.traffic import background
 RANKS = 2
 ANSWER_TOKENS = 4
 HIT_TOKENS = 6 * BLOCK_TOKENS
-# Two engines on a few cores: threads that spin while they wait for each other cost more than they bring.
+# Two engines on a few cores: threads that spin while they wait for each other cost more than they
+# bring.
 ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 # A part that was rounded down to whole slots, or segments.
 NEARLY = 0.9
 
-pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("vllm_installed"), pytest.mark.timeout(deadline(3600))]
+pytestmark = [pytest.mark.usefixtures("vllm_installed"), pytest.mark.timeout(deadline(3600))]
 
 
 @contextlib.contextmanager
@@ -157,6 +158,7 @@ def assert_serves(engine: EngineProcess, rng: random.Random) -> int:
     return hit
 
 
+@pytest.mark.soak
 def test_independent_engines_that_know_of_each_other_get_a_half_each(model: Path, tmp_path: Path, seed: int) -> None:
     rng, dram, nvme = random.Random(f"halves-{seed}"), kv_bytes(32 * MIB), kv_bytes(48 * MIB)
     with places(dram, nvme) as (pool_dir, disk, samples), contextlib.ExitStack() as ends:
@@ -172,6 +174,7 @@ def test_independent_engines_that_know_of_each_other_get_a_half_each(model: Path
     samples.assert_within()
 
 
+@pytest.mark.soak
 def test_an_engine_that_finds_all_room_taken_says_who_has_it_and_serves(model: Path, tmp_path: Path, seed: int) -> None:
     """Nobody told the first that there would be a second."""
     rng, dram, nvme = random.Random(f"taken-{seed}"), kv_bytes(32 * MIB), kv_bytes(48 * MIB)

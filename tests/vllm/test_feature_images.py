@@ -18,8 +18,8 @@ from tests.vllm.server import BLOCK_TOKENS
 TEXT_TOKENS = 2 * BLOCK_TOKENS + 7
 HIT_TOKENS = (tiny_models.IMAGE_TOKENS + TEXT_TOKENS - 1) // BLOCK_TOKENS * BLOCK_TOKENS
 OPTIONS: dict[str, Any] = {
-    # In bfloat16 vLLM ends at this model's first step on a processor with AMX: it attends with tiles before anything
-    # has asked the system for them.
+    # In bfloat16 vLLM ends at this model's first step on a processor with AMX: it attends with
+    # tiles before anything has asked the system for them.
     "dtype": "float32",
     "max_num_batched_tokens": 1024,
     "kv_cache_memory_bytes": 1 << 27,

@@ -20,7 +20,8 @@ from tests.vllm.server import BLOCK_TOKENS
 PROMPT_TOKENS = 6 * BLOCK_TOKENS + 5
 # Few tokens that an answer may consist of: many guesses are right then, and many are wrong.
 WORDS = 3
-# Answers are compared that were computed in passes of other shapes: bfloat16 would round them apart.
+# Answers are compared that were computed in passes of other shapes: bfloat16 would round them
+# apart.
 OPTIONS: dict[str, Any] = {**TINY, "dtype": "float32"}
 CELLAR = {"dram_size": "64MiB", "verify_loads": True}
 

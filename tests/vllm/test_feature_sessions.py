@@ -124,7 +124,8 @@ async def talk(model: Path, work_dir: Path, pool_dir: Path, pieces: list[list[in
         max_model_len=1024,
         max_num_seqs=4,
         max_num_batched_tokens=1024,
-        # Answers are compared that were computed in passes of other shapes: bfloat16 would round them apart.
+        # Answers are compared that were computed in passes of other shapes: bfloat16 would round
+        # them apart.
         dtype="float32",
         distributed_executor_backend="uni",
         kv_cache_memory_bytes=1 << 27,

@@ -55,7 +55,8 @@ def compare(engine: Engine, prompts: list[list[int]], rounds: int) -> int:
     loads = 0
     for round_number in range(rounds):
         for tokens, reference in zip(prompts, references, strict=True):
-            # Before each one: an earlier prompt's load would leave a shared prefix in vLLM's own cache.
+            # Before each one: an earlier prompt's load would leave a shared prefix in vLLM's own
+            # cache.
             engine.settle()
             engine.reset_gpu_cache()
             before = engine.metrics()

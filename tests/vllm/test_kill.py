@@ -126,7 +126,8 @@ def test_a_clean_restart_adopts_the_pool(site: Site) -> None:
     assert_answers(site, successor, adopted=True, whole=True)
 
 
-# Idle and busy differ most for the front end, whose children outlive it: the other idle ones are in the long campaign.
+# Idle and busy differ most for the front end, whose children outlive it: the other idle ones are in
+# the long campaign.
 KILLS = [
     ("worker", True),
     ("engine_core", True),

@@ -132,7 +132,8 @@ def settle(engine: Engine) -> Snapshot:
         snapshot = engine.settle()
         busy = snapshot.cellar("nvme_writing") + snapshot.cellar("nvme_reading")
         busy += snapshot.cellar("pool_slots", state="filling")
-        # Three times: while the store grows by a segment nothing is being written, and yet not all is written.
+        # Three times: while the store grows by a segment nothing is being written, and yet not all
+        # is written.
         quiet = 0 if busy else quiet + 1
         if quiet == 3:
             return snapshot

@@ -16,7 +16,8 @@ from tests.vllm.sizes import kv_mib
 
 # All of them in a campaign: KVCELLAR_ODD_REQUESTS=2000.
 REQUESTS = int(os.environ.get("KVCELLAR_ODD_REQUESTS", "400"))
-# Every request is answered once those before it are, and there are only so many: the least important ones come last.
+# Every request is answered once those before it are, and there are only so many: the least
+# important ones come last.
 ANSWER_S = 1800.0
 
 
@@ -78,8 +79,8 @@ def test_thousands_of_odd_requests_leave_the_engine_as_it_was(server: Server, se
     assert metrics.cellar("internal_errors_total") == 0
     assert metrics.cellar("in_service") == 1
     assert metrics.value("vllm:num_requests_running") == metrics.value("vllm:num_requests_waiting") == 0
-    # vLLM answers some of these by itself with an error of its own (its front end cannot encode lone surrogates);
-    # none of ours is among them.
+    # vLLM answers some of these by itself with an error of its own (its front end cannot encode
+    # lone surrogates); none of ours is among them.
     assert not [text for text in outcomes if "kvcellar" in text.lower() or "EngineCore" in text or "EngineDead" in text]
     tokens = prompt(rng, 100)
     server.complete(tokens, max_tokens=1)

@@ -100,7 +100,8 @@ def test_a_reset_with_offloads_in_flight_succeeds(server: Server, seed: int) -> 
     rng = random.Random(f"reset-{seed}")
     for _ in range(8):
         server.complete(prompt(rng, 700), max_tokens=1)
-        # The request has ended and its last blocks are on their way out: vLLM must find none of its blocks in use.
+        # The request has ended and its last blocks are on their way out: vLLM must find none of its
+        # blocks in use.
         assert_reset(server)
     assert_clean(server)
 

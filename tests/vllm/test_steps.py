@@ -34,7 +34,8 @@ def new(block_ids: tuple[list[int], ...], computed: int, replay_start: int = 0) 
 def test_only_blocks_that_will_be_written_are_handed_out() -> None:
     from kvcellar.scheduler import handed_out
 
-    # 40 computed tokens: two blocks of 16 and a part of the third, one of 32 and a part of the second.
+    # 40 computed tokens: two blocks of 16 and a part of the third, one of 32 and a part of the
+    # second.
     step = output([new(([1, 2, 3, 4], [11, 12]), 40)], cached())
     assert handed_out(step, groups(16, 32)) == [[3, 4], [12]]
     assert handed_out(output([new(([1, 2],), 0)], cached()), groups(16)) == [[1, 2]]

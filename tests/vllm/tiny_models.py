@@ -22,7 +22,8 @@ def _save(config: Any, causal_lm: Any, path: Path, *more: Any) -> Path:
     model.save_pretrained(path, safe_serialization=True)
     for part in more:
         part.save_pretrained(path)
-    # An engine that starts in the same moment cannot know whether it read these files or earlier ones.
+    # An engine that starts in the same moment cannot know whether it read these files or earlier
+    # ones.
     time.sleep(SETTLE_S)
     return path
 

@@ -10,8 +10,8 @@ from quickstart_lib.failure import QuickstartError
 from quickstart_lib.fleet.arguments import FleetArguments
 from quickstart_lib.fleet.talks import Talk
 
-# What the chat template writes around a message: its marks, its role and line ends. An answer may also become a few
-# tokens more or fewer when its text is tokenized again.
+# What the chat template writes around a message: its marks, its role and line ends. An answer may
+# also become a few tokens more or fewer when its text is tokenized again.
 MESSAGE_TOKENS = 8
 
 

@@ -61,7 +61,8 @@ class Comparison:
                 self._arguments.output_tokens,
             )
             for number in range(self._arguments.rounds):
-                # In turn first, in the middle and last: the machine may become slower or faster meanwhile.
+                # In turn first, in the middle and last: the machine may become slower or faster
+                # meanwhile.
                 for index in range(len(WAYS)):
                     self._play(WAYS[(number + index) % len(WAYS)], engines)
             return Sizes(

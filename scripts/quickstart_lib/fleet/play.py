@@ -48,7 +48,8 @@ class Play:
                     with self._changed:
                         on_reply()
         finally:
-            # Only the end of the order is an end without an error; nobody has anything to do then, either.
+            # Only the end of the order is an end without an error; nobody has anything to do then,
+            # either.
             self._stop()
 
     def _turn(self, chat: Chat, index: int) -> None:

@@ -53,8 +53,9 @@ CALLERS = (
     f"{CONNECTOR}/utils.py",
     METRICS,
 )
-# Expressions that yield a connector or its class. `self.connector` is one in the scheduler, `self.kv_connector` in
-# model runner V2's adapter; locals and parameters are followed inside each function.
+# Expressions that yield a connector or its class. `self.connector` is one in the scheduler,
+# `self.kv_connector` in model runner V2's adapter; locals and parameters are followed inside each
+# function.
 ATTRIBUTES_HOLDING_ONE = frozenset({"self.connector", "self.kv_connector", "self.connector_cls"})
 CALLS_YIELDING_ONE = frozenset({"get_kv_transfer_group", "get_kv_connector", "get_connector_class", "create_connector"})
 TYPES_OF_ONE = ("KVConnectorBase", "KVConnectorBase_V1")
