@@ -15,7 +15,7 @@ from tests.vllm.prompts import prompt
 from tests.vllm.server import Server, completion
 
 # Several requests share the engine; see `deadline`.
-ANSWER_S = 180.0
+ANSWER_S = 400.0
 
 
 async def _answer(client: httpx.AsyncClient, tokens: Sequence[int], max_tokens: int) -> Answer:
