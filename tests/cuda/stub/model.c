@@ -14,7 +14,7 @@ enum { RANGES = 4096, WRONGS = 64, FAULTS = 8, NAMES = 64 };
 typedef struct { uintptr_t at; size_t len; bool write; int stream; uint64_t number; const char *what; } Access;
 typedef struct { uintptr_t at; size_t len; bool device; } Memory;
 
-int mutation, held, strict, eager, register_held, unregister_held, capturing;
+int mutation, held, lazy, strict, eager, register_held, unregister_held, capturing;
 uint64_t register_limit = UINT64_MAX, register_most;
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -168,7 +168,7 @@ void drain(void) {
 
 // Some of what may run does, or nothing: called when the copier looks.
 void work_off(void) {
-    if (held) return;
+    if (held || lazy) return;
     if (eager) { drain(); return; }
     for (uint64_t turns = roll() % 4; turns > 0; turns--) {
         int start = (int)(roll() % STREAMS);
@@ -199,9 +199,27 @@ static bool turn(void) {
     return false;
 }
 
+// The stream that has been given the recording of this, if it is not over.
+static Stream *recorder(const Record *record) {
+    for (int id = 0; id < STREAMS; id++)
+        for (Op *op = streams[id].first; op; op = op->next)
+            if (op->kind == RECORD && op->record == record) return &streams[id];
+    return NULL;
+}
+
+// One operation that a stream's next one depends on, or that one: nothing that it does not need.
+static bool advance(Stream *stream) {
+    for (int depth = 0; depth < STREAMS && stream; depth++) {
+        if (step(stream)) return true;
+        stream = stream->first ? recorder(stream->first->record) : NULL;
+    }
+    wrong("streams wait for each other");
+    return false;
+}
+
 static bool work_until_empty(Stream *stream) {
     while (stream->first)
-        if (!turn()) return false;
+        if (!(lazy && !held ? advance(stream) : turn())) return false;
     return true;
 }
 
@@ -274,7 +292,7 @@ void stub_reset(uint64_t seed) {
     streams[0] = (Stream){.alive = true, .compute = true};
     access_count = memory_count = 0;
     registered_bytes = 0;
-    wrong_count = strict = eager = capturing = 0;
+    wrong_count = strict = eager = lazy = capturing = 0;
     register_limit = UINT64_MAX;
     register_most = 0;
     dice = seed;
@@ -287,6 +305,7 @@ void stub_set(const char *what, uint64_t value) {
     if (!strcmp(what, "held")) held = (int)value;
     if (!strcmp(what, "register_held")) register_held = (int)value;
     if (!strcmp(what, "unregister_held")) unregister_held = (int)value;
+    if (!strcmp(what, "lazy")) lazy = (int)value;
     if (!strcmp(what, "strict")) strict = (int)value;
     if (!strcmp(what, "eager")) eager = (int)value;
     if (!strcmp(what, "capturing")) capturing = (int)value;
@@ -347,8 +366,9 @@ void stub_forward(void *handle, const uintptr_t *starts, const size_t *lens, siz
     unlock();
 }
 
-// A kernel that computes in host memory, outside of the model, before and after it runs. Before: everything that its stream waits for is over, as on a device
-// when a kernel begins; the host learns nothing of that. 0 where streams wait for each other.
+// A kernel that computes in host memory, outside of the model, before and after it runs. Before:
+// everything that its stream waits for is over, as on a device when a kernel begins; the host
+// learns nothing of that. 0 where streams wait for each other.
 int stub_reach(void *handle) {
     lock();
     Stream *stream = stream_of(handle);
@@ -367,18 +387,20 @@ void stub_access(void *handle, const uintptr_t *starts, const size_t *lens, size
     unlock();
 }
 
-// The host waits for an event, whatever the mutation lies about events. 0 where streams wait for each other.
+// The host waits for an event, whatever the mutation lies about events. 0 where streams wait for
+// each other.
 int stub_wait(void *handle) {
     lock();
     Event *event = handle;
     bool over = true;
-    while (event->last && !event->last->over && over) over = turn();
+    while (event->last && !event->last->over && over) over = lazy && !held ? advance(recorder(event->last)) : turn();
     if (over) observe(&event->clock);
     unlock();
     return over;
 }
 
-// The device has done all it was given, the host knows, and what the checker found so far counts no more.
+// The device has done all it was given, the host knows, and what the checker found so far counts no
+// more.
 void stub_forget(void) {
     lock();
     drain();
@@ -387,7 +409,8 @@ void stub_forget(void) {
     unlock();
 }
 
-// The host reads or writes memory: nothing of the device's may be under way there, for all that the host has been told.
+// The host reads or writes memory: nothing of the device's may be under way there, for all that the
+// host has been told.
 void stub_touch(uintptr_t at, size_t len, int write) {
     lock();
     for (size_t index = 0; index < access_count; index++)

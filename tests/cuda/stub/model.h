@@ -79,6 +79,7 @@ int fault(const char *name);
 int remember_memory(uintptr_t at, size_t len, bool device);
 bool forget_memory(uintptr_t at, bool device);
 
+// lazy: work is done only where somebody waits for it, and not while the copier looks.
 // register_most: the most bytes that one call pins; 0: any.
-extern int mutation, held, strict, eager, register_held, unregister_held, capturing;
+extern int mutation, held, lazy, strict, eager, register_held, unregister_held, capturing;
 extern uint64_t register_limit, register_most;
