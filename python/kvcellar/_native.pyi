@@ -30,6 +30,7 @@ __all__ = [
     "bench_lookup",
     "bench_nvme",
     "check_controls",
+    "next_log_line",
     "run_command",
 ]
 
