@@ -109,14 +109,15 @@ class Cell:
         answer_tokens: of an answer that is compared.
         load_prompts: of the part without reuse; none: it is left out.
         crowd: prompts at a time that take blocks from others.
-        kv_bytes: vLLM's own KV cache.
+        kv_bytes: vLLM's own KV cache; too small for a crowd, so that blocks are given to others while
+            they are copied.
         dram_bytes: of the tier in host memory, ours or vLLM's.
         batched_tokens: of a step, at most.
         eager: without CUDA graphs.
         compiled: with torch.compile.
         seconds: how long a soak goes on.
         one_process: EngineCore runs in the process that asks.
-        store: where FILL and NVME keep what is on disk.
+        store: a folder for FILL and NVME; what is on disk lies in its folder `tier`.
     """
 
     name: str
@@ -131,7 +132,7 @@ class Cell:
     answer_tokens: int = 8
     load_prompts: int = 0
     crowd: int = 8
-    kv_bytes: int = 64 << 20
+    kv_bytes: int = 1 << 20
     dram_bytes: int = GIB
     batched_tokens: int = 2048
     eager: bool = True
@@ -165,7 +166,7 @@ class Cell:
             return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
         extra = {"dram_size": f"{self.dram_bytes >> 20}MiB", "keep_pool": False}
         if self.phase in {Phase.FILL, Phase.NVME}:
-            extra |= {"nvme_dir": self.store, "nvme_size": "32GiB", "write_through": True}
+            extra |= {"nvme_dir": f"{self.store}/tier", "nvme_size": "32GiB", "write_through": True}
         return {"kv_connector": "KVCellarConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
 
     def environment(self) -> dict[str, str]:

@@ -55,6 +55,17 @@ def _model(cell: Cell) -> Path:
     return folder
 
 
+def _compilation(cell: Cell) -> dict[str, Any]:
+    """vLLM's compilation_config."""
+    if cell.compiled:
+        return {"mode": 3}
+    if not cell.eager:
+        return {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    # With Triton's attention nothing compiled is needed: where vLLM's kernels do not load under
+    # this torch, these engines start all the same.
+    return {"mode": 0, "custom_ops": ["none"]} if cell.backend == "TRITON_ATTN" else {"mode": 0}
+
+
 class Engine:
     """A started engine."""
 
@@ -63,9 +74,6 @@ class Engine:
 
         self.cell = cell
         self._vocabulary = SHAPES[cell.shape].vocabulary
-        compilation: dict[str, Any] = {"mode": 3 if cell.compiled else 0}
-        if not cell.compiled:
-            compilation["custom_ops"] = ["none"] if cell.backend == "TRITON_ATTN" else ["all"]
         started = time.monotonic()
         self._llm = LLM(
             model=str(_model(cell)),
@@ -86,7 +94,7 @@ class Engine:
             enable_prefix_caching=True,
             disable_log_stats=False,
             async_scheduling=True,
-            compilation_config=compilation,
+            compilation_config=_compilation(cell),
             seed=0,
         )
         self.start_s = time.monotonic() - started

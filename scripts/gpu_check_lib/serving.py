@@ -37,7 +37,7 @@ def cells() -> list[Cell]:
     ]
     return [
         *found,
-        Cell("V2 FLASH_ATTN, 30 layers", Scenario.CORRECT, shape="smol", lengths=(96, 1500), kv_bytes=256 << 20),
+        Cell("V2 FLASH_ATTN, 30 layers", Scenario.CORRECT, shape="smol", lengths=(96, 1500), kv_bytes=160 << 20),
     ]
 
 
@@ -104,6 +104,7 @@ class Serving:
         phases = [Phase(phase) for phase in self.plan.phases]
         if Phase.NVME in phases:
             phases.insert(phases.index(Phase.NVME), Phase.FILL)
+        (self.store / "tier").mkdir(exist_ok=True)
         runs: dict[str, list[verdicts.Told]] = {}
         each_s = min(PHASE_LIMIT_S, limit_s / len(phases) * 1.3)
         for number, phase in enumerate(phases):
@@ -116,7 +117,7 @@ class Serving:
 
     def graphs(self, report: Report, limit_s: float) -> None:
         """CUDA graphs, then torch.compile on top: where they start, hits have to be right under them, too."""
-        base = Cell("CUDA graphs", Scenario.CORRECT, shape="smol", kv_bytes=256 << 20, eager=False)
+        base = Cell("CUDA graphs", Scenario.CORRECT, shape="smol", kv_bytes=160 << 20, lengths=(96, 1500), eager=False)
         for cell in (base, base.with_(name="CUDA graphs and torch.compile", compiled=True)):
             told, why = self.ask(cell, limit_s / 2)
             started = any("start_s" in one for one in told)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from gpu_check_lib import __main__ as check
 from gpu_check_lib import verdicts
-from gpu_check_lib.cell import Cell, Phase, Scenario
+from gpu_check_lib.cell import SHAPES, Cell, Phase, Scenario
 from gpu_check_lib.child import run
 from gpu_check_lib.plans import PLANS, Plan
 from gpu_check_lib.report import Report
@@ -53,6 +53,12 @@ def test_plans_fit_into_their_minutes_and_name_what_there_is() -> None:
 def test_a_cell_comes_over_a_command_line_as_it_was() -> None:
     for cell in cells():
         assert Cell.of(cell.as_json()) == cell
+
+
+def test_a_crowd_is_larger_than_the_cache_that_others_blocks_lie_in() -> None:
+    for cell in cells():
+        tokens = cell.kv_bytes // SHAPES[cell.shape].token_bytes
+        assert max(cell.lengths) + 256 <= tokens < cell.crowd * max(cell.lengths)
 
 
 @pytest.mark.parametrize(
