@@ -1,0 +1,1 @@
+"""What `scripts/gpu-bundle` makes: everything that a bare machine with a GPU lacks, in one small folder."""
