@@ -238,6 +238,10 @@ class Adapters:
         self._ranks = ranks
         self._reported: dict[int, RankLoads] = {}
         self._given: dict[int, bytes] = {}
+        # What ranks have ever loaded as an adapter, and the numbers that a name has stood for.
+        self._contents: dict[int, set[bytes | None]] = {}
+        self._numbers: dict[str, set[int]] = {}
+        self._missed = False
         self._asked = 0
         # Requests that finished while steps with them may still be under way: the adapter's number,
         # their last step.
@@ -254,6 +258,11 @@ class Adapters:
         before, self._reported = self._reported, {**self._reported, **report.ranks}
         missed = any(rank in before and before[rank].epoch != now.epoch for rank, now in report.ranks.items())
         wrong = {number for number, given in self._given.items() if missed or self._contradicts(number, given)}
+        self._missed = self._missed or missed
+        for rank in report.ranks.values():
+            for number, content in rank.loaded.items():
+                self._contents.setdefault(number, set()).add(content)
+        self._bound()
         present = {number for rank in self._reported.values() for number in rank.loaded}
         self._given = {number: given for number, given in self._given.items() if number in present - wrong}
         return frozenset(wrong)
@@ -274,6 +283,24 @@ class Adapters:
     def _contradicts(self, number: int, given: bytes) -> bool:
         return any(rank.loaded.get(number, given) != given for rank in self._reported.values())
 
+    def _bound(self) -> None:
+        if max(len(self._contents), len(self._numbers)) > ADAPTERS_MAX:
+            # What is forgotten is a doubt.
+            self._missed = True
+            self._contents.clear()
+            self._numbers.clear()
+
+    def is_mixed(self, request: LoRARequest) -> bool:
+        """Whether blocks in vLLM's own cache under this adapter's name may be another one's.
+
+        vLLM hashes the name, whatever was loaded under it. It computes on from such blocks, so that nothing that
+        begins with them may be kept. Once true, it stays true: nobody tells when vLLM's cache was emptied.
+        """
+        contents = {
+            content for number in self._numbers.get(request.name, ()) for content in self._contents.get(number, ())
+        }
+        return self._missed or len(contents) > 1 or None in contents
+
     def identity(self, request: LoRARequest | None) -> bytes | Literal["not yet"] | None:
         """What the KV of a request belongs to.
 
@@ -284,6 +311,7 @@ class Adapters:
         """
         if request is None:
             return BASE
+        self._numbers.setdefault(request.name, set()).add(request.lora_int_id)
         if len(self._reported) < self._ranks:
             self._asked += 1
             return NOT_YET if self._asked <= ASKS_MAX else None

@@ -291,9 +291,23 @@ class SchedulerSide:
                 # Neither known nor left out: the next step's reports tell.
                 return 0 if request.request_id in self._left_out_ids else None, False
         self._active = self._counted = True
+        if num_computed_tokens > 0 and self._begins_with_doubt(request):
+            self._let_go(known, UnusableRequest("vLLM may have kept its begin under another adapter", usual=True))
+            return 0, False
         known.looked_up(num_computed_tokens, self._groups)
         hit = self._engine.lookup(known.name, request.num_tokens, num_computed_tokens, known.new_hashes())
         return hit, bool(hit)
+
+    def _begins_with_doubt(self, request: Request) -> bool:
+        """Whether what vLLM found in its own cache may have been computed with another adapter of the same name."""
+        if request.lora_request is None or not self._adapters.is_mixed(request.lora_request):
+            return False
+        logger.warning_once(
+            "KV Cellar: different LoRA adapters have been loaded under one name, and vLLM's own cache does not tell "
+            "their blocks apart: requests that it finds there are neither stored nor loaded, and may be answered with "
+            "the old adapter's KV by vLLM itself. Load a changed adapter under a new name"
+        )
+        return True
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """vLLM admitted the request; what it wants from us has its blocks now."""

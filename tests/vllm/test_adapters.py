@@ -178,6 +178,39 @@ def test_files_that_were_exchanged_after_loading_are_a_doubt_until_they_are_load
     assert after not in (before, None)
 
 
+def test_a_name_under_which_two_were_loaded_is_mixed_and_stays_so(folder: Path, model: Path, loads: Any) -> None:
+    worker = manager()
+    load(worker, folder)
+    adapters = scheduler(loads.take_report(0, 1))
+    adapters.identity(request(folder))
+    load(worker, folder)
+    adapters.confirm(loads.take_report(0, 2))
+    assert not adapters.is_mixed(request(folder)), "the same again"
+    tiny_models.adapter(folder, model, seed=2)
+    load(worker, folder)
+    adapters.confirm(loads.take_report(0, 3))
+    assert adapters.is_mixed(request(folder))
+    tiny_models.adapter(folder, model, seed=1)
+    load(worker, folder)
+    adapters.confirm(loads.take_report(0, 4))
+    assert adapters.is_mixed(request(folder)), "vLLM may still have blocks of the second one"
+
+
+def test_one_name_for_two_numbers_is_mixed_where_they_differ(folder: Path, model: Path, tmp_path: Path) -> None:
+    from kvcellar.adapters import AdapterReport, Adapters, RankLoads
+    from vllm.lora.request import LoRARequest
+
+    def reported(second: bytes) -> Any:
+        adapters = Adapters(1)
+        adapters.confirm(AdapterReport({0: RankLoads(0, {NUMBER: b"a" * 16, NUMBER + 1: second})}))
+        for number in (NUMBER, NUMBER + 1):
+            adapters.identity(LoRARequest(NAME, number, str(folder)))
+        return adapters
+
+    assert not reported(b"a" * 16).is_mixed(request(folder))
+    assert reported(b"b" * 16).is_mixed(request(folder))
+
+
 def test_loading_the_same_again_contradicts_nobody(folder: Path, loads: Any) -> None:
     worker = manager()
     load(worker, folder)

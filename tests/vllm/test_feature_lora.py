@@ -141,6 +141,36 @@ def test_a_request_that_ends_with_the_step_of_an_exchange_leaves_nothing_behind(
         assert_identical(cold, answer, "with the first adapter again")
 
 
+def after_an_exchange_beside_vllms_cache(
+    engine: Engine, tokens: list[int], folder: Path, model: Path
+) -> tuple[Answer, tuple[Answer, int, Answer]]:
+    """An adapter is exchanged at its path, and vLLM still has the old one's blocks under its name."""
+    introduce(engine, adapter(folder))
+    engine.reset_gpu_cache()
+    reuse.ask(engine, tokens, lora=adapter(folder))
+    write(folder, model, seed=3)
+    load_again_running(engine, folder)
+    introduce(engine, adapter(folder))
+    mixed = reuse.ask(engine, tokens, lora=adapter(folder))
+    engine.settle()
+    return mixed, once(engine, tokens, folder)
+
+
+def test_what_vllm_itself_mixes_up_after_an_exchange_is_not_kept(
+    llama: Path, folder: Path, tmp_path: Path, pool_dir: Path, tokens: list[int]
+) -> None:
+    """vLLM hashes an adapter's name: after an exchange it hits the old one's blocks, and computes on with the new."""
+    write(folder, llama, seed=1)
+    with start_engine(tmp_path, pool_dir, cellar=CELLAR, model=llama, **OPTIONS) as engine:
+        engine.wait_ready()
+        mixed, found = engine.call(after_an_exchange_beside_vllms_cache, tokens, folder, llama)
+        assert mixed.cached_tokens > 0, "vLLM's own cache was emptied: this test proves nothing"
+        answer, hit_tokens, cold = found
+        assert hit_tokens == 0
+        assert_identical(cold, answer, "with the exchanged adapter")
+        assert differences(mixed, answer) > 0, "the adapter shows nowhere, this test proves nothing"
+
+
 def test_in_one_process_adapters_share_nothing_but_what_is_the_same(
     llama: Path, folder: Path, tmp_path: Path, pool_dir: Path, tokens: list[int]
 ) -> None:
