@@ -66,6 +66,8 @@ pub struct Read {
     pub started: Instant,
     /// Its followers were told that it failed, because it took too long.
     pub given_up: bool,
+    /// A reset came in between: what it brings is worthless.
+    pub stale: bool,
 }
 
 /// A write under way.
@@ -342,7 +344,7 @@ impl DiskTier {
                 expected: run.iter().map(|part| (part.key, part.generation)).collect(),
                 cache_generation: self.cache_generation,
             });
-            self.reads.insert(token, Read { parts: run, started: Instant::now(), given_up: false });
+            self.reads.insert(token, Read { parts: run, started: Instant::now(), given_up: false, stale: false });
         }
     }
 

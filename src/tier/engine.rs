@@ -405,6 +405,9 @@ impl TierEngine {
         for write in disk.writes.values_mut() {
             write.stale = true;
         }
+        for read in disk.reads.values_mut() {
+            read.stale = true;
+        }
         let all: Vec<ExtentIndex> = disk.extents.committed_in(0, u32::MAX).map(|(extent, _, _)| extent).collect();
         for extent in all {
             disk.extents.discard(extent, false, &mut residency.events);

@@ -141,7 +141,7 @@ impl TierEngine {
         wake: &mut Vec<SlotIndex>,
     ) {
         let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return };
-        let Some(Read { parts, started, given_up }) = disk.reads.remove(&token) else { return };
+        let Some(Read { parts, started, given_up, stale }) = disk.reads.remove(&token) else { return };
         let mut failed_device = false;
         let (mut good, mut bad) = (Vec::new(), Vec::new());
         let seconds = started.elapsed().as_secs_f64();
@@ -166,7 +166,7 @@ impl TierEngine {
                 }
             }
             disk.extents.end_read(part.extent, &mut residency.events);
-            let failed = outcome.is_err() || given_up;
+            let failed = outcome.is_err() || given_up || stale;
             if failed && let Some(lease) = self.leases.get_mut(&part.request) {
                 lease.lost_at = Some(lease.lost_at.map_or(part.token, |first| first.min(part.token)));
             }
@@ -175,9 +175,9 @@ impl TierEngine {
                 // Its followers were answered; only now is the slot the window's again.
                 line.release_all(u64::MAX);
             } else if part.window {
-                line.end_restore(part.generation, outcome.is_ok());
+                line.end_restore(part.generation, !failed);
             } else if !given_up {
-                residency.end_restore(part.slot, outcome.ok());
+                residency.end_restore(part.slot, outcome.ok().filter(|_| !stale));
             } else {
                 residency.end_abandoned(part.slot);
             }

@@ -6,7 +6,7 @@ use kvcellar::block::Tier;
 use kvcellar::nvme::disk::Kind;
 
 use crate::faulty::{Fault, Rule};
-use crate::rig::{Places, Rig, hash};
+use crate::rig::{BLOCK_TOKENS, Places, Rig, hash};
 
 const CHAINS: u32 = 8;
 const SLOTS: u64 = 34;
@@ -135,6 +135,28 @@ fn a_read_that_takes_too_long_fails_its_load_and_keeps_its_slots() {
     accounts(&mut rig);
     assert_eq!(rig.gauges().nvme_reading, 0);
     assert_eq!(rig.fetch(CHAINS - 1, 8), Ok(8));
+}
+
+#[test]
+fn a_reset_makes_reads_under_way_worthless() {
+    let places = Places::new();
+    let (mut rig, disk) = Rig::with_faults(&places, SLOTS, 7, MORE);
+    for chain in 0..CHAINS {
+        rig.compute(chain, 8);
+    }
+    disk.hold();
+    let id = rig.ask(0, 8);
+    assert_eq!(rig.begin_fetch(&id, 8), 8);
+    until("reading", || rig.gauges().nvme_reading > 0);
+    rig.lock().reset();
+    disk.release();
+    assert!(rig.wait_for_load(&id), "what was read is of before the reset");
+    rig.lock().finish(&id, 8 * BLOCK_TOKENS, 8 * BLOCK_TOKENS);
+    rig.settle();
+    for chain in 0..CHAINS {
+        assert_eq!(rig.fetch(chain, 8), Ok(0), "chain {chain}");
+    }
+    accounts(&mut rig);
 }
 
 #[test]

@@ -31,6 +31,8 @@ use crate::faulty::FaultyDisk;
 
 pub(crate) const BLOCK_TOKENS: u32 = 16;
 pub(crate) const BLOCK_BYTES: usize = 20_000;
+/// Where loaded blocks go in vLLM's cache.
+const FETCHED: usize = 100;
 const KV_BLOCKS: usize = 200;
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -300,34 +302,42 @@ impl Rig {
 
     /// As [`Self::fetch`], for a request that asked before.
     pub(crate) fn fetch_as(&mut self, id: &str, chain: u32, blocks: u32) -> std::result::Result<u32, u32> {
+        let count = self.begin_fetch(id, blocks);
+        if count == 0 {
+            return Ok(0);
+        }
+        if self.wait_for_load(id) {
+            return Err(count);
+        }
+        for index in 0..count {
+            let at = (FETCHED + index as usize) * BLOCK_BYTES;
+            assert!(self.cache[at..at + BLOCK_BYTES] == content(&hash(chain, index)), "block {index} of chain {chain}");
+        }
+        Ok(count)
+    }
+
+    /// Asks for a request's first blocks and begins to load what the engine offers. Returns how many
+    /// blocks those are.
+    pub(crate) fn begin_fetch(&mut self, id: &str, blocks: u32) -> u32 {
         // One token more than the blocks hold, so that all of them may be hit.
         let hit = self.lock().lookup(id, blocks * BLOCK_TOKENS + 1, 0);
         let Hit::Tokens(tokens) = hit else { panic!("nobody else loads") };
         let count = tokens / BLOCK_TOKENS;
-        let base = 100;
-        self.cache[base * BLOCK_BYTES..].fill(0xee);
-        let ids: Vec<u32> = (0..count).map(|index| base as u32 + index).collect();
+        self.cache[FETCHED * BLOCK_BYTES..].fill(0xee);
+        let ids: Vec<u32> = (0..count).map(|index| FETCHED as u32 + index).collect();
         self.lock().admit(id, tokens, &[ids]);
-        if count == 0 {
-            return Ok(0);
+        if count > 0 {
+            self.step();
         }
-        self.step();
-        let failed = self.wait_for_load(id);
-        if failed {
-            return Err(count);
-        }
-        for index in 0..count {
-            let at = (base + index as usize) * BLOCK_BYTES;
-            assert!(self.cache[at..at + BLOCK_BYTES] == content(&hash(chain, index)), "block {index} of chain {chain}");
-        }
-        Ok(count)
+        count
     }
 
     pub(crate) fn ask(&mut self, chain: u32, blocks: u32) -> String {
         self.request(chain, blocks)
     }
 
-    fn wait_for_load(&mut self, id: &str) -> bool {
+    /// Waits for the end of a load. Returns whether it failed.
+    pub(crate) fn wait_for_load(&mut self, id: &str) -> bool {
         let end = Instant::now() + PATIENCE;
         loop {
             let results = self.worker.take_results();
