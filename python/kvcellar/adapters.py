@@ -210,9 +210,10 @@ def _observed(load: Callable[..., Any], loads: Loads) -> Callable[..., Any]:
 
     def load_adapter(manager: Any, lora_request: Any, *args: Any, **kwargs: Any) -> Any:
         before = _quietly(lambda: of_request(lora_request))
-        # Noted first: from here on the adapter may be the new one.
-        _quietly(lambda: loads.note(manager, lora_request.lora_int_id, None))
+        # vLLM loads first and puts the new adapter in its place later: one that cannot be loaded
+        # changes nothing.
         loaded = load(manager, lora_request, *args, **kwargs)
+        _quietly(lambda: loads.note(manager, lora_request.lora_int_id, None))
         after = _quietly(lambda: of_request(lora_request))
         if before is not None and before == after:
             _quietly(lambda: loads.note(manager, lora_request.lora_int_id, before))

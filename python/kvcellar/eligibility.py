@@ -18,24 +18,33 @@ _WHOLE_PROMPT_POOLING = ("MEAN", "CLS", "STEP")
 _SPECS_NOT_OF_THE_PREFIX = ("RSWASpec",)
 
 
+# Settings with which vLLM may unmap its KV cache, in the order in which they are told.
+_UNMAPPING = {"enable_sleep_mode": "--enable-sleep-mode", "enable_cumem_allocator": "--enable-cumem-allocator"}
+
+
 def refuse_sleep_mode(vllm_config: VllmConfig) -> None:
     """Sleeping unmaps or moves the KV cache, whose addresses the copy workers hold.
 
+    vLLM also lets go of a KV cache that lies in memory of its cumem allocator, without sleep mode.
+
     Raises:
-        UnsupportedError: sleep mode is on.
+        UnsupportedError: the KV cache may be unmapped.
     """
     model = vllm_config.model_config
-    if model is not None and getattr(model, "enable_sleep_mode", False):
-        raise UnsupportedError(
-            "--enable-sleep-mode is not supported: sleeping moves the KV cache under running copies. Leave it out, or "
-            "serve without KV Cellar"
-        )
+    for name, flag in _UNMAPPING.items():
+        if model is not None and getattr(model, name, False):
+            raise UnsupportedError(
+                f"{flag} is not supported: vLLM may unmap the KV cache under running copies. Leave it out, or serve "
+                "without KV Cellar"
+            )
 
 
 def why_nothing_is_kept(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: Config) -> str | None:
     """Why this engine is served without KV Cellar; None: its KV can be kept."""
     return (
         _whole_prompts(vllm_config)
+        or _diffusion(vllm_config)
+        or _degraded_steps(vllm_config)
         or _not_of_the_prefix(kv_cache_config)
         or _without_prefix_caching(vllm_config, config)
     )
@@ -46,6 +55,18 @@ def _whole_prompts(vllm_config: VllmConfig) -> str | None:
     kinds = {str(getattr(pooler, name, None) or "").upper() for name in ("seq_pooling_type", "tok_pooling_type")}
     whole = sorted(kinds & set(_WHOLE_PROMPT_POOLING))
     return f"{'/'.join(whole)} pooling needs every prompt computed whole" if whole else None
+
+
+def _diffusion(vllm_config: VllmConfig) -> str | None:
+    if getattr(vllm_config, "diffusion_config", None) is None:
+        return None
+    return "a diffusion model may accept tokens whose KV no causal pass has written"
+
+
+def _degraded_steps(vllm_config: VllmConfig) -> str | None:
+    if not getattr(vllm_config.parallel_config, "enable_fault_tolerance", False):
+        return None
+    return "--enable-fault-tolerance lets steps go on without the experts of ranks that failed, which changes KV"
 
 
 def _not_of_the_prefix(kv_cache_config: KVCacheConfig) -> str | None:

@@ -7,7 +7,7 @@ What cannot be known is a doubt: then the facts are those of this start alone, s
 import json
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -20,6 +20,10 @@ from kvcellar.metadata import RankOffer
 from kvcellar.neutral import FIELDS, OTHERS_THAT_COUNT, is_neutral
 from kvcellar.window import check, vllm_version
 
+# What the models' files were before anything was loaded: set where the engine is configured, and
+# inherited by its processes.
+STAMPS_VARIABLE = "KVCELLAR_MODEL_STAMPS"
+_PATH_CHARACTERS_MAX = 4000
 _RANDOM_SEED_HASHES = ("xxhash",)
 # Whose code computes KV or prepares what it is computed of. Whole versions: a patch release may
 # mend a model.
@@ -64,8 +68,8 @@ def identify(vllm_config: VllmConfig, offers: Sequence[RankOffer]) -> Facts:
     details["hash_seed"] = os.environ.get("PYTHONHASHSEED")
     doubts = list(dump.doubts)
     details["weights"] = _weights(vllm_config, doubts)
-    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
-        doubts.append("calculate_kv_scales: the scales of KV are measured anew at each start")
+    details["media_tokenizer"] = _media_tokenizer(vllm_config.model_config)
+    doubts += _measured_scales(vllm_config)
     facts: dict[str, Json] = {"model": vllm_config.model_config.model, **_for_people(vllm_config)}
     facts["parts"] = {name: digest(part) for name, part in details.items()}
     if doubts:
@@ -118,6 +122,49 @@ def versions() -> dict[str, Json]:
     return found
 
 
+def remember_models(vllm_config: VllmConfig) -> None:
+    """Take note of the models' files before they are loaded, for this process and those that it starts.
+
+    The first note of a model stays: what comes later may come after loading.
+    """
+    known: dict[str, str | None] = json.loads(os.environ.get(STAMPS_VARIABLE, "{}"))
+    for _, model, how in _models(vllm_config):
+        if model.model not in known:
+            known[model.model] = weights.stamps(model, how)
+    os.environ[STAMPS_VARIABLE] = json.dumps(known)
+
+
+def _was_exchanged(model: ModelConfig, how: LoadConfig) -> str | None:
+    known: dict[str, str | None] = json.loads(os.environ.get(STAMPS_VARIABLE, "{}"))
+    if model.model not in known or known[model.model] == weights.stamps(model, how):
+        return None
+    return f"{model.model} was exchanged or written since this engine was configured, perhaps after it was loaded"
+
+
+def _media_tokenizer(model: ModelConfig) -> Json:
+    """Where a tokenizer shapes pictures and sounds, too, as Mistral's does: which one it is.
+
+    Its file lies with the weights and counts with them, or is named here.
+    """
+    if getattr(model, "multimodal_config", None) is None or model.tokenizer == model.model:
+        return None
+    named: dict[str, Json] = {"tokenizer": str(model.tokenizer), "revision": model.tokenizer_revision}
+    shapes = Path(str(model.tokenizer), "tekken.json")
+    return {**named, "digest": weights.of_path(shapes).digest} if shapes.is_file() else named
+
+
+def _measured_scales(vllm_config: VllmConfig) -> list[str]:
+    """Scales that follow from what was computed before: not the same at another start."""
+    found = []
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        found.append("calculate_kv_scales: the scales of KV are measured anew at each start")
+    media = getattr(vllm_config.model_config, "multimodal_config", None)
+    path = getattr(media, "mm_encoder_fp8_scale_path", None)
+    if getattr(media, "mm_encoder_attn_dtype", None) == "fp8" and not (path and Path(path).exists()):
+        found.append("mm_encoder_attn_dtype fp8 without a file of scales: they follow from the pictures seen so far")
+    return found
+
+
 def _parts(vllm_config: VllmConfig) -> dict[str, object]:
     """vLLM's configuration, by its parts."""
     return attributes(vllm_config) or {}
@@ -159,6 +206,9 @@ def _weights(vllm_config: VllmConfig, doubts: list[str]) -> Json:
     found: dict[str, Json] = {}
     for name, model, how in _models(vllm_config):
         _note(found, doubts, name, weights.identify(model, how))
+        exchanged = _was_exchanged(model, how)
+        if exchanged is not None:
+            doubts.append(f"{name}: {exchanged}")
     for name in _named_files(vllm_config):
         _note(found, doubts, f"file {len(found)}", weights.of_path(Path(name)))
     return found
@@ -172,8 +222,21 @@ def _note(found: dict[str, Json], doubts: list[str], name: str, identity: weight
 
 def _named_files(vllm_config: VllmConfig) -> list[str]:
     """Files and folders outside the model's that settings name (an adapter in the base, scales)."""
-    extra = vllm_config.load_config.model_loader_extra_config
-    named = list(extra.values()) if isinstance(extra, dict) else []
     media = getattr(vllm_config.model_config, "multimodal_config", None)
-    named.append(getattr(media, "mm_encoder_fp8_scale_path", None))
-    return [name for name in named if isinstance(name, str) and Path(name).is_absolute() and Path(name).exists()]
+    named = [
+        *_texts(vllm_config.load_config.model_loader_extra_config),
+        *_texts(getattr(media, "mm_encoder_fp8_scale_path", None)),
+    ]
+    return [name for name in named if 0 < len(name) <= _PATH_CHARACTERS_MAX and Path(name).exists()]
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in a setting, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)

@@ -79,6 +79,8 @@ class SchedulerSide:
         # was exchanged.
         self._step = 0
         self._numbers_steps = vllm_config.lora_config is not None
+        # vLLM refused to clear its own cache when ours was cleared: what it finds there may be old.
+        self._vllm_keeps_old_blocks = False
         self._names = 0
         # Loads that vLLM waits for, and those of them that no step has ordered yet: vLLM's id and
         # the engine's name.
@@ -101,6 +103,8 @@ class SchedulerSide:
         self._retired = False
         self._released: set[tuple[int, int]] = set()
         self._closed = False
+        # The pool may be opened beside requests: whoever ends last closes it.
+        self._closing = threading.Lock()
         self._last_events: list[KVCacheEvent] = []
         self._watch: Watch | None = None
         parent = multiprocessing.parent_process()
@@ -142,7 +146,12 @@ class SchedulerSide:
             logger.error("KV Cellar: this engine is served without its tiers: %s", error)
             self.retire()
             return
-        self._opened = True
+        with self._closing:
+            if self._closed:
+                # The end came while the pool was being made: nobody closes again.
+                self._engine.close()
+                return
+            self._opened = True
         if self._front_end is not None:
             self._watch = _watch(self._engine, self._front_end)
 
@@ -164,8 +173,12 @@ class SchedulerSide:
     def shutdown(self) -> None:
         """Let go of the pool; its contents stay for the next start unless ``keep_pool`` is false."""
         self._watch = None
-        self._closed = True
-        self._engine.close()
+        self._close()
+
+    def _close(self) -> None:
+        with self._closing:
+            self._closed = True
+            self._engine.close()
 
     def fail(self, where: str, error: Exception) -> None:
         """An internal error: take the tiers out of service. Never raises."""
@@ -191,6 +204,8 @@ class SchedulerSide:
         self._patience_until = time.monotonic() + _RETIRE_PATIENCE_S
         self._requests.clear()
         self._left_out_ids.clear()
+        # It would keep every request that comes.
+        self._foreign = None
         if not self._publishes:
             return
         try:
@@ -209,8 +224,8 @@ class SchedulerSide:
 
     def _close_when_released(self) -> None:
         if self._retired and not self._closed and len(self._released) == self._world():
-            self._closed = self._counted = True
-            self._engine.close()
+            self._counted = True
+            self._close()
 
     # -- one request's way
     # ---------------------------------------------------------------------------------------------
@@ -220,6 +235,8 @@ class SchedulerSide:
         if self._retired:
             return
         known = self._requests.pop(request.request_id, None)
+        if known is not None:
+            self._note_end(known)
         try:
             self._refuse_unusable(request)
             wishes = controls(request)
@@ -235,6 +252,12 @@ class SchedulerSide:
         self._engine.add_request(name, wishes, lora, adapter)
         self._requests[request.request_id] = KnownRequest(request, name, self._groups)
 
+    def _note_end(self, known: KnownRequest) -> None:
+        """What was computed for this request until now belongs to the adapter that it had."""
+        adapter = known.request.lora_request
+        if adapter is not None and known.last_step > 0:
+            self._adapters.finished(adapter.lora_int_id, known.last_step)
+
     def _leave_out(self, request: Request, why: UnusableRequest) -> None:
         self._left_out_ids.add(request.request_id)
         self._left_out.add(request, why)
@@ -243,6 +266,7 @@ class SchedulerSide:
     def _let_go(self, known: KnownRequest, why: UnusableRequest) -> None:
         """Leave out a request that the native engine knows already."""
         request = known.request
+        self._note_end(known)
         self._leave_out(request, why)
         self._requests.pop(request.request_id, None)
         self._engine.finish(known.name, request.num_prompt_tokens, request.num_tokens, None)
@@ -292,14 +316,16 @@ class SchedulerSide:
                 return 0 if request.request_id in self._left_out_ids else None, False
         self._active = self._counted = True
         if num_computed_tokens > 0 and self._begins_with_doubt(request):
-            self._let_go(known, UnusableRequest("vLLM may have kept its begin under another adapter", usual=True))
+            self._let_go(known, UnusableRequest("vLLM may have computed its begin with other weights", usual=True))
             return 0, False
         known.looked_up(num_computed_tokens, self._groups)
         hit = self._engine.lookup(known.name, request.num_tokens, num_computed_tokens, known.new_hashes())
         return hit, bool(hit)
 
     def _begins_with_doubt(self, request: Request) -> bool:
-        """Whether what vLLM found in its own cache may have been computed with another adapter of the same name."""
+        """Whether what vLLM found in its own cache may have been computed with other weights than the present ones."""
+        if self._vllm_keeps_old_blocks:
+            return True
         if request.lora_request is None or not self._adapters.is_mixed(request.lora_request):
             return False
         logger.warning_once(
@@ -344,8 +370,7 @@ class SchedulerSide:
         known = self._requests.pop(request.request_id, None)
         if known is None or self._retired:
             return
-        if request.lora_request is not None:
-            self._adapters.finished(request.lora_request.lora_int_id, known.last_step)
+        self._note_end(known)
         self._active = self._counted = True
         offer = None
         if not known.was_rewritten():
@@ -554,6 +579,7 @@ class SchedulerSide:
         if report.kept:
             logger.info("KV Cellar: vLLM cleared its caches; both tiers are kept (on_reset: keep)")
             return
+        self._vllm_keeps_old_blocks = self._uses_blocks()
         logger.warning(
             "KV Cellar: vLLM cleared its caches, and weights may have changed: %d blocks in memory and %d on disk "
             "(%.2f GiB) are dropped, and what is stored from now on is used by this process alone. /pause and /sleep "
@@ -562,6 +588,14 @@ class SchedulerSide:
             report.blocks_dropped_nvme,
             report.bytes / opening.GIB,
         )
+
+    def _uses_blocks(self) -> bool:
+        """Whether vLLM has blocks in use; then it has refused to clear its own cache, and tells us to clear ours."""
+        if self._manager is None:
+            return False
+        pool = self._manager.block_pool
+        # The null block is always in use.
+        return int(pool.num_gpu_blocks - pool.get_num_free_blocks()) > 1
 
 
 def handed_out(output: SchedulerOutput, groups: Groups) -> list[list[int]]:

@@ -6,6 +6,7 @@ Does not hold what vLLM's configuration says of the model: that counts by itself
 """
 
 import fnmatch
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from vllm.config import LoadConfig, ModelConfig
 
-from kvcellar.content import ChangedError, Stamp, digest_files, process_start_ns
+from kvcellar.content import DIGEST_BYTES, ChangedError, Stamp, digest_files, process_start_ns
 
 # Loaders that read files of a local folder or of a hub's cache.
 FILE_LOADERS = frozenset(
@@ -34,7 +35,6 @@ NEUTRAL_FILES: dict[str, str] = {
     "merges.txt": "text and token ids",
     "added_tokens.json": "text and token ids",
     "special_tokens_map.json": "text and token ids",
-    "tekken.json": "text and token ids",
     "spiece.model": "text and token ids",
     "*.tiktoken": "text and token ids",
     "chat_template*": "text of conversations",
@@ -118,6 +118,24 @@ def _unknown(model: ModelConfig, loader: str) -> Iterator[str]:
 def of_path(path: Path) -> Identity:
     """The identity of a file or folder that a configuration names."""
     return _digest(path, None)
+
+
+def stamps(model: ModelConfig, load: LoadConfig) -> str | None:
+    """What the entries of a model's local folder say now; `None` for a model of a hub.
+
+    Compared with the same of later: a folder that was exchanged holds files that may be older than this engine.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    local = Path(model.model)
+    if not local.exists():
+        return None
+    folder = local.resolve()
+    files = [] if folder.is_file() else sorted(_files(folder, load))
+    entries = [(name, Stamp.of(path.stat())) for name, path in files]
+    seen = repr((str(folder), Stamp.of(folder.stat()).device, Stamp.of(folder.stat()).inode, entries))
+    return hashlib.blake2b(seen.encode(), digest_size=DIGEST_BYTES).hexdigest()
 
 
 def _foreign_code(model: ModelConfig) -> str | None:

@@ -23,7 +23,7 @@ from tests.vllm.processes import Family, family, kill, wait_until
 from tests.vllm.sizes import DATA_TYPE, MIB, kv_bytes
 
 # On a good machine these are long; see `deadline`.
-START_S = 300.0
+START_S = 600.0
 STOP_S = 15.0
 ANSWER_S = 400.0
 SETTLE_S = 60.0

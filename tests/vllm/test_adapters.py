@@ -254,15 +254,17 @@ def test_files_exchanged_while_they_are_loaded_are_a_doubt(
     assert loads.take_report(0, 1).ranks[0].loaded == {NUMBER: None}
 
 
-def test_a_load_that_failed_is_a_doubt_and_vllm_sees_its_own_error(folder: Path, loads: Any) -> None:
+def test_files_that_cannot_be_loaded_are_a_doubt_and_vllm_sees_its_own_error(folder: Path, loads: Any) -> None:
     from vllm.lora.worker_manager import WorkerLoRAManager
 
     worker = manager()
     load(worker, folder)
+    adapters = scheduler(loads.take_report(0, 1))
     (folder / "adapter_model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(Exception, match=r"(?i)header|safetensors|deserializ"):
         load(worker, folder)
-    assert loads.take_report(0, 1).ranks[0].loaded == {NUMBER: None}
+    assert loads.take_report(0, 2) is None, "the old one is still loaded"
+    assert adapters.identity(request(folder)) is None
     assert WorkerLoRAManager._load_adapter is loads._installed
 
 
@@ -324,6 +326,18 @@ def test_a_fault_of_ours_while_looking_on_does_not_reach_vllm(
     worker = manager()
     assert load(worker, folder)
     assert loads.take_report(0, 1).ranks[0].loaded == {NUMBER: None}
+
+
+def test_an_adapter_that_cannot_be_loaded_changes_nothing(folder: Path, tmp_path: Path, loads: Any) -> None:
+    """vLLM loads first and puts the new adapter in its place later: the old one goes on."""
+    worker = manager()
+    load(worker, folder)
+    adapters = scheduler(loads.take_report(0, 1))
+    before = adapters.identity(request(folder))
+    with pytest.raises(Exception, match="nowhere"):
+        worker._load_adapter(request(tmp_path / "nowhere"))
+    assert loads.take_report(0, 2) is None
+    assert adapters.identity(request(folder)) == before
 
 
 def test_two_engines_in_one_process_do_not_vouch_for_each_other(folder: Path, loads: Any) -> None:

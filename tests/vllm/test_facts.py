@@ -367,3 +367,124 @@ def test_files_written_since_the_engine_started_are_a_doubt(llama: Path, monkeyp
     config = config_of({**BASE, "model": str(llama)})
     monkeypatch.setattr("kvcellar.weights.process_start_ns", lambda: 0)
     assert any("written since this engine started" in doubt for doubt in facts.identify(config, []).doubts)
+
+
+@pytest.fixture
+def no_notes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a front end that has configured nothing yet."""
+    from kvcellar.facts import STAMPS_VARIABLE
+
+    monkeypatch.setenv(STAMPS_VARIABLE, "{}")
+
+
+@pytest.mark.parametrize("how", ["a link that was turned", "a folder that was renamed"])
+def test_a_model_that_was_exchanged_after_it_was_configured_is_a_doubt(
+    llama: Path, tmp_path: Path, no_notes: None, how: str
+) -> None:
+    """The files of the other version are older than the engine: only their places tell."""
+    from kvcellar import facts
+
+    first, second, current = tmp_path / "v1", tmp_path / "v2", tmp_path / "current"
+    for version in (first, second):
+        shutil.copytree(llama, version)
+    change_a_tensor(second)
+    if how == "a link that was turned":
+        current.symlink_to(first)
+    else:
+        first.rename(current)
+    config = config_of({**BASE, **ours(dram_size="64MiB"), "model": str(current)})
+    assert facts.identify(config, []).doubts == ()
+    if current.is_symlink():
+        current.unlink()
+        current.symlink_to(second)
+    else:
+        current.rename(first)
+        second.rename(current)
+    (doubt,) = facts.identify(config, []).doubts
+    assert "was exchanged" in doubt
+
+
+def test_files_that_settings_name_count_however_they_are_named(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvcellar import facts
+
+    monkeypatch.chdir(tmp_path)
+    config = config_of({**BASE, "model": str(llama)})
+    object.__setattr__(config.load_config, "model_loader_extra_config", {"adapters": [{"path": "scales.json"}]})
+    found = set()
+    for content in ("one", "two"):
+        Path("scales.json").write_text(content)
+        found.add(json.dumps(facts.identify(config, []).details["weights"], sort_keys=True))
+    assert len(found) == 2
+
+
+def test_scales_that_follow_from_the_pictures_seen_are_a_doubt(llama: Path, tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from kvcellar import facts
+
+    config = config_of({**BASE, "model": str(llama)})
+    scales = tmp_path / "scales.json"
+    for path, doubted in ((None, True), (str(scales), True), (str(scales), False)):
+        if not doubted:
+            scales.write_text("{}")
+        media = SimpleNamespace(mm_encoder_attn_dtype="fp8", mm_encoder_fp8_scale_path=path)
+        object.__setattr__(config.model_config, "multimodal_config", media)
+        assert any("fp8" in doubt for doubt in facts.identify(config, []).doubts) is doubted, path
+
+
+def test_a_tokenizer_that_shapes_pictures_counts(llama: Path, tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from kvcellar import facts
+
+    config = config_of({**BASE, "model": str(llama)})
+    object.__setattr__(config.model_config, "multimodal_config", SimpleNamespace())
+    found = set()
+    for place in ("one", "two"):
+        folder = tmp_path / place
+        folder.mkdir()
+        (folder / "tekken.json").write_text(json.dumps({"image": {"max_image_size": len(found) + 1}}))
+        object.__setattr__(config.model_config, "tokenizer", str(folder))
+        found.add(json.dumps(facts.identify(config, []).details["media_tokenizer"]))
+    assert len(found) == 2
+    other = tmp_path / "model"
+    shutil.copytree(llama, other)
+    before = facts.identify(config_of({**BASE, "model": str(other)}), []).details["weights"]
+    (other / "tekken.json").write_text("{}")
+    assert facts.identify(config_of({**BASE, "model": str(other)}), []).details["weights"] != before
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "word"),
+    [
+        ("parallel_config", "enable_fault_tolerance", True, "fault-tolerance"),
+        ("", "diffusion_config", object(), "diffusion"),
+    ],
+)
+def test_engines_whose_kv_is_not_the_models_are_served_without_us(
+    llama: Path, part: str, field: str, value: object, word: str
+) -> None:
+    from types import SimpleNamespace
+
+    from kvcellar import eligibility
+    from kvcellar._native import Config
+
+    config: Any = config_of({**BASE, "model": str(llama)})
+    groups: Any = SimpleNamespace(kv_cache_groups=[])
+    settings = Config.parse("{}")
+    assert eligibility.why_nothing_is_kept(config, groups, settings) is None
+    object.__setattr__(getattr(config, part) if part else config, field, value)
+    assert word in (eligibility.why_nothing_is_kept(config, groups, settings) or "")
+
+
+@pytest.mark.parametrize("field", ["enable_sleep_mode", "enable_cumem_allocator"])
+def test_a_kv_cache_that_vllm_may_unmap_is_refused(llama: Path, field: str) -> None:
+    from kvcellar import UnsupportedError, eligibility
+
+    config = config_of({**BASE, "model": str(llama)})
+    eligibility.refuse_sleep_mode(config)
+    object.__setattr__(config.model_config, field, True)
+    with pytest.raises(UnsupportedError, match=field.replace("_", "-")):
+        eligibility.refuse_sleep_mode(config)
