@@ -220,8 +220,7 @@ class KVCellarConnector(KVConnectorBase_V1, SupportsHMA):
             return self._worker.take_stats()
         return self._scheduler.take_stats() if self._scheduler is not None else None
 
-    # -- worker
-    # --------------------------------------------------------------------------------------------------------
+    # -- worker ------------------------------------------------------------------------------------
 
     @hook(nothing)
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -274,8 +273,7 @@ class KVCellarConnector(KVConnectorBase_V1, SupportsHMA):
         """What the scheduler's side has to know of this worker."""
         return self._worker.take_report() if self._worker is not None else None
 
-    # -- scheduler
-    # -----------------------------------------------------------------------------------------------------
+    # -- scheduler ---------------------------------------------------------------------------------
 
     @hook(nothing)
     def set_xfer_handshake_metadata_pp_aware(

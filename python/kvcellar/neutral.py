@@ -24,8 +24,7 @@ _SAME_BYTES = "where weights are kept between uses; the same bytes come back"
 _RESULT = "taken in another form"
 
 FIELDS: dict[str, str] = {
-    # -- the whole
-    # ---------------------------------------------------------------------------------------------------
+    # -- the whole ---------------------------------------------------------------------------------
     "VllmConfig.instance_id": "a number of this start",
     "VllmConfig.observability_config": _WATCHING,
     "VllmConfig.logging_config": _WATCHING,
@@ -39,8 +38,7 @@ FIELDS: dict[str, str] = {
     "VllmConfig.weight_transfer_config": "how new weights come; after that nothing of before is used",
     "VllmConfig.shutdown_timeout": _LIMIT,
     "VllmConfig.aux_output_config": "what is returned beside the tokens",
-    # -- the model
-    # ---------------------------------------------------------------------------------------------------
+    # -- the model ---------------------------------------------------------------------------------
     "ModelConfig.model": _WHERE,
     "ModelConfig.model_weights": _WHERE,
     "ModelConfig.revision": _WHERE,
@@ -77,16 +75,14 @@ FIELDS: dict[str, str] = {
     "ModelConfig._pooler_config_sources": _WATCHING,
     "ModelConfig.io_processor_plugin": _TOKENS,
     "ModelConfig.config_updated": "that vLLM has looked at its own configuration",
-    # -- the model's own configuration, as transformers keeps it
-    # -----------------------------------------------------
+    # -- the model's own configuration, as transformers keeps it -----------------------------------
     "PreTrainedConfig._name_or_path": _WHERE,
     "PretrainedConfig._name_or_path": _WHERE,
     "PreTrainedConfig._commit_hash": _WHERE,
     "PretrainedConfig._commit_hash": _WHERE,
     "PreTrainedConfig.transformers_version": "the installed version counts (facts.py)",
     "PretrainedConfig.transformers_version": "the installed version counts (facts.py)",
-    # -- the KV cache
-    # ------------------------------------------------------------------------------------------------
+    # -- the KV cache ------------------------------------------------------------------------------
     "CacheConfig.gpu_memory_utilization": _ROOM,
     "CacheConfig.num_gpu_blocks_override": _ROOM,
     "CacheConfig.num_gpu_blocks": _ROOM,
@@ -102,8 +98,7 @@ FIELDS: dict[str, str] = {
     "CacheConfig._block_size_resolved": "the block size itself counts",
     "CacheConfig.enable_prefix_caching": "whether vLLM looks blocks up, not what they hold",
     "CacheConfig.prefix_cache_retention_interval": "which blocks vLLM itself keeps",
-    # -- ranks
-    # -------------------------------------------------------------------------------------------------------
+    # -- ranks -------------------------------------------------------------------------------------
     "ParallelConfig.data_parallel_size_local": _PLACE,
     "ParallelConfig.data_parallel_rank": _PLACE,
     "ParallelConfig.data_parallel_rank_local": _PLACE,
@@ -139,8 +134,7 @@ FIELDS: dict[str, str] = {
     "ParallelConfig.fault_tolerance_config": _LIMIT,
     "EPLBConfig.log_balancedness": _WATCHING,
     "EPLBConfig.log_balancedness_interval": _WATCHING,
-    # -- the scheduler
-    # -----------------------------------------------------------------------------------------------
+    # -- the scheduler -----------------------------------------------------------------------------
     "SchedulerConfig.max_num_batched_tokens": _BATCHING,
     "SchedulerConfig.max_num_scheduled_tokens": _BATCHING,
     "SchedulerConfig.max_num_seqs": _BATCHING,
@@ -160,21 +154,18 @@ FIELDS: dict[str, str] = {
     "SchedulerConfig.prefill_schedule_interval": _BATCHING,
     "SchedulerConfig.async_scheduling": _BATCHING,
     "SchedulerConfig.stream_interval": "how often clients hear of new tokens",
-    # -- loading
-    # -----------------------------------------------------------------------------------------------------
+    # -- loading -----------------------------------------------------------------------------------
     "LoadConfig.download_dir": _WHERE,
     "LoadConfig.safetensors_load_strategy": _SPEED,
     "LoadConfig.safetensors_prefetch_num_threads": _SPEED,
     "LoadConfig.safetensors_prefetch_block_size": _SPEED,
     "LoadConfig.use_tqdm_on_load": _WATCHING,
     "LoadConfig.pt_load_map_location": _PLACE,
-    # -- adapters
-    # ----------------------------------------------------------------------------------------------------
+    # -- adapters ----------------------------------------------------------------------------------
     "LoRAConfig.max_loras": "how many adapters are loaded at a time; each counts by content (adapters.py)",
     "LoRAConfig.max_cpu_loras": "how many adapters are loaded at a time; each counts by content (adapters.py)",
     "LoRAConfig.max_lora_rank": "room for adapters; what an adapter leaves empty is zero",
-    # -- media
-    # -------------------------------------------------------------------------------------------------------
+    # -- media -------------------------------------------------------------------------------------
     "MultiModalConfig.limit_per_prompt": _LIMIT,
     "MultiModalConfig.mm_processor_cache_gb": _MEDIA_STORE,
     "MultiModalConfig.mm_processor_cache_type": _MEDIA_STORE,
@@ -184,14 +175,12 @@ FIELDS: dict[str, str] = {
     "MultiModalConfig.skip_mm_profiling": _ROOM,
     "MultiModalConfig.mm_encoder_fp8_scale_save_path": "what is written for later starts",
     "MultiModalConfig.mm_encoder_fp8_scale_save_margin": "what is written for later starts",
-    # -- drafts
-    # ------------------------------------------------------------------------------------------------------
+    # -- drafts ------------------------------------------------------------------------------------
     "SpeculativeConfig.model": f"{_WHERE}; as draft_model_config",
     "SpeculativeConfig.revision": _WHERE,
     "SpeculativeConfig.target_model_config": "the model itself, which counts",
     "SpeculativeConfig.target_parallel_config": "the model's ranks, which count",
-    # -- compiling
-    # ---------------------------------------------------------------------------------------------------
+    # -- compiling ---------------------------------------------------------------------------------
     "CompilationConfig.cache_dir": _COMPILED,
     "CompilationConfig.local_cache_dir": _COMPILED,
     "CompilationConfig.compile_cache_save_format": _COMPILED,
@@ -217,8 +206,7 @@ FIELDS: dict[str, str] = {
     "CompilationConfig.encoder_cudagraph_token_budgets": _LAUNCH,
     "CompilationConfig.encoder_cudagraph_max_vision_items_per_batch": _LAUNCH,
     "CompilationConfig.encoder_cudagraph_max_frames_per_batch": _LAUNCH,
-    # -- kernels
-    # -----------------------------------------------------------------------------------------------------
+    # -- kernels -----------------------------------------------------------------------------------
     "KernelConfig.enable_cutedsl_warmup": "what is compiled before serving",
     "KernelConfig.enable_jit_warmup": "what is compiled before serving",
 }

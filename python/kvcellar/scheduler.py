@@ -110,8 +110,7 @@ class SchedulerSide:
         parent = multiprocessing.parent_process()
         self._front_end = parent.pid if parent is not None else None
 
-    # -- start
-    # ---------------------------------------------------------------------------------------------------------
+    # -- start -------------------------------------------------------------------------------------
 
     def bind(self, manager: KVCacheManager) -> None:
         """vLLM's own block tables, to be read anew in every step."""
@@ -167,8 +166,7 @@ class SchedulerSide:
         self._opening = threading.Thread(target=work, name="kvcellar-open", daemon=True)
         self._opening.start()
 
-    # -- end
-    # -----------------------------------------------------------------------------------------------------------
+    # -- end ---------------------------------------------------------------------------------------
 
     def shutdown(self) -> None:
         """Let go of the pool; its contents stay for the next start unless ``keep_pool`` is false."""
@@ -227,8 +225,7 @@ class SchedulerSide:
             self._counted = True
             self._close()
 
-    # -- one request's way
-    # ---------------------------------------------------------------------------------------------
+    # -- one request's way -------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
         """A request arrived, or was rewritten."""
@@ -380,8 +377,7 @@ class SchedulerSide:
             offer = self._offer(known, computed if known.scheduled else min(computed, known.local))
         self._engine.finish(known.name, request.num_prompt_tokens, request.num_tokens, offer)
 
-    # -- one step's way
-    # ------------------------------------------------------------------------------------------------
+    # -- one step's way ----------------------------------------------------------------------------
 
     def step(self, output: SchedulerOutput) -> StepMetadata:
         """Plan the copies of a step that vLLM has just scheduled."""
@@ -535,8 +531,7 @@ class SchedulerSide:
             if self._engine.reset().kept:
                 self.retire()
 
-    # -- asked by vLLM now and then
-    # ------------------------------------------------------------------------------------
+    # -- asked by vLLM now and then ----------------------------------------------------------------
 
     def has_pending_work(self) -> bool:
         """Whether vLLM should keep stepping although no request runs."""

@@ -67,8 +67,7 @@ class WorkerSide:
         """This rank's layers of every group."""
         return views.group_views(self._kv_cache_config, kv_caches)
 
-    # -- start
-    # ---------------------------------------------------------------------------------------------------------
+    # -- start -------------------------------------------------------------------------------------
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """vLLM allocated its KV cache.
@@ -126,8 +125,7 @@ class WorkerSide:
             facts.attention(self._vllm_config),
         )
 
-    # -- one step's way
-    # ------------------------------------------------------------------------------------------------
+    # -- one step's way ----------------------------------------------------------------------------
 
     def begin_step(self, metadata: StepMetadata) -> None:
         """Before anything of this step is written: attach when told to, start early offloads, wait for fences."""
@@ -175,8 +173,7 @@ class WorkerSide:
         lost.update(ended[name] for name in failed if name in ended)
         return KVConnectorTransferResults(finished_recving=lost | set(ended.values()), failed_recving=lost)
 
-    # -- end
-    # -----------------------------------------------------------------------------------------------------------
+    # -- end ---------------------------------------------------------------------------------------
 
     def fail(self, where: str, error: Exception) -> None:
         """An internal error: take this worker out of service, and tell the scheduler's side. Never raises."""

@@ -149,8 +149,7 @@ LORA = {"enable_lora": True, "max_lora_rank": 8}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
 
 ROWS = [
-    # -- must differ
-    # -------------------------------------------------------------------------------------------------
+    # -- must differ -------------------------------------------------------------------------------
     Row("max_model_len", True, {"max_model_len": 256}),
     Row("max_model_len fitted to memory", True, {"max_model_len": -1}),
     Row("dtype", True, {"dtype": "float32"}),
@@ -194,8 +193,7 @@ ROWS = [
     Row("image processor's file", True, model=write("preprocessor_config.json", '{"max_pixels": 1}')),
     Row("encoder attention", True, tweak=media(mm_encoder_attn_backend="TORCH_SDPA"), before=media()),
     Row("encoder on every rank", True, tweak=media(mm_encoder_tp_mode="data"), before=media()),
-    # -- must stay equal
-    # ---------------------------------------------------------------------------------------------
+    # -- must stay equal ---------------------------------------------------------------------------
     Row("nothing", False),
     Row("a copy", False, model=lambda folder: None),
     Row("time stamps", False, model=touch),
