@@ -127,15 +127,26 @@ def remember_models(vllm_config: VllmConfig) -> None:
 
     The first note of a model stays: what comes later may come after loading.
     """
-    known: dict[str, str | None] = json.loads(os.environ.get(STAMPS_VARIABLE, "{}"))
+    if vllm_config.model_config is None:
+        return
+    known = _remembered()
     for _, model, how in _models(vllm_config):
         if model.model not in known:
             known[model.model] = weights.stamps(model, how)
     os.environ[STAMPS_VARIABLE] = json.dumps(known)
 
 
+def _remembered() -> dict[str, str | None]:
+    """The notes of models; none where somebody else has written the variable."""
+    try:
+        known = json.loads(os.environ.get(STAMPS_VARIABLE, "{}"))
+    except ValueError:
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
 def _was_exchanged(model: ModelConfig, how: LoadConfig) -> str | None:
-    known: dict[str, str | None] = json.loads(os.environ.get(STAMPS_VARIABLE, "{}"))
+    known = _remembered()
     if model.model not in known or known[model.model] == weights.stamps(model, how):
         return None
     return f"{model.model} was exchanged or written since this engine was configured, perhaps after it was loaded"

@@ -63,6 +63,7 @@ def check(vllm_config: Any) -> None:
         from kvcellar._native import Config
         from kvcellar.deployment import ENGINES_VARIABLE, engines_started_by
         from kvcellar.eligibility import refuse_sleep_mode
+        from kvcellar.facts import remember_models
 
         window.check(window.vllm_version())
         config = Config.parse(json.dumps(settings))
@@ -71,7 +72,7 @@ def check(vllm_config: Any) -> None:
             if warning not in _told:
                 _told.add(warning)
                 init_logger(f"vllm.{__name__}").warning("KV Cellar: %s", warning)
-        _remember_models(vllm_config)
+        remember_models(vllm_config)
         engines = engines_started_by(vllm_config)
         if engines > 1:
             os.environ[ENGINES_VARIABLE] = str(engines)
@@ -79,18 +80,3 @@ def check(vllm_config: Any) -> None:
             # A front end that started several engines before. An engine's own process must keep
             # what it was told: there vLLM says 1.
             os.environ.pop(ENGINES_VARIABLE, None)
-
-
-def _remember_models(vllm_config: Any) -> None:
-    from vllm.logger import init_logger
-
-    from kvcellar import facts
-
-    try:
-        facts.remember_models(vllm_config)
-    except (OSError, ValueError, AttributeError) as error:
-        init_logger(f"vllm.{__name__}").warning(
-            "KV Cellar: the model's files could not be looked at before they are loaded (%r): an exchange while the "
-            "engine starts would go unnoticed",
-            error,
-        )

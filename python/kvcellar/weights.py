@@ -124,17 +124,19 @@ def stamps(model: ModelConfig, load: LoadConfig) -> str | None:
     """What the entries of a model's local folder say now; `None` for a model of a hub.
 
     Compared with the same of later: a folder that was exchanged holds files that may be older than this engine.
-
-    Raises:
-        OSError: the folder cannot be read.
+    A folder that cannot be read has a stamp of its own, which differs from that of any other.
     """
     local = Path(model.model)
     if not local.exists():
         return None
-    folder = local.resolve()
-    files = [] if folder.is_file() else sorted(_files(folder, load))
-    entries = [(name, Stamp.of(path.stat())) for name, path in files]
-    seen = repr((str(folder), Stamp.of(folder.stat()).device, Stamp.of(folder.stat()).inode, entries))
+    try:
+        folder = local.resolve()
+        place = folder.stat()
+        files = [] if folder.is_file() else sorted(_files(folder, load))
+        entries = [(name, Stamp.of(path.stat())) for name, path in files]
+    except OSError as error:
+        return f"unreadable: {type(error).__name__}"
+    seen = repr((str(folder), place.st_dev, place.st_ino, entries))
     return hashlib.blake2b(seen.encode(), digest_size=DIGEST_BYTES).hexdigest()
 
 

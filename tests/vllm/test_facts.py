@@ -402,6 +402,21 @@ def test_a_model_that_was_exchanged_after_it_was_configured_is_a_doubt(
     assert "was exchanged" in doubt
 
 
+def test_a_model_that_could_not_be_looked_at_before_it_was_loaded_is_a_doubt(
+    llama: Path, no_notes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvcellar import facts
+
+    def refused(*_: Any) -> Any:
+        raise PermissionError("not yet")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kvcellar.weights._files", refused)
+        config = config_of({**BASE, **ours(dram_size="64MiB"), "model": str(llama)})
+    (doubt,) = facts.identify(config, []).doubts
+    assert "was exchanged" in doubt
+
+
 def test_files_that_settings_name_count_however_they_are_named(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
