@@ -55,7 +55,7 @@ def run(arguments: Arguments) -> None:
     Raises:
         QuickstartError: something could not be measured, or what was measured is not what the project promises.
     """
-    from quickstart_lib import cache_size, chart, report, table
+    from quickstart_lib import cache_size, chart, folders, report, table
     from quickstart_lib.client import Client
     from quickstart_lib.conversations import Writer
     from quickstart_lib.load import Load
@@ -67,7 +67,11 @@ def run(arguments: Arguments) -> None:
     writer = Writer(MODEL, arguments.seed)
     size = cache_size.plan(arguments, MODEL, writer)
     counters = []
-    with closing(Subscriber()) as subscriber, pool_folder() as pool_dir, nvme_folder(arguments) as nvme_dir:
+    with (
+        closing(Subscriber()) as subscriber,
+        folders.in_memory("quickstart") as pool_dir,
+        nvme_folder(arguments) as nvme_dir,
+    ):
         # Both tiers lie in folders of this run alone: a second run must find its cold prompts cold.
         # Nothing of the server stays in memory, so that only the disk can answer after a restart.
         sizes = {"dram_size": arguments.dram_size, "nvme_size": arguments.nvme_size}
@@ -143,14 +147,6 @@ def open_console(data_type: DataType) -> "Console":
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     console.print(data_type.sentence())
     return console
-
-
-def pool_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder in shared memory (ordinary temporary storage where there is none), removed with all it holds."""
-    shared_memory = Path("/dev/shm")
-    return tempfile.TemporaryDirectory(
-        prefix="kvcellar-quickstart-", dir=shared_memory if shared_memory.is_dir() else None
-    )
 
 
 def nvme_folder(arguments: Arguments) -> tempfile.TemporaryDirectory[str]:

@@ -1,8 +1,10 @@
 """Command line of the quickstart. Standard library only: `--help` works before anything is installed."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quickstart_lib.data_type import BYTES, DataType, of_this_machine
 
@@ -44,9 +46,7 @@ def parse(argv: list[str]) -> Arguments:
         "to first token and the outputs of cold prompts, GPU-cache hits, DRAM hits and NVMe hits, also after a "
         "restart. About 4 minutes on two cores.",
     )
-    local = ROOT / "reports" / "local"
-    parser.add_argument("--report", type=Path, default=local / "quickstart.json", help="JSON report to write")
-    parser.add_argument("--chart", type=Path, default=local / "quickstart.svg", help="chart to write (SVG)")
+    add_outputs(parser, "quickstart")
     parser.add_argument("--conversations", type=int, default=12, help="conversations played in turns (default 12)")
     parser.add_argument("--turns", type=int, default=3, help="turns in each conversation (default 3)")
     parser.add_argument("--opening-tokens", type=int, default=480, help="length of each opening prompt (default 480)")
@@ -90,15 +90,27 @@ def parse(argv: list[str]) -> Arguments:
     given.pop("fleet")
     given.pop("disaggregated")
     minima = {"conversations": 2, "turns": 2, "opening_tokens": 64, "output_tokens": 1, "probes": 3, "probe_tokens": 64}
-    for name, least in minima.items():
-        if given[name] < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    check_minima(parser, given, minima)
     if given["working_set_ratio"] < WORKING_SET_RATIO_MIN:
         parser.error(f"--working-set-ratio must be at least {WORKING_SET_RATIO_MIN:g}")
     data_type = of_this_machine(given.pop("dtype"))
     for name, mib in (("dram_size", DRAM_MIB), ("nvme_size", NVME_MIB)):
         given[name] = given[name] or f"{data_type.scaled(mib)}MiB"
     return Arguments(with_kvcellar=not given.pop("without_kvcellar"), data_type=data_type, **given)
+
+
+def add_outputs(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add `--report` and `--chart`, which are written under this name unless said otherwise."""
+    local = ROOT / "reports" / "local"
+    parser.add_argument("--report", type=Path, default=local / f"{name}.json", help="JSON report to write")
+    parser.add_argument("--chart", type=Path, default=local / f"{name}.svg", help="chart to write (SVG)")
+
+
+def check_minima(parser: argparse.ArgumentParser, given: Mapping[str, Any], minima: Mapping[str, int]) -> None:
+    """End the program with argparse's message where a value is too small."""
+    for name, least in minima.items():
+        if given[name] < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
 
 
 def add_data_type(parser: argparse.ArgumentParser) -> None:

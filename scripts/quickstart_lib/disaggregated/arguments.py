@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from quickstart_lib.arguments import CACHE, ROOT, add_data_type
+from quickstart_lib.arguments import CACHE, add_data_type, add_outputs, check_minima
 from quickstart_lib.data_type import DataType, of_this_machine
 
 LOG_STEM = CACHE / "quickstart-disaggregated"
@@ -34,9 +34,7 @@ def parse(argv: list[str]) -> DisaggregatedArguments:
         "About 3 minutes on two cores.",
     )
     parser.add_argument("--disaggregated", action="store_true", help=argparse.SUPPRESS)
-    local = ROOT / "reports" / "local"
-    parser.add_argument("--report", type=Path, default=local / "quickstart-disaggregated.json", help="JSON report")
-    parser.add_argument("--chart", type=Path, default=local / "quickstart-disaggregated.svg", help="chart (SVG)")
+    add_outputs(parser, "quickstart-disaggregated")
     parser.add_argument("--probes", type=int, default=8, help="prompts timed from every source (default 8)")
     parser.add_argument("--probe-tokens", type=int, default=1000, help="shortest of these prompts (default 1000)")
     parser.add_argument("--output-tokens", type=int, default=16, help="tokens generated per request (default 16)")
@@ -45,9 +43,7 @@ def parse(argv: list[str]) -> DisaggregatedArguments:
     add_data_type(parser)
     given = vars(parser.parse_args(argv))
     given.pop("disaggregated")
-    for name, least in {"probes": 3, "probe_tokens": 64, "output_tokens": 1}.items():
-        if given[name] < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    check_minima(parser, given, {"probes": 3, "probe_tokens": 64, "output_tokens": 1})
     data_type = of_this_machine(given.pop("dtype"))
     given["dram_size"] = given["dram_size"] or f"{data_type.scaled(DRAM_MIB)}MiB"
     return DisaggregatedArguments(data_type=data_type, **given)

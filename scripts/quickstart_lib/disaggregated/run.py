@@ -1,12 +1,11 @@
 """Plays prompts through both engines, shows and writes what was measured, then judges it."""
 
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quickstart_lib import cache_size, chart, machine, report, table
+from quickstart_lib import cache_size, chart, folders, machine, report, table
 from quickstart_lib.arguments import MODEL
 from quickstart_lib.cache_size import BLOCK_TOKENS, NULL_BLOCKS, CacheSize
 from quickstart_lib.client import Answer
@@ -50,7 +49,7 @@ def run(arguments: DisaggregatedArguments, console: "Console") -> None:
     size = plan(arguments)
     logs = " and ".join(f"{LOG_STEM.name}-{role}.log" for role in ("prefill", "decode"))
     console.print(f"starting a prefill and a decode engine (about a minute); their logs: {logs} in .cache")
-    with work_folder() as work_dir, console.status("loading the models") as status:
+    with folders.in_memory("pair") as work_dir, console.status("loading the models") as status:
 
         def on_wait(seconds: float) -> None:
             status.update(f"loading the models, {seconds:.0f} s")
@@ -223,12 +222,6 @@ def judge(measured: Measurements, missed: list[str]) -> None:
         faults.append("outputs differ: " + "; ".join(measured.differences[:2]))
     if faults:
         raise QuickstartError("\n  - ".join(["not everything was shown:", *faults]))
-
-
-def work_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder in shared memory (ordinary temporary storage where there is none), removed with all it holds."""
-    shared_memory = Path("/dev/shm")
-    return tempfile.TemporaryDirectory(prefix="kvcellar-pair-", dir=shared_memory if shared_memory.is_dir() else None)
 
 
 def _footnote(result: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from quickstart_lib.arguments import CACHE, ROOT, add_data_type
+from quickstart_lib.arguments import CACHE, add_data_type, add_outputs, check_minima
 from quickstart_lib.data_type import DataType, of_this_machine
 
 LOG_STEM = CACHE / "quickstart-fleet"
@@ -38,10 +38,8 @@ def parse(argv: list[str]) -> FleetArguments:
         "three ways, with emptied caches: round robin, approximate, precise. Compares time to first token, cached "
         "tokens and balance. About 5 minutes on two cores.",
     )
-    local = ROOT / "reports" / "local"
     parser.add_argument("--fleet", action="store_true", required=True, help="this comparison")
-    parser.add_argument("--report", type=Path, default=local / "quickstart-fleet.json", help="JSON report to write")
-    parser.add_argument("--chart", type=Path, default=local / "quickstart-fleet.svg", help="chart to write (SVG)")
+    add_outputs(parser, "quickstart-fleet")
     parser.add_argument("--conversations", type=int, default=24, help="conversations (default 24)")
     parser.add_argument("--turns", type=int, default=4, help="turns in each conversation (default 4)")
     parser.add_argument("--systems", type=int, default=4, help="system prompts that they share (default 4)")
@@ -69,9 +67,7 @@ def parse(argv: list[str]) -> FleetArguments:
     given = vars(parser.parse_args(argv))
     given.pop("fleet")
     minima = {"conversations": 4, "turns": 2, "systems": 1, "system_sentences": 1, "output_tokens": 1}
-    for name, least in {**minima, "concurrency": 1, "rounds": 1}.items():
-        if given[name] < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    check_minima(parser, given, {**minima, "concurrency": 1, "rounds": 1})
     if given["concurrency"] >= given["conversations"]:
         parser.error("--concurrency must be below --conversations")
     if given["systems"] > given["conversations"]:

@@ -1,11 +1,11 @@
 """The comparison: two engines, the router in three ways, one load."""
 
-import tempfile
 import time
 from pathlib import Path
 
 from rich.console import Console
 
+from quickstart_lib import folders
 from quickstart_lib.arguments import MODEL
 from quickstart_lib.cache_size import BLOCK_TOKENS
 from quickstart_lib.conversations import Writer
@@ -44,7 +44,7 @@ class Comparison:
         logs = " and ".join(f"{LOG_STEM.name}-{name}.log" for name in NAMES)
         console.print(f"starting two vLLM engines (about a minute); their logs: {logs} in .cache")
         with (
-            work_folder() as work_dir,
+            folders.in_memory("fleet") as work_dir,
             console.status("loading the models") as status,
             Engines(
                 MODEL,
@@ -86,9 +86,3 @@ class Comparison:
             played.dram_tokens += engines.dram_hit_tokens() - before
             for name, value in router.counters().items():
                 played.router[name] = played.router.get(name, 0.0) + value
-
-
-def work_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder in shared memory (ordinary temporary storage where there is none), removed with all it holds."""
-    shared_memory = Path("/dev/shm")
-    return tempfile.TemporaryDirectory(prefix="kvcellar-fleet-", dir=shared_memory if shared_memory.is_dir() else None)
