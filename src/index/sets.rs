@@ -155,8 +155,10 @@ impl SetWriter {
     }
 
     /// The set that differs from `from` in one column, which has the tiers `mask` in it (0: it is
-    /// not in it). The caller gets one reference to it and gives one to `from` back. `None`: there
-    /// is no room for another set, and nothing has changed.
+    /// not in it). The caller gets one reference to it and [releases](Self::release) its own to
+    /// `from` only when readers no longer find `from`: a writer that is interrupted in between would
+    /// otherwise leave them with a reference to nothing, and a block that is held would look lost.
+    /// `None`: there is no room for another set, and nothing has changed.
     pub fn change(&mut self, from: SetRef, column: Column, mask: u8) -> Option<SetRef> {
         let holder = pack(column, mask);
         let slot = (xxh3_64(&(from.0 ^ u64::from(holder).rotate_left(40)).to_le_bytes()) as usize) % MEMO;
@@ -171,7 +173,6 @@ impl SetWriter {
         if to != SetRef::NONE {
             self.references[to.set() as usize] += 1;
         }
-        self.release(from);
         Some(to)
     }
 
@@ -319,20 +320,37 @@ mod tests {
         found
     }
 
+    fn exchange(writer: &mut SetWriter, from: SetRef, column: Column, mask: u8) -> SetRef {
+        let to = writer.change(from, column, mask).expect("room");
+        writer.release(from);
+        to
+    }
+
+    #[test]
+    fn a_set_can_be_read_until_its_last_reference_is_given_back() {
+        let mut writer = SetWriter::new();
+        let before = writer.change(SetRef::NONE, Column(7), 1).expect("room");
+        let after = writer.change(before, Column(3), 4).expect("room");
+        assert_eq!(holders(&writer, before), [pack(Column(7), 1)], "readers still find it");
+        assert_eq!(holders(&writer, after).len(), 2);
+        writer.release(before);
+        assert!(!writer.sets.read(before, &mut Vec::new()));
+    }
+
     #[test]
     fn equal_sets_are_one_and_unused_ones_are_used_again() {
         let mut writer = SetWriter::new();
-        let one = writer.change(SetRef::NONE, Column(7), 1).expect("room");
-        let both = writer.change(one, Column(3), 4).expect("room");
+        let one = exchange(&mut writer, SetRef::NONE, Column(7), 1);
+        let both = exchange(&mut writer, one, Column(3), 4);
         assert_eq!(holders(&writer, both), [pack(Column(3), 4), pack(Column(7), 1)]);
         assert_eq!(writer.len(), 1, "the first set had one reference, which was given back");
-        let other = writer.change(SetRef::NONE, Column(3), 4).expect("room");
-        let same = writer.change(other, Column(7), 1).expect("room");
+        let other = exchange(&mut writer, SetRef::NONE, Column(3), 4);
+        let same = exchange(&mut writer, other, Column(7), 1);
         assert_eq!((same, writer.len()), (both, 1));
         assert_eq!((writer.mask(both, Column(3)), writer.mask(both, Column(4))), (4, 0));
         let mut found = Vec::new();
         assert!(!writer.sets.read(one, &mut found), "an old reference is noticed");
-        let left = writer.change(both, Column(3), 0).expect("room");
+        let left = exchange(&mut writer, both, Column(3), 0);
         assert_eq!(holders(&writer, left), [pack(Column(7), 1)]);
         writer.release(left);
         writer.release(same);
@@ -344,13 +362,13 @@ mod tests {
         let mut writer = SetWriter::new();
         let mut set = SetRef::NONE;
         for column in 0..3000 {
-            set = writer.change(set, Column(column * 7 % 3000), 1 << (column % 5)).expect("room");
+            set = exchange(&mut writer, set, Column(column * 7 % 3000), 1 << (column % 5));
         }
         assert_eq!((holders(&writer, set).len(), writer.len()), (3000, 1));
         assert!(holders(&writer, set).is_sorted());
         assert!(writer.bytes() >= writer.sets.bytes());
         for column in 0..3000 {
-            set = writer.change(set, Column(column), 0).expect("room");
+            set = exchange(&mut writer, set, Column(column), 0);
         }
         assert_eq!((set, writer.len()), (SetRef::NONE, 0));
     }

@@ -472,15 +472,18 @@ impl Writer {
                 return;
             }
         }
-        match self.sets.change(from, column, mask) {
-            Some(to) => self.table.put(key, spot, to),
-            None if mask == 0 => {
-                // No room to say who is left: then nobody is.
-                self.table.put(key, spot, SetRef::NONE);
-                self.sets.release(from);
+        let to = match self.sets.change(from, column, mask) {
+            Some(to) => to,
+            // No room to say in which tiers it is left, or with whom: then with nobody. A block that
+            // has come to more tiers than the index can say stays as it was.
+            None if self.sets.mask(from, column) & !mask != 0 => SetRef::NONE,
+            None => {
+                self.counts.refused += 1;
+                return;
             }
-            None => self.counts.refused += 1,
-        }
+        };
+        self.table.put(key, spot, to);
+        self.sets.release(from);
     }
 
     /// How many of so many blocks may be added.
@@ -576,5 +579,39 @@ impl Writer {
     pub(super) fn uncount(&mut self, column: Column) {
         let counted = self.column(column).map_or(0, |state| state.counted);
         self.columns_bytes -= counted;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// More sets than the first chunk of them holds.
+    const SETS: u64 = 64;
+
+    #[test]
+    fn without_room_for_another_set_a_block_is_never_said_to_be_where_it_no_longer_is() {
+        let (gpu, cpu, disk) = (FleetTier::Gpu.bit(), FleetTier::Cpu.bit(), FleetTier::StorageLocal.bit());
+        let mut writer = Writer::new(2, limits::INDEX_BYTES_MIN, Arc::default()).expect("an index");
+        for number in 1..SETS {
+            let id = writer.engine(&format!("{number}"), "model").expect("room");
+            let column = writer.column_of(id, 0).expect("room");
+            writer.mark(column, key(number), gpu | cpu);
+        }
+        assert_eq!(writer.sizes(), (63, 63), "the chunk is full");
+        let column = Column(0);
+        writer.sets.allow(0);
+        writer.mark(column, key(1), gpu | cpu | disk);
+        assert_eq!((tiers(&writer, column, key(1)), writer.counts().refused), (gpu | cpu, 1));
+        writer.mark(column, key(1), gpu);
+        assert_eq!((tiers(&writer, column, key(1)), writer.sizes()), (0, (62, 62)));
+    }
+
+    fn key(number: u64) -> u64 {
+        xxhash_rust::xxh3::xxh3_64(&number.to_le_bytes())
+    }
+
+    fn tiers(writer: &Writer, column: Column, key: u64) -> u8 {
+        writer.sets.mask(writer.table.spot(key).found.unwrap_or(SetRef::NONE), column)
     }
 }
