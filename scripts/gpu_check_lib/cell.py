@@ -118,6 +118,8 @@ class Cell:
         seconds: how long a soak goes on.
         one_process: EngineCore runs in the process that asks.
         store: a folder for FILL and NVME; what is on disk lies in its folder `tier`.
+        pool_dir: where our pool lies. Engines that run beside each other each need their own: all below one
+            get `dram_bytes` together.
     """
 
     name: str
@@ -140,6 +142,7 @@ class Cell:
     seconds: float = 0.0
     one_process: bool = False
     store: str = ""
+    pool_dir: str = "/dev/shm"
 
     def with_(self, **changes: Any) -> "Cell":
         """The same but for these."""
@@ -164,7 +167,7 @@ class Cell:
         if self.phase is Phase.NATIVE:
             extra: dict[str, Any] = {"cpu_bytes_to_use": self.dram_bytes}
             return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
-        extra = {"dram_size": f"{self.dram_bytes >> 20}MiB", "keep_pool": False}
+        extra = {"dram_size": f"{self.dram_bytes >> 20}MiB", "keep_pool": False, "pool_dir": self.pool_dir}
         if self.phase in {Phase.FILL, Phase.NVME}:
             extra |= {"nvme_dir": f"{self.store}/tier", "nvme_size": "32GiB", "write_through": True}
         return {"kv_connector": "KVCellarConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}

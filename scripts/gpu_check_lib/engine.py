@@ -14,6 +14,7 @@ from gpu_check_lib.cell import BLOCK_TOKENS, SHAPES, Cell, Phase
 # Longer than a step and its copies by far; a nudge makes the engine look.
 SETTLE_POLL_S = 0.1
 SETTLE_QUIET = 4
+ATTACH_STEPS = 3
 NATIVE_SETTLE_S = 0.5
 NUDGE = (5, 6, 7)
 
@@ -140,6 +141,21 @@ class Engine:
                 name = metric.name.removeprefix("vllm:kvcellar_")
                 found[name] = found.get(name, 0.0) + float(metric.value)
         return found
+
+    def wait_in_service(self, patience_s: float = 60.0) -> float:
+        """Waits until KV Cellar stores blocks: its pool is made while vLLM serves already. Seconds it took."""
+        if self.cell.phase in {Phase.PLAIN, Phase.NATIVE}:
+            return 0.0
+        started = time.monotonic()
+        while self.counters().get("in_service") != 1:
+            if time.monotonic() - started > patience_s:
+                raise TimeoutError(f"KV Cellar was not in service within {patience_s:.0f} s")
+            self.ask(list(NUDGE))
+            time.sleep(SETTLE_POLL_S)
+        # The workers attach with the next steps.
+        for _ in range(ATTACH_STEPS):
+            self.ask(list(NUDGE))
+        return time.monotonic() - started
 
     def settle(self, patience_s: float = 20.0) -> None:
         """Waits until nothing is copied or written any more. Of vLLM's own connector that is not known: a pause."""

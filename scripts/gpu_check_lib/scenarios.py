@@ -18,7 +18,7 @@ LOAD_PROMPT_TOKENS = 1024
 
 def run(engine: Engine, tell: Tell) -> None:
     """The scenario that the engine's cell names."""
-    tell(start_s=round(engine.start_s, 1))
+    tell(start_s=round(engine.start_s, 1), in_service_s=round(engine.wait_in_service(), 1))
     scenarios = {Scenario.CORRECT: correct, Scenario.SPEED: speed, Scenario.SOAK: soak}
     scenarios[engine.cell.scenario](engine, tell)
     tell(counters=engine.counters())

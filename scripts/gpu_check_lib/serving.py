@@ -57,11 +57,13 @@ class Serving:
 
     def ask(self, cell: Cell, limit_s: float) -> tuple[list[dict[str, Any]], str | None]:
         """Start a cell's engine in a process and ask it: what it told, and what went wrong."""
-        with self.log.open("a") as log:
-            log.write(f"\n=== {cell.name}: {cell.as_json()}\n")
-        ended = run(
-            [sys.executable, "-m", "gpu_check_lib.serve", cell.as_json()], limit_s, cell.environment(), self.log
-        )
+        with tempfile.TemporaryDirectory(prefix="kvcellar-check-", dir="/dev/shm") as pool_dir:
+            cell = cell.with_(pool_dir=pool_dir)
+            with self.log.open("a") as log:
+                log.write(f"\n=== {cell.name}: {cell.as_json()}\n")
+            ended = run(
+                [sys.executable, "-m", "gpu_check_lib.serve", cell.as_json()], limit_s, cell.environment(), self.log
+            )
         told = []
         for line in ended.output.splitlines():
             try:

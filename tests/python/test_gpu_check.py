@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from gpu_check_lib import __main__ as check
-from gpu_check_lib import verdicts
+from gpu_check_lib import serving, verdicts
 from gpu_check_lib.cell import SHAPES, Cell, Phase, Scenario
-from gpu_check_lib.child import run
+from gpu_check_lib.child import Ended, run
 from gpu_check_lib.plans import PLANS, Plan
 from gpu_check_lib.report import Report
 from gpu_check_lib.serving import Serving, cells
@@ -53,6 +53,26 @@ def test_plans_fit_into_their_minutes_and_name_what_there_is() -> None:
 def test_a_cell_comes_over_a_command_line_as_it_was() -> None:
     for cell in cells():
         assert Cell.of(cell.as_json()) == cell
+
+
+def test_engines_that_run_beside_each_other_do_not_share_their_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All below one pool_dir get `dram_size` together: the second of two would be served without its tier.
+    dirs: list[Path] = []
+
+    def asked(command: list[str], *_: object) -> Ended:
+        (extra,) = [(Cell.of(command[-1]).connector() or {})["kv_connector_extra_config"]]
+        dirs.append(Path(extra["pool_dir"]))
+        assert dirs[-1].is_dir()
+        return Ended(0, "", "", 0.0)
+
+    monkeypatch.setattr(serving, "run", asked)
+    report = Report(tmp_path / "gpu-check.json", {"complete": False, "stages": {}})
+    report.begin("correct", "")
+    Serving(PLANS["full"], tmp_path / "log", tmp_path).correct(report, 60.0)
+    assert len(set(dirs)) == len(dirs) > 1
+    assert not any(path.exists() for path in dirs)
 
 
 def test_a_crowd_is_larger_than_the_cache_that_others_blocks_lie_in() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.deadlines import deadline
+from tests.vllm.places import temporary_pool_dir
 from tests.vllm.stub_cuda import device
 from tests.vllm.stub_cuda.device import MUTATIONS, OTHER_STREAM
 
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 300.0
 
 
-def run(folder: Path, runner: int, layout: str) -> list[dict[str, Any]]:
+def run(folder: Path, pool_dir: Path, runner: int, layout: str) -> list[dict[str, Any]]:
     """What an engine of that kind told."""
     device.build(folder)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "scripts")))}
@@ -36,6 +37,7 @@ def run(folder: Path, runner: int, layout: str) -> list[dict[str, Any]]:
         "-m",
         "tests.vllm.stub_cuda.engine",
         str(folder),
+        str(pool_dir),
         str(runner),
         layout,
         ",".join((*MUTATIONS, OTHER_STREAM)),
@@ -52,13 +54,14 @@ def run(folder: Path, runner: int, layout: str) -> list[dict[str, Any]]:
 @pytest.mark.e2e
 @pytest.mark.parametrize(("runner", "layout"), [(1, "BLHNC"), (2, "LBNHC")])
 def test_copies_keep_their_order_in_vllms_cuda_path(tmp_path: Path, runner: int, layout: str) -> None:
-    told = run(tmp_path, runner, layout)
+    with temporary_pool_dir() as pool_dir:
+        told = run(tmp_path, pool_dir, runner, layout)
 
     answers = [one for one in told if "same" in one]
     assert len(answers) == 2
     for one in answers:
         assert one["same"], f"another answer after a hit: {one}"
-        assert one["own_cached"] == one["cached"] == one["expected"] > 0
+        assert one["own_cached"] == one["cached"] == one["expected"] > 0, told
     counters = next(one["counters"] for one in told if "counters" in one)
     assert counters["in_service"] == 1
     assert counters["hit_blocks"] == sum(one["expected"] for one in answers) // 16

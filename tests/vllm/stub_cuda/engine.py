@@ -1,6 +1,6 @@
 """vLLM on its CUDA path over the stub driver, in a process of its own: intact, then with the copier's order broken.
 
-usage: python -m tests.vllm.stub_cuda.engine FOLDER RUNNER LAYOUT MUTATION,...
+usage: python -m tests.vllm.stub_cuda.engine FOLDER POOL_DIR RUNNER LAYOUT MUTATION,...
 
 Intact, the scenario that `scripts/gpu-check` runs on a GPU is run: hits of ours answer as vLLM's own do, and the stub's
 checker finds nothing. Then the copier's calls or the connector's are changed: the checker has to speak.
@@ -22,7 +22,7 @@ SEED = int(os.environ.get("KVCELLAR_SEED", "7"))
 LENGTHS, CROWD, ANSWER_TOKENS, KV_BLOCKS = (40, 70), 6, 3, 28
 
 
-def cell(runner: int, layout: str) -> Cell:
+def cell(pool_dir: str, runner: int, layout: str) -> Cell:
     """A tiny engine whose KV cache is too small for a crowd."""
     from gpu_check_lib.cell import BLOCK_TOKENS, SHAPES
 
@@ -40,6 +40,7 @@ def cell(runner: int, layout: str) -> Cell:
         dram_bytes=32 << 20,
         batched_tokens=128,
         one_process=True,
+        pool_dir=pool_dir,
     )
 
 
@@ -77,10 +78,10 @@ def broken(engine: Any, driver: Driver, mutation: str) -> None:
 
 def main() -> None:
     """Run it all. What vLLM writes goes to standard error."""
-    folder, runner, layout, wanted = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    folder, pool_dir, runner, layout, wanted = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), *sys.argv[4:6]
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    one = cell(runner, layout)
+    one = cell(pool_dir, runner, layout)
     os.environ.update(one.environment())
     os.environ["KVCELLAR_CHECK_MODELS"] = str(folder)
     platform.prepare_environment()
