@@ -13,37 +13,21 @@
     clippy::doc_markdown,
     reason = "shared with tests, where it reads better"
 )]
-#![expect(clippy::expect_used, clippy::panic, reason = "a benchmark that cannot be set up ends")]
-
-#[allow(dead_code, reason = "shared with the tests of copiers")]
-#[path = "../tests/copies/cache.rs"]
-mod cache;
-#[allow(dead_code, reason = "shared with the tests of copiers")]
-#[path = "../tests/copies/fake.rs"]
-mod fake;
-#[allow(dead_code, reason = "shared with the tests of copiers")]
-#[path = "../tests/copies/ledger.rs"]
-mod ledger;
-#[allow(dead_code, reason = "shared with the tests of copiers")]
-#[path = "../tests/copies/random.rs"]
-mod random;
-#[allow(dead_code, reason = "shared with the tests of copiers")]
-#[path = "../tests/copies/scene.rs"]
-mod scene;
+#![expect(clippy::expect_used, reason = "a benchmark that cannot be set up ends")]
 
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Instant;
 
-use kvcellar::block::plan::{BlockCopy, Load, StepPlan};
-use kvcellar::cli::report::{Measured, measured, print, report, thread_cpu_s};
-use kvcellar::gpu::fragments::{self, Fragment};
-use kvcellar::gpu::{After, Answers, Copier, Direction, Order};
+use kvcellar_bench::report::{Measured, measured, print, report, thread_cpu_s};
+use kvcellar_block::plan::{BlockCopy, Load, StepPlan};
+use kvcellar_engine::gpu::fragments::{self, Fragment};
+use kvcellar_engine::gpu::{After, Answers, Copier, Direction, Order};
 
-use crate::cache::{Layout, Shape};
-use crate::ledger::Ledger;
-use crate::random::Random;
-use crate::scene::{Host, Maker, Scene};
+use kvcellar_testkit::copies::cache::{Layout, Shape};
+use kvcellar_testkit::copies::ledger::Ledger;
+use kvcellar_testkit::copies::scene::{Host, Maker, Scene};
+use kvcellar_testkit::random::Random;
 
 /// How much is done.
 #[derive(Clone, Copy)]

@@ -2,7 +2,7 @@
 //! number of ranks.
 #![no_main]
 
-use kvcellar::block::descriptor;
+use kvcellar_block::descriptor;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

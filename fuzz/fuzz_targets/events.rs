@@ -2,11 +2,11 @@
 //! was read and written reads the same again.
 #![no_main]
 
-use kvcellar::events::decode;
-use kvcellar::events::encode::encode;
-use kvcellar::events::wire::Arena;
-use kvcellar::index::Index;
-use kvcellar::limits::INDEX_BYTES_MIN;
+use kvcellar_events::decode;
+use kvcellar_events::encode::encode;
+use kvcellar_events::wire::Arena;
+use kvcellar_index::Index;
+use kvcellar_index::limits::INDEX_BYTES_MIN;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|payload: &[u8]| {

@@ -2,7 +2,7 @@
 //! written as.
 #![no_main]
 
-use kvcellar::nvme::snapshot;
+use kvcellar_engine::nvme::snapshot;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

@@ -1,7 +1,7 @@
 //! Any bytes as a superblock: no panic, and what is accepted survives a round trip.
 #![no_main]
 
-use kvcellar::nvme::superblock::Superblock;
+use kvcellar_engine::nvme::superblock::Superblock;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

@@ -2,7 +2,7 @@
 
 import sys
 
-from kvcellar import _native
+from kvcellar import command
 
 
 def _about_vllm() -> list[str]:
@@ -44,7 +44,7 @@ def main() -> None:
         args += [*_about_vllm(), *_about_nvrtc()]
     if args[:2] == ["bench", "dma"] and "--nvrtc" not in args:
         args += _about_nvrtc()
-    sys.exit(_native.run_command(args))
+    command.become(args)
 
 
 if __name__ == "__main__":

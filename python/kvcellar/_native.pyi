@@ -17,7 +17,6 @@ __all__ = [
     "EngineStats",
     "InternalError",
     "KvcellarError",
-    "LookupBench",
     "PoolReport",
     "RemovedRun",
     "ResetReport",
@@ -25,13 +24,11 @@ __all__ = [
     "SystemRefusedError",
     "TierEngine",
     "UnsupportedError",
+    "WarmTable",
     "Watch",
     "__version__",
-    "bench_lookup",
-    "bench_nvme",
     "check_controls",
     "next_log_line",
-    "run_command",
 ]
 
 __version__: str
@@ -243,20 +240,10 @@ class CopyWorker:
     def release_with(self, pid: int) -> Watch: ...
 
 @final
-class LookupBench:
-    def __new__(cls, hashes: list[bytes]) -> LookupBench: ...
+class WarmTable:
+    def __new__(cls, hashes: list[bytes]) -> WarmTable: ...
     def lookup(self, hashes: list[bytes]) -> int: ...
     def allocate(self, hashes: list[bytes]) -> int: ...
 
 def check_controls(json: str) -> None: ...
 def next_log_line(timeout_s: float) -> tuple[int, str] | None: ...
-def run_command(args: Sequence[str]) -> int: ...
-def bench_lookup(blocks: int, request: int, repetitions: int) -> str: ...
-def bench_nvme(
-    nvme_dir: str,
-    sizes: Sequence[int],
-    total: int,
-    repetitions: int,
-    pool_dir: str,
-    rival: Callable[[int, int, bool, int], tuple[float, float]] | None,
-) -> str: ...

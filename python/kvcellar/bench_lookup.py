@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from kvcellar import _native
+from kvcellar import _native, command
 
 NANOSECONDS = 1e9
 
@@ -98,11 +98,15 @@ def _vllm_manager(hashes: list[bytes]) -> VllmManager | None:
         return None
 
 
-def measure(blocks: int, request: int, repetitions: int) -> dict[str, Any]:
-    """Run everything and return the report in the common shape."""
-    report: dict[str, Any] = json.loads(_native.bench_lookup(blocks, request, repetitions))
+def measure(blocks: int, request: int, repetitions: int) -> dict[str, Any] | None:
+    """Run everything and return the report in the common shape; ``None`` where the core's part failed."""
+    sizes = [f"--blocks={blocks}", f"--request={request}", f"--repetitions={repetitions}"]
+    core = command.output(["bench", "lookup", *sizes, "--json"])
+    if core is None:
+        return None
+    report: dict[str, Any] = json.loads(core)
     known = _hashes(0, blocks)
-    ours = _native.LookupBench(known)
+    ours = _native.WarmTable(known)
     theirs = _vllm_manager(known)
     gc.disable()
     rows: dict[str, list[float]] = {}
@@ -157,6 +161,8 @@ def main(args: list[str]) -> int:
     # vLLM's modules log on import; the report must stay the only thing on standard output.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     report = measure(options.blocks, options.request, options.repetitions)
+    if report is None:
+        return 1
     if options.json:
         print(json.dumps(report, indent=1))
     else:

@@ -12,6 +12,7 @@ import os
 import random
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from kvcellar import _native
+from kvcellar import command
 
 THREADS = 16  # the default of both kinds of threads in vLLM's tier
 PATIENCE_S = 120.0
@@ -108,31 +109,24 @@ class VllmFiles:
         return seconds, cpu_s
 
 
-def _size(text: str) -> int:
-    units = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-    number, unit = text[:-3], text[-3:]
-    if unit in units and number.isdigit():
-        return int(number) * units[unit]
-    if text.isdigit():
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text}: write a number of bytes, or one with KiB, MiB or GiB")
+def _with_rival(args: Sequence[str], files: VllmFiles) -> dict[str, Any] | None:
+    """Run the command with vLLM's tier taking its turns. Returns the report; ``None`` where the command failed.
 
-
-def _sizes(text: str) -> list[int]:
-    return [_size(part) for part in text.split(",")]
-
-
-def measure(dir_: str, sizes: list[int], bytes_: int, repetitions: int, pool_dir: str) -> dict[str, Any]:
-    """Run everything and return the report in the common shape."""
-    try:
-        files = VllmFiles(dir_)
-    except ImportError:
-        report: dict[str, Any] = json.loads(_native.bench_nvme(dir_, sizes, bytes_, repetitions, pool_dir, None))
-        return report
-    with files:
-        report = json.loads(_native.bench_nvme(dir_, sizes, bytes_, repetitions, pool_dir, files.turn))
-        report["disk"]["vllm_fs"] = {"engine": "threads", "threads": 2 * THREADS, "direct": files.direct}
-    return report
+    The command asks for a turn with a line of JSON and is answered with one; its last line is the report.
+    """
+    line = command.line(["bench", "nvme", *args, "--rival-stdio"])
+    told: dict[str, Any] = {}
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        for question in process.stdout or ():
+            told = json.loads(question)
+            if "results" in told:
+                break
+            seconds, cpu_s = files.turn(told["size"], told["blocks"], told["write"], told["chain"])
+            print(json.dumps({"seconds": seconds, "cpu_s": cpu_s}), file=process.stdin, flush=True)
+    if process.returncode or "results" not in told:
+        return None
+    told["disk"]["vllm_fs"] = {"engine": "threads", "threads": 2 * THREADS, "direct": files.direct}
+    return told
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -144,28 +138,36 @@ def _print(report: dict[str, Any]) -> None:
 
 
 def main(args: list[str]) -> int:
-    """Run the command; see ``kvcellar bench nvme --help``."""
-    if any(arg.split("=")[0] == "--reopen" for arg in args):
-        # vLLM's tier has nothing to open.
-        return _native.run_command(["bench", "nvme", *args])
-    parser = argparse.ArgumentParser(prog="kvcellar bench nvme", description=__doc__)
-    parser.add_argument("--dir", required=True, help="directory on the disk")
-    parser.add_argument("--sizes", type=_sizes, default=_sizes("64KiB,1MiB,4MiB"), help="sizes of a block")
-    parser.add_argument("--bytes", type=_size, default=_size("256MiB"), help="bytes that each moves in a repetition")
-    parser.add_argument("--repetitions", type=int, default=7, help="repetitions of each measurement (default 7)")
-    parser.add_argument("--reopen", type=int, help="measure how a store with this many blocks is opened again")
-    parser.add_argument("--pool-dir", default="/dev/shm", help="shared-memory directory for the pools")
-    parser.add_argument("--json", action="store_true", help="JSON on standard output")
-    options = parser.parse_args(args)
+    """Run the command; see ``kvcellar bench nvme --help``. Returns its exit code."""
+    known, _ = _rivals_options().parse_known_args(args)
+    if known.help or known.dir is None or known.reopen is not None:
+        # Nothing is measured, or vLLM's tier has nothing to open.
+        return command.run(["bench", "nvme", *args])
     # vLLM's modules log on import; the report must stay the only thing on standard output.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
-        report = measure(options.dir, options.sizes, options.bytes, options.repetitions, options.pool_dir)
-    except _native.KvcellarError as error:
-        print(f"kvcellar: {error}", file=sys.stderr)
+        files = VllmFiles(known.dir)
+    except ImportError:
+        return command.run(["bench", "nvme", *args])
+    except OSError as error:
+        print(f"kvcellar: {known.dir}: {error.strerror}. Name a directory that you may write to", file=sys.stderr)
         return 1
-    if options.json:
+    with files:
+        report = _with_rival([argument for argument in args if argument != "--json"], files)
+    if report is None:
+        return 1
+    if known.json:
         print(json.dumps(report, indent=1))
     else:
         _print(report)
     return 0
+
+
+def _rivals_options() -> argparse.ArgumentParser:
+    """What this side has to know of the command line; the command itself checks it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--dir")
+    parser.add_argument("--reopen")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    return parser

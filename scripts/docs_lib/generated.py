@@ -35,23 +35,23 @@ def _layout(file: str, struct: str) -> str:
 
 def _versions() -> str:
     formats = (
-        ("pool file", "pool/header.rs", "FORMAT_VERSION"),
+        ("pool file", "engine/pool/header.rs", "FORMAT_VERSION"),
         ("slot descriptor and seal", "block/descriptor.rs", "VERSION"),
-        ("superblock, and everything in a store", "nvme/superblock.rs", "FORMAT_VERSION"),
-        ("snapshot", "nvme/snapshot.rs", "VERSION"),
+        ("superblock, and everything in a store", "engine/nvme/superblock.rs", "FORMAT_VERSION"),
+        ("snapshot", "engine/nvme/snapshot.rs", "VERSION"),
     )
     return table(("format", "version"), [(name, layouts.constant(file, constant)) for name, file, constant in formats])
 
 
 STRUCTS = {
-    "pool header": ("pool/header.rs", "Purpose"),
-    "pool owner": ("pool/header.rs", "Owner"),
-    "slot line": ("pool/slot_table.rs", "SlotLine"),
+    "pool header": ("engine/pool/header.rs", "Purpose"),
+    "pool owner": ("engine/pool/header.rs", "Owner"),
+    "slot line": ("engine/pool/slot_table.rs", "SlotLine"),
     "descriptor": ("block/descriptor.rs", "Fixed"),
     "seal": ("block/descriptor.rs", "RawSeal"),
-    "superblock": ("nvme/superblock.rs", "Fixed"),
-    "snapshot header": ("nvme/snapshot.rs", "Header"),
-    "snapshot record": ("nvme/snapshot.rs", "Record"),
+    "superblock": ("engine/nvme/superblock.rs", "Fixed"),
+    "snapshot header": ("engine/nvme/snapshot.rs", "Header"),
+    "snapshot record": ("engine/nvme/snapshot.rs", "Record"),
     "block copy": ("block/plan.rs", "BlockCopy"),
 }
 

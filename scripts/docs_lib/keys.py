@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from docs_lib.pages import ROOT
 
-CONFIG = ROOT / "src" / "config"
+CONFIG = ROOT / "src" / "engine" / "config"
 # Defaults that the sources work out when an engine starts.
 WORKED_OUT = {
     "copy_threads": "a quarter of the cores, at least 1, at most 4",

@@ -109,17 +109,19 @@ def kvcellar(cache: Path) -> dict[str, bytes]:
     wheels = cache / "wheel"
     for old in wheels.glob("*.whl"):
         old.unlink()
-    maturin = [str(tools / "bin" / "maturin"), "build", "--release", "--locked", "--quiet", "--out", str(wheels)]
-    subprocess.run([*maturin, "--interpreter", str(tools / "bin" / "python")], check=True, cwd=ROOT)
+    environment = os.environ | {"PATH": f"{tools / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"}
+    build = [str(tools / "bin" / "python"), "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "--wheel-dir", str(wheels), str(ROOT)], check=True, env=environment)
     found = contents(next(wheels.glob("*.whl")))
+    binary = (".so", "/bin/kvcellar")
     return {
-        f"{SITE}/{name}": _stripped(content) if name.endswith(".so") else content for name, content in found.items()
+        f"{SITE}/{name}": _stripped(content) if name.endswith(binary) else content for name, content in found.items()
     }
 
 
 def binaries() -> dict[str, bytes]:
     """Test binaries that another machine's kernel and disk are worth being asked with, stripped."""
-    command = ["cargo", "test", "--locked", "--quiet", "--no-default-features", "--features", "cuda", "--no-run"]
+    command = ["cargo", "test", "--locked", "--quiet", "--package", "kvcellar-engine", "--no-run"]
     command += ["--message-format", "json", *(argument for name in BINARIES for argument in ("--test", name))]
     done = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     return {f"binaries/{name}": _stripped(Path(path).read_bytes()) for name, path in _built(done.stdout)}

@@ -14,13 +14,24 @@ from setup_lib.markers import Markers, fingerprint_files, fingerprint_texts
 from setup_lib.progress import SetupError, Steps, log_tail
 
 DISK_BYTES_NEEDED = 8 * 10**9
-KVCELLAR_SOURCES = ("Cargo.toml", "Cargo.lock", "pyproject.toml", "build.rs", "README.md", "src", "python", "cuda")
+KVCELLAR_SOURCES = (
+    "Cargo.toml",
+    "Cargo.lock",
+    "pyproject.toml",
+    "README.md",
+    "src",
+    "python",
+    "cuda",
+    "scripts/wheel_backend.py",
+)
 MODEL_CONVERTER = layout.ROOT / "scripts" / "setup_lib" / "model_folder.py"
 # With the dependencies that the Rust tests need anyway, and without optimizing across crates: for
 # tests a third of the work, and enough. What users run and what is measured is the release build.
-TEST_BUILD = "--out target/wheels-for-tests --profile dev --config profile.dev.package.kvcellar.opt-level=2"
-TEST_BUILD += " --config profile.dev.package.kvcellar.debug-assertions=false"
-TEST_BUILD += " --config profile.dev.package.kvcellar.overflow-checks=false"
+CRATES = sorted(path.parent.name for path in (layout.ROOT / "src").glob("*/Cargo.toml"))
+TEST_PROFILE = ("opt-level=2", "debug-assertions=false", "overflow-checks=false")
+TEST_BUILD = "--out target/wheels-for-tests --profile dev" + "".join(
+    f" --config profile.dev.package.kvcellar-{crate}.{setting}" for crate in CRATES for setting in TEST_PROFILE
+)
 NETWORK_REMEDY = "Check that pip reaches its package index (proxy, PIP_INDEX_URL), then run scripts/setup again."
 
 
@@ -87,8 +98,8 @@ def build_model(steps: Steps) -> None:
     steps.run("small model (SmolLM2-135M)", [command], remedy, env={"HF_HUB_OFFLINE": "1"})
 
 
-def install_kvcellar(steps: Steps, build: str) -> None:
-    """kvcellar itself, built with the tools installed above. `build`: further arguments of maturin.
+def install_kvcellar(steps: Steps, variables: dict[str, str]) -> None:
+    """kvcellar itself, built with the tools installed above. `variables`: what its build is told.
 
     Raises:
         SetupError: there is no Rust toolchain, or the build failed.
@@ -96,9 +107,9 @@ def install_kvcellar(steps: Steps, build: str) -> None:
     if shutil.which("cargo") is None:
         raise SetupError("no cargo on PATH", "Install Rust from https://rustup.rs and run scripts/setup again.")
     path = f"{layout.VENV / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
-    command = [*packages.PIP, "--no-build-isolation", str(layout.ROOT)]
+    command = [*packages.PIP, "--no-build-isolation", "--force-reinstall", "--no-deps", str(layout.ROOT)]
     remedy = "Run `cargo build --release` for the compiler's own words."
-    steps.run("kvcellar (Rust build)", [command], remedy, {"PATH": path, "MATURIN_PEP517_ARGS": build})
+    steps.run("kvcellar (Rust build)", [command], remedy, {"PATH": path, **variables})
 
 
 def python_version() -> str:
@@ -108,28 +119,52 @@ def python_version() -> str:
     return next((line for line in lines if line.startswith("version")), "")
 
 
-def kvcellar_step(*, for_tests: bool) -> Step:
-    """kvcellar for users, or for tests, which a build for users serves as well."""
-    sources = [fingerprint_files(layout.ROOT, KVCELLAR_SOURCES)]
-    if not for_tests:
-        return Step(
-            name="kvcellar",
-            notice="kvcellar: a Rust release build, 1 to 3 minutes the first time",
-            is_present=lambda: packages.is_installed("kvcellar"),
-            inputs=lambda: sources,
-            install=lambda steps: install_kvcellar(steps, ""),
-        )
+@dataclass(frozen=True)
+class Build:
+    """A way to build kvcellar.
+
+    Attributes:
+        notice: what it costs, for people.
+        variables: what the build is told, beside the sources.
+        serves: builds that do as well, where one of them is installed.
+    """
+
+    notice: str
+    variables: dict[str, str]
+    serves: tuple["Build", ...] = ()
+
+    def inputs(self) -> list[str]:
+        """What the build's result follows from, beside the sources."""
+        return [f"{name}={value}" for name, value in sorted(self.variables.items())]
+
+
+WHOLE = Build("kvcellar: a Rust release build, 3 to 6 minutes the first time", {})
+ENGINE = Build(
+    "kvcellar's engine: a Rust release build, 1 minute the first time",
+    {"KVCELLAR_WITHOUT_COMMAND": "1"},
+    serves=(WHOLE,),
+)
+FOR_TESTS = Build(
+    "kvcellar: a Rust build for tests, 2 to 4 minutes the first time",
+    {"MATURIN_PEP517_ARGS": TEST_BUILD},
+    serves=(WHOLE,),
+)
+
+
+def kvcellar_step(build: Build) -> Step:
+    """kvcellar, built that way."""
+    sources = fingerprint_files(layout.ROOT, KVCELLAR_SOURCES)
     return Step(
         name="kvcellar",
-        notice="kvcellar: a Rust build for tests, 2 to 4 minutes the first time",
+        notice=build.notice,
         is_present=lambda: packages.is_installed("kvcellar"),
-        inputs=lambda: [*sources, TEST_BUILD],
-        install=lambda steps: install_kvcellar(steps, TEST_BUILD),
-        better=lambda: [sources],
+        inputs=lambda: [sources, *build.inputs()],
+        install=lambda steps: install_kvcellar(steps, build.variables),
+        better=lambda: [[sources, *other.inputs()] for other in build.serves],
     )
 
 
-def planned_steps(*, with_vllm: bool, with_kvcellar: bool, for_tests: bool = False) -> list[Step]:
+def planned_steps(*, with_vllm: bool, build: Build | None) -> list[Step]:
     """Steps in order; vLLM before kvcellar, so that no later install changes what the former pinned."""
     vllm = Step(
         name="vllm",
@@ -168,7 +203,7 @@ def planned_steps(*, with_vllm: bool, with_kvcellar: bool, for_tests: bool = Fal
     chosen = [vllm] if with_vllm else []
     chosen.append(tools)
     chosen += [nixl, model] if with_vllm else []
-    chosen += [kvcellar_step(for_tests=for_tests)] if with_kvcellar else []
+    chosen += [kvcellar_step(build)] if build else []
     return chosen
 
 
@@ -194,15 +229,22 @@ def check_disk(due: list[Step]) -> None:
         raise SetupError(what, "Free some disk space, or use `scripts/setup --no-vllm` for the Rust side alone.")
 
 
+def chosen_build(arguments: argparse.Namespace) -> Build | None:
+    """How kvcellar is built; ``None``: not at all."""
+    if arguments.only_vllm:
+        return None
+    if arguments.for_tests:
+        return FOR_TESTS
+    return ENGINE if arguments.no_command else WHOLE
+
+
 def set_up(arguments: argparse.Namespace) -> None:
     """Run every step that is due.
 
     Raises:
         SetupError: from the first step that fails; the ones before it stay recorded as finished.
     """
-    planned = planned_steps(
-        with_vllm=not arguments.no_vllm, with_kvcellar=not arguments.only_vllm, for_tests=arguments.for_tests
-    )
+    planned = planned_steps(with_vllm=not arguments.no_vllm, build=chosen_build(arguments))
     markers = Markers(layout.MARKERS)
     new_venv = not layout.VENV_PYTHON.exists()
     due = planned if new_venv else [step for step in planned if step.is_due(markers)]
@@ -234,6 +276,11 @@ def main() -> int:
         "--for-tests",
         action="store_true",
         help="a build of kvcellar for tests: sooner, not for measuring",
+    )
+    parser.add_argument(
+        "--no-command",
+        action="store_true",
+        help="the engine without the command (index, router, doctor): built several times sooner",
     )
     arguments = parser.parse_args()
     layout.CACHE.mkdir(exist_ok=True)

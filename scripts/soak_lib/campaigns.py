@@ -45,7 +45,8 @@ def _model(seeds: int) -> list[Run]:
 
 
 def _slots(seeds: int) -> list[Run]:
-    return [Run((*CARGO_TEST, "--features", "shuttle", "--test", "slots"), {"KVCELLAR_SEEDS": str(seeds)})]
+    command = (*CARGO_TEST, "--package", "kvcellar-engine", "--features", "shuttle", "--test", "slots")
+    return [Run(command, {"KVCELLAR_SEEDS": str(seeds)})]
 
 
 def _torn(seeds: int) -> list[Run]:
@@ -65,7 +66,9 @@ def _fleet(seeds: int) -> list[Run]:
 
 
 def _kubernetes(seeds: int) -> list[Run]:
-    return [Run((*CARGO_TEST, "--features", "kubernetes", "--lib", "kubernetes"), {})] * seeds
+    return [
+        Run((*CARGO_TEST, "--package", "kvcellar-index", "--features", "kubernetes", "--lib", "kubernetes"), {})
+    ] * seeds
 
 
 def _vllm(seeds: int) -> list[Run]:

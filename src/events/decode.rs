@@ -6,8 +6,8 @@
 
 use super::msgpack::{Cursor, Malformed};
 use super::wire::{Arena, Batch, Event, Hashes, Parent, Removed, Stored};
-use crate::error::{Error, Result};
 use crate::limits;
+use kvcellar_block::error::{Error, Result};
 
 /// Reads one payload. `arena` is cleared first; the batch refers to it.
 ///

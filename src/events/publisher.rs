@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use zeromq::{PubSocket, RouterSocket, Socket, SocketRecv, SocketSend, ZmqMessage};
 
-use crate::error::{Error, Result};
 use crate::limits;
+use kvcellar_block::error::{Error, Result};
 
 /// The number that ends a replay.
 pub const END: [u8; 8] = [0xff; 8];

@@ -161,7 +161,7 @@ fn made_up(hash: u64, at: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::events::decode::decode;
+    use crate::decode::decode;
 
     #[test]
     fn a_recording_holds_no_token_and_plays_as_the_same_blocks() {

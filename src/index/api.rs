@@ -7,10 +7,11 @@
 
 mod limits;
 mod metrics;
+pub mod serving;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{DefaultBodyLimit, Path, State};
@@ -302,29 +303,4 @@ async fn health(State(service): State<Arc<Service>>) -> Response {
 async fn openapi() -> Response {
     let text = include_str!("api/openapi.json");
     ([(axum::http::header::CONTENT_TYPE, "application/json")], text).into_response()
-}
-
-/// Serves until `stop` is done, then ends open answers within a few seconds.
-///
-/// # Errors
-/// [`std::io::Error`] of the listening socket.
-pub async fn serve(
-    listener: tokio::net::TcpListener,
-    router: Router,
-    stop: impl Future<Output = ()> + Send + 'static,
-) -> std::io::Result<()> {
-    let (ask, asked) = tokio::sync::oneshot::channel::<()>();
-    let stopping = async move {
-        stop.await;
-        // Whoever waits for the signal may be gone already.
-        let _ = ask.send(());
-    };
-    let server = axum::serve(listener, router).with_graceful_shutdown(stopping);
-    tokio::select! {
-        ended = server => ended,
-        () = async {
-            let _ = asked.await;
-            tokio::time::sleep(Duration::from_secs(5)).await;
-        } => Ok(()),
-    }
 }

@@ -15,11 +15,11 @@ use tokio::task::JoinHandle;
 use super::Index;
 use super::registry::Mark;
 use super::roster::EngineId;
-use crate::error::Result;
-use crate::events::decode::decode;
-use crate::events::follow::{Counts, Position, Why};
-use crate::events::subscriber::{self, Sink, Stream};
-use crate::events::wire::Arena;
+use kvcellar_block::error::Result;
+use kvcellar_events::decode::decode;
+use kvcellar_events::follow::{Counts, Position, Why};
+use kvcellar_events::subscriber::{self, Sink, Stream};
+use kvcellar_events::wire::Arena;
 use sources::Source;
 
 /// What is known of one stream.
@@ -77,8 +77,8 @@ impl Fleet {
     /// Goes on from another index's snapshot. To be called before any engine is followed.
     ///
     /// # Errors
-    /// [`crate::error::Error::DataLost`]; engines that were not taken over are followed from their
-    /// replays.
+    /// [`kvcellar_block::error::Error::DataLost`]; engines that were not taken over are followed
+    /// from their replays.
     pub fn resume(&mut self, snapshot: &[u8]) -> Result<usize> {
         let marks = self.index.write().restore(snapshot)?;
         self.marks = marks.into_iter().collect();

@@ -7,7 +7,7 @@
 
 use xxhash_rust::xxh3::{Xxh3, xxh3_64, xxh3_64_with_seed};
 
-use crate::events::msgpack::{Cursor, Malformed};
+use kvcellar_events::msgpack::{Cursor, Malformed};
 
 /// The smallest key: lower numbers mark empty cells of the table.
 pub const KEY_MIN: u64 = 2;

@@ -11,10 +11,10 @@ use super::keys;
 use super::roster::{EngineId, EngineView, Need, Roster};
 use super::tiers::Column;
 use super::writer::Writer;
-use crate::error::{Error, Result};
-use crate::events::follow::Position;
-use crate::events::wire::Stored;
 use crate::limits;
+use kvcellar_block::error::{Error, Result};
+use kvcellar_events::follow::Position;
+use kvcellar_events::wire::Stored;
 
 /// Where an engine's events stand: the stream and its last batch.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

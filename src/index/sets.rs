@@ -155,10 +155,11 @@ impl SetWriter {
     }
 
     /// The set that differs from `from` in one column, which has the tiers `mask` in it (0: it is
-    /// not in it). The caller gets one reference to it and [releases](Self::release) its own to
-    /// `from` only when readers no longer find `from`: a writer that is interrupted in between would
-    /// otherwise leave them with a reference to nothing, and a block that is held would look lost.
-    /// `None`: there is no room for another set, and nothing has changed.
+    /// not in it). `None`: there is no room for another set, and nothing has changed.
+    ///
+    /// The caller gets one reference to it, and [releases](Self::release) its own to `from` only
+    /// when readers no longer find `from`: a writer that is interrupted in between would otherwise
+    /// leave them with a reference to nothing, and a block that is held would look lost.
     pub fn change(&mut self, from: SetRef, column: Column, mask: u8) -> Option<SetRef> {
         let holder = pack(column, mask);
         let slot = (xxh3_64(&(from.0 ^ u64::from(holder).rotate_left(40)).to_le_bytes()) as usize) % MEMO;

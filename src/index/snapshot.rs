@@ -15,8 +15,8 @@ use super::registry::Mark;
 use super::roster::{EngineId, Need};
 use super::tiers::{Column, TOLD_TIERS};
 use super::writer::Writer;
-use crate::error::{Error, Result};
 use crate::limits;
+use kvcellar_block::error::{Error, Result};
 
 const MAGIC: &[u8] = b"kvcellar index 1\n";
 const RECORD: usize = 24;

@@ -10,18 +10,18 @@ use super::PyConfig;
 use super::errors::guarded;
 use super::inputs::{self, OwnedOffer, PyOffer};
 use super::reports::{DiskReport, EngineStats, PoolReport, ResetReport, run_object};
-use crate::block::geometry::RankBytes;
-use crate::block::{BlockKey, Grouping, SlotGeometry, Tier};
-use crate::cli::bench_lookup::WarmTable;
-use crate::config::{Config, Controls};
-use crate::error::{Error, Result};
-use crate::pool::Pool;
-use crate::pool::open::{self, Wish};
-use crate::tier::load::Hit;
-use crate::tier::mover::{self, Mover};
-use crate::tier::offload::{Offer, Start};
-use crate::tier::opening::{self, Identity};
-use crate::tier::{TierEngine, namespace};
+use kvcellar_block::error::{Error, Result};
+use kvcellar_block::geometry::RankBytes;
+use kvcellar_block::{BlockKey, Grouping, SlotGeometry, Tier};
+use kvcellar_engine::config::{Config, Controls};
+use kvcellar_engine::pool::Pool;
+use kvcellar_engine::pool::open::{self, Wish};
+use kvcellar_engine::tier::load::Hit;
+use kvcellar_engine::tier::mover::{self, Mover};
+use kvcellar_engine::tier::offload::{Offer, Start};
+use kvcellar_engine::tier::opening::{self, Identity};
+use kvcellar_engine::tier::warm_table::WarmTable;
+use kvcellar_engine::tier::{TierEngine, namespace};
 
 /// The tier engine of one `EngineCore`.
 #[pyclass(frozen, name = "TierEngine", module = "kvcellar._native")]
@@ -85,7 +85,7 @@ impl PyTierEngine {
                 // An earlier pool of this process may still be mapped, which would keep it from
                 // being adopted.
                 #[cfg(feature = "cuda")]
-                crate::gpu::cuda::pinning::settle();
+                kvcellar_engine::gpu::cuda::pinning::settle();
                 let ranks: Vec<RankBytes> = serde_json::from_str(ranks)
                     .map_err(|error| Error::config("ranks", error.to_string(), "This is a bug in the connector"))?;
                 let grouping = self.lock().grouping().clone();
@@ -347,13 +347,13 @@ impl PyTierEngine {
 }
 
 /// A filled block table for `kvcellar bench lookup`: lookups from Python's `list[bytes]`.
-#[pyclass(frozen, name = "LookupBench", module = "kvcellar._native")]
-pub(super) struct PyLookupBench {
+#[pyclass(frozen, name = "WarmTable", module = "kvcellar._native")]
+pub(super) struct PyWarmTable {
     table: Mutex<WarmTable>,
 }
 
 #[pymethods]
-impl PyLookupBench {
+impl PyWarmTable {
     /// A table that holds these blocks.
     #[new]
     fn new(hashes: &Bound<'_, PyList>) -> PyResult<Self> {

@@ -6,7 +6,7 @@ use pyo3::create_exception;
 use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
 
-use crate::error::{Error, Result};
+use kvcellar_block::error::{Error, Result};
 
 create_exception!(kvcellar._native, KvcellarError, PyException, "Base class of everything KV Cellar raises.");
 create_exception!(
@@ -49,24 +49,22 @@ pub(super) fn add_to(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("InternalError", py.get_type::<InternalError>())
 }
 
-impl From<Error> for PyErr {
-    fn from(error: Error) -> Self {
-        let text = error.to_string();
-        match error {
-            Error::Config { .. } => ConfigError::new_err(text),
-            Error::Unsupported { .. } => UnsupportedError::new_err(text),
-            Error::Io { .. } => SystemRefusedError::new_err(text),
-            Error::TryLater { .. } => BusyError::new_err(text),
-            Error::DataLost { .. } => DataLostError::new_err(text),
-            Error::DeviceDead { .. } => DeviceError::new_err(text),
-        }
+fn exception(error: &Error) -> PyErr {
+    let text = error.to_string();
+    match error {
+        Error::Config { .. } => ConfigError::new_err(text),
+        Error::Unsupported { .. } => UnsupportedError::new_err(text),
+        Error::Io { .. } => SystemRefusedError::new_err(text),
+        Error::TryLater { .. } => BusyError::new_err(text),
+        Error::DataLost { .. } => DataLostError::new_err(text),
+        Error::DeviceDead { .. } => DeviceError::new_err(text),
     }
 }
 
 /// Runs an entry point's work; an error becomes its exception class, a panic an `InternalError`.
 pub(super) fn guarded<T>(work: impl FnOnce() -> Result<T>) -> PyResult<T> {
     match catch_unwind(AssertUnwindSafe(work)) {
-        Ok(result) => Ok(result?),
+        Ok(result) => result.map_err(|error| exception(&error)),
         Err(panic) => {
             let text = panic
                 .downcast_ref::<&str>()

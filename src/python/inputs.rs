@@ -4,8 +4,8 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList};
 
-use crate::block::{AdapterId, BlockHash};
-use crate::tier::offload::GroupOffer;
+use kvcellar_block::{AdapterId, BlockHash};
+use kvcellar_engine::tier::offload::GroupOffer;
 
 /// Block hashes as vLLM hands them out.
 pub(super) fn hashes(list: &Bound<'_, PyList>) -> PyResult<Vec<BlockHash>> {

@@ -3,11 +3,11 @@
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList};
 
-use crate::block::{BlockHash, Tier};
-use crate::events::Run;
-use crate::gpu::worker::CopyStats;
-use crate::tier::engine::{self, StatsDelta};
-use crate::tier::opening;
+use kvcellar_block::{BlockHash, Tier};
+use kvcellar_engine::event_log::Run;
+use kvcellar_engine::gpu::worker::CopyStats;
+use kvcellar_engine::tier::engine::{self, StatsDelta};
+use kvcellar_engine::tier::opening;
 
 /// The pool an engine got.
 #[pyclass(frozen, get_all, module = "kvcellar._native")]

@@ -10,13 +10,13 @@ use pyo3::prelude::*;
 use super::PyConfig;
 use super::errors::guarded;
 use super::reports::CopyReport;
-use crate::error::Error;
-use crate::gpu::host::HostCopier;
-use crate::gpu::sides::Sides;
-use crate::gpu::views::{GroupRuns, LayerView};
-use crate::gpu::worker::{CopyStats, CopyWorker};
-use crate::gpu::{Answers, ComputeStream, Copier};
-use crate::pool::watch::Watch;
+use kvcellar_block::error::Error;
+use kvcellar_engine::gpu::host::HostCopier;
+use kvcellar_engine::gpu::sides::Sides;
+use kvcellar_engine::gpu::views::{GroupRuns, LayerView};
+use kvcellar_engine::gpu::worker::{CopyStats, CopyWorker};
+use kvcellar_engine::gpu::{Answers, ComputeStream, Copier};
+use kvcellar_engine::pool::watch::Watch;
 
 /// The copy worker of one rank.
 #[pyclass(frozen, name = "CopyWorker", module = "kvcellar._native")]
@@ -43,15 +43,15 @@ impl PyCopyWorker {
 /// How a KV cache in GPU memory is copied.
 #[cfg(feature = "cuda")]
 struct Gpu {
-    options: crate::gpu::cuda::copier::Options,
+    options: kvcellar_engine::gpu::cuda::copier::Options,
     near_node: Option<u32>,
 }
 
 #[cfg(feature = "cuda")]
 impl Gpu {
     /// Sees at once whether there is a driver that serves this device.
-    fn open(device: i32, nvrtc: &[PathBuf]) -> crate::error::Result<Self> {
-        use crate::gpu::cuda::{calibration, copier, device::Device, driver::Refused};
+    fn open(device: i32, nvrtc: &[PathBuf]) -> kvcellar_block::error::Result<Self> {
+        use kvcellar_engine::gpu::cuda::{calibration, copier, device::Device, driver::Refused};
 
         let opened = Device::open(device)?;
         let facts = opened.facts().map_err(Refused::into_error)?;
@@ -64,8 +64,8 @@ impl Gpu {
         self.near_node
     }
 
-    fn copier(&self, sides: Sides, answers: Arc<dyn Answers>) -> crate::error::Result<Box<dyn Copier>> {
-        Ok(Box::new(crate::gpu::cuda::copier::CudaCopier::start(sides, answers, &self.options)?))
+    fn copier(&self, sides: Sides, answers: Arc<dyn Answers>) -> kvcellar_block::error::Result<Box<dyn Copier>> {
+        Ok(Box::new(kvcellar_engine::gpu::cuda::copier::CudaCopier::start(sides, answers, &self.options)?))
     }
 }
 
@@ -75,7 +75,7 @@ enum Gpu {}
 
 #[cfg(not(feature = "cuda"))]
 impl Gpu {
-    fn open(_device: i32, _nvrtc: &[PathBuf]) -> crate::error::Result<Self> {
+    fn open(_device: i32, _nvrtc: &[PathBuf]) -> kvcellar_block::error::Result<Self> {
         Err(Error::Unsupported {
             what: "a KV cache in GPU memory".to_owned(),
             why: "this build was made without the feature `cuda`".to_owned(),
@@ -87,7 +87,7 @@ impl Gpu {
         match *self {}
     }
 
-    fn copier(&self, _sides: Sides, _answers: Arc<dyn Answers>) -> crate::error::Result<Box<dyn Copier>> {
+    fn copier(&self, _sides: Sides, _answers: Arc<dyn Answers>) -> kvcellar_block::error::Result<Box<dyn Copier>> {
         match *self {}
     }
 }
@@ -104,7 +104,7 @@ impl PyCopyWorker {
             let views: Vec<Vec<LayerView>> = serde_json::from_str(views)
                 .map_err(|error| Error::config("views", error.to_string(), "This is a bug in the connector"))?;
             let groups = views.iter().enumerate().map(|(group, layers)| GroupRuns::resolve(group, layers));
-            let groups = Arc::new(groups.collect::<crate::error::Result<Vec<_>>>()?);
+            let groups = Arc::new(groups.collect::<kvcellar_block::error::Result<Vec<_>>>()?);
             let verify_loads = config.inner.verify_loads;
             let threads = config.inner.copy_threads.unwrap_or_else(default_threads);
             let (held, on_gpu) = (Arc::clone(&groups), device.map(|device| Gpu::open(device, &nvrtc)).transpose()?);

@@ -14,7 +14,7 @@ use serde_json::{Value as Json_, json};
 use super::prompt::Prompt;
 use super::request::{Kind, Request};
 use super::router::Router;
-use crate::index::api::METRICS_TYPE;
+use kvcellar_index::api::METRICS_TYPE;
 
 /// The routes.
 pub fn routes(router: Arc<Router>) -> axum::Router {

@@ -11,9 +11,9 @@ use super::approximate::Recent;
 use super::books::Books;
 use super::estimate;
 use super::view::{Adapter, Held, Look, Rates};
-use crate::error::{Error, Result};
-use crate::events::subscriber::Address;
-use crate::index::fleet::sources::{self, Source};
+use kvcellar_block::error::{Error, Result};
+use kvcellar_events::subscriber::Address;
+use kvcellar_index::fleet::sources::{self, Source};
 
 /// An engine as it is named in options and files.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]

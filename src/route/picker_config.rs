@@ -15,7 +15,7 @@ use serde_json::{Map, Value as Json};
 use super::choose::{Pick, Policy};
 use super::router::Mode;
 use super::scorers::Scorer;
-use crate::error::{Error, Result};
+use kvcellar_block::error::{Error, Result};
 
 /// What a file asks for.
 #[derive(Debug, Clone, PartialEq)]

@@ -8,11 +8,11 @@ use super::engine::Engine;
 use super::estimate::BLOCK_TOKENS;
 use super::prompt::Prompt;
 use super::view::Held;
-use crate::events::subscriber::Stream;
-use crate::index::Index;
-use crate::index::query::Scorer;
-use crate::index::roster::EngineId;
-use crate::index::tiers::{TIERS, Weights};
+use kvcellar_events::subscriber::Stream;
+use kvcellar_index::Index;
+use kvcellar_index::query::Scorer;
+use kvcellar_index::roster::EngineId;
+use kvcellar_index::tiers::{TIERS, Weights};
 
 /// What one engine has, and which of its data-parallel ranks.
 #[derive(Debug, Clone, Copy, Default)]

@@ -11,7 +11,7 @@ use super::estimate;
 use super::remote::ids_of;
 use super::request::{Kind, Request};
 use super::tokens::{Inexact, TokenModel};
-use crate::index::keys::{self, Extras};
+use kvcellar_index::keys::{self, Extras};
 
 /// A tokenizer, unless the self-check has ruled it out.
 #[derive(Debug)]

@@ -27,10 +27,10 @@ impl Remote {
     /// A client.
     ///
     /// # Errors
-    /// [`crate::error::Error::TryLater`] when there is no HTTP client to be had.
-    pub fn new() -> crate::error::Result<Self> {
+    /// [`kvcellar_block::error::Error::TryLater`] when there is no HTTP client to be had.
+    pub fn new() -> kvcellar_block::error::Result<Self> {
         let built = reqwest::Client::builder().timeout(TIMEOUT).pool_idle_timeout(IDLE).no_proxy().build();
-        let client = built.map_err(|error| crate::error::Error::TryLater {
+        let client = built.map_err(|error| kvcellar_block::error::Error::TryLater {
             what: "an HTTP client".to_owned(),
             holder: error.to_string(),
         })?;

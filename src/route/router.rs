@@ -24,11 +24,11 @@ use super::see::{Considered, Decision, Ring};
 use super::tokens::Inexact;
 use super::traces::{Trace, Traces};
 use super::view::View;
-use crate::error::Result;
-use crate::index::Index;
-use crate::index::roster::EngineId;
-use crate::index::tiers::Weights;
 use crate::limits;
+use kvcellar_block::error::Result;
+use kvcellar_index::Index;
+use kvcellar_index::roster::EngineId;
+use kvcellar_index::tiers::Weights;
 
 /// Where prefixes are looked up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]

@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
 use super::engine::Spec;
-use crate::error::{Error, Result};
+use kvcellar_block::error::{Error, Result};
 
 /// The engines in a JSON file: a list of objects with the fields of the command line.
 ///

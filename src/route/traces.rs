@@ -17,7 +17,7 @@ use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{SdkTracer, SdkTracerProvider, Span as SdkSpan};
 
 use super::see::Decision;
-use crate::error::{Error, Result};
+use kvcellar_block::error::{Error, Result};
 
 /// Headers that carry a trace from process to process (W3C Trace Context).
 pub const HEADERS: [&str; 2] = ["traceparent", "tracestate"];

@@ -1,7 +1,7 @@
 //! What a decision is made from: a request and every engine that may take it, at one moment. Plain
 //! data, so that deciding is a pure function.
 
-use crate::index::tiers::TIERS;
+use kvcellar_index::tiers::TIERS;
 
 /// How an engine stands to the adapter that a request wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -1,4 +1,5 @@
-//! The rules: who may call whom, where `unsafe` may stand, and the shape of a module file.
+//! The rules: which crate may use which, who may call whom in the engine, where `unsafe` may stand,
+//! and the shape of a module file.
 
 use crate::scan::Source;
 
@@ -9,44 +10,50 @@ const LINES_MAX: usize = 600;
 const COMMENT_COLUMNS_MAX: usize = 100;
 
 /// Files that may write to standard error: everything else logs.
-const STDERR_PREFIXES: &[&str] = &["cli/", "logging.rs"];
+const STDERR_PREFIXES: &[&str] = &["command/", "bench/", "testkit/"];
 
-/// What a module may name in this crate.
-enum Reach {
-    Anything,
-    Only(&'static [&'static str]),
-}
-use Reach::{Anything, Only};
+/// Every crate with those of ours that it may use, lower ones first: a row may only name rows above
+/// it, so there are no cycles. Tests may use more.
+const CRATES: &[(&str, &[&str])] = &[
+    ("block", &[]),
+    ("events", &["block"]),
+    // What vLLM's processes load, through `python`: nothing here or below talks to a network.
+    ("engine", &["block"]),
+    ("index", &["block", "events"]),
+    ("route", &["block", "events", "index"]),
+    ("bench", &["block", "engine", "events", "index", "route"]),
+    ("command", &["bench", "block", "engine", "events", "index", "route"]),
+    ("python", &["block", "engine"]),
+    ("testkit", &["block", "engine"]),
+];
 
-/// Every top-level module, lower ones first: a row may only name rows above it, so there are no
-/// cycles.
-const ROWS: &[(&str, Reach)] = &[
-    ("error", Only(&[])),
-    ("limits", Only(&[])),
-    ("logging", Only(&["limits"])),
-    ("metrics", Only(&["error", "limits"])),
-    ("config", Only(&["error", "limits"])),
-    ("block", Only(&["error", "limits"])),
-    // `config` for sizes as people read them, in messages about memory.
-    ("pool", Only(&["block", "config", "error", "limits"])),
-    ("gpu", Only(&["block", "pool", "error", "limits"])),
-    ("nvme", Only(&["block", "pool", "config", "error", "limits"])),
+/// Every top-level module of the engine with those that it may name, lower ones first.
+const MODULES: &[(&str, &[&str])] = &[
+    ("limits", &[]),
+    ("log_queue", &["limits"]),
+    ("metrics", &["limits"]),
+    ("config", &["limits"]),
+    ("event_log", &["limits"]),
+    ("pool", &["config", "limits"]),
+    ("gpu", &["pool", "limits"]),
+    ("nvme", &["pool", "config", "limits"]),
     // `config` for the names of the rules that users choose.
-    ("policy", Only(&["block", "config", "error", "limits"])),
-    ("events", Only(&["block", "error", "limits"])),
-    ("tier", Only(&["gpu", "pool", "nvme", "policy", "events", "block", "config", "metrics", "error", "limits"])),
-    // `config` for sizes as people read them, in messages about memory.
-    ("index", Only(&["events", "block", "config", "error", "limits"])),
-    ("route", Only(&["index", "events", "block", "config", "error", "limits"])),
-    ("cli", Anything),
-    ("python", Anything),
-    ("bin", Only(&["cli"])),
+    ("policy", &["config", "limits"]),
+    ("tier", &["config", "event_log", "gpu", "limits", "metrics", "nvme", "policy", "pool"]),
 ];
 
 /// Files that may contain `unsafe`: they own memory that others see, or talk to a device or an
-/// interpreter. The one other place is the prefetch hint, which touches nobody's memory.
-const UNSAFE_PREFIXES: &[&str] =
-    &["pool/", "gpu/", "nvme/ring", "nvme/buffer.rs", "nvme/threads.rs", "python/", "block/prefetch.rs"];
+/// interpreter. Of the others, the prefetch hint touches nobody's memory, and tests play devices.
+const UNSAFE_PREFIXES: &[&str] = &[
+    "engine/pool/",
+    "engine/gpu/",
+    "engine/nvme/ring",
+    "engine/nvme/buffer.rs",
+    "engine/nvme/threads.rs",
+    "python/",
+    "block/prefetch.rs",
+    "testkit/",
+];
 
 /// Everything that is wrong with the sources, as sentences that name the file.
 pub(crate) fn complaints(sources: &[Source]) -> Vec<String> {
@@ -56,14 +63,31 @@ pub(crate) fn complaints(sources: &[Source]) -> Vec<String> {
         .collect()
 }
 
+/// What a crate's manifest names among `[dependencies]` that it may not.
+pub(crate) fn dependencies(krate: &str, manifest: &str) -> Vec<String> {
+    let Some((_, allowed)) = CRATES.iter().find(|(name, _)| *name == krate) else {
+        return vec![format!("src/{krate}: the crate has no row in tests/architecture/rules.rs")];
+    };
+    let section = manifest.split("\n[").find(|section| section.starts_with("dependencies]")).unwrap_or_default();
+    section
+        .lines()
+        .filter_map(|line| line.strip_prefix("kvcellar-"))
+        .filter_map(|line| line.split(['.', ' ']).next())
+        .filter(|name| !allowed.contains(name))
+        .map(|name| format!("src/{krate}/Cargo.toml: `{krate}` must not use `{name}`"))
+        .collect()
+}
+
 fn arrows(source: &Source) -> Vec<String> {
+    if source.krate() != "engine" {
+        return Vec::new();
+    }
     let module = source.module();
     let Some(&home) = module.first() else { return Vec::new() };
-    let Some((_, reach)) = ROWS.iter().find(|(name, _)| *name == home) else {
+    let Some((_, allowed)) = MODULES.iter().find(|(name, _)| *name == home) else {
         return vec![format!("src/{}: module `{home}` has no row in tests/architecture/rules.rs", source.path)];
     };
-    let Only(allowed) = reach else { return Vec::new() };
-    let known = |name: &str| ROWS.iter().any(|(row, _)| *row == name);
+    let known = |name: &str| MODULES.iter().any(|(row, _)| *row == name);
     source
         .names()
         .iter()
@@ -109,13 +133,16 @@ fn output(source: &Source) -> Vec<String> {
     vec![format!("src/{}: `eprintln!`: use `log`, so that the line has a level and a place", source.path)]
 }
 
-/// Rows that name a row below them, or one that does not exist: none, or the table itself is wrong.
+/// Rows that name a row below them, or one that does not exist: none, or a table itself is wrong.
 pub(crate) fn disorder() -> Vec<String> {
+    [CRATES, MODULES].into_iter().flat_map(disorder_of).collect()
+}
+
+fn disorder_of(rows: &[(&str, &[&str])]) -> Vec<String> {
     let mut found = Vec::new();
-    for (at, (name, reach)) in ROWS.iter().enumerate() {
-        let Only(allowed) = reach else { continue };
+    for (at, (name, allowed)) in rows.iter().enumerate() {
         for target in *allowed {
-            if !ROWS[..at].iter().any(|(row, _)| row == target) {
+            if !rows[..at].iter().any(|(row, _)| row == target) {
                 found.push(format!("row `{name}` names `{target}`, which is not above it"));
             }
         }

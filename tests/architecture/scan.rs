@@ -1,8 +1,8 @@
-//! Reads Rust source as text: what a module names in this crate, and whether it uses `unsafe`.
+//! Reads Rust source as text: what a module names in its crate, and whether it uses `unsafe`.
 //!
 //! Comments, string and character literals and test modules are blanked out first, so that only
-//! code speaks. This is no parser: it understands `crate::`, `super::` and `kvcellar::` paths and
-//! brace groups after them, which is what the rules are about.
+//! code speaks. This is no parser: it understands `crate::` and `super::` paths and brace groups
+//! after them, which is what the rules are about.
 
 use std::collections::BTreeSet;
 
@@ -13,17 +13,22 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    /// Module path: `gpu/worker.rs` is `[gpu, worker]`, `gpu/mod.rs` is `[gpu]`, `lib.rs` is the
-    /// root, empty.
+    /// The folder of its crate.
+    pub(crate) fn krate(&self) -> &str {
+        self.path.split('/').next().unwrap_or_default()
+    }
+
+    /// Module path in its crate: `engine/gpu/worker.rs` is `[gpu, worker]`, `engine/gpu/mod.rs` is
+    /// `[gpu]`, `engine/lib.rs` is the root, empty.
     pub(crate) fn module(&self) -> Vec<&str> {
-        let mut parts: Vec<&str> = self.path.trim_end_matches(".rs").split('/').collect();
+        let mut parts: Vec<&str> = self.path.trim_end_matches(".rs").split('/').skip(1).collect();
         if matches!(parts.last(), Some(&("mod" | "lib" | "main"))) {
             parts.pop();
         }
         parts
     }
 
-    /// Top-level modules of this crate that the file's own code (not its tests) names.
+    /// Top-level modules of its crate that the file's own code (not its tests) names.
     pub(crate) fn names(&self) -> BTreeSet<String> {
         let code = blank_test_modules(&blank_literals(&self.text));
         let depth = self.module().len();
@@ -31,7 +36,7 @@ impl Source {
         for (at, word) in words(&code) {
             let after = &code[at + word.len()..];
             let heads = match word {
-                "crate" | "kvcellar" => first_names(after),
+                "crate" => first_names(after),
                 "super" if !is_path_tail(&code, at) => above_root(after, depth),
                 _ => Vec::new(),
             };

@@ -5,19 +5,19 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
-use kvcellar::block::SlotIndex;
-use kvcellar::block::plan::BlockCopy;
-use kvcellar::gpu::hasher::{BusyProbe, IdleHasher};
-use kvcellar::gpu::worker::CopyWorker;
-use kvcellar::gpu::{After, Answers, Direction, Order};
-use kvcellar::pool::slot_table::Fill;
+use kvcellar_block::SlotIndex;
+use kvcellar_block::plan::BlockCopy;
+use kvcellar_engine::gpu::hasher::{BusyProbe, IdleHasher};
+use kvcellar_engine::gpu::worker::CopyWorker;
+use kvcellar_engine::gpu::{After, Answers, Direction, Order};
+use kvcellar_engine::pool::slot_table::Fill;
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::cache::Shape;
-use crate::ledger::{Ledger, until};
-use crate::random::Random;
-use crate::scene::{Host, Maker, Scene};
 use crate::worker::{attached, filled, step, stores};
+use kvcellar_testkit::copies::cache::Shape;
+use kvcellar_testkit::copies::ledger::{Ledger, until};
+use kvcellar_testkit::copies::scene::{Host, Maker, Scene};
+use kvcellar_testkit::random::Random;
 
 fn checksum(scene: &Scene, copy: &BlockCopy) -> Option<u64> {
     scene.pool.checksum(SlotIndex(copy.slot), 0, copy.generation)

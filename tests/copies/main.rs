@@ -1,4 +1,4 @@
-//! Copies between a KV cache and the pool: one suite that every [`kvcellar::gpu::Copier`] must
+//! Copies between a KV cache and the pool: one suite that every [`kvcellar_engine::gpu::Copier`] must
 //! pass, and the copy worker on top of it.
 //!
 //! The suite (`conformance.rs`) runs against the host copier and against a fake (`fake.rs`) that
@@ -14,17 +14,11 @@
     clippy::duration_suboptimal_units,
     reason = "reads better in a test"
 )]
-#![expect(clippy::expect_used, clippy::panic, reason = "what goes wrong in a test's own helper fails the test")]
+#![expect(clippy::expect_used, reason = "what goes wrong in a test's own helper fails the test")]
 
-mod cache;
-mod conformance;
-mod fake;
 mod hashing;
-mod ledger;
-mod random;
-mod scene;
 mod views;
 mod worker;
 
-conformance::conformance!(of_host, crate::scene::Host);
-conformance::conformance!(of_fake, crate::scene::Fake);
+kvcellar_testkit::copier_conformance!(of_host, kvcellar_testkit::copies::scene::Host);
+kvcellar_testkit::copier_conformance!(of_fake, kvcellar_testkit::copies::scene::Fake);

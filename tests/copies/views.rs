@@ -1,6 +1,6 @@
 //! Layouts that the suite's caches cannot show: layers that touch in their first block only.
 
-use kvcellar::gpu::views::{GroupRuns, LayerView};
+use kvcellar_engine::gpu::views::{GroupRuns, LayerView};
 
 fn view(address: u64, stride_bytes: u64) -> LayerView {
     LayerView { address, stride_bytes, page_bytes: 50, pages_per_block: 1, pages: 3 }

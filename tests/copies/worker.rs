@@ -3,17 +3,17 @@
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use kvcellar::block::SlotIndex;
-use kvcellar::block::plan::{BlockCopy, Load, StepPlan, VERIFY};
-use kvcellar::gpu::worker::{CopyWorker, LoadResults};
-use kvcellar::gpu::{CopyError, Direction};
-use kvcellar::pool::slot_table::Fill;
+use kvcellar_block::SlotIndex;
+use kvcellar_block::plan::{BlockCopy, Load, StepPlan, VERIFY};
+use kvcellar_engine::gpu::worker::{CopyWorker, LoadResults};
+use kvcellar_engine::gpu::{CopyError, Direction};
+use kvcellar_engine::pool::slot_table::Fill;
 
-use crate::cache::Shape;
-use crate::fake::{Control, FakeCopier};
-use crate::ledger::{PATIENCE, until};
-use crate::random::Random;
-use crate::scene::{Scene, Side};
+use kvcellar_testkit::copies::cache::Shape;
+use kvcellar_testkit::copies::fake::{Control, FakeCopier};
+use kvcellar_testkit::copies::ledger::{PATIENCE, until};
+use kvcellar_testkit::copies::scene::{Scene, Side};
+use kvcellar_testkit::random::Random;
 
 /// A worker of one rank over the fake, not attached yet.
 pub(crate) fn worker(scene: &Scene, rank: usize, control: &Arc<Control>) -> CopyWorker {

@@ -5,16 +5,16 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvcellar::block::plan::{BlockCopy, StepPlan};
-use kvcellar::pool::Ticket;
-use kvcellar::pool::slot_table::Fill;
+use kvcellar_block::plan::{BlockCopy, StepPlan};
+use kvcellar_engine::pool::Ticket;
+use kvcellar_engine::pool::slot_table::Fill;
 
-use crate::cache::{KvCache, Shape};
-use crate::ledger::until;
 use crate::maker::assumed;
-use crate::scene::Scene;
-use crate::stub::{Mutation, Stub};
 use crate::vllm::{load, worker};
+use kvcellar_testkit::copies::cache::{KvCache, Shape};
+use kvcellar_testkit::copies::ledger::until;
+use kvcellar_testkit::copies::scene::Scene;
+use kvcellar_testkit::stub_cuda::{Mutation, Stub};
 
 const TICKET: &str = "KVCELLAR_STUB_TICKET";
 const MUTATION: &str = "KVCELLAR_STUB_MUTATION";

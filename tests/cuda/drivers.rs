@@ -4,16 +4,16 @@
 use std::path::Path;
 use std::process::Command;
 
-use kvcellar::block::plan::{BlockCopy, StepPlan};
-use kvcellar::gpu::cuda::device::Device;
-use kvcellar::gpu::cuda::driver::Driver;
-use kvcellar::pool::slot_table::Fill;
+use kvcellar_block::plan::{BlockCopy, StepPlan};
+use kvcellar_engine::gpu::cuda::device::Device;
+use kvcellar_engine::gpu::cuda::driver::Driver;
+use kvcellar_engine::pool::slot_table::Fill;
 
-use crate::ledger::until;
 use crate::maker::assumed;
-use crate::scene::Scene;
-use crate::stub::{self, Stub};
 use crate::vllm::{Vllm, load};
+use kvcellar_testkit::copies::ledger::until;
+use kvcellar_testkit::copies::scene::Scene;
+use kvcellar_testkit::stub_cuda::{self, Stub};
 
 /// Runs one ignored test of this binary in a process of its own, with these libraries before all
 /// others. What it said.
@@ -21,7 +21,7 @@ fn child(test: &str, library: Option<&Path>, environment: &[(&str, &str)]) -> St
     let mut command = Command::new(std::env::current_exe().expect("this binary"));
     command.args(["--ignored", "--exact", test, "--nocapture", "--test-threads=1"]).envs(environment.iter().copied());
     if let Some(library) = library {
-        command.env("LD_LIBRARY_PATH", library.parent().expect("a folder")).env(stub::LIBRARY, library);
+        command.env("LD_LIBRARY_PATH", library.parent().expect("a folder")).env(stub_cuda::LIBRARY, library);
     }
     let output = command.output().expect("a process");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -44,7 +44,7 @@ fn says_what_it_finds() {
 
 /// What a process with this driver says.
 fn said(without: &[&str], environment: &[(&str, &str)]) -> String {
-    child("drivers::says_what_it_finds", Some(&stub::build(without)), environment)
+    child("drivers::says_what_it_finds", Some(&stub_cuda::build(without)), environment)
 }
 
 #[test]
@@ -106,7 +106,7 @@ fn copies_there_and_back() {
 
 #[test]
 fn without_batches_and_modules_each_fragment_is_a_call() {
-    let text = child("drivers::copies_there_and_back", Some(&stub::build(&["BATCHES", "MODULES"])), &[]);
+    let text = child("drivers::copies_there_and_back", Some(&stub_cuda::build(&["BATCHES", "MODULES"])), &[]);
     // Two blocks of three layers, both ways.
     assert!(text.contains("copied in 12 calls"), "{text}");
 }

@@ -2,9 +2,9 @@
 //! rest goes on.
 
 use crate::histories::{History, scene};
-use crate::random::Random;
-use crate::stub::Stub;
 use crate::vllm::Vllm;
+use kvcellar_testkit::random::Random;
+use kvcellar_testkit::stub_cuda::Stub;
 
 /// A device that is gone answers these too.
 const ALSO_GONE: [&str; 2] = ["cuStreamQuery", "cuStreamSynchronize"];

@@ -1,16 +1,16 @@
 //! Random histories of steps, offloads, fences and loads, on a device that does things late and out
 //! of order.
 
-use kvcellar::block::plan::{BlockCopy, StepPlan};
-use kvcellar::pool::slot_table::Fill;
+use kvcellar_block::plan::{BlockCopy, StepPlan};
+use kvcellar_engine::pool::slot_table::Fill;
 
-use crate::cache::Shape;
-use crate::ledger::until;
 use crate::maker::{assumed, with_kernel};
-use crate::random::Random;
-use crate::scene::Scene;
-use crate::stub::{Mutation, Stub};
 use crate::vllm::{Vllm, load};
+use kvcellar_testkit::copies::cache::Shape;
+use kvcellar_testkit::copies::ledger::until;
+use kvcellar_testkit::copies::scene::Scene;
+use kvcellar_testkit::random::Random;
+use kvcellar_testkit::stub_cuda::{Mutation, Stub};
 
 const BLOCKS: u32 = 12;
 const SLOTS: u32 = 10;

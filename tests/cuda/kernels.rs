@@ -1,17 +1,17 @@
 //! The gather kernel's way through the copier, and calibration. The stub runs no kernel: it does
 //! what `cuda/gather.cu` says.
 
-use kvcellar::block::plan::{BlockCopy, StepPlan};
-use kvcellar::gpu::cuda::calibration;
-use kvcellar::gpu::cuda::device::Device;
-use kvcellar::pool::slot_table::Fill;
+use kvcellar_block::plan::{BlockCopy, StepPlan};
+use kvcellar_engine::gpu::cuda::calibration;
+use kvcellar_engine::gpu::cuda::device::Device;
+use kvcellar_engine::pool::slot_table::Fill;
 
-use crate::cache::Shape;
-use crate::ledger::until;
 use crate::maker::with_kernel;
-use crate::scene::Scene;
-use crate::stub::Stub;
 use crate::vllm::{Vllm, load};
+use kvcellar_testkit::copies::cache::Shape;
+use kvcellar_testkit::copies::ledger::until;
+use kvcellar_testkit::copies::scene::Scene;
+use kvcellar_testkit::stub_cuda::Stub;
 
 #[test]
 fn small_fragments_are_loaded_by_the_kernel() {
@@ -97,22 +97,6 @@ fn without_memory_for_packing_the_engines_are_used_and_it_is_said() {
     assert_eq!(stub.calls("cuLaunchKernel"), 0);
     assert!(vllm.worker.take_notes().iter().any(|note| note.contains("not packed")));
     drop(vllm);
-    stub.is_clean();
-}
-
-/// The stub's rates mean nothing: the benchmark runs, gives its memory back, and reports every size
-/// both ways.
-#[test]
-fn the_benchmark_runs_over_the_stub() {
-    use kvcellar::cli::bench_dma::{Options, measure};
-    let stub = Stub::take(4);
-    stub.eager();
-    stub.strict();
-    let options = Options { device: 0, mib: 8, repetitions: 1, nvrtc: Vec::new(), json: true };
-    measure(&options).expect("the stub's device");
-    assert!(measure(&Options { mib: 9, ..options }).is_err());
-    assert_eq!(stub.calls("cuMemAlloc_v2"), stub.calls("cuMemFree_v2"));
-    assert_eq!(stub.calls("cuMemHostRegister_v2"), stub.calls("cuMemHostUnregister"));
     stub.is_clean();
 }
 

@@ -14,24 +14,7 @@
     clippy::duration_suboptimal_units,
     reason = "reads better in a test"
 )]
-#![expect(clippy::expect_used, clippy::panic, reason = "what goes wrong in a test's own helper fails the test")]
-
-#[path = "../copies/cache.rs"]
-mod cache;
-#[path = "../copies/conformance.rs"]
-mod conformance;
-#[allow(dead_code, reason = "for the suite's other copiers")]
-#[path = "../copies/fake.rs"]
-mod fake;
-#[allow(dead_code, reason = "shared with other suites")]
-#[path = "../copies/ledger.rs"]
-mod ledger;
-#[allow(dead_code, reason = "shared with other suites")]
-#[path = "../copies/random.rs"]
-mod random;
-#[allow(dead_code, reason = "shared with other suites")]
-#[path = "../copies/scene.rs"]
-mod scene;
+#![expect(clippy::expect_used, reason = "what goes wrong in a test's own helper fails the test")]
 
 mod apart;
 mod drivers;
@@ -41,7 +24,6 @@ mod kernels;
 mod maker;
 mod order;
 mod pinning;
-mod stub;
 mod vllm;
 
-conformance::conformance!(copier, crate::maker::Cuda);
+kvcellar_testkit::copier_conformance!(copier, crate::maker::Cuda);

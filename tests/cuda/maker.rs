@@ -3,14 +3,14 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use kvcellar::gpu::cuda::calibration::Calibration;
-use kvcellar::gpu::cuda::copier::{CudaCopier, Options};
-use kvcellar::gpu::cuda::device::Device;
-use kvcellar::gpu::views::GroupRuns;
-use kvcellar::gpu::{Answers, Copier};
+use kvcellar_engine::gpu::cuda::calibration::Calibration;
+use kvcellar_engine::gpu::cuda::copier::{CudaCopier, Options};
+use kvcellar_engine::gpu::cuda::device::Device;
+use kvcellar_engine::gpu::views::GroupRuns;
+use kvcellar_engine::gpu::{Answers, Copier};
 
-use crate::scene::{Maker, Side};
-use crate::stub::{self, Stub};
+use kvcellar_testkit::copies::scene::{Maker, Side};
+use kvcellar_testkit::stub_cuda::{self, Stub};
 
 pub(crate) struct Cuda;
 
@@ -68,5 +68,5 @@ pub(crate) fn adopt(groups: &[GroupRuns]) {
         .iter()
         .flat_map(|group| (0..group.blocks() as u32).flat_map(|block| group.pieces(block).expect("a block")));
     let (start, end) = pieces.fold((u64::MAX, 0), |(start, end), (at, len)| (start.min(at), end.max(at + len as u64)));
-    stub::adopt(start, (end - start) as usize);
+    stub_cuda::adopt(start, (end - start) as usize);
 }

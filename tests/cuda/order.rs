@@ -3,17 +3,17 @@
 
 use std::time::{Duration, Instant};
 
-use kvcellar::block::Generation;
-use kvcellar::block::plan::{BlockCopy, FOLLOW, StepPlan};
-use kvcellar::limits::JOBS_IN_FLIGHT_MAX;
-use kvcellar::pool::slot_table::Fill;
+use kvcellar_block::Generation;
+use kvcellar_block::plan::{BlockCopy, FOLLOW, StepPlan};
+use kvcellar_engine::limits::JOBS_IN_FLIGHT_MAX;
+use kvcellar_engine::pool::slot_table::Fill;
 
-use crate::cache::Shape;
-use crate::ledger::until;
 use crate::maker::assumed;
-use crate::scene::Scene;
-use crate::stub::{Mutation, Stub};
 use crate::vllm::{Vllm, at_once, load};
+use kvcellar_testkit::copies::cache::Shape;
+use kvcellar_testkit::copies::ledger::until;
+use kvcellar_testkit::copies::scene::Scene;
+use kvcellar_testkit::stub_cuda::{Mutation, Stub};
 
 fn stores_after(copies: &[BlockCopy]) -> StepPlan {
     StepPlan { stores_after: copies.to_vec(), ..StepPlan::default() }

@@ -3,16 +3,16 @@
 
 use std::path::Path;
 
-use kvcellar::block::plan::StepPlan;
-use kvcellar::gpu::cuda::copier::Options;
-use kvcellar::gpu::cuda::pinning::settle;
-use kvcellar::pool::slot_table::Fill;
+use kvcellar_block::plan::StepPlan;
+use kvcellar_engine::gpu::cuda::copier::Options;
+use kvcellar_engine::gpu::cuda::pinning::settle;
+use kvcellar_engine::pool::slot_table::Fill;
 
-use crate::ledger::until;
 use crate::maker::assumed;
-use crate::scene::Scene;
-use crate::stub::Stub;
 use crate::vllm::{Vllm, at_once};
+use kvcellar_testkit::copies::ledger::until;
+use kvcellar_testkit::copies::scene::Scene;
+use kvcellar_testkit::stub_cuda::Stub;
 
 /// Pieces of two slots.
 fn options(scene: &Scene) -> Options {

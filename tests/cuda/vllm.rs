@@ -4,17 +4,17 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use kvcellar::block::SlotIndex;
-use kvcellar::block::plan::{BlockCopy, Load, StepPlan};
-use kvcellar::gpu::ComputeStream;
-use kvcellar::gpu::cuda::copier::{CudaCopier, Options};
-use kvcellar::gpu::worker::CopyWorker;
-use kvcellar::pool::slot_table::Fill;
+use kvcellar_block::SlotIndex;
+use kvcellar_block::plan::{BlockCopy, Load, StepPlan};
+use kvcellar_engine::gpu::ComputeStream;
+use kvcellar_engine::gpu::cuda::copier::{CudaCopier, Options};
+use kvcellar_engine::gpu::worker::CopyWorker;
+use kvcellar_engine::pool::slot_table::Fill;
 
-use crate::ledger::{PATIENCE, until};
 use crate::maker::{adopt, assumed};
-use crate::scene::{Scene, Side};
-use crate::stub::Stub;
+use kvcellar_testkit::copies::ledger::{PATIENCE, until};
+use kvcellar_testkit::copies::scene::{Scene, Side};
+use kvcellar_testkit::stub_cuda::Stub;
 
 pub(crate) struct Vllm<'a> {
     pub(crate) stub: &'a Stub,
@@ -46,7 +46,7 @@ pub(crate) fn at_once<T>(what: &str, hooks: impl FnOnce() -> T) -> T {
 /// A worker of rank 0 over the stub's device, not attached yet, and where it will map the first
 /// slot's payload.
 pub(crate) fn worker(
-    scene_groups: &Arc<Vec<kvcellar::gpu::views::GroupRuns>>,
+    scene_groups: &Arc<Vec<kvcellar_engine::gpu::views::GroupRuns>>,
     options: Options,
 ) -> (CopyWorker, Arc<AtomicU64>) {
     adopt(scene_groups);

@@ -4,14 +4,14 @@ use std::fs::{self, File};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use kvcellar::nvme::buffer::{Arena, Buffer, Region};
-use kvcellar::nvme::disk::{Completion, Completions, Disk, DiskError, Kind, Operation};
-use kvcellar::nvme::ring::RingDisk;
-use kvcellar::nvme::threads::ThreadDisk;
+use kvcellar_engine::nvme::buffer::{Arena, Buffer, Region};
+use kvcellar_engine::nvme::disk::{Completion, Completions, Disk, DiskError, Kind, Operation};
+use kvcellar_engine::nvme::ring::RingDisk;
+use kvcellar_engine::nvme::threads::ThreadDisk;
 
-use crate::faulty::FaultyDisk;
 use crate::inbox::{Inbox, PAGE, error_of, folder, read, segment, write};
-use crate::random::Random;
+use kvcellar_testkit::faulty_disk::FaultyDisk;
+use kvcellar_testkit::random::Random;
 
 /// Makes a disk of at most 1 MiB in flight, where that can be said.
 type Make = fn(Arc<dyn Region>, Arc<dyn Completions>) -> Arc<dyn Disk>;
@@ -250,7 +250,7 @@ fn fake(_: Arc<dyn Region>, completions: Arc<dyn Completions>) -> Arc<dyn Disk> 
 
 /// Whether this machine has `io_uring`; says so when it has not.
 pub(crate) fn has_ring() -> bool {
-    let refusal = kvcellar::nvme::probe::refusal();
+    let refusal = kvcellar_engine::nvme::probe::refusal();
     if let Some(why) = &refusal {
         println!("skipped: io_uring does not work here: {why}");
     }

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use kvcellar::nvme::disk::{Completions, Disk, DiskError, Kind};
+use kvcellar_engine::nvme::disk::{Completions, Disk, DiskError, Kind};
 
-use crate::faulty::{Fault, FaultyDisk, Rule};
 use crate::inbox::{Inbox, PAGE, error_of, folder, read, segment, write};
+use kvcellar_testkit::faulty_disk::{Fault, FaultyDisk, Rule};
 
 fn fake(seed: u64) -> (FaultyDisk, Arc<Inbox>, tempfile::TempDir) {
     let (folder, inbox) = (folder(), Inbox::new());

@@ -6,9 +6,9 @@ use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-use kvcellar::nvme::buffer::Buffer;
-use kvcellar::nvme::directory::{How, open};
-use kvcellar::nvme::disk::{Completion, Completions, DiskError, Kind, Operation};
+use kvcellar_engine::nvme::buffer::Buffer;
+use kvcellar_engine::nvme::directory::{How, open};
+use kvcellar_engine::nvme::disk::{Completion, Completions, DiskError, Kind, Operation};
 
 pub(crate) const PAGE: usize = 4096;
 

@@ -1,4 +1,4 @@
-//! The disks of the NVMe tier: one suite that every [`kvcellar::nvme::disk::Disk`] must pass, and
+//! The disks of the NVMe tier: one suite that every [`kvcellar_engine::nvme::disk::Disk`] must pass, and
 //! what only one of them has to do.
 //!
 //! The suite (`conformance.rs`) runs against the ring with and without registered memory, against
@@ -10,11 +10,7 @@
 
 mod conformance;
 mod faults;
-mod faulty;
 mod inbox;
-#[path = "../copies/random.rs"]
-#[allow(dead_code, reason = "these tests need less of it")]
-mod random;
 mod refusal;
 mod ringing;
 mod segments;

@@ -4,57 +4,23 @@
 //! Each scene runs in a process of its own (this test binary again, with one test and an
 //! environment variable), because its restrictions last.
 
-use std::path::Path;
-use std::process::Command;
 use std::sync::Arc;
 
-use kvcellar::config::nvme::DiskEngine;
-use kvcellar::error::Error;
-use kvcellar::nvme::buffer::{Arena, Region};
-use kvcellar::nvme::disk::{Completions, Disk, DiskError};
-use kvcellar::nvme::probe;
-use kvcellar::nvme::ring::RingDisk;
+use kvcellar_block::error::Error;
+use kvcellar_engine::config::nvme::DiskEngine;
+use kvcellar_engine::nvme::buffer::{Arena, Region};
+use kvcellar_engine::nvme::disk::{Completions, Disk, DiskError};
+use kvcellar_engine::nvme::probe;
+use kvcellar_engine::nvme::ring::RingDisk;
+
+use kvcellar_testkit::confined::{forbid, in_own_process};
 
 use crate::conformance::has_ring;
 use crate::inbox::{Inbox, error_of, folder, read, segment};
 
-const SCENE: &str = "KVCELLAR_TEST_SCENE";
-
-/// Runs `scene` in a process in which only the test `name` runs.
-fn in_own_process(name: &str, scene: impl FnOnce()) {
-    if std::env::var(SCENE).is_ok_and(|wanted| wanted == name) {
-        scene();
-        return println!("scene played");
-    }
-    let program = std::env::current_exe().expect("this program");
-    let arguments = ["--exact", &format!("refusal::{name}"), "--nocapture", "--test-threads=1"];
-    let output = Command::new(program).args(arguments).env(SCENE, name).output().expect("the scene's process");
-    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && said.contains("scene played"), "{said}");
-    said.lines().filter(|line| line.starts_with("skipped")).for_each(|line| println!("{line}"));
-}
-
-/// From now on a system call is refused with `EPERM` in all threads of the process.
-fn forbid(system_call: libc::c_long) {
-    let step = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
-    let filter = [
-        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-        step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, u32::try_from(system_call).expect("a number")),
-        step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
-        step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
-    ];
-    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
-    // SAFETY: plain numbers.
-    assert_eq!(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }, 0, "no new privileges");
-    let (mode, flags) = (libc::SECCOMP_SET_MODE_FILTER, libc::SECCOMP_FILTER_FLAG_TSYNC);
-    // SAFETY: the program lives until the call returns; the kernel copies it.
-    let result = unsafe { libc::syscall(libc::SYS_seccomp, mode, flags, &raw const program) };
-    assert_eq!(result, 0, "seccomp: {}", std::io::Error::last_os_error());
-}
-
 #[test]
 fn a_refused_ring_becomes_threads_and_says_why() {
-    in_own_process("a_refused_ring_becomes_threads_and_says_why", || {
+    in_own_process("refusal::a_refused_ring_becomes_threads_and_says_why", || {
         forbid(libc::SYS_io_uring_setup);
         let (folder, inbox) = (folder(), Inbox::new());
         let completions = Arc::clone(&inbox) as Arc<dyn Completions>;
@@ -63,11 +29,7 @@ fn a_refused_ring_becomes_threads_and_says_why() {
         let description = disk.describe();
         assert_eq!(description.engine, "threads");
         assert!(description.why.contains("io_uring is refused"), "{}", description.why);
-        let why = probe::refusal().expect("a reason");
-        assert!(!why.is_empty());
-        let findings = kvcellar::cli::doctor::machine::examine(Path::new("/dev/shm"));
-        let ring = findings.iter().find(|finding| finding.name == "io_uring").expect("a line about the ring");
-        assert!(ring.found.contains(&why) && ring.remedy.is_some(), "{ring:?}");
+        assert!(!probe::refusal().expect("a reason").is_empty());
         disk.add_segment(segment(folder.path(), "s", 1)).expect("a segment");
         disk.submit(vec![read(1, 0, 0, 1)]);
         assert_eq!(inbox.one().outcome, Ok(()));
@@ -79,7 +41,7 @@ fn a_refused_ring_becomes_threads_and_says_why() {
 
 #[test]
 fn a_ring_that_stops_working_fails_its_operations() {
-    in_own_process("a_ring_that_stops_working_fails_its_operations", || {
+    in_own_process("refusal::a_ring_that_stops_working_fails_its_operations", || {
         if !has_ring() {
             return;
         }
@@ -121,7 +83,7 @@ fn drop_lock_right() -> bool {
 
 #[test]
 fn memory_that_may_not_be_locked_stays_unregistered() {
-    in_own_process("memory_that_may_not_be_locked_stays_unregistered", || {
+    in_own_process("refusal::memory_that_may_not_be_locked_stays_unregistered", || {
         let limit = nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_MEMLOCK, 8 << 20, 8 << 20);
         if !has_ring() || limit.is_err() || !drop_lock_right() {
             return println!("skipped: the right to lock memory cannot be given up here");

@@ -4,9 +4,9 @@ use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::sync::Arc;
 
-use kvcellar::nvme::buffer::{Arena, Buffer, Region};
-use kvcellar::nvme::disk::{Completions, Disk, Kind, Operation};
-use kvcellar::nvme::ring::RingDisk;
+use kvcellar_engine::nvme::buffer::{Arena, Buffer, Region};
+use kvcellar_engine::nvme::disk::{Completions, Disk, Kind, Operation};
+use kvcellar_engine::nvme::ring::RingDisk;
 
 use crate::conformance::has_ring;
 use crate::inbox::{Inbox, PAGE, folder, read, segment};

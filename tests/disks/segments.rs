@@ -3,13 +3,13 @@
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::sync::Arc;
 
-use kvcellar::config::nvme::DiskEngine;
-use kvcellar::error::Error;
-use kvcellar::limits::DISK_SEGMENTS_MAX;
-use kvcellar::nvme::directory::{How, is_direct, open};
-use kvcellar::nvme::disk::{Completions, Disk};
-use kvcellar::nvme::probe;
-use kvcellar::nvme::threads::ThreadDisk;
+use kvcellar_block::error::Error;
+use kvcellar_engine::config::nvme::DiskEngine;
+use kvcellar_engine::limits::DISK_SEGMENTS_MAX;
+use kvcellar_engine::nvme::directory::{How, is_direct, open};
+use kvcellar_engine::nvme::disk::{Completions, Disk};
+use kvcellar_engine::nvme::probe;
+use kvcellar_engine::nvme::threads::ThreadDisk;
 
 use crate::inbox::{Inbox, folder, segment};
 

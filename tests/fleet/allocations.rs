@@ -3,12 +3,12 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
-use kvcellar::events::wire::{Arena, Batch, Event, Hashes, Stored};
-use kvcellar::index::Index;
-use kvcellar::index::keys::{self, Extras};
-use kvcellar::index::query::Scorer;
-use kvcellar::index::tiers::Weights;
-use kvcellar::limits::INDEX_BYTES_MIN;
+use kvcellar_events::wire::{Arena, Batch, Event, Hashes, Stored};
+use kvcellar_index::Index;
+use kvcellar_index::keys::{self, Extras};
+use kvcellar_index::limits::INDEX_BYTES_MIN;
+use kvcellar_index::query::Scorer;
+use kvcellar_index::tiers::Weights;
 
 thread_local! {
     static COUNT: Cell<usize> = const { Cell::new(0) };

@@ -3,13 +3,13 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use kvcellar::events::wire::{Arena, Batch, Event, Hashes, Removed, Stored};
-use kvcellar::index::Index;
-use kvcellar::index::keys::{self, Extras};
-use kvcellar::index::query::Scorer;
-use kvcellar::index::roster::EngineId;
-use kvcellar::index::tiers::Weights;
-use kvcellar::limits::INDEX_BYTES_MIN;
+use kvcellar_events::wire::{Arena, Batch, Event, Hashes, Removed, Stored};
+use kvcellar_index::Index;
+use kvcellar_index::keys::{self, Extras};
+use kvcellar_index::limits::INDEX_BYTES_MIN;
+use kvcellar_index::query::Scorer;
+use kvcellar_index::roster::EngineId;
+use kvcellar_index::tiers::Weights;
 
 const BLOCKS: usize = 200;
 

@@ -3,12 +3,12 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use kvcellar::events::encode::encode;
-use kvcellar::events::follow::{Follower, Step, Why};
-use kvcellar::events::wire::{Arena, Batch, Event, Hashes, Parent, Removed, Stored};
+use kvcellar_events::encode::encode;
+use kvcellar_events::follow::{Follower, Step, Why};
+use kvcellar_events::wire::{Arena, Batch, Event, Hashes, Parent, Removed, Stored};
 
 use crate::prompts::{TOKENS, hash, tokens};
-use crate::random::Choices;
+use kvcellar_testkit::random::Random;
 
 /// Media of the four tiers.
 pub(crate) const TIERS: [(&str, Option<&str>); 4] =
@@ -57,7 +57,7 @@ impl SimEngine {
     }
 
     /// One batch of changes to the truth, as bytes.
-    pub(crate) fn work(&mut self, choices: &mut Choices, prompts: u64) -> Vec<u8> {
+    pub(crate) fn work(&mut self, choices: &mut Random, prompts: u64) -> Vec<u8> {
         let mut arena = Arena::default();
         let mut batch = Batch { at_s: self.number as f64, rank: Some(0), ..Batch::default() };
         for _ in 0..choices.of(1..4) {
@@ -75,7 +75,7 @@ impl SimEngine {
         payload
     }
 
-    fn store(&mut self, choices: &mut Choices, prompts: u64, arena: &mut Arena, batch: &mut Batch<'_>) {
+    fn store(&mut self, choices: &mut Random, prompts: u64, arena: &mut Arena, batch: &mut Batch<'_>) {
         let prompt = choices.of(0..prompts);
         let all = tokens(prompt);
         let size = self.shape.block;
@@ -112,7 +112,7 @@ impl SimEngine {
         })));
     }
 
-    fn remove(&mut self, choices: &mut Choices, arena: &mut Arena, batch: &mut Batch<'_>) {
+    fn remove(&mut self, choices: &mut Random, arena: &mut Arena, batch: &mut Batch<'_>) {
         let group = choices.of(0..self.truth.len() as u64) as usize;
         let tier = choices.of(0..4) as usize;
         let mut held: Vec<u64> =

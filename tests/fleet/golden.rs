@@ -1,8 +1,8 @@
 //! Bytes as vLLM's own encoder makes them.
 
-use kvcellar::events::decode::decode;
-use kvcellar::events::encode::encode;
-use kvcellar::events::wire::{Arena, Event};
+use kvcellar_events::decode::decode;
+use kvcellar_events::encode::encode;
+use kvcellar_events::wire::{Arena, Event};
 
 fn samples() -> Vec<(String, Vec<u8>)> {
     let file: serde_json::Value = serde_json::from_str(include_str!("golden/kv_events.json")).expect("JSON");

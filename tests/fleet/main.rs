@@ -12,8 +12,5 @@ mod engine;
 mod golden;
 mod naive;
 mod prompts;
-#[path = "../stores/random.rs"]
-#[expect(dead_code, reason = "shared with another suite")]
-mod random;
 mod simulation;
 mod small;

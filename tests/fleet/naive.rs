@@ -2,9 +2,9 @@
 
 use std::collections::HashMap;
 
-use kvcellar::events::decode::decode;
-use kvcellar::events::follow::Step;
-use kvcellar::events::wire::{Arena, Event};
+use kvcellar_events::decode::decode;
+use kvcellar_events::follow::Step;
+use kvcellar_events::wire::{Arena, Event};
 
 use crate::engine::{Contents, Shape, TIERS};
 use crate::prompts::{BLOCK, same_until};

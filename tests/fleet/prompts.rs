@@ -1,6 +1,6 @@
 //! Prompts of a fleet: families that share a beginning, and what each of their blocks is called.
 
-use kvcellar::index::keys::{self, Extras};
+use kvcellar_index::keys::{self, Extras};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 /// Tokens of an index block.

@@ -3,19 +3,19 @@
 
 use std::collections::HashMap;
 
-use kvcellar::events::decode::decode;
-use kvcellar::events::follow::Step;
-use kvcellar::events::wire::Arena;
-use kvcellar::index::Index;
-use kvcellar::index::query::Scorer;
-use kvcellar::index::roster::EngineId;
-use kvcellar::index::tiers::Weights;
-use kvcellar::limits::INDEX_BYTES_MIN;
+use kvcellar_events::decode::decode;
+use kvcellar_events::follow::Step;
+use kvcellar_events::wire::Arena;
+use kvcellar_index::Index;
+use kvcellar_index::limits::INDEX_BYTES_MIN;
+use kvcellar_index::query::Scorer;
+use kvcellar_index::roster::EngineId;
+use kvcellar_index::tiers::Weights;
 
 use crate::engine::{Shape, SimEngine};
 use crate::naive::{Naive, holds, masked};
 use crate::prompts::{BLOCK, MODEL, TOKENS, hash, keys, same_until, tokens};
-use crate::random::{Choices, Seed};
+use kvcellar_testkit::random::{Random, Seed};
 
 struct Fleet {
     index: Index,
@@ -25,7 +25,7 @@ struct Fleet {
 }
 
 impl Fleet {
-    fn new(count: u64, choices: &mut Choices) -> Self {
+    fn new(count: u64, choices: &mut Random) -> Self {
         let index = Index::new(BLOCK as u32, INDEX_BYTES_MIN).expect("an index");
         let engines = (0..count)
             .map(|number| {
@@ -42,7 +42,7 @@ impl Fleet {
         Self { index, engines, arena: Arena::default(), applied: 0 }
     }
 
-    fn step(&mut self, at: usize, choices: &mut Choices, prompts: u64, noisy: bool) {
+    fn step(&mut self, at: usize, choices: &mut Random, prompts: u64, noisy: bool) {
         let (id, engine, naive) = &mut self.engines[at];
         let (index, arena, applied) = (&self.index, &mut self.arena, &mut self.applied);
         if noisy && choices.chance(1) {
@@ -130,7 +130,7 @@ fn usable(masks: &[Vec<u8>], shape: Shape) -> usize {
 
 fn run(seed: u64, engines: u64, steps: u64, prompts: u64) -> u64 {
     let _printed = Seed(seed);
-    let mut choices = Choices::new(seed);
+    let mut choices = Random::new(seed);
     let mut fleet = Fleet::new(engines, &mut choices);
     for _ in 0..steps * engines {
         let at = choices.of(0..engines) as usize;

@@ -1,14 +1,14 @@
 //! Behaviours one at a time.
 
-use kvcellar::events::follow::Position;
-use kvcellar::events::wire::{Arena, Batch, Event, Hashes, Parent, Removed, Stored};
-use kvcellar::index::Index;
-use kvcellar::index::keys::{self, Extras};
-use kvcellar::index::query::Scorer;
-use kvcellar::index::registry::Mark;
-use kvcellar::index::roster::EngineId;
-use kvcellar::index::tiers::{FleetTier, Weights};
-use kvcellar::limits::INDEX_BYTES_MIN;
+use kvcellar_events::follow::Position;
+use kvcellar_events::wire::{Arena, Batch, Event, Hashes, Parent, Removed, Stored};
+use kvcellar_index::Index;
+use kvcellar_index::keys::{self, Extras};
+use kvcellar_index::limits::INDEX_BYTES_MIN;
+use kvcellar_index::query::Scorer;
+use kvcellar_index::registry::Mark;
+use kvcellar_index::roster::EngineId;
+use kvcellar_index::tiers::{FleetTier, Weights};
 
 const MODEL: &str = "model";
 

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use kvcellar::block::{BlockKey, GroupKind, Grouping};
+use kvcellar_block::{BlockKey, GroupKind, Grouping};
 
 /// One life of a block in a slot.
 pub(crate) type Life = u64;

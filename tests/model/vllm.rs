@@ -4,14 +4,14 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use kvcellar::block::plan::{BlockCopy, StepPlan};
-use kvcellar::block::{BlockHash, BlockKey, GroupIndex, GroupKind, GroupSpec, Grouping, SlotIndex};
-use kvcellar::config::{Config, Controls};
-use kvcellar::events::Run;
-use kvcellar::pool::memory::{HeapSlots, SlotMemory};
-use kvcellar::tier::TierEngine;
-use kvcellar::tier::load::Hit;
-use kvcellar::tier::offload::{GroupOffer, Offer, Start};
+use kvcellar_block::plan::{BlockCopy, StepPlan};
+use kvcellar_block::{BlockHash, BlockKey, GroupIndex, GroupKind, GroupSpec, Grouping, SlotIndex};
+use kvcellar_engine::config::{Config, Controls};
+use kvcellar_engine::event_log::Run;
+use kvcellar_engine::pool::memory::{HeapSlots, SlotMemory};
+use kvcellar_engine::tier::TierEngine;
+use kvcellar_engine::tier::load::Hit;
+use kvcellar_engine::tier::offload::{GroupOffer, Offer, Start};
 use proptest::prelude::*;
 
 use super::dram::{Dram, Life, Name, name};

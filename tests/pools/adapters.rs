@@ -1,6 +1,6 @@
 //! Blocks computed with a LoRA adapter belong to what the adapter consists of, not to its name.
 
-use kvcellar::block::AdapterId;
+use kvcellar_block::AdapterId;
 
 use crate::place::{Place, Purpose};
 use crate::stock::Stock;
@@ -39,7 +39,7 @@ fn the_same_adapter_finds_its_blocks_after_a_restart_and_a_retrained_one_does_no
 
 #[test]
 fn events_of_an_adapters_blocks_carry_hashes_of_their_own_whose_parents_agree() {
-    use kvcellar::events::log::Run;
+    use kvcellar_engine::event_log::Run;
 
     let place = Place::new();
     let mut stock = Stock::of(place.open(&Purpose::small()));

@@ -1,11 +1,11 @@
 //! What comes back after a restart, and what does not.
 
-use kvcellar::block::SlotIndex;
-use kvcellar::block::plan::BlockCopy;
-use kvcellar::config::Config;
-use kvcellar::pool::memory::SlotMemory;
-use kvcellar::pool::slot_table::SlotState;
-use kvcellar::tier::engine::{ResetReport, TierEngine};
+use kvcellar_block::SlotIndex;
+use kvcellar_block::plan::BlockCopy;
+use kvcellar_engine::config::Config;
+use kvcellar_engine::pool::memory::SlotMemory;
+use kvcellar_engine::pool::slot_table::SlotState;
+use kvcellar_engine::tier::engine::{ResetReport, TierEngine};
 
 use crate::place::{Place, Purpose, grouping};
 use crate::stock::{Stock, all_verified, is_whole, left_behind, put_checksum, state, verifies, write};

@@ -1,6 +1,7 @@
 //! Blocks by number: everything about a block follows from it.
 
-use kvcellar::block::BlockHash;
+use kvcellar_block::BlockHash;
+use kvcellar_testkit::random::mix;
 
 /// Tokens of one block.
 pub(crate) const TOKENS: u32 = 16;
@@ -27,12 +28,4 @@ pub(crate) fn tokens(number: u64) -> Vec<u32> {
 pub(crate) fn part(number: u64, rank: usize, len: usize) -> Vec<u8> {
     let word = mix(number.wrapping_mul(64) + rank as u64 + 1).to_le_bytes();
     word.iter().copied().cycle().take(len).collect()
-}
-
-/// SplitMix64's mixing function.
-pub(crate) fn mix(number: u64) -> u64 {
-    let mixed = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    mixed ^ (mixed >> 31)
 }

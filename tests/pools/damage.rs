@@ -5,7 +5,7 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::sync::{Arc, OnceLock};
 
-use kvcellar::limits::HEADER_BYTES;
+use kvcellar_engine::limits::HEADER_BYTES;
 use proptest::prelude::*;
 
 use crate::place::{Place, Purpose};
@@ -126,7 +126,7 @@ fn check(bytes: &[u8]) -> Result<Vec<u64>, TestCaseError> {
     let file = purpose.file(place.path(), 0);
     fs::write(&file, bytes).expect("written");
     fs::set_permissions(&file, Permissions::from_mode(0o600)).expect("set");
-    let listed = kvcellar::pool::registry::list(place.path()).expect("listed");
+    let listed = kvcellar_engine::pool::registry::list(place.path()).expect("listed");
     prop_assert_eq!(listed.len(), 1);
     let opened = purpose.open(place.path()).expect("a damaged pool never keeps an engine from starting");
     prop_assert_eq!(opened.pool.slot_count(), 6);

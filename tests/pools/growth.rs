@@ -1,6 +1,6 @@
 //! A pool whose size is no longer what a start gets: its blocks stay as far as they have a place.
 
-use kvcellar::pool::budget::Bound;
+use kvcellar_engine::pool::budget::Bound;
 
 use crate::mounts::{Tmpfs, touch_all};
 use crate::place::{Place, Purpose, bytes_for};

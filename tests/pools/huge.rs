@@ -2,8 +2,8 @@
 
 use std::fs;
 
-use kvcellar::pool::Pool;
-use kvcellar::pool::file_system::{FileSystem, Kind};
+use kvcellar_engine::pool::Pool;
+use kvcellar_engine::pool::file_system::{FileSystem, Kind};
 
 use crate::mounts::{Tmpfs, touch_all};
 use crate::place::Purpose;
@@ -49,7 +49,7 @@ fn a_pool_lies_in_huge_pages_and_survives_there() {
     assert!(opened.pool.bytes().is_multiple_of(2 << 20) && opened.pool.bytes() <= purpose.bytes);
     assert!(opened.pool.slot_count() > 400, "{} slots", opened.pool.slot_count());
     touch_all(&opened.pool);
-    let entry = kvcellar::pool::registry::list(&mount.path).expect("listed").remove(0);
+    let entry = kvcellar_engine::pool::registry::list(&mount.path).expect("listed").remove(0);
     assert_eq!((entry.bytes, entry.file_bytes), (opened.pool.bytes(), opened.pool.bytes()));
     let worker = Pool::attach(&opened.pool.ticket()).expect("a worker attaches");
     worker.touch();

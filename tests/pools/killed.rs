@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use kvcellar::block::SlotIndex;
-use kvcellar::block::plan::BlockCopy;
-use kvcellar::pool::slot_table::SlotState;
+use kvcellar_block::SlotIndex;
+use kvcellar_block::plan::BlockCopy;
+use kvcellar_engine::pool::slot_table::SlotState;
 
-use crate::blocks::mix;
 use crate::place::{Place, Purpose, alone, until};
 use crate::stock::{Stock, is_whole, left_behind, put_checksum, state, verifies, write};
+use kvcellar_testkit::random::{Random, mix};
 
 const DIR: &str = "KVCELLAR_POOLS_OWNER_DIR";
 const SEED: &str = "KVCELLAR_POOLS_OWNER_SEED";
@@ -24,20 +24,11 @@ fn purpose() -> Purpose {
     Purpose::of(SLOTS, 2, 30_000)
 }
 
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: usize) -> usize {
-        self.0 = mix(self.0);
-        (self.0 % end as u64) as usize
-    }
-}
-
 /// The owner's work: nothing unless a test started this process for it.
 #[test]
 fn owner() {
     let (Ok(dir), Ok(seed)) = (std::env::var(DIR), std::env::var(SEED)) else { return };
-    let mut random = Random(seed.parse().expect("a number"));
+    let mut random = Random::new(seed.parse().expect("a number"));
     let dir = PathBuf::from(dir);
     let mut stock = Stock::of(purpose().open(&dir).expect("a pool"));
     let pool = stock.pool();

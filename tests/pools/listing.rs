@@ -3,10 +3,10 @@
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 
-use kvcellar::error::Error;
-use kvcellar::pool::Pool;
-use kvcellar::pool::open::namespace_name;
-use kvcellar::pool::registry::{list, remove};
+use kvcellar_block::error::Error;
+use kvcellar_engine::pool::Pool;
+use kvcellar_engine::pool::open::namespace_name;
+use kvcellar_engine::pool::registry::{list, remove};
 
 use crate::place::{Place, Purpose};
 use crate::stock::Stock;

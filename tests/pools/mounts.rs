@@ -6,8 +6,8 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
-use kvcellar::block::SlotIndex;
-use kvcellar::pool::Pool;
+use kvcellar_block::SlotIndex;
+use kvcellar_engine::pool::Pool;
 
 use crate::place::Place;
 

@@ -3,9 +3,9 @@
 use std::sync::Barrier;
 use std::time::Duration;
 
-use kvcellar::block::SlotIndex;
-use kvcellar::error::Error;
-use kvcellar::pool::Pool;
+use kvcellar_block::SlotIndex;
+use kvcellar_block::error::Error;
+use kvcellar_engine::pool::Pool;
 
 use crate::place::{Place, Purpose};
 use crate::stock::{Stock, read};
@@ -103,7 +103,7 @@ fn another_purpose_never_gets_the_bytes() {
         drop((stock, beside));
         let opened = place.open(&other);
         assert!(!opened.adopted, "another {what} was adopted");
-        let pool_files = kvcellar::pool::registry::list(place.path()).expect("listed").len();
+        let pool_files = kvcellar_engine::pool::registry::list(place.path()).expect("listed").len();
         assert_eq!(pool_files, files, "{what}");
         let mut stock = Stock::of(opened);
         assert_eq!((stock.adopted, stock.hit(&[1, 2])), (0, 0), "{what}");

@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
-use kvcellar::block::geometry::RankBytes;
-use kvcellar::block::{GroupKind, GroupSpec, Grouping, SlotGeometry};
-use kvcellar::error::Result;
-use kvcellar::limits;
-use kvcellar::pool::directory;
-use kvcellar::pool::open::{Opened, Wish, namespace_name, open};
+use kvcellar_block::error::Result;
+use kvcellar_block::geometry::RankBytes;
+use kvcellar_block::{GroupKind, GroupSpec, Grouping, SlotGeometry};
+use kvcellar_engine::limits;
+use kvcellar_engine::pool::directory;
+use kvcellar_engine::pool::open::{Opened, Wish, namespace_name, open};
 
 use crate::blocks::TOKENS;
 

@@ -4,7 +4,7 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
-use kvcellar::pool::directory;
+use kvcellar_engine::pool::directory;
 
 use crate::place::{Place, Purpose};
 use crate::stock::Stock;
@@ -95,5 +95,5 @@ fn a_worker_follows_no_link() {
     let link = place.path().join("link.pool");
     symlink(&ticket.path, &link).expect("linked");
     ticket.path = link;
-    assert!(kvcellar::pool::Pool::attach(&ticket).is_err());
+    assert!(kvcellar_engine::pool::Pool::attach(&ticket).is_err());
 }

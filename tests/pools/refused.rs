@@ -4,7 +4,7 @@
 
 use std::thread;
 
-use kvcellar::pool::pages;
+use kvcellar_engine::pool::pages;
 
 use crate::mounts::{Tmpfs, touch_all};
 use crate::place::{Place, Purpose};
@@ -74,7 +74,7 @@ fn a_kernel_that_does_not_populate_gets_its_pages_otherwise() {
             let mut last = (0, 0);
             let opened = purpose.open_with(place.path(), &mut |done, total| last = (done, total)).expect("a pool");
             assert_eq!(last, (opened.pool.bytes(), opened.pool.bytes()), "populated to the end");
-            let entry = kvcellar::pool::registry::list(place.path()).expect("listed").remove(0);
+            let entry = kvcellar_engine::pool::registry::list(place.path()).expect("listed").remove(0);
             assert_eq!(entry.bytes, opened.pool.bytes().next_multiple_of(4096), "all of it exists");
             let mut stock = Stock::of(opened);
             stock.store(&[1, 2, 3], |_| true);
@@ -97,7 +97,7 @@ fn without_allocation_either_pages_are_written_through_the_file() {
     let purpose = Purpose::of(100, 2, 4096);
     under(&refusals, || {
         let opened = purpose.open(place.path()).expect("a pool");
-        let entry = kvcellar::pool::registry::list(place.path()).expect("listed").remove(0);
+        let entry = kvcellar_engine::pool::registry::list(place.path()).expect("listed").remove(0);
         assert_eq!(entry.bytes, opened.pool.bytes(), "all of it exists");
         touch_all(&opened.pool);
     });

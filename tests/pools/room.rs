@@ -8,9 +8,9 @@ use std::fs;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use kvcellar::error::Error;
-use kvcellar::pool::Pool;
-use kvcellar::pool::budget::Bound;
+use kvcellar_block::error::Error;
+use kvcellar_engine::pool::Pool;
+use kvcellar_engine::pool::budget::Bound;
 
 use crate::mounts::{Tmpfs, touch_all};
 use crate::place::{Place, Purpose, bytes_for};
@@ -19,7 +19,7 @@ use crate::stock::{Stock, left_behind};
 /// Nothing of a pool that could not be made is left.
 fn assert_no_pools(dir: &Path) {
     let left: Vec<_> =
-        kvcellar::pool::registry::list(dir).expect("listed").into_iter().map(|entry| entry.name).collect();
+        kvcellar_engine::pool::registry::list(dir).expect("listed").into_iter().map(|entry| entry.name).collect();
     assert!(left.is_empty(), "{left:?}");
 }
 
@@ -119,7 +119,7 @@ fn a_pool_as_large_as_wished_is_not_called_bounded() {
     let opened = place.open(&purpose);
     let budget = opened.budget.expect("a fresh pool");
     assert_eq!((budget.bound, budget.bytes), (Bound::Configured, bytes_for(8, &purpose.geometry)));
-    let entry = kvcellar::pool::registry::list(place.path()).expect("listed").remove(0);
+    let entry = kvcellar_engine::pool::registry::list(place.path()).expect("listed").remove(0);
     assert!(entry.created_s.is_some_and(|seconds| seconds >= started));
     assert!(left_behind(&std::sync::Arc::new(opened.pool)).is_empty());
 }
@@ -129,7 +129,8 @@ fn a_wish_above_the_whole_file_system_is_told_before_the_start() {
     let Some(tmpfs) = Tmpfs::mount(1 << 20) else { return };
     let check = |size: &str| {
         let json = format!(r#"{{"dram_size": "{size}", "pool_dir": "{}"}}"#, tmpfs.path.display());
-        kvcellar::tier::machine::check(&kvcellar::config::Config::parse(&json).expect("valid")).expect("it can start")
+        kvcellar_engine::tier::machine::check(&kvcellar_engine::config::Config::parse(&json).expect("valid"))
+            .expect("it can start")
     };
     let warnings = check("64MiB");
     assert!(warnings.len() == 1 && warnings[0].starts_with("dram_size: 64.0 MiB cannot be had"), "{warnings:?}");

@@ -6,10 +6,10 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use kvcellar::error::Error;
-use kvcellar::pool::Pool;
-use kvcellar::pool::budget::Bound;
-use kvcellar::pool::registry::{Entry, list};
+use kvcellar_block::error::Error;
+use kvcellar_engine::pool::Pool;
+use kvcellar_engine::pool::budget::Bound;
+use kvcellar_engine::pool::registry::{Entry, list};
 
 use crate::mounts::{Tmpfs, touch_all};
 use crate::place::{Place, Purpose, alone, bytes_for, until};

@@ -2,16 +2,16 @@
 
 use std::sync::Arc;
 
-use kvcellar::block::plan::{BlockCopy, StepPlan, VERIFY};
-use kvcellar::block::{AdapterId, GroupIndex, SlotIndex};
-use kvcellar::config::{Config, Controls};
-use kvcellar::pool::Pool;
-use kvcellar::pool::memory::SlotMemory;
-use kvcellar::pool::open::Opened;
-use kvcellar::pool::slot_table::SlotState;
-use kvcellar::tier::engine::TierEngine;
-use kvcellar::tier::load::Hit;
-use kvcellar::tier::offload::{GroupOffer, Offer, Start};
+use kvcellar_block::plan::{BlockCopy, StepPlan, VERIFY};
+use kvcellar_block::{AdapterId, GroupIndex, SlotIndex};
+use kvcellar_engine::config::{Config, Controls};
+use kvcellar_engine::pool::Pool;
+use kvcellar_engine::pool::memory::SlotMemory;
+use kvcellar_engine::pool::open::Opened;
+use kvcellar_engine::pool::slot_table::SlotState;
+use kvcellar_engine::tier::engine::TierEngine;
+use kvcellar_engine::tier::load::Hit;
+use kvcellar_engine::tier::offload::{GroupOffer, Offer, Start};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::blocks::{TOKENS, hash, number, part, tokens};

@@ -81,7 +81,7 @@ def check_arguments(workload: dict[str, Any]) -> None:
         assert settings(workload).keys() <= known
         return
     command = container(workload)["args"][0]
-    source = (ROOT / "src" / "cli" / f"{command}.rs").read_text()
+    source = (ROOT / "src" / "command" / f"{command}.rs").read_text()
     named = re.findall(r'long = "([\w-]+)"', source)
     named += [field.replace("_", "-") for field in re.findall(r"^    pub (\w+):", source, re.MULTILINE)]
     given = [argument.split("=")[0][2:] for argument in container(workload)["args"] if argument.startswith("--")]

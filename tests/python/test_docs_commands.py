@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from docs_lib.pages import FENCE, all_pages, name
 from docs_lib.prose import HISTORY
-from kvcellar import _native
+from kvcellar import command as program
 from kvcellar._native import Config
 
 INLINE = re.compile(r"`(kvcellar [^`]+)`")
@@ -58,7 +58,7 @@ def test_pages_show_commands_and_settings() -> None:
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_a_command_is_understood(page: str, command: str, capfd: pytest.CaptureFixture[str]) -> None:
     # Everything before `--help` is parsed, and then nothing is done.
-    code = _native.run_command([*shlex.split(command)[1:], "--help"])
+    code = program.run([*shlex.split(command)[1:], "--help"])
     said = capfd.readouterr().err
     # Text may name an option without its value.
     assert code == 0 or "a value is required" in said, f"{page}: {command}: {said}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from kvcellar import __main__ as command
 from kvcellar import window
-from kvcellar._native import run_command
+from kvcellar.command import run as run_command
 
 
 def test_the_installed_vllm_is_named(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from kvcellar import ConfigError, DataLostError, KvcellarError, SystemRefusedError, UnsupportedError, window
-from kvcellar._native import Config, CopyWorker, StoredRun, TierEngine, check_controls, next_log_line, run_command
+from kvcellar._native import Config, CopyWorker, StoredRun, TierEngine, check_controls, next_log_line
+from kvcellar.command import run as run_command
 
 from tests.deadlines import deadline
 from tests.vllm.places import temporary_disk_dir

@@ -1,20 +1,25 @@
-"""What `scripts/setup` does again: a build for tests is served by one for users, never the other way round."""
+"""What `scripts/setup` does again: a whole build serves for tests and for the engine alone, and no other for it."""
 
 from pathlib import Path
 
 import pytest
 from setup_lib import packages
-from setup_lib.__main__ import Step, kvcellar_step
+from setup_lib.__main__ import ENGINE, FOR_TESTS, WHOLE, Build, Step, kvcellar_step
 from setup_lib.markers import Markers
 
-USERS, TESTS = False, True
 CASES = [
-    (None, USERS, True),
-    (None, TESTS, True),
-    (USERS, USERS, False),
-    (USERS, TESTS, False),
-    (TESTS, TESTS, False),
-    (TESTS, USERS, True),
+    (None, WHOLE, True),
+    (None, ENGINE, True),
+    (None, FOR_TESTS, True),
+    (WHOLE, WHOLE, False),
+    (WHOLE, ENGINE, False),
+    (WHOLE, FOR_TESTS, False),
+    (ENGINE, ENGINE, False),
+    (ENGINE, WHOLE, True),
+    (ENGINE, FOR_TESTS, True),
+    (FOR_TESTS, FOR_TESTS, False),
+    (FOR_TESTS, WHOLE, True),
+    (FOR_TESTS, ENGINE, True),
 ]
 
 
@@ -26,12 +31,12 @@ def markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Markers:
 
 
 @pytest.mark.parametrize(("built", "wanted", "due"), CASES)
-def test_a_build_for_tests_never_passes_for_one_for_users(
-    markers: Markers, built: bool | None, wanted: bool, due: bool
+def test_the_whole_build_serves_for_all_and_no_other_for_it(
+    markers: Markers, built: Build | None, wanted: Build, due: bool
 ) -> None:
     if built is not None:
-        markers.record("kvcellar", kvcellar_step(for_tests=built).fingerprint())
-    assert kvcellar_step(for_tests=wanted).is_due(markers) == due
+        markers.record("kvcellar", kvcellar_step(built).fingerprint())
+    assert kvcellar_step(wanted).is_due(markers) == due
 
 
 def test_what_is_not_installed_is_due_whatever_was_recorded(markers: Markers) -> None:

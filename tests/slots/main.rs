@@ -20,7 +20,7 @@ use std::collections::HashSet;
 use std::sync::atomic::{AtomicUsize as PlainCount, Ordering as PlainOrdering};
 use std::sync::{Arc as PlainArc, Mutex as PlainMutex};
 
-use kvcellar::pool::slot_table::{Fill, SlotLine};
+use kvcellar_engine::pool::slot_table::{Fill, SlotLine};
 use shuttle::rand::{Rng, thread_rng};
 use shuttle::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use shuttle::sync::{Arc, mpsc};

@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use kvcellar::block::Tier;
-use kvcellar::nvme::disk::Kind;
+use kvcellar_block::Tier;
+use kvcellar_engine::nvme::disk::Kind;
 
-use crate::faulty::{Fault, Rule};
 use crate::rig::{BLOCK_TOKENS, Places, Rig, hash};
+use kvcellar_testkit::faulty_disk::{Fault, Rule};
 
 const CHAINS: u32 = 8;
 const SLOTS: u64 = 34;

@@ -8,6 +8,8 @@ use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use kvcellar_testkit::random::Random;
+
 use crate::rig::{Places, Rig};
 
 /// Directories and seed of the child, in its environment.
@@ -16,22 +18,6 @@ const CHAINS: u32 = 40;
 const SLOTS: u64 = 40;
 const SIZE: &str = "3MiB";
 const MORE: &str = r#", "write_through": true"#;
-
-/// Reproducible random numbers (`SplitMix64`).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-}
 
 fn kills() -> u64 {
     std::env::var("KVCELLAR_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(8)
@@ -42,10 +28,10 @@ fn kills() -> u64 {
 fn child_of_the_kills() {
     let Ok(told) = std::env::var(CHILD) else { return };
     let told: Vec<&str> = told.split('|').collect();
-    let mut random = Random(told[2].parse().expect("a seed"));
+    let mut random = Random::new(told[2].parse().expect("a seed"));
     let mut rig = open(told[0].as_ref(), told[1].as_ref());
     loop {
-        let (chain, blocks) = (random.below(CHAINS.into()) as u32, 1 + random.below(12) as u32);
+        let (chain, blocks) = (random.below(CHAINS as usize) as u32, 1 + random.below(12) as u32);
         if random.below(3) == 0 {
             // A failed load is a miss; a wrong byte ends the child, which the parent notices.
             let _miss = rig.fetch(chain, blocks);
@@ -66,12 +52,12 @@ fn damage(places: &Places, random: &mut Random) {
         let bytes = file.metadata().expect("a file").len();
         match random.below(4) {
             0 => {
-                let keep = random.below(bytes);
+                let keep = random.of(0..bytes);
                 file.set_len(keep).expect("truncated");
             }
             1 => {
                 for _ in 0..20 {
-                    file.write_all_at(&[random.next() as u8], random.below(bytes)).expect("written");
+                    file.write_all_at(&[random.next() as u8], random.of(0..bytes)).expect("written");
                 }
             }
             2 => {
@@ -79,8 +65,8 @@ fn damage(places: &Places, random: &mut Random) {
                 let mut page = vec![0; 24_576];
                 let pages = bytes / 24_576;
                 if pages > 1 {
-                    file.read_exact_at(&mut page, random.below(pages) * 24_576).expect("read");
-                    file.write_all_at(&page, random.below(pages) * 24_576).expect("written");
+                    file.read_exact_at(&mut page, random.of(0..pages) * 24_576).expect("read");
+                    file.write_all_at(&page, random.of(0..pages) * 24_576).expect("written");
                 }
             }
             _ => {}
@@ -92,7 +78,7 @@ fn damage(places: &Places, random: &mut Random) {
 fn a_killed_engine_leaves_true_bytes_or_none() {
     let seed: u64 = std::env::var("KVCELLAR_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(11);
     println!("KVCELLAR_SEED={seed}");
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let mut places = Places::new();
     let (mut served, mut refused, mut reopened) = (0_u64, 0_u64, 0_u64);
     for kill in 0..kills() {
@@ -104,7 +90,7 @@ fn a_killed_engine_leaves_true_bytes_or_none() {
             .stderr(Stdio::piped())
             .spawn()
             .expect("a child");
-        std::thread::sleep(Duration::from_millis(20 + random.below(400)));
+        std::thread::sleep(Duration::from_millis(20 + random.of(0..400)));
         assert!(
             child.try_wait().expect("waited").is_none(),
             "kill {kill}: the child ended by itself: {}",

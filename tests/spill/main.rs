@@ -6,8 +6,6 @@
 #![allow(unsafe_code, reason = "the KV cache's addresses are handed to the copier")]
 
 mod faults;
-#[path = "../disks/faulty.rs"]
-mod faulty;
 mod kills;
 mod restart;
 mod rig;

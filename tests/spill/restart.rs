@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kvcellar::block::Tier;
+use kvcellar_block::Tier;
 
 use crate::rig::{Places, Rig, hash};
 

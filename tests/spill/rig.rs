@@ -5,29 +5,29 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use kvcellar::block::Tier;
-use kvcellar::block::geometry::RankBytes;
-use kvcellar::block::{BlockHash, GroupKind, GroupSpec, Grouping, SlotGeometry};
-use kvcellar::config::{Config, Controls};
-use kvcellar::events::Run;
-use kvcellar::gpu::Copier;
-use kvcellar::gpu::host::HostCopier;
-use kvcellar::gpu::sides::Sides;
-use kvcellar::gpu::views::{GroupRuns, LayerView};
-use kvcellar::gpu::worker::CopyWorker;
-use kvcellar::limits;
-use kvcellar::metrics::{Counters, Gauges};
-use kvcellar::nvme::disk::Disk;
-use kvcellar::nvme::store::{Store, Wish as StoreWish};
-use kvcellar::pool::open::{self, Wish};
-use kvcellar::tier::TierEngine;
-use kvcellar::tier::disk_tier::DiskSettings;
-use kvcellar::tier::load::Hit;
-use kvcellar::tier::mover::{self, Mover, ToMover};
-use kvcellar::tier::offload::{GroupOffer, Offer, Start};
-use kvcellar::tier::opening::{self, DiskReport, Identity};
+use kvcellar_block::Tier;
+use kvcellar_block::geometry::RankBytes;
+use kvcellar_block::{BlockHash, GroupKind, GroupSpec, Grouping, SlotGeometry};
+use kvcellar_engine::config::{Config, Controls};
+use kvcellar_engine::event_log::Run;
+use kvcellar_engine::gpu::Copier;
+use kvcellar_engine::gpu::host::HostCopier;
+use kvcellar_engine::gpu::sides::Sides;
+use kvcellar_engine::gpu::views::{GroupRuns, LayerView};
+use kvcellar_engine::gpu::worker::CopyWorker;
+use kvcellar_engine::limits;
+use kvcellar_engine::metrics::{Counters, Gauges};
+use kvcellar_engine::nvme::disk::Disk;
+use kvcellar_engine::nvme::store::{Store, Wish as StoreWish};
+use kvcellar_engine::pool::open::{self, Wish};
+use kvcellar_engine::tier::TierEngine;
+use kvcellar_engine::tier::disk_tier::DiskSettings;
+use kvcellar_engine::tier::load::Hit;
+use kvcellar_engine::tier::mover::{self, Mover, ToMover};
+use kvcellar_engine::tier::offload::{GroupOffer, Offer, Start};
+use kvcellar_engine::tier::opening::{self, DiskReport, Identity};
 
-use crate::faulty::FaultyDisk;
+use kvcellar_testkit::faulty_disk::FaultyDisk;
 
 pub(crate) const BLOCK_TOKENS: u32 = 16;
 pub(crate) const BLOCK_BYTES: usize = 20_000;
@@ -112,7 +112,7 @@ fn engine_with_pool(
     slots: u64,
     nvme_size: &str,
     more: &str,
-) -> kvcellar::error::Result<(Arc<Mutex<TierEngine>>, Config)> {
+) -> kvcellar_block::error::Result<(Arc<Mutex<TierEngine>>, Config)> {
     let geometry = geometry();
     let json = format!(
         r#"{{"nvme_dir": "{}", "nvme_size": "{nvme_size}", "nvme_reserve": "1MiB"{more}}}"#,
@@ -159,7 +159,7 @@ impl Rig {
         slots: u64,
         nvme_size: &str,
         more: &str,
-    ) -> kvcellar::error::Result<Self> {
+    ) -> kvcellar_block::error::Result<Self> {
         let (engine, config) = engine_with_pool(pool_dir, disk_dir, slots, nvme_size, more)?;
         let identity = Identity { namespace: [9; 16], facts: "{}", stable: true };
         let (mover, report) =
@@ -204,7 +204,7 @@ impl Rig {
         engine: Arc<Mutex<TierEngine>>,
         mover: Option<Mover>,
         report: Option<DiskReport>,
-    ) -> kvcellar::error::Result<Self> {
+    ) -> kvcellar_block::error::Result<Self> {
         let mut cache = vec![0_u8; KV_BLOCKS * BLOCK_BYTES];
         let view = LayerView {
             address: cache.as_mut_ptr() as u64,

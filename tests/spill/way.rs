@@ -1,6 +1,6 @@
 //! Blocks that left memory come back from disk, and nothing else does.
 
-use kvcellar::block::Tier;
+use kvcellar_block::Tier;
 
 use crate::rig::{Places, Rig, hash};
 
@@ -193,7 +193,7 @@ fn blocks_of(path: &std::path::Path) -> u64 {
 }
 
 /// Extents are known by the hash in their descriptor.
-fn flip_a_byte_of_every_extent_but(places: &Places, spared: &[kvcellar::block::BlockHash]) {
+fn flip_a_byte_of_every_extent_but(places: &Places, spared: &[kvcellar_block::BlockHash]) {
     for path in places.segments() {
         let mut bytes = std::fs::read(&path).expect("a segment");
         let extent = kvcellar_extent_bytes();

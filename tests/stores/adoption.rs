@@ -5,13 +5,13 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
 
-use kvcellar::error::Error;
-use kvcellar::nvme::recovery;
-use kvcellar::nvme::registry::list;
-use kvcellar::nvme::store::{Recovery, Store, Wish};
+use kvcellar_block::error::Error;
+use kvcellar_engine::nvme::recovery;
+use kvcellar_engine::nvme::registry::list;
+use kvcellar_engine::nvme::store::{Recovery, Store, Wish};
 
-use crate::blocks::{is_block, key};
-use crate::place::{Engine, Place, SMALL};
+use kvcellar_testkit::stores::blocks::{is_block, key};
+use kvcellar_testkit::stores::place::{Engine, Place, SMALL};
 
 fn filled(place: &Place, blocks: u64) -> Engine {
     let mut engine = place.open();
@@ -56,7 +56,7 @@ fn an_older_snapshot_is_not_taken_for_the_present_one() {
     let mut engine = place.open();
     engine.recover();
     // Nothing is written, so that even the next sequence number is the same.
-    engine.store.erase(kvcellar::block::ExtentIndex(3)).expect("erased");
+    engine.store.erase(kvcellar_block::ExtentIndex(3)).expect("erased");
     engine.entries.retain(|entry| entry.extent.0 != 3);
     engine.close();
     let file = fs::OpenOptions::new().write(true).truncate(true).open(&snapshot).expect("opened");
@@ -83,7 +83,7 @@ fn a_crash_is_scanned() {
     let (completions, arrivals) = recovery::channel();
     let segments = place.file(0, "");
     let files = (0..3).map(|number| fs::File::open(segments.join(format!("segment-{number:05}"))).expect("there"));
-    let disk = crate::disk::PlainDisk::new(files.collect(), completions);
+    let disk = kvcellar_testkit::stores::disk::PlainDisk::new(files.collect(), completions);
     let buffers = recovery::buffers(&engine.store);
     let same = recovery::scan(&engine.store, &disk, &arrivals, buffers, &mut |done, all| heard.push((done, all)));
     assert_eq!(same.expect("scanned"), scanned);
@@ -99,7 +99,7 @@ fn few_buffers_read_all_extents() {
     let (completions, arrivals) = recovery::channel();
     let files =
         (0..4).map(|number| fs::File::open(place.file(0, &format!("segment-{number:05}"))).expect("there")).collect();
-    let disk = crate::disk::PlainDisk::new(files, completions);
+    let disk = kvcellar_testkit::stores::disk::PlainDisk::new(files, completions);
     let mut buffers = recovery::buffers(&engine.store);
     buffers.truncate(3);
     let scanned = recovery::scan(&engine.store, &disk, &arrivals, buffers, &mut |_, _| {}).expect("scanned");
@@ -201,9 +201,9 @@ fn unreadable_extents_are_damaged_and_no_more() {
 fn erased_extents_are_gone_and_keep_their_room() {
     let place = Place::new();
     let mut engine = filled(&place, 4);
-    engine.store.erase(kvcellar::block::ExtentIndex(2)).expect("erased");
+    engine.store.erase(kvcellar_block::ExtentIndex(2)).expect("erased");
     assert!(engine.bytes(2).iter().all(|byte| *byte == 0));
-    assert!(engine.store.erase(kvcellar::block::ExtentIndex(4)).is_err());
+    assert!(engine.store.erase(kvcellar_block::ExtentIndex(4)).is_err());
     engine.sequence = 50;
     drop(engine);
     let mut engine = place.open();
@@ -232,9 +232,9 @@ fn contents_are_left_alone_only_where_they_fit() {
     }
 }
 
-fn other() -> kvcellar::block::SlotGeometry {
+fn other() -> kvcellar_block::SlotGeometry {
     // The same sizes, differently divided among the ranks.
-    let mut geometry = crate::blocks::geometry();
+    let mut geometry = kvcellar_testkit::stores::blocks::geometry();
     geometry.parts[1].spans[0] = (1500, 2499);
     geometry
 }
@@ -289,8 +289,8 @@ fn two_engines_have_two_stores() {
 #[test]
 fn owner_child() {
     let Some(dir) = std::env::var_os("KVCELLAR_TEST_STORE") else { return };
-    let geometry = crate::blocks::geometry();
-    let mut engine = Engine::open(&crate::place::wish(dir.as_ref(), &geometry)).expect("a store");
+    let geometry = kvcellar_testkit::stores::blocks::geometry();
+    let mut engine = Engine::open(&kvcellar_testkit::stores::place::wish(dir.as_ref(), &geometry)).expect("a store");
     engine.put(0, 7);
     if std::env::var_os("KVCELLAR_TEST_RESET").is_some() {
         engine.store.bump_cache_generation().expect("bumped");

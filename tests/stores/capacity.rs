@@ -5,12 +5,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 
-use kvcellar::error::Error;
-use kvcellar::nvme::space;
-use kvcellar::nvme::store::Store;
+use kvcellar_block::error::Error;
+use kvcellar_engine::nvme::space;
+use kvcellar_engine::nvme::store::Store;
 
-use crate::blocks::key;
-use crate::place::{Engine, Place, SMALL};
+use kvcellar_testkit::stores::blocks::key;
+use kvcellar_testkit::stores::place::{Engine, Place, SMALL};
 
 /// Bytes on disk of everything in a store's directory, the directory included.
 fn on_disk(dir: &Path) -> u64 {
@@ -60,7 +60,7 @@ fn segments_come_one_at_a_time_as_they_are_needed() {
     assert!(!place.file(0, "segment-00000").exists());
     assert!(engine.grow());
     assert_eq!(engine.store.extents_ready(), 4);
-    assert_eq!(engine.store.place(kvcellar::block::ExtentIndex(6)), (1, 2 * 8192));
+    assert_eq!(engine.store.place(kvcellar_block::ExtentIndex(6)), (1, 2 * 8192));
 }
 
 #[test]
@@ -158,9 +158,9 @@ fn a_full_disk_ends_growth_and_nothing_else() {
         eprintln!("skipped: this process may not mount a filesystem (mkfs.ext4, loop devices and root are needed)");
         return;
     };
-    let geometry = crate::blocks::geometry();
+    let geometry = kvcellar_testkit::stores::blocks::geometry();
     let path = disk.path();
-    let mut wish = crate::place::wish(&path, &geometry);
+    let mut wish = kvcellar_testkit::stores::place::wish(&path, &geometry);
     wish.capacity_bytes = 1 << 30;
     wish.segment_bytes_max = Some(1 << 20);
     let mut engine = Engine::open(&wish).expect("a store");

@@ -4,7 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use crate::random::Choices;
+use kvcellar_testkit::random::Random;
 
 /// Earlier contents of a store's files, for writes that were lost.
 pub(crate) struct Past(Vec<(PathBuf, Vec<u8>)>);
@@ -47,7 +47,7 @@ fn page(file: &File, number: u64, pages: u64) -> Vec<u8> {
 
 /// Swaps runs of `pages` pages, or copies one over the other, anywhere in the segments. An extent
 /// is two pages.
-fn exchange(dir: &Path, choices: &mut Choices, pages: u64, both: bool) {
+fn exchange(dir: &Path, choices: &mut Random, pages: u64, both: bool) {
     let found: Vec<_> = segments(dir).into_iter().filter(|path| pages_of(path) >= 2).collect();
     if found.is_empty() {
         return;
@@ -68,7 +68,7 @@ fn exchange(dir: &Path, choices: &mut Choices, pages: u64, both: bool) {
     }
 }
 
-fn flip(path: &Path, choices: &mut Choices) {
+fn flip(path: &Path, choices: &mut Random) {
     let file = edit(path);
     let len = file.metadata().expect("there").len();
     for _ in 0..choices.of(1..9) * u64::from(len > 0) {
@@ -81,7 +81,7 @@ fn flip(path: &Path, choices: &mut Choices) {
 }
 
 /// Puts pages back as they were: the writes since then were lost.
-fn lose_writes(path: &Path, old: &[u8], choices: &mut Choices) {
+fn lose_writes(path: &Path, old: &[u8], choices: &mut Random) {
     if !path.exists() {
         return write_whole(path, old);
     }
@@ -95,7 +95,7 @@ fn lose_writes(path: &Path, old: &[u8], choices: &mut Choices) {
 }
 
 /// Does one thing to the store in `dir`. `past` is what its files were at some time.
-pub(crate) fn damage(dir: &Path, past: &[Past], choices: &mut Choices) {
+pub(crate) fn damage(dir: &Path, past: &[Past], choices: &mut Random) {
     let (all, segments) = (files(dir), segments(dir));
     if all.is_empty() {
         return;

@@ -1,11 +1,11 @@
 //! What is written is read, and nothing else is.
 
-use kvcellar::block::{ExtentIndex, SlotGeometry};
-use kvcellar::nvme::extent::{self, Expected};
-use kvcellar::nvme::snapshot::{self, Entry, Subject};
-use kvcellar::nvme::superblock::{Clean, Superblock};
+use kvcellar_block::{ExtentIndex, SlotGeometry};
+use kvcellar_engine::nvme::extent::{self, Expected};
+use kvcellar_engine::nvme::snapshot::{self, Entry, Subject};
+use kvcellar_engine::nvme::superblock::{Clean, Superblock};
 
-use crate::blocks::{geometry, image, key};
+use kvcellar_testkit::stores::blocks::{geometry, image, key};
 
 fn superblock() -> Superblock {
     let geometry = geometry();

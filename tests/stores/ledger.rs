@@ -7,15 +7,15 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, SystemTime};
 
-use kvcellar::error::Error;
-use kvcellar::limits;
-use kvcellar::nvme::directory;
-use kvcellar::nvme::ledger::Ledger;
-use kvcellar::nvme::registry::list;
-use kvcellar::nvme::store::{Recovery, Store, Wish};
-use kvcellar::pool::open::namespace_name;
+use kvcellar_block::error::Error;
+use kvcellar_engine::limits;
+use kvcellar_engine::nvme::directory;
+use kvcellar_engine::nvme::ledger::Ledger;
+use kvcellar_engine::nvme::registry::list;
+use kvcellar_engine::nvme::store::{Recovery, Store, Wish};
+use kvcellar_engine::pool::open::namespace_name;
 
-use crate::place::{Engine, Place, SMALL};
+use kvcellar_testkit::stores::place::{Engine, Place, SMALL};
 
 /// Room for two stores of [`SMALL`] bytes.
 const TOTAL: u64 = 2 * SMALL + limits::LEDGER_BYTES;
@@ -181,10 +181,10 @@ const LIVES: u8 = 6;
 fn filler_child() {
     let (Some(dir), Ok(number)) = (std::env::var_os(DIR), std::env::var(NUMBER)) else { return };
     let number: u8 = number.parse().expect("a number");
-    let geometry = crate::blocks::geometry();
+    let geometry = kvcellar_testkit::stores::blocks::geometry();
     let mut got = 0;
     for life in 0..LIVES {
-        let common = crate::place::wish(dir.as_ref(), &geometry);
+        let common = kvcellar_testkit::stores::place::wish(dir.as_ref(), &geometry);
         // Any two of them are too much.
         let capacity_bytes = TOTAL / 4 * 3;
         let wish = Wish { namespace: [16 * number + life; 16], capacity_bytes, total_bytes: TOTAL, ..common };

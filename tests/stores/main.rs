@@ -10,14 +10,9 @@
 #![expect(clippy::expect_used, reason = "what goes wrong in a test's own code fails the test")]
 
 mod adoption;
-mod blocks;
 mod capacity;
 mod damage;
-mod disk;
 mod formats;
 mod ledger;
-mod listing;
-mod place;
 mod privacy;
-mod random;
 mod torn;

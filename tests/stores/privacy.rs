@@ -4,10 +4,10 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
-use kvcellar::nvme::directory;
-use kvcellar::nvme::store::{Recovery, Store};
+use kvcellar_engine::nvme::directory;
+use kvcellar_engine::nvme::store::{Recovery, Store};
 
-use crate::place::Place;
+use kvcellar_testkit::stores::place::Place;
 
 fn mode(path: &Path) -> u32 {
     fs::symlink_metadata(path).expect("it is there").permissions().mode() & 0o7777

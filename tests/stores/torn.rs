@@ -5,13 +5,13 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
-use kvcellar::block::{BlockKey, ExtentIndex};
-use kvcellar::nvme::store::Recovery;
+use kvcellar_block::{BlockKey, ExtentIndex};
+use kvcellar_engine::nvme::store::Recovery;
 
-use crate::blocks::{geometry, is_block, key};
 use crate::damage::{Past, damage, remember};
-use crate::place::{Engine, wish};
-use crate::random::{Choices, Seed, seeds};
+use kvcellar_testkit::random::{Random, Seed, seeds};
+use kvcellar_testkit::stores::blocks::{geometry, is_block, key};
+use kvcellar_testkit::stores::place::{Engine, wish};
 
 const NUMBERS: u64 = 24;
 
@@ -20,7 +20,7 @@ type Stored = HashMap<(u64, u64), HashSet<u64>>;
 
 struct History<'a> {
     dir: &'a Path,
-    choices: Choices,
+    choices: Random,
     stored: Stored,
     past: Vec<Past>,
     /// What an undamaged store has to know now.
@@ -132,7 +132,7 @@ fn whatever_is_damaged_only_true_bytes_are_read() {
         let dir = scratch();
         let mut history = History {
             dir: dir.path(),
-            choices: Choices::new(seed),
+            choices: Random::new(seed),
             stored: Stored::new(),
             past: Vec::new(),
             known: None,

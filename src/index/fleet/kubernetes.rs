@@ -9,7 +9,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, ListParams};
 use kube::{Client, Config};
 
-use crate::error::{Error, Result};
+use kvcellar_block::error::{Error, Result};
 
 /// Which pods are engines.
 #[derive(Debug, Clone, clap::Args)]

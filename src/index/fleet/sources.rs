@@ -5,8 +5,8 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use crate::error::{Error, Result};
-use crate::events::subscriber::Address;
+use kvcellar_block::error::{Error, Result};
+use kvcellar_events::subscriber::Address;
 
 /// One address to follow.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -18,10 +18,10 @@ use envoy_types::pb::google::protobuf::value::Kind as ValueKind;
 use envoy_types::pb::google::protobuf::{Struct, Value};
 
 use super::Limits;
-use crate::route::answer::Tail;
-use crate::route::request::{Kind, Refusal, Request};
-use crate::route::router::{Router, Ticket};
-use crate::route::traces;
+use crate::answer::Tail;
+use crate::request::{Kind, Refusal, Request};
+use crate::router::{Router, Ticket};
+use crate::traces;
 
 /// Where the gateway reads the address.
 const DESTINATION: &str = "x-gateway-destination-endpoint";

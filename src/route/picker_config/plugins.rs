@@ -3,10 +3,10 @@
 use serde_json::{Map, Value as Json};
 
 use super::wrong;
-use crate::error::{Error, Result};
-use crate::route::choose::Pick;
-use crate::route::router::Mode;
-use crate::route::scorers::Scorer;
+use crate::choose::Pick;
+use crate::router::Mode;
+use crate::scorers::Scorer;
+use kvcellar_block::error::{Error, Result};
 
 /// What a plugin does to a decision.
 #[derive(Debug, Clone, PartialEq)]

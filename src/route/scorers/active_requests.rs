@@ -1,7 +1,7 @@
 //! Few requests of ours in flight, beside the engine that has most of them; 1 for engines that have
 //! none.
 
-use crate::route::view::View;
+use crate::view::View;
 
 pub(super) fn score(view: &View<'_>) -> Vec<f64> {
     let most = view.engines.iter().map(|engine| engine.our_requests).max().unwrap_or(0);

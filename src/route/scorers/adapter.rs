@@ -1,6 +1,6 @@
 //! `LoRA` adapters: loaded, room to load, waiting to be loaded, full.
 
-use crate::route::view::{Adapter, View};
+use crate::view::{Adapter, View};
 
 pub(super) fn score(view: &View<'_>) -> Vec<f64> {
     let worth = |adapter| match adapter {

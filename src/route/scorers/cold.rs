@@ -1,7 +1,7 @@
 //! Requests that nobody has anything of go to the engine whose last such request is longest ago, so
 //! that prefixes spread.
 
-use crate::route::view::View;
+use crate::view::View;
 
 pub(super) fn score(view: &View<'_>) -> Vec<f64> {
     if view.engines.iter().any(|engine| engine.held.tokens > 0 || engine.held.share > 0.0) || view.engines.len() < 2 {

@@ -1,6 +1,6 @@
 //! Few waiting requests, on a fixed scale: a half when nobody waits, 0 when as many wait as may.
 
-use crate::route::view::View;
+use crate::view::View;
 
 pub(super) fn score(view: &View<'_>, waiting_max: u32) -> Vec<f64> {
     let most = f64::from(waiting_max.max(1));

@@ -1,6 +1,6 @@
 //! Few unfinished requests: what the engine said last, or ours where those are more.
 
-use crate::route::view::View;
+use crate::view::View;
 
 pub(super) fn score(view: &View<'_>) -> Vec<f64> {
     super::fewest(

@@ -13,7 +13,7 @@ mod schedule;
 mod world;
 
 use super::choose::Policy;
-use crate::error::Result;
+use kvcellar_block::error::Result;
 use load::Load;
 use outcome::Outcome;
 

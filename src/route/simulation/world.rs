@@ -13,19 +13,19 @@ use super::load::{self, BLOCK, Maker, Session};
 use super::outcome::{Outcome, Served};
 use super::schedule::Schedule;
 use super::{Plan, Way};
-use crate::error::Result;
-use crate::events::wire::{Arena, Batch, Event as Told, Hashes, Parent, Removed, Stored};
-use crate::index::Index;
-use crate::index::keys::{self, Extras};
-use crate::index::query::Scorer;
-use crate::index::roster::EngineId;
-use crate::index::tiers::{TIERS, Weights};
+use crate::approximate::Recent;
+use crate::books::{Books, Promise};
+use crate::choose::{Policy, choose};
+use crate::credit::Credits;
 use crate::limits;
-use crate::route::approximate::Recent;
-use crate::route::books::{Books, Promise};
-use crate::route::choose::{Policy, choose};
-use crate::route::credit::Credits;
-use crate::route::view::{Held, Look, View};
+use crate::view::{Held, Look, View};
+use kvcellar_block::error::Result;
+use kvcellar_events::wire::{Arena, Batch, Event as Told, Hashes, Parent, Removed, Stored};
+use kvcellar_index::Index;
+use kvcellar_index::keys::{self, Extras};
+use kvcellar_index::query::Scorer;
+use kvcellar_index::roster::EngineId;
+use kvcellar_index::tiers::{TIERS, Weights};
 
 /// How long an engine's events take to the index; between two scrapes on average; between two looks
 /// for what did not come. In s, as in a router.

@@ -18,7 +18,7 @@ use super::memo::Memo;
 use super::messages;
 use super::template::Template;
 use super::words::Words;
-use crate::error::{Error, Result};
+use kvcellar_block::error::{Error, Result};
 
 /// Bytes of a piece within a long text.
 const PIECE_BYTES: usize = 1 << 10;

@@ -1,0 +1,56 @@
+//! What the engine, the index and the router give on this machine, each beside a limit or a rival
+//! measured in the same run: `kvcellar bench`.
+//!
+//! Every module is one benchmark: `Options` for the command line, `measure`, and `run`, which
+//! prints. [`report`] is their common shape: medians with their spread, and goals.
+
+pub mod compression;
+#[cfg(feature = "cuda")]
+pub mod dma;
+pub mod fleet;
+pub mod index;
+pub mod lookup;
+pub mod nvme;
+pub mod report;
+pub mod route;
+
+use clap::Subcommand;
+
+use kvcellar_block::error::Result;
+
+/// One benchmark with its sizes.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Lookup and allocation in the block table, beside a bare hash map.
+    Lookup(lookup::Options),
+    /// Blocks to disk and back through the whole nvme tier, beside a bare ring.
+    Nvme(nvme::Options),
+    /// Copies between a GPU's memory and the host's, beside one copy in one piece.
+    #[cfg(feature = "cuda")]
+    Dma(dma::Options),
+    /// Events into the index and questions to it, beside a naive one.
+    Index(index::Options),
+    /// Ways of routing side by side, over a simulated fleet.
+    Fleet(fleet::Options),
+    /// Decisions, and the router's front ends beside the same with a fixed target.
+    Route(route::Options),
+    /// Whether lossless compression would pay for the blocks in a store.
+    Compression(compression::Options),
+}
+
+/// Runs a benchmark and prints what it found.
+///
+/// # Errors
+/// Those of the benchmark.
+pub fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Lookup(options) => lookup::run(&options),
+        Command::Nvme(options) => nvme::run(&options),
+        #[cfg(feature = "cuda")]
+        Command::Dma(options) => dma::run(&options),
+        Command::Index(options) => index::run(&options),
+        Command::Fleet(options) => fleet::run(&options),
+        Command::Route(options) => route::run(&options),
+        Command::Compression(options) => compression::run(&options),
+    }
+}

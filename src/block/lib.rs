@@ -1,0 +1,16 @@
+//! Vocabulary without I/O, for all crates: what a block is called, how large it is, what describes
+//! it, and the orders that move it; what can go wrong; sizes as people read them.
+
+pub mod descriptor;
+pub mod error;
+pub mod geometry;
+pub mod key;
+pub mod limits;
+pub mod log_lines;
+pub mod plan;
+mod prefetch;
+pub mod size;
+
+pub use geometry::{GroupKind, GroupSpec, Grouping, RankPart, SlotGeometry};
+pub use key::{AdapterId, BlockHash, BlockKey, ExtentIndex, Generation, GroupIndex, SlotIndex, Tier};
+pub use prefetch::prefetch;

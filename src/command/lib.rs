@@ -1,0 +1,158 @@
+//! The `kvcellar` command: options, and what is printed. The work is the other crates'.
+
+pub mod discovery;
+pub mod doctor;
+pub mod events;
+pub mod index;
+pub mod logging;
+pub mod pool;
+pub mod route;
+pub mod store;
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+/// KV-cache offload engine for vLLM.
+#[derive(Debug, Parser)]
+#[command(name = "kvcellar", version, about)]
+struct Command {
+    /// How log lines are written to standard error.
+    #[arg(long, global = true, value_enum, default_value_t)]
+    log_format: logging::Format,
+    #[command(subcommand)]
+    part: Part,
+}
+
+#[derive(Debug, Subcommand)]
+enum Part {
+    /// Shared host pools of this user: show them, remove leftovers.
+    #[command(subcommand)]
+    Pool(PoolCommand),
+    /// Stores of this user on disk: show, check and remove them.
+    #[command(subcommand)]
+    Store(StoreCommand),
+    /// Says whether this machine, and a directory meant as `nvme_dir`, suit KV Cellar. Exit code 1
+    /// when something does not work.
+    Doctor(doctor::Options),
+    /// An index of a fleet's KV blocks.
+    #[command(subcommand)]
+    Index(IndexCommand),
+    /// Sends each request of a fleet to the engine that saves the most work.
+    Route(Box<route::Options>),
+    /// Events of engines: watch, record, play again, make up.
+    #[command(subcommand)]
+    Events(events::EventsCommand),
+    /// What this machine gives.
+    #[command(subcommand)]
+    Bench(kvcellar_bench::Command),
+}
+
+#[derive(Debug, Subcommand)]
+enum PoolCommand {
+    /// Lists pools: name, size, who uses them.
+    Ls {
+        /// Shared-memory directory.
+        #[arg(long, default_value = "/dev/shm")]
+        pool_dir: PathBuf,
+        /// JSON on standard output.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Removes pools that no engine uses.
+    Rm {
+        /// Names as `ls` shows them.
+        names: Vec<String>,
+        /// All pools that no engine uses.
+        #[arg(long, conflicts_with = "names")]
+        all: bool,
+        /// Shared-memory directory.
+        #[arg(long, default_value = "/dev/shm")]
+        pool_dir: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum StoreCommand {
+    /// Lists stores: name, size, who uses them.
+    Ls {
+        /// The directory given as `nvme_dir`.
+        dir: PathBuf,
+        /// JSON on standard output.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Says what lies in stores: extents used, free and damaged, and their ages.
+    Stat {
+        /// The directory given as `nvme_dir`.
+        dir: PathBuf,
+        /// Names as `ls` shows them; all without any.
+        names: Vec<String>,
+        /// JSON on standard output.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Reads and checks every extent of stores that no engine uses. Exit code 1 when something is
+    /// damaged.
+    Verify {
+        /// The directory given as `nvme_dir`.
+        dir: PathBuf,
+        /// Names as `ls` shows them; all without any.
+        names: Vec<String>,
+        /// Drops damaged extents.
+        #[arg(long)]
+        repair: bool,
+        /// JSON on standard output.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Removes stores that no engine uses.
+    Drop {
+        /// The directory given as `nvme_dir`.
+        dir: PathBuf,
+        /// Names as `ls` shows them; all that no engine uses without any.
+        names: Vec<String>,
+        /// Does not ask. Needed where there is no terminal.
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum IndexCommand {
+    /// Follows engines' events and answers over HTTP who holds how much of a prompt.
+    Serve(index::Options),
+}
+
+/// Runs the command with these arguments, without the program's name. Returns the exit code: 0
+/// done, 1 refused or failed, 2 wrong usage.
+pub fn run(args: Vec<String>) -> i32 {
+    let command = match Command::try_parse_from(std::iter::once("kvcellar".to_owned()).chain(args)) {
+        Ok(command) => command,
+        Err(error) => {
+            // Printing help to a closed pipe is nobody's loss.
+            let _printed = error.print();
+            return error.exit_code();
+        }
+    };
+    logging::to_stderr(command.log_format);
+    match command.part {
+        Part::Pool(PoolCommand::Ls { pool_dir, json }) => pool::list(&pool_dir, json),
+        Part::Pool(PoolCommand::Rm { names, all, pool_dir }) => pool::remove(&pool_dir, &names, all),
+        Part::Store(StoreCommand::Ls { dir, json }) => store::list(&dir, json),
+        Part::Store(StoreCommand::Stat { dir, names, json }) => store::stat(&dir, &names, json),
+        Part::Store(StoreCommand::Verify { dir, names, repair, json }) => store::verify(&dir, &names, repair, json),
+        Part::Store(StoreCommand::Drop { dir, names, yes }) => store::remove(&dir, &names, yes),
+        Part::Index(IndexCommand::Serve(options)) => index::serve(&options),
+        Part::Route(options) => route::serve(&options),
+        Part::Events(command) => events::run(&command),
+        Part::Doctor(options) => doctor::run(&options),
+        Part::Bench(command) => kvcellar_bench::run(command).map_or_else(|error| refused(&error), |()| 0),
+    }
+}
+
+/// Says why a command did not do its work. The exit code.
+fn refused(error: &dyn std::fmt::Display) -> i32 {
+    eprintln!("kvcellar: {error}");
+    1
+}

@@ -1,0 +1,349 @@
+//! `kvcellar route`: sends each request to the engine that saves the most work.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use axum::http::HeaderName;
+use clap::{Args, ValueEnum};
+
+use kvcellar_block::error::{Error, Result};
+use kvcellar_engine::config::size;
+use kvcellar_index::Index;
+use kvcellar_index::api::serving;
+use kvcellar_index::fleet::Fleet;
+use kvcellar_index::tiers::Weights;
+use kvcellar_route::choose::Policy;
+use kvcellar_route::engine::Spec;
+use kvcellar_route::engines::Engines;
+use kvcellar_route::picker_config::PickerConfig;
+use kvcellar_route::prompt::{Checked, Models};
+use kvcellar_route::proxy::{self, Limits};
+use kvcellar_route::router::{Mode, Router, Setup};
+use kvcellar_route::scorers::Scorer;
+use kvcellar_route::tokens::TokenModel;
+use kvcellar_route::traces::Traces;
+use kvcellar_route::{admin, ext_proc, scrape, self_check, sources};
+
+/// How engines are weighed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Weighing {
+    /// Weighted scorers, see --scorers.
+    Scorers,
+    /// The least predicted time to the first token.
+    Cost,
+    /// One after the other.
+    RoundRobin,
+    /// Any.
+    Random,
+}
+
+/// Options of the router.
+#[derive(Debug, Clone, Args)]
+pub struct Options {
+    /// Address of the HTTP front end: a reverse proxy for the `OpenAI` API.
+    #[arg(long)]
+    pub http: Option<SocketAddr>,
+    /// Address of the Envoy front end: an endpoint picker for the filter `ext_proc`, over gRPC.
+    #[arg(long)]
+    pub ext_proc: Option<SocketAddr>,
+    /// Engines beside the chosen one in the header that names it, for gateways that try them in
+    /// turn.
+    #[arg(long, default_value_t = 0)]
+    pub ext_proc_fallbacks: usize,
+    /// Certificate chain of the Envoy front end, PEM.
+    #[arg(long, requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// Its private key, PEM.
+    #[arg(long, requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// Address of metrics, health and /debug.
+    #[arg(long, default_value = "127.0.0.1:8092")]
+    pub admin: SocketAddr,
+    /// An engine: a URL like `http://10.0.0.1:8000`, or
+    /// `url=...[,events=tcp://...][,replay=tcp://...][,name=...][,draining=true]`. May be repeated.
+    #[arg(long = "engine", value_name = "ENGINE")]
+    pub engines: Vec<String>,
+    /// A JSON file with a list of engines, read again when it changes.
+    #[arg(long)]
+    pub engines_file: Option<PathBuf>,
+    /// A name that resolves to every engine (a headless service): host:port, or
+    /// host:port:events-port:replay-port. Resolved again every few seconds.
+    #[arg(long)]
+    pub dns: Option<String>,
+    /// Engines as pods.
+    #[cfg(feature = "kubernetes")]
+    #[command(flatten)]
+    pub pods: Option<kvcellar_index::fleet::kubernetes::Pods>,
+    /// Ports of their engines: `port` or `port:events-port:replay-port`.
+    #[cfg(feature = "kubernetes")]
+    #[arg(long, default_value = "8000:5557:5558")]
+    pub kubernetes_ports: String,
+    /// Where prefixes are looked up. Precise needs engines' events, and a tokenizer for prompts
+    /// that come as text.
+    #[arg(long, value_enum, default_value = "approximate")]
+    pub mode: Mode,
+    /// How engines are weighed.
+    #[arg(long, value_enum, default_value = "cost")]
+    pub policy: Weighing,
+    /// Weights of scorers, e.g. prefix=3,queue=2,kv-usage=2. Unless given, the field's usual ones.
+    #[arg(long, value_delimiter = ',')]
+    pub scorers: Vec<String>,
+    /// A file of kind `EndpointPickerConfig`, instead of --mode, --policy, --scorers,
+    /// --ext-proc-fallbacks and --session-header.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["mode", "policy", "scorers", "ext_proc_fallbacks", "session_header"])]
+    pub picker_config: Option<PathBuf>,
+    /// Directory with a model's `tokenizer.json` and chat template; MODEL=DIRECTORY where engines
+    /// serve several. May be repeated.
+    #[arg(long = "tokenizer", value_name = "[MODEL=]DIRECTORY")]
+    pub tokenizers: Vec<String>,
+    /// Bound of the index's memory.
+    #[arg(long, default_value = "1GiB")]
+    pub memory: String,
+    /// Bound of the memory for texts that were tokenized lately, for each tokenizer.
+    #[arg(long, default_value = "256MiB")]
+    pub tokenizer_memory: String,
+    /// Largest body of a request.
+    #[arg(long, default_value = "32MiB")]
+    pub body: String,
+    /// Requests in flight at most; 0: no bound. Further ones are refused with 429.
+    #[arg(long, default_value_t = 0)]
+    pub in_flight: usize,
+    /// Time between two scrapes of an engine, in ms.
+    #[arg(long, default_value_t = 500)]
+    pub scrape_ms: u64,
+    /// How long an engine may send nothing, in s.
+    #[arg(long, default_value_t = 600)]
+    pub silence_s: u64,
+    /// Engines that a request may try before its first byte.
+    #[arg(long, default_value_t = 3)]
+    pub tries: usize,
+    /// Header that names a session, for the scorer `session`.
+    #[arg(long, default_value = "x-session-id")]
+    pub session_header: String,
+    /// Seed of the random numbers that settle ties.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// A collector's gRPC endpoint for traces, e.g. `http://127.0.0.1:4317`. Sampled as
+    /// `OTEL_TRACES_SAMPLER` says.
+    #[arg(long)]
+    pub otlp: Option<String>,
+}
+
+/// Runs the router until it is told to stop.
+pub fn serve(options: &Options) -> i32 {
+    match serving::block_on(run(options)) {
+        Ok(()) => 0,
+        Err(error) => super::refused(&error),
+    }
+}
+
+impl Options {
+    /// All engines there are now.
+    async fn look(&self) -> Result<Vec<Spec>> {
+        let mut found = self.engines.iter().map(|text| Spec::parse(text)).collect::<Result<Vec<_>>>()?;
+        if let Some(path) = &self.engines_file {
+            found.extend(sources::read(path)?);
+        }
+        if let Some(name) = &self.dns {
+            found.extend(sources::resolve(name).await?);
+        }
+        #[cfg(feature = "kubernetes")]
+        if let Some(pods) = &self.pods {
+            let ports = sources::Ports::parse("kubernetes-ports", &self.kubernetes_ports)?;
+            found.extend(pods.look().await?.into_iter().map(|(name, address)| ports.engine(Some(name), address)));
+        }
+        Ok(found)
+    }
+
+    /// Keeps the engines as they are found, for ever.
+    async fn keep(&self, engines: &Engines, fleet: &mut Option<Fleet>) {
+        let look = async || self.look().await;
+        let set = |found| settle(engines, fleet, found);
+        super::discovery::keep(self.engines_file.as_deref(), self.is_asked_for(), look, set).await;
+    }
+
+    /// Some engines are found anew every time.
+    fn is_asked_for(&self) -> bool {
+        #[cfg(feature = "kubernetes")]
+        let pods = self.pods.is_some();
+        #[cfg(not(feature = "kubernetes"))]
+        let pods = false;
+        self.dns.is_some() || pods
+    }
+
+    fn policy(&self) -> Result<Policy> {
+        let weights = self.scorers.iter().map(|text| weight(text)).collect::<Result<Vec<_>>>()?;
+        if !weights.is_empty() && self.policy != Weighing::Scorers {
+            return Err(Error::config("scorers", "they are used by --policy scorers only", "Add --policy scorers"));
+        }
+        Ok(match self.policy {
+            Weighing::Cost => Policy::Cost,
+            Weighing::RoundRobin => Policy::RoundRobin,
+            Weighing::Random => Policy::random(),
+            Weighing::Scorers if weights.is_empty() => Policy::field(),
+            Weighing::Scorers => Policy::Scorers(weights, kvcellar_route::choose::Pick::Best),
+        })
+    }
+
+    fn models(&self) -> Result<Models> {
+        let memory = size::parse("tokenizer-memory", &self.tokenizer_memory.as_str().into())? as usize;
+        let mut named = BTreeMap::new();
+        for text in &self.tokenizers {
+            let (name, dir) = text.split_once('=').unwrap_or(("", text));
+            let model = TokenModel::open(Path::new(dir), memory)?;
+            let checked = Arc::new(Checked { model, differs: AtomicBool::new(false) });
+            if named.insert(name.to_owned(), checked).is_some() {
+                return Err(Error::config("tokenizer", format!("`{name}` has two"), "Write MODEL=DIRECTORY"));
+            }
+        }
+        Ok(Models { named })
+    }
+}
+
+fn weight(text: &str) -> Result<(Scorer, f64)> {
+    let names = || kvcellar_route::scorers::ALL.map(Scorer::name).join(", ");
+    let wrong =
+        |problem: String| Error::config("scorers", problem, format!("Write NAME=WEIGHT with names of {}", names()));
+    let (name, value) = text.split_once('=').ok_or_else(|| wrong(format!("`{text}` has no `=`")))?;
+    let scorer = Scorer::named(name.trim()).ok_or_else(|| wrong(format!("there is no scorer `{name}`")))?;
+    let value = value.trim().parse::<f64>().ok().filter(|value| value.is_finite() && *value >= 0.0);
+    Ok((scorer, value.ok_or_else(|| wrong(format!("the weight of `{name}` is no number of 0 or more")))?))
+}
+
+/// Routes to exactly these engines from now on, and follows their events where an index needs them.
+fn settle(engines: &Engines, fleet: &mut Option<Fleet>, found: Vec<Spec>) {
+    if let Some(fleet) = fleet {
+        fleet.set(found.iter().filter_map(Spec::source).collect());
+    }
+    engines.set(found);
+}
+
+/// What is weighed how: from a file, else from flags.
+fn weighing(options: &Options) -> Result<PickerConfig> {
+    let Some(path) = &options.picker_config else {
+        return Ok(PickerConfig {
+            policy: options.policy()?,
+            mode: options.mode,
+            fallbacks: options.ext_proc_fallbacks,
+            session_header: None,
+            notes: Vec::new(),
+        });
+    };
+    let made = PickerConfig::open(path)?;
+    for note in &made.notes {
+        log::warn!("{}: {note}", path.display());
+    }
+    Ok(made)
+}
+
+async fn run(options: &Options) -> Result<()> {
+    let weighing = weighing(options)?;
+    let found = options.look().await?;
+    if found.is_empty() && options.engines_file.is_none() && !options.is_asked_for() {
+        return Err(super::discovery::nobody());
+    }
+    if options.http.is_none() && options.ext_proc.is_none() {
+        return Err(Error::config(
+            "http",
+            "no front end is asked for",
+            "Give --http 127.0.0.1:8000, --ext-proc 127.0.0.1:9002 or both",
+        ));
+    }
+    if weighing.mode == Mode::Precise && found.iter().all(|spec| spec.events.is_none()) && !found.is_empty() {
+        return Err(Error::config(
+            "mode",
+            "precise needs events, and no engine has any",
+            "Write events=tcp://...,replay=tcp://... for every engine, or --mode approximate",
+        ));
+    }
+    let memory = size::parse("memory", &options.memory.as_str().into())? as usize;
+    let body = size::parse("body", &options.body.as_str().into())? as usize;
+    let session_header = weighing.session_header.as_ref().unwrap_or(&options.session_header).to_lowercase();
+    let named_header = HeaderName::try_from(&session_header)
+        .map_err(|_| Error::config("session-header", "it is no name of a header", "Write e.g. x-session-id"))?;
+    let index = (weighing.mode == Mode::Precise).then(|| Index::new(0, memory)).transpose()?.map(Arc::new);
+    let mut fleet = index.as_ref().map(|index| Fleet::new(Arc::clone(index)));
+    let engines = Arc::new(Engines::default());
+    let setup = Setup {
+        mode: weighing.mode,
+        policy: weighing.policy,
+        weights: Weights::default(),
+        index,
+        models: options.models()?,
+        in_flight_max: options.in_flight,
+        seed: options.seed,
+        traces: options.otlp.as_deref().map(Traces::open).transpose()?,
+    };
+    let router = Router::new(Arc::clone(&engines), setup)?;
+    let limits = Limits {
+        body_bytes_max: body,
+        connect: Duration::from_secs(2),
+        silence: Duration::from_secs(options.silence_s.max(1)),
+        tries: options.tries.max(1),
+        session_header: named_header,
+    };
+    let pick = ext_proc::Limits { body_bytes_max: body, fallbacks: weighing.fallbacks, session_header };
+    let shown = serving::listen("admin", options.admin, "admin at http://").await?;
+    settle(&engines, &mut fleet, found);
+    let checks = tokio::spawn(self_check::run(Arc::clone(&router)));
+    let back = serving::serve(shown, admin::routes(Arc::clone(&router)), std::future::pending());
+    let outcome = tokio::select! {
+        ended = fronts(options, &router, limits, pick) => ended,
+        ended = back => ended.map_err(|error| Error::io("serving", "admin", error, "Look at the log")),
+        () = options.keep(&engines, &mut fleet) => Ok(()),
+        () = scrape::keep(Arc::clone(&engines), Duration::from_millis(options.scrape_ms.max(10))) => Ok(()),
+    };
+    checks.abort();
+    if router.setup.traces.is_some() {
+        let close = move || router.setup.traces.iter().for_each(Traces::close);
+        // It has said so itself if it could not send.
+        let _closed = tokio::task::spawn_blocking(close).await;
+    }
+    outcome
+}
+
+/// The front ends that were asked for, until the process is told to stop.
+async fn fronts(options: &Options, router: &Arc<Router>, limits: Limits, pick: ext_proc::Limits) -> Result<()> {
+    let http = async {
+        let Some(address) = options.http else { return std::future::pending().await };
+        let listener = serving::listen("http", address, "router at http://").await?;
+        let ended = serving::serve(listener, proxy::routes(Arc::clone(router), limits), serving::told_to_stop()).await;
+        ended.map_err(|error| Error::io("serving", "http", error, "Look at the log"))
+    };
+    let picker = async {
+        let Some(address) = options.ext_proc else { return std::future::pending().await };
+        let listener = serving::listen("ext-proc", address, "ext_proc at ").await?;
+        let (health, service) = tonic_health::server::health_reporter();
+        health.set_service_status("", tonic_health::ServingStatus::Serving).await;
+        let mut server = tonic::transport::Server::builder();
+        if let (Some(cert), Some(key)) = (&options.tls_cert, &options.tls_key) {
+            let read = |path: &PathBuf| {
+                std::fs::read(path).map_err(|error| Error::io("reading", path, error, "Name a PEM file"))
+            };
+            let identity = tonic::transport::Identity::from_pem(read(cert)?, read(key)?);
+            let tls = tonic::transport::ServerTlsConfig::new().identity(identity);
+            server = server
+                .tls_config(tls)
+                .map_err(|error| Error::config("tls-cert", error.to_string(), "Name a certificate and its key, PEM"))?;
+        }
+        let picker = ext_proc::service(Arc::clone(router), pick);
+        // Each answer leaves at once: Envoy waits for it with a request in hand.
+        let at_once =
+            |stream: std::io::Result<tokio::net::TcpStream>| stream.and_then(|it| it.set_nodelay(true).map(|()| it));
+        let incoming = tokio_stream::StreamExt::map(tokio_stream::wrappers::TcpListenerStream::new(listener), at_once);
+        let ended = server
+            .add_service(service)
+            .add_service(picker)
+            .serve_with_incoming_shutdown(incoming, serving::told_to_stop())
+            .await;
+        ended.map_err(|error| Error::io("serving", "ext_proc", std::io::Error::other(error), "Look at the log"))
+    };
+    tokio::select! {
+        ended = http => ended,
+        ended = picker => ended,
+    }
+}

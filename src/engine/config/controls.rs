@@ -1,0 +1,74 @@
+//! Per-request controls: `kv_transfer_params = {"kvcellar": {...}}`.
+
+use serde_json::{Map, Value};
+
+use super::{nearest, wrong};
+use kvcellar_block::error::{Error, Result};
+
+/// What one request asked of the cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Controls {
+    /// Keep this request's blocks.
+    pub store: bool,
+    /// Serve this request from our tiers.
+    pub load: bool,
+    /// Load at most this many tokens beyond vLLM's own hit.
+    pub max_load_tokens: Option<u32>,
+}
+
+impl Default for Controls {
+    fn default() -> Self {
+        Self { store: true, load: true, max_load_tokens: None }
+    }
+}
+
+/// Keys and what to write, for messages.
+pub(crate) const KEYS: &[(&str, &str)] = &[
+    ("store", "true or false"),
+    ("load", "true or false"),
+    ("max_load_tokens", "a whole number of tokens, 0 or more"),
+];
+
+impl Controls {
+    /// Parses the object under the key `kvcellar`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the key at fault.
+    pub fn parse(json: &str) -> Result<Self> {
+        let object: Map<String, Value> = serde_json::from_str(json).map_err(|error| {
+            Error::config(
+                "kv_transfer_params.kvcellar",
+                format!("not a JSON object ({error})"),
+                "Write {\"store\": false}",
+            )
+        })?;
+        let mut controls = Self::default();
+        for (key, value) in &object {
+            match key.as_str() {
+                "store" => controls.store = value.as_bool().ok_or_else(|| wrong(key, value))?,
+                "load" => controls.load = value.as_bool().ok_or_else(|| wrong(key, value))?,
+                "max_load_tokens" => {
+                    let tokens = value.as_u64().and_then(|tokens| u32::try_from(tokens).ok());
+                    controls.max_load_tokens = Some(tokens.ok_or_else(|| wrong(key, value))?);
+                }
+                _ => return Err(Error::config(key, "is not a known key", nearest(key, KEYS))),
+            }
+        }
+        Ok(controls)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn controls_are_read_and_refused() {
+        let read = Controls::parse(r#"{"store": false, "max_load_tokens": 32}"#).expect("valid");
+        assert_eq!(read, Controls { store: false, load: true, max_load_tokens: Some(32) });
+        assert!(Controls::parse(r#"{"stor": false}"#).expect_err("unknown").to_string().contains("`store`"));
+        assert!(
+            Controls::parse(r#"{"max_load_tokens": -1}"#).expect_err("range").to_string().contains("max_load_tokens")
+        );
+    }
+}

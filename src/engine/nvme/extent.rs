@@ -1,0 +1,88 @@
+//! An extent's bytes: what must be true of them before anyone uses them.
+//!
+//! An extent is the image of a pool slot: descriptor pages with their seal, then the payload.
+//! Promises: [`check`] lets nothing through that is not, bit for bit, what was sealed under the key
+//! that it returns.
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use kvcellar_block::descriptor;
+use kvcellar_block::error::{Error, Result};
+use kvcellar_block::{BlockKey, GroupIndex, RankPart, SlotGeometry};
+
+/// What an extent has to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Expected {
+    /// The store's id.
+    pub store: u64,
+    /// The store's present generation of contents.
+    pub cache_generation: u64,
+    /// The block that should lie there; `None` accepts any.
+    pub key: Option<BlockKey>,
+}
+
+/// The checksums that seal an image: one a rank over its part of the group's payload, 0 for ranks
+/// that write none.
+///
+/// `image` is a whole slot of this geometry, and `group` one of its groups.
+pub fn sums(image: &[u8], geometry: &SlotGeometry, group: GroupIndex) -> Vec<u64> {
+    let sum = |part: &RankPart| if part.writer { xxh3_64(share(image, geometry, part, group)) } else { 0 };
+    geometry.parts.iter().map(sum).collect()
+}
+
+/// What each rank that writes one has put into an image of a block of `group`.
+pub fn parts<'a>(image: &'a [u8], geometry: &'a SlotGeometry, group: GroupIndex) -> impl Iterator<Item = &'a [u8]> {
+    geometry.parts.iter().filter(|part| part.writer).map(move |part| share(image, geometry, part, group))
+}
+
+fn share<'a>(image: &'a [u8], geometry: &SlotGeometry, part: &RankPart, group: GroupIndex) -> &'a [u8] {
+    let (offset, len) = part.spans[usize::from(group.0)];
+    &image[geometry.descriptor_bytes as usize..][offset as usize..(offset + len) as usize]
+}
+
+/// Checks the image that was read from an extent: it is of this store and generation, it is the
+/// expected block, and all its bytes are whole.
+///
+/// # Errors
+/// [`Error::DataLost`] saying what is wrong.
+pub fn check(image: &[u8], geometry: &SlotGeometry, expected: &Expected) -> Result<BlockKey> {
+    let wrong = |problem: String| Error::lost("extent", problem);
+    if image.len() as u64 != geometry.slot_bytes {
+        return Err(wrong(format!("{} bytes instead of {}", image.len(), geometry.slot_bytes)));
+    }
+    let page = &image[..geometry.descriptor_bytes as usize];
+    let (key, seal, sealed) = descriptor::unseal(page, geometry.parts.len())?;
+    if seal.store != expected.store {
+        return Err(wrong(format!("it belongs to store {:016x}", seal.store)));
+    }
+    if seal.cache_generation != expected.cache_generation {
+        return Err(wrong(format!("it is of generation {}, not {}", seal.cache_generation, expected.cache_generation)));
+    }
+    if let Some(wanted) = expected.key.filter(|wanted| *wanted != key) {
+        return Err(wrong(format!("it holds block {key}, not {wanted}")));
+    }
+    let Some(bytes) = geometry.payload_bytes.get(usize::from(key.group.0)) else {
+        return Err(wrong(format!("there is no group {}", key.group.0)));
+    };
+    if seal.encoding != 0 || seal.stored_bytes != *bytes {
+        return Err(wrong(format!("encoding {} of {} bytes", seal.encoding, seal.stored_bytes)));
+    }
+    compare(image, geometry, key.group, &sealed)?;
+    Ok(key)
+}
+
+#[cfg(not(feature = "mutant-unchecked"))]
+fn compare(image: &[u8], geometry: &SlotGeometry, group: GroupIndex, sealed: &[u64]) -> Result<()> {
+    let found = sums(image, geometry, group);
+    match found.iter().zip(sealed).position(|(found, sealed)| found != sealed) {
+        None => Ok(()),
+        Some(rank) => Err(Error::lost("extent", format!("the checksum of rank {rank}'s part does not match"))),
+    }
+}
+
+/// The mutant that the tests must notice: payloads are believed.
+#[cfg(feature = "mutant-unchecked")]
+#[expect(clippy::unnecessary_wraps, reason = "stands in for the real one")]
+fn compare(_image: &[u8], _geometry: &SlotGeometry, _group: GroupIndex, _sealed: &[u64]) -> Result<()> {
+    Ok(())
+}
