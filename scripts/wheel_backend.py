@@ -57,16 +57,14 @@ def build_command() -> None:
     Raises:
         RuntimeError: Cargo did not build it; it has said why on standard error.
     """
-    chosen = _shared(shlex.split(os.environ.get("MATURIN_PEP517_ARGS", "")))
-    command = [
-        "cargo",
-        "build",
-        "--locked",
-        "--package",
-        "kvcellar-command",
-        "--message-format",
-        "json-render-diagnostics",
-    ]
+    arguments = shlex.split(os.environ.get("MATURIN_PEP517_ARGS", ""))
+    chosen = _shared(arguments)
+    command = ["cargo", "build", "--locked", "--package", "kvcellar-command"]
+    if "--zig" in arguments:
+        # As maturin does it: with a C compiler and a linker that know older systems.
+        command[1] = "zigbuild"
+        chosen = [_for_glibc(argument, arguments) for argument in chosen]
+    command += ["--message-format", "json-render-diagnostics"]
     command += chosen if "--profile" in chosen else ["--release", *chosen]
     print(f"Running `{shlex.join(command)}`", flush=True)
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
@@ -89,3 +87,12 @@ def _shared(arguments: list[str]) -> list[str]:
         if name in _SHARED:
             found += [argument] if equals else arguments[at : at + 2]
     return found
+
+
+def _for_glibc(argument: str, arguments: list[str]) -> str:
+    """A target with the version of glibc that a wheel's platform means; other arguments as they are."""
+    platforms = [argument for argument in arguments if argument.startswith("manylinux_")]
+    if not argument.endswith("-linux-gnu") or not platforms:
+        return argument
+    _, major, minor = platforms[0].split("_")[:3]
+    return f"{argument}.{major}.{minor}"
