@@ -38,11 +38,19 @@ MAX_MODEL_LEN = 1024
 CHUNK_TOKENS = 256
 
 
-def free_port() -> int:
-    """A loopback port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def free_port(count: int = 1) -> int:
+    """A loopback port that nobody listens on, the first of so many in a row."""
+    while True:
+        with contextlib.ExitStack() as held:
+            first = held.enter_context(socket.socket())
+            first.bind(("127.0.0.1", 0))
+            port = int(first.getsockname()[1])
+            try:
+                for number in range(port + 1, port + count):
+                    held.enter_context(socket.socket()).bind(("127.0.0.1", number))
+            except (OSError, OverflowError):
+                continue
+            return port
 
 
 def transfer_config(cellar: Mapping[str, object], **more: object) -> dict[str, Any]:

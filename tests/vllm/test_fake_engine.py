@@ -72,7 +72,7 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             request.getfixturevalue("vllm_installed")
             pool_dir = ends.enter_context(temporary_pool_dir())
             cellar = {"dram_size": kv_mib(64), "namespace_salt": "conformance"}
-            events = free_port()
+            events = free_port(2)
             # Without it vLLM 0.32 renders nothing.
             more = ["--enable-scale-out"]
             server = ends.enter_context(open_server(work_dir, pool_dir, cellar=cellar, events_port=events, more=more))

@@ -67,7 +67,7 @@ class Publisher:
 
 def test_vllms_publisher_its_replays_and_its_restarts(vllm_installed: None) -> None:
     """What was published before the index came, while it listens, and by another life on the same ports."""
-    port = free_port()
+    port = free_port(2)
     first = Publisher(port)
     for number in range(1, 21):
         first.inner.publish(batch(number, 1))
@@ -92,7 +92,7 @@ def test_vllms_publisher_its_replays_and_its_restarts(vllm_installed: None) -> N
 
 def test_a_new_replica_takes_over_what_no_replay_has_any_more(vllm_installed: None) -> None:
     """Then both follow the engine, each for itself."""
-    port = free_port()
+    port = free_port(2)
     publisher = Publisher(port, buffer_steps=20)
     source = f"name=a,endpoint=tcp://127.0.0.1:{port},replay=tcp://127.0.0.1:{port + 1}"
     with index_server("--engine", source) as first:
@@ -149,10 +149,11 @@ def test_without_replays_a_hole_clears_the_engine(vllm_installed: None) -> None:
 
 def test_pyzmq_hears_our_publisher_and_its_replays(vllm_installed: None) -> None:
     """`kvcellar events publish` as any subscriber of vLLM would take it."""
-    port = free_port()
+    # The second is for replays.
+    port = free_port(2)
     command = [sys.executable, "-m", "kvcellar", "events", "publish", "--engines", "1", "--port", str(port)]
     with (
-        subprocess.Popen([*command, "--rate", "2000", "--blocks", "100"], stderr=subprocess.DEVNULL) as process,
+        subprocess.Popen([*command, "--rate", "2000", "--blocks", "100"]) as process,
         zmq.Context() as context,
         context.socket(zmq.SUB) as live,
         context.socket(zmq.DEALER) as asking,
@@ -184,7 +185,7 @@ def test_pyzmq_hears_our_publisher_and_its_replays(vllm_installed: None) -> None
 
 def test_what_was_recorded_plays_as_the_same_blocks(vllm_installed: None, tmp_path: Path) -> None:
     """Tail, record and replay; the recording holds no token."""
-    port = free_port()
+    port = free_port(2)
     publisher = Publisher(port)
     source = f"name=a,endpoint=tcp://127.0.0.1:{port},replay=tcp://127.0.0.1:{port + 1}"
     publisher.inner.publish(batch(500_000, 3))
@@ -202,7 +203,7 @@ def test_what_was_recorded_plays_as_the_same_blocks(vllm_installed: None, tmp_pa
     text = recording.read_text()
     assert len(text.splitlines()) == 2
     assert "1000001" not in text, "a token id"
-    play = free_port()
+    play = free_port(2)
     with subprocess.Popen(
         [*events, "replay", str(recording), "--port", str(play), "--speed", "0", "--linger", f"{deadline(6.0):.0f}"],
         stderr=subprocess.DEVNULL,

@@ -53,7 +53,7 @@ class Fleet:
     def __init__(self, work_dir: Path, pool_dir: Path) -> None:
         """Starts none."""
         self.work_dir, self.pool_dir = work_dir, pool_dir
-        self.ports = {name: (free_port(), free_port()) for name in "ab"}
+        self.ports = {name: (free_port(), free_port(2)) for name in "ab"}
         self.lives: dict[str, tuple[ExitStack, Server]] = {}
 
     def start(self, name: str) -> Server:

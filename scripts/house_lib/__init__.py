@@ -1,0 +1,1 @@
+"""Measures the Rust sources: sizes, circles, names, silence."""
