@@ -49,9 +49,9 @@ STRUCTS = {
     "slot line": ("engine/pool/slot_table.rs", "SlotLine"),
     "descriptor": ("block/descriptor.rs", "Fixed"),
     "seal": ("block/descriptor.rs", "RawSeal"),
-    "superblock": ("engine/nvme/superblock.rs", "Fixed"),
-    "snapshot header": ("engine/nvme/snapshot.rs", "Header"),
-    "snapshot record": ("engine/nvme/snapshot.rs", "Record"),
+    "superblock": ("engine/nvme/superblock.rs", "SuperblockFields"),
+    "snapshot header": ("engine/nvme/snapshot.rs", "SnapshotHeader"),
+    "snapshot record": ("engine/nvme/snapshot.rs", "SnapshotRecord"),
     "block copy": ("block/plan.rs", "BlockCopy"),
 }
 

@@ -21,7 +21,7 @@ const MIB: f64 = (1 << 20) as f64;
 
 /// What to look at.
 #[derive(Debug, Clone, Args)]
-pub struct Options {
+pub struct CompressionBench {
     /// The directory given as `nvme_dir`. Its stores must be used by no engine.
     pub dir: PathBuf,
     /// At most so many blocks.
@@ -59,7 +59,7 @@ fn merge(planes: &[u8], width: usize) -> Vec<u8> {
 }
 
 /// One way to compress, and what it did with each block.
-struct Contender {
+struct Codec {
     name: &'static str,
     level: i32,
     width: usize,
@@ -68,7 +68,7 @@ struct Contender {
     unpack_ms: Vec<f64>,
 }
 
-impl Contender {
+impl Codec {
     fn new(name: &'static str, level: i32, width: usize) -> Self {
         Self { name, level, width, ratios: Vec::new(), pack_ms: Vec::new(), unpack_ms: Vec::new() }
     }
@@ -104,13 +104,13 @@ impl Contender {
     }
 }
 
-fn measure(options: &Options) -> Result<Vec<Measured>> {
+fn measure(options: &CompressionBench) -> Result<Vec<Measured>> {
     let width = options.value_bytes as usize;
     let mut contenders = [
-        Contender::new("zstd_1", 1, 1),
-        Contender::new("zstd_3", 3, 1),
-        Contender::new("planes_zstd_1", 1, width),
-        Contender::new("planes_zstd_3", 3, width),
+        Codec::new("zstd_1", 1, 1),
+        Codec::new("zstd_3", 3, 1),
+        Codec::new("planes_zstd_1", 1, width),
+        Codec::new("planes_zstd_3", 3, width),
     ];
     let bar = ProgressBar::new(options.blocks);
     let mut left = options.blocks;
@@ -137,14 +137,14 @@ fn measure(options: &Options) -> Result<Vec<Measured>> {
         let problem = format!("no block below {}", options.dir.display());
         return Err(Error::config("DIR", problem, "Name the `nvme_dir` of an engine that has stopped"));
     }
-    Ok(contenders.into_iter().flat_map(Contender::results).collect())
+    Ok(contenders.into_iter().flat_map(Codec::results).collect())
 }
 
 /// Runs the measurement and prints it.
 ///
 /// # Errors
 /// As [`measure`].
-pub fn run(options: &Options) -> Result<()> {
+pub fn run(options: &CompressionBench) -> Result<()> {
     let results = measure(options)?;
     if options.json {
         println!("{:#}", report(&results, &[]));

@@ -13,14 +13,14 @@ use serde_json::{Value, json};
 use super::report::{Goal, Measured, measured, print, report};
 use kvcellar_block::error::Result;
 use kvcellar_engine::gpu::Direction;
-use kvcellar_engine::gpu::cuda::meter::{Meter, Place, Timing};
+use kvcellar_engine::gpu::cuda::meter::{FragmentPlace, Meter, Timing};
 
 /// Sizes of fragments, in KiB.
 const SIZES_KIB: [u64; 8] = [4, 8, 16, 64, 256, 512, 1024, 4096];
 
 /// What to measure.
 #[derive(Debug, Clone, Args)]
-pub struct Options {
+pub struct DmaBench {
     /// The GPU, as torch numbers it.
     #[arg(long, default_value_t = 0)]
     pub device: i32,
@@ -39,7 +39,7 @@ pub struct Options {
 }
 
 /// All results of one run.
-pub struct Found {
+pub struct DmaFindings {
     results: Vec<Measured>,
     goals: Vec<Goal>,
     device: Value,
@@ -49,7 +49,7 @@ pub struct Found {
 ///
 /// # Errors
 /// As [`measure`].
-pub fn run(options: &Options) -> Result<()> {
+pub fn run(options: &DmaBench) -> Result<()> {
     let found = measure(options)?;
     if options.json {
         let mut report = report(&found.results, &found.goals);
@@ -67,7 +67,7 @@ pub fn run(options: &Options) -> Result<()> {
 /// # Errors
 /// [`kvcellar_block::error::Error::DeviceDead`] without a GPU;
 /// [`kvcellar_block::error::Error::Config`] for a size that is no power of two.
-pub fn measure(options: &Options) -> Result<Found> {
+pub fn measure(options: &DmaBench) -> Result<DmaFindings> {
     let bytes = options.mib << 20;
     if !options.mib.is_power_of_two() || options.mib < 8 {
         let problem = format!("{} is no power of two from 8 on", options.mib);
@@ -78,7 +78,7 @@ pub fn measure(options: &Options) -> Result<Found> {
     let (mut results, mut goals) = (Vec::new(), Vec::new());
     for (direction, name) in [(Direction::Load, "to GPU"), (Direction::Offload, "from GPU")] {
         for kib in SIZES_KIB {
-            for (place, order) in [(Place::Neighbours, "contiguous"), (Place::Scattered, "shuffled")] {
+            for (place, order) in [(FragmentPlace::Neighbours, "contiguous"), (FragmentPlace::Scattered, "shuffled")] {
                 let name = format!("{name}, {kib} KiB, {order}");
                 let runs = side_by_side(&mut meter, direction, place, kib << 10, bytes, options.repetitions)?;
                 judge(&name, kib, place, &runs, &mut results, &mut goals);
@@ -96,14 +96,14 @@ pub fn measure(options: &Options) -> Result<Found> {
             "from_gpu": { "batch": rates.down[0], "each": rates.down[1], "packed": rates.down[2] },
         })).collect::<Vec<_>>(),
     });
-    Ok(Found { results, goals, device })
+    Ok(DmaFindings { results, goals, device })
 }
 
 /// Fragments and the whole in turn, so that both see the same bus. The first pair warms up.
 fn side_by_side(
     meter: &mut Meter,
     direction: Direction,
-    place: Place,
+    place: FragmentPlace,
     size: u64,
     bytes: u64,
     repetitions: usize,
@@ -111,7 +111,7 @@ fn side_by_side(
     let mut runs = Vec::with_capacity(repetitions);
     for turn in 0..=repetitions {
         let fragments = meter.copy(direction, place, size, bytes)?;
-        let whole = meter.copy(direction, Place::Whole, bytes, bytes)?;
+        let whole = meter.copy(direction, FragmentPlace::Whole, bytes, bytes)?;
         if turn > 0 {
             runs.push((fragments, whole));
         }
@@ -122,7 +122,7 @@ fn side_by_side(
 fn judge(
     name: &str,
     kib: u64,
-    place: Place,
+    place: FragmentPlace,
     runs: &[(Timing, Timing)],
     results: &mut Vec<Measured>,
     goals: &mut Vec<Goal>,
@@ -138,7 +138,7 @@ fn judge(
     );
     let least = if kib >= 512 {
         Some(0.97)
-    } else if kib == 8 && place == Place::Scattered {
+    } else if kib == 8 && place == FragmentPlace::Scattered {
         Some(0.85)
     } else {
         None
@@ -148,7 +148,7 @@ fn judge(
         goals.push(Goal { name: share.name.clone(), goal, value: share.value, met: share.value >= least });
     }
     // Of larger fragments there are few in a job: what a call costs is divided by few.
-    if place == Place::Scattered && kib <= 64 {
+    if place == FragmentPlace::Scattered && kib <= 64 {
         let (goal, met) = ("at most 0.1".to_owned(), submit.value <= 0.1);
         goals.push(Goal { name: submit.name.clone(), goal, value: submit.value, met });
     }

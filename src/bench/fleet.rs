@@ -19,7 +19,7 @@ use kvcellar_route::simulation::{Plan, Way, run as simulate};
 
 /// Options.
 #[derive(Debug, Clone, Args)]
-pub struct Options {
+pub struct FleetBench {
     /// Sizes of fleets.
     #[arg(long, value_delimiter = ',', default_value = "8,64,512")]
     pub engines: Vec<usize>,
@@ -53,7 +53,7 @@ struct Over {
 
 /// One way through one load.
 #[derive(Debug, Clone, Serialize)]
-pub struct Row {
+pub struct FleetRow {
     load: &'static str,
     engines: usize,
     way: &'static str,
@@ -70,7 +70,7 @@ pub struct Row {
     p90s: Vec<f64>,
 }
 
-impl Row {
+impl FleetRow {
     fn of(plan: Plan, way: Way, outcomes: &[Outcome]) -> Self {
         let over = |of: fn(&Outcome) -> f64| {
             let it = report::measured("", "", outcomes.iter().map(of).collect());
@@ -97,7 +97,7 @@ impl Row {
 ///
 /// # Errors
 /// Those of the index.
-pub fn measure(options: &Options) -> Result<Vec<Row>> {
+pub fn measure(options: &FleetBench) -> Result<Vec<FleetRow>> {
     let loads = if options.load.is_empty() { Load::ALL.to_vec() } else { options.load.clone() };
     let mut kinds = Vec::new();
     for load in loads {
@@ -113,7 +113,7 @@ pub fn measure(options: &Options) -> Result<Vec<Row>> {
         .collect();
     let outcomes = all(&runs)?;
     let rows = kinds.iter().zip(outcomes.chunks(options.seeds.len().max(1)));
-    Ok(rows.map(|((plan, way), outcomes)| Row::of(*plan, *way, outcomes)).collect())
+    Ok(rows.map(|((plan, way), outcomes)| FleetRow::of(*plan, *way, outcomes)).collect())
 }
 
 fn all(runs: &[(Plan, Way)]) -> Result<Vec<Outcome>> {
@@ -140,11 +140,11 @@ fn all(runs: &[(Plan, Way)]) -> Result<Vec<Outcome>> {
 
 /// The cost model against the best other way, for each load and size: with the same seed each time,
 /// the median of all.
-fn goals(rows: &[Row]) -> Vec<Goal> {
+fn goals(rows: &[FleetRow]) -> Vec<Goal> {
     let ours = rows.iter().filter(|row| row.way == Way::CostModel.name());
-    let goal = |ours: &Row| {
+    let goal = |ours: &FleetRow| {
         let others = || {
-            let same = |row: &&Row| (row.load, row.engines) == (ours.load, ours.engines) && row.way != ours.way;
+            let same = |row: &&FleetRow| (row.load, row.engines) == (ours.load, ours.engines) && row.way != ours.way;
             rows.iter().filter(same)
         };
         let ratio = |(at, p90): (usize, &f64)| p90 / others().map(|row| row.p90s[at]).fold(f64::INFINITY, f64::min);
@@ -165,7 +165,7 @@ fn goals(rows: &[Row]) -> Vec<Goal> {
 ///
 /// # Errors
 /// As [`measure`].
-pub fn run(options: &Options) -> Result<()> {
+pub fn run(options: &FleetBench) -> Result<()> {
     let rows = measure(options)?;
     let goals = goals(&rows);
     if options.json {
@@ -206,7 +206,7 @@ mod tests {
 
     #[test]
     fn rows_and_goals_come_out() {
-        let options = Options {
+        let options = FleetBench {
             engines: vec![2],
             load: vec![Load::Agent],
             seconds: 5.0,

@@ -18,10 +18,10 @@ use super::report::{self, Goal, Measured, measured, percentile};
 use kvcellar_block::error::{Error, Result};
 use kvcellar_events::decode::decode;
 use kvcellar_events::encode::encode;
-use kvcellar_events::wire::{Arena, Batch, Event, Hashes, Parent, Removed, Stored};
+use kvcellar_events::wire::{Batch, BatchArena, Event, Hashes, Parent, Removed, Stored};
 use kvcellar_index::Index;
 use kvcellar_index::keys::{self, Extras};
-use kvcellar_index::query::Scorer;
+use kvcellar_index::query::PrefixScorer;
 use kvcellar_index::roster::EngineId;
 use kvcellar_index::tiers::{FleetTier, Weights};
 
@@ -32,7 +32,7 @@ const RUN: usize = 32;
 
 /// Sizes of the benchmark.
 #[derive(Debug, Clone, Args)]
-pub struct Options {
+pub struct IndexBench {
     /// Block events applied in each repetition.
     #[arg(long, default_value_t = 1 << 20)]
     pub events: usize,
@@ -48,14 +48,16 @@ pub struct Options {
 }
 
 /// A prompt that many engines hold a part of.
-struct Shape {
+struct PromptShape {
     name: &'static str,
     blocks: usize,
     engines: usize,
 }
 
-const SHAPES: [Shape; 2] =
-    [Shape { name: "3750x96", blocks: 3750, engines: 96 }, Shape { name: "8192x512", blocks: 8192, engines: 512 }];
+const SHAPES: [PromptShape; 2] = [
+    PromptShape { name: "3750x96", blocks: 3750, engines: 96 },
+    PromptShape { name: "8192x512", blocks: 8192, engines: 512 },
+];
 
 fn token(whose: u64, at: usize) -> u32 {
     // Most vocabularies have between 32,000 and 256,000 tokens: two bytes for some, four for
@@ -66,9 +68,9 @@ fn token(whose: u64, at: usize) -> u32 {
 /// Payloads that store `blocks` blocks of one prompt and, if asked, remove them again.
 fn payloads(whose: u64, blocks: usize, medium: &str, removed: bool) -> Vec<Vec<u8>> {
     let mut made = Vec::new();
-    let mut arena = Arena::default();
+    let mut arena = BatchArena::default();
     let name = |number: usize| xxhash_rust::xxh3::xxh3_64_with_seed(&whose.to_le_bytes(), number as u64 + (1 << 40));
-    let mut push = |event: Event<'_>, arena: &Arena| {
+    let mut push = |event: Event<'_>, arena: &BatchArena| {
         let batch = Batch { at_s: 1.5, rank: Some(0), events: vec![event], skipped: 0 };
         let mut payload = Vec::new();
         encode(&batch, arena, &mut payload);
@@ -108,7 +110,7 @@ struct NaiveIndex {
 }
 
 impl NaiveIndex {
-    fn apply(&mut self, engine: u32, batch: &Batch<'_>, arena: &Arena) {
+    fn apply(&mut self, engine: u32, batch: &Batch<'_>, arena: &BatchArena) {
         for event in &batch.events {
             match event {
                 Event::Stored(it) => {
@@ -162,7 +164,7 @@ fn tokens_of(whose: u64, blocks: usize) -> Vec<u32> {
 }
 
 /// Runs the measurements.
-pub fn measure(options: &Options) -> (Vec<Measured>, Vec<Goal>) {
+pub fn measure(options: &IndexBench) -> (Vec<Measured>, Vec<Goal>) {
     let bar = ProgressBar::new(3 * options.repetitions as u64);
     if let Ok(style) = ProgressStyle::with_template("{msg:24} {bar:30} {pos}/{len} {elapsed}") {
         bar.set_style(style);
@@ -197,11 +199,11 @@ fn traffic(events: usize) -> (Vec<(u32, Vec<u8>)>, usize) {
     (made, count)
 }
 
-fn events(options: &Options, bar: &ProgressBar, results: &mut Vec<Measured>, goals: &mut Vec<Goal>) {
+fn events(options: &IndexBench, bar: &ProgressBar, results: &mut Vec<Measured>, goals: &mut Vec<Goal>) {
     let (traffic, count) = traffic(options.events);
     let [mut ours, mut naive, mut decoded, mut bytes, mut naive_ratio] = [const { Vec::new() }; 5];
     for _ in 0..options.repetitions {
-        let mut arena = Arena::default();
+        let mut arena = BatchArena::default();
         let started = Instant::now();
         for (_, payload) in &traffic {
             black_box(decode(payload, &mut arena).is_ok());
@@ -250,9 +252,15 @@ fn events(options: &Options, bar: &ProgressBar, results: &mut Vec<Measured>, goa
     });
 }
 
-fn questions(options: &Options, shape: &Shape, bar: &ProgressBar, results: &mut Vec<Measured>, goals: &mut Vec<Goal>) {
+fn questions(
+    options: &IndexBench,
+    shape: &PromptShape,
+    bar: &ProgressBar,
+    results: &mut Vec<Measured>,
+    goals: &mut Vec<Goal>,
+) {
     let Ok(index) = Index::new(BLOCK as u32, 8 << 30) else { return };
-    let mut arena = Arena::default();
+    let mut arena = BatchArena::default();
     let mut naive = NaiveIndex::default();
     let ids: Vec<EngineId> =
         (0..shape.engines).filter_map(|it| index.write().engine(&format!("{it}"), MODEL).ok()).collect();
@@ -277,7 +285,7 @@ fn questions(options: &Options, shape: &Shape, bar: &ProgressBar, results: &mut 
         let times = std::thread::scope(|scope| {
             // A thread of its own, as in a server: events pour in as fast as they can be applied.
             scope.spawn(|| {
-                let mut arena = Arena::default();
+                let mut arena = BatchArena::default();
                 for (number, payload) in noise.iter().cycle().enumerate() {
                     if done.load(Ordering::Relaxed) {
                         break;
@@ -332,7 +340,7 @@ fn payloads_as(payload: &[u8], medium: &str) -> Vec<u8> {
 
 /// Milliseconds of each question, sorted: from tokens to scores.
 fn ask(index: &Index, tokens: &[u32], questions: usize) -> Vec<f64> {
-    let (mut scorer, mut found) = (Scorer::default(), Vec::new());
+    let (mut scorer, mut found) = (PrefixScorer::default(), Vec::new());
     let weights = Weights::default();
     let mut times: Vec<f64> = (0..questions)
         .map(|_| {
@@ -351,7 +359,7 @@ fn ask(index: &Index, tokens: &[u32], questions: usize) -> Vec<f64> {
 ///
 /// # Errors
 /// [`Error::Config`] where there is nothing to measure.
-pub fn run(options: &Options) -> Result<()> {
+pub fn run(options: &IndexBench) -> Result<()> {
     if options.events == 0 || options.questions == 0 || options.repetitions == 0 {
         return Err(Error::config(
             "--events, --questions, --repetitions",
@@ -374,11 +382,11 @@ mod tests {
 
     #[test]
     fn a_tiny_run_works_and_both_indexes_agree() {
-        let options = Options { events: 4096, questions: 2, repetitions: 1, json: true };
+        let options = IndexBench { events: 4096, questions: 2, repetitions: 1, json: true };
         let (results, goals) = measure(&options);
         assert!(results.iter().all(|result| result.value > 0.0) && results.len() == 13 && goals.len() == 2);
         let (index, mut naive, mut arena) =
-            (Index::new(16, 1 << 30).expect("room"), NaiveIndex::default(), Arena::default());
+            (Index::new(16, 1 << 30).expect("room"), NaiveIndex::default(), BatchArena::default());
         let ids: Vec<EngineId> =
             (0..32).map(|it| index.write().engine(&format!("{it}"), MODEL).expect("room")).collect();
         for (engine, payload) in traffic(8192).0 {
@@ -389,7 +397,7 @@ mod tests {
         assert_eq!(index.write().sizes().0, naive.holders.len());
         let mut keys = Vec::new();
         keys::of_prompt(keys::root(MODEL, None), &tokens_of(0, 512), BLOCK, &Extras::default(), &mut keys);
-        let mut scorer = Scorer::default();
+        let mut scorer = PrefixScorer::default();
         let scores = index.score(&mut scorer, &keys, None, &Weights::default());
         let prefixes: HashMap<u32, u32> = scores.iter().map(|score| (score.engine.0, score.blocks)).collect();
         assert_eq!(prefixes, naive.score(&keys));

@@ -20,37 +20,37 @@ use kvcellar_block::error::Result;
 
 /// One benchmark with its sizes.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub enum Benchmark {
     /// Lookup and allocation in the block table, beside a bare hash map.
-    Lookup(lookup::Options),
+    Lookup(lookup::LookupBench),
     /// Blocks to disk and back through the whole nvme tier, beside a bare ring.
-    Nvme(nvme::Options),
+    Nvme(nvme::NvmeBench),
     /// Copies between a GPU's memory and the host's, beside one copy in one piece.
     #[cfg(feature = "cuda")]
-    Dma(dma::Options),
+    Dma(dma::DmaBench),
     /// Events into the index and questions to it, beside a naive one.
-    Index(index::Options),
+    Index(index::IndexBench),
     /// Ways of routing side by side, over a simulated fleet.
-    Fleet(fleet::Options),
+    Fleet(fleet::FleetBench),
     /// Decisions, and the router's front ends beside the same with a fixed target.
-    Route(route::Options),
+    Route(route::RouteBench),
     /// Whether lossless compression would pay for the blocks in a store.
-    Compression(compression::Options),
+    Compression(compression::CompressionBench),
 }
 
 /// Runs a benchmark and prints what it found.
 ///
 /// # Errors
 /// Those of the benchmark.
-pub fn run(command: Command) -> Result<()> {
+pub fn run(command: Benchmark) -> Result<()> {
     match command {
-        Command::Lookup(options) => lookup::run(&options),
-        Command::Nvme(options) => nvme::run(&options),
+        Benchmark::Lookup(options) => lookup::run(&options),
+        Benchmark::Nvme(options) => nvme::run(&options),
         #[cfg(feature = "cuda")]
-        Command::Dma(options) => dma::run(&options),
-        Command::Index(options) => index::run(&options),
-        Command::Fleet(options) => fleet::run(&options),
-        Command::Route(options) => route::run(&options),
-        Command::Compression(options) => compression::run(&options),
+        Benchmark::Dma(options) => dma::run(&options),
+        Benchmark::Index(options) => index::run(&options),
+        Benchmark::Fleet(options) => fleet::run(&options),
+        Benchmark::Route(options) => route::run(&options),
+        Benchmark::Compression(options) => compression::run(&options),
     }
 }

@@ -20,7 +20,7 @@ use kvcellar_engine::tier::warm_table::WarmTable;
 
 /// Sizes of the benchmark.
 #[derive(Debug, Clone, Args)]
-pub struct Options {
+pub struct LookupBench {
     /// Blocks in the table.
     #[arg(long, default_value_t = 1 << 20)]
     pub blocks: u32,
@@ -64,7 +64,7 @@ fn nanoseconds_each(count: usize, expected: usize, work: impl FnOnce() -> usize)
 }
 
 /// Runs the measurements.
-pub fn measure(options: &Options) -> (Vec<Measured>, Vec<Goal>) {
+pub fn measure(options: &LookupBench) -> (Vec<Measured>, Vec<Goal>) {
     let bar = ProgressBar::new(options.repetitions as u64 + 1).with_message("filling the table");
     if let Ok(style) = ProgressStyle::with_template("{msg:24} {bar:30} {pos}/{len} {elapsed}") {
         bar.set_style(style);
@@ -146,7 +146,7 @@ fn lookup_goals(results: &[Measured]) -> Vec<Goal> {
 ///
 /// # Errors
 /// [`Error::Config`] where there is nothing to measure.
-pub fn run(options: &Options) -> Result<()> {
+pub fn run(options: &LookupBench) -> Result<()> {
     if options.blocks == 0 || options.request == 0 || options.repetitions == 0 {
         return Err(Error::config("--blocks, --request, --repetitions", "there is a 0 among them", "Write at least 1"));
     }
@@ -165,7 +165,7 @@ mod tests {
 
     #[test]
     fn a_tiny_run_works() {
-        let options = Options { blocks: 512, request: 64, repetitions: 2, json: true };
+        let options = LookupBench { blocks: 512, request: 64, repetitions: 2, json: true };
         let (results, goals) = measure(&options);
         assert!(results.iter().all(|result| result.value > 0.0 && result.n == 2) && goals.len() == 4);
     }

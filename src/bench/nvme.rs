@@ -19,8 +19,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use self::bare::Bare;
-use self::meter::{BARE, CHECKSUM, RIVAL, Reading, THREADS, TIER, Table, Way, metered};
-use self::tier::Tier;
+use self::meter::{BARE, CHECKSUM, DiskWay, RIVAL, Reading, Readings, THREADS, TIER, metered};
+use self::tier::WholeTier;
 use super::report::{Goal, Measured, report};
 use kvcellar_block::error::{Error, Result};
 use kvcellar_block::geometry::RankBytes;
@@ -35,7 +35,7 @@ use kvcellar_engine::pool::open as pools;
 
 /// Sizes of the benchmark.
 #[derive(Debug, Clone, Args)]
-pub struct Options {
+pub struct NvmeBench {
     /// Directory on the disk.
     #[arg(long)]
     pub dir: PathBuf,
@@ -69,23 +69,23 @@ fn size_of(text: &str) -> std::result::Result<u64, String> {
 
 /// What somebody else is asked to do in his turn: to move as many bytes in blocks of this size.
 #[derive(Debug, Clone, Copy)]
-pub struct Turn {
+pub struct RivalTurn {
     /// Bytes of a block.
     pub size: u64,
     /// How many.
     pub blocks: u32,
     /// Which way: what is read is what was written in the turn before.
-    pub way: Way,
+    pub way: DiskWay,
     /// The number of the chain of blocks.
     pub chain: u32,
 }
 
 /// Somebody else who takes part.
-pub type Rival<'a> = dyn FnMut(Turn) -> Result<Reading> + Send + 'a;
+pub type Rival<'a> = dyn FnMut(RivalTurn) -> Result<Reading> + Send + 'a;
 
 /// A report's parts.
 #[derive(Debug)]
-pub struct Outcome {
+pub struct NvmeOutcome {
     /// What was measured.
     pub results: Vec<Measured>,
     /// What should have been reached.
@@ -94,7 +94,7 @@ pub struct Outcome {
     pub disk: Value,
 }
 
-impl Outcome {
+impl NvmeOutcome {
     /// As JSON.
     pub fn report(&self) -> Value {
         let mut whole = report(&self.results, &self.goals);
@@ -104,9 +104,9 @@ impl Outcome {
 }
 
 /// A directory that is removed with everything in it.
-struct Scratch(PathBuf);
+struct ScratchDir(PathBuf);
 
-impl Scratch {
+impl ScratchDir {
     fn new(parent: &Path) -> Result<Self> {
         let path = parent.join(format!("kvcellar-bench-{}", std::process::id()));
         std::fs::create_dir_all(&path)
@@ -116,7 +116,7 @@ impl Scratch {
     }
 }
 
-impl Drop for Scratch {
+impl Drop for ScratchDir {
     fn drop(&mut self) {
         if let Err(error) = std::fs::remove_dir_all(&self.0) {
             eprintln!("kvcellar: {} is left over: {error}", self.0.display());
@@ -160,13 +160,13 @@ fn slots_for(blocks: u32) -> u32 {
 struct Field {
     size: u64,
     blocks: u32,
-    tier: Tier,
-    threads: Tier,
+    tier: WholeTier,
+    threads: WholeTier,
     bare: Bare,
 }
 
 impl Field {
-    fn open(options: &Options, size: u64, dir: &Path, pool_dir: &Path) -> Result<Self> {
+    fn open(options: &NvmeBench, size: u64, dir: &Path, pool_dir: &Path) -> Result<Self> {
         let geometry = geometry(size)?;
         let blocks = (options.bytes / size).clamp(1, u64::from(u32::MAX / TOKENS) - 1) as u32;
         // The chain that is written, the one that is read, and the colder one that was read before
@@ -199,7 +199,7 @@ impl Field {
                 "nvme_dir": dir, "nvme_size": capacity * u64::from(tier::TOGETHER), "nvme_reserve": "1MiB", "nvme_engine": engine,
                 "write_through": true, "events": false,
             });
-            Tier::open(&Config::parse(&settings.to_string())?, pool(namespace)?, grouping(), blocks, namespace)
+            WholeTier::open(&Config::parse(&settings.to_string())?, pool(namespace)?, grouping(), blocks, namespace)
         };
         Ok(Self {
             size,
@@ -222,17 +222,17 @@ impl Field {
         for chain in 0..chains {
             self.tier.write(chain)?;
             self.threads.write(chain)?;
-            self.bare.run(Way::Write, chain * self.blocks % extents, self.blocks)?;
+            self.bare.run(DiskWay::Write, chain * self.blocks % extents, self.blocks)?;
         }
         Ok(chains)
     }
 
-    fn take_turn(&self, who: &str, way: Way, chain: u32) -> Result<()> {
+    fn take_turn(&self, who: &str, way: DiskWay, chain: u32) -> Result<()> {
         match (who, way) {
-            (TIER, Way::Write) => self.tier.write(chain),
-            (TIER, Way::Read) => self.tier.read(chain),
-            (THREADS, Way::Write) => self.threads.write(chain),
-            (THREADS, Way::Read) => self.threads.read(chain),
+            (TIER, DiskWay::Write) => self.tier.write(chain),
+            (TIER, DiskWay::Read) => self.tier.read(chain),
+            (THREADS, DiskWay::Write) => self.threads.write(chain),
+            (THREADS, DiskWay::Read) => self.threads.read(chain),
             (CHECKSUM, _) => {
                 std::hint::black_box(self.bare.checksums(self.blocks));
                 Ok(())
@@ -242,17 +242,19 @@ impl Field {
     }
 
     /// One repetition: everybody writes chain `chain`, then everybody reads the one before it.
-    fn repeat(&self, chain: u32, rival: &mut Option<&mut Rival<'_>>, table: &mut Table) -> Result<()> {
+    fn repeat(&self, chain: u32, rival: &mut Option<&mut Rival<'_>>, table: &mut Readings) -> Result<()> {
         let mut order = vec![TIER, BARE, THREADS, CHECKSUM];
         if rival.is_some() {
             order.push(RIVAL);
         }
         let first = chain as usize % order.len();
         order.rotate_left(first);
-        for (way, chain) in [(Way::Write, chain), (Way::Read, chain - 1)] {
+        for (way, chain) in [(DiskWay::Write, chain), (DiskWay::Read, chain - 1)] {
             for who in &order {
                 let reading = match rival {
-                    Some(rival) if *who == RIVAL => rival(Turn { size: self.size, blocks: self.blocks, way, chain })?,
+                    Some(rival) if *who == RIVAL => {
+                        rival(RivalTurn { size: self.size, blocks: self.blocks, way, chain })?
+                    }
                     _ => metered(|| self.take_turn(who, way, chain))?.1,
                 };
                 table.put(who, way, self.size, self.bytes(), reading);
@@ -296,18 +298,18 @@ pub(super) fn load() -> String {
 /// # Errors
 /// Those of pools, stores and disks; [`Error::DataLost`] when something else would be measured than
 /// is said.
-pub fn measure(options: &Options, mut rival: Option<&mut Rival<'_>>) -> Result<Outcome> {
+pub fn measure(options: &NvmeBench, mut rival: Option<&mut Rival<'_>>) -> Result<NvmeOutcome> {
     if options.repetitions == 0 || options.sizes.is_empty() {
         return Err(Error::config("--repetitions, --sizes", "there is nothing to do", "Write at least one"));
     }
-    let (dir, pool_dir) = (Scratch::new(&options.dir)?, Scratch::new(&options.pool_dir)?);
+    let (dir, pool_dir) = (ScratchDir::new(&options.dir)?, ScratchDir::new(&options.pool_dir)?);
     let load_before = load();
     let rounds = options.sizes.len() as u64 * (u64::from(options.repetitions) + 1);
     let bar = ProgressBar::new(rounds);
     if let Ok(style) = ProgressStyle::with_template("{msg:24} {bar:30} {pos}/{len} {elapsed}") {
         bar.set_style(style);
     }
-    let mut table = Table::default();
+    let mut table = Readings::default();
     let mut goals = Vec::new();
     let mut disk = json!({});
     for size in &options.sizes {
@@ -315,7 +317,7 @@ pub fn measure(options: &Options, mut rival: Option<&mut Rival<'_>>) -> Result<O
         let field = Field::open(options, *size, &dir.0, &pool_dir.0)?;
         let start = field.warm_up()?;
         if let Some(rival) = &mut rival {
-            rival(Turn { size: *size, blocks: field.blocks, way: Way::Write, chain: start - 1 })?;
+            rival(RivalTurn { size: *size, blocks: field.blocks, way: DiskWay::Write, chain: start - 1 })?;
         }
         bar.inc(1);
         bar.set_message(format!("measuring {}", show(*size)));
@@ -334,14 +336,14 @@ pub fn measure(options: &Options, mut rival: Option<&mut Rival<'_>>) -> Result<O
     disk["bytes"] = options.bytes.into();
     disk["repetitions"] = options.repetitions.into();
     disk["surroundings"] = surroundings(&dir.0, &load_before);
-    Ok(Outcome { results: table.results(), goals, disk })
+    Ok(NvmeOutcome { results: table.results(), goals, disk })
 }
 
 /// Runs the benchmark and prints it.
 ///
 /// # Errors
 /// As [`measure`].
-pub fn run(options: &Options) -> Result<()> {
+pub fn run(options: &NvmeBench) -> Result<()> {
     let outcome = match options.reopen {
         Some(blocks) => reopen::measure(options, blocks)?,
         None if options.rival_stdio => measure(options, Some(&mut rival::over_stdio))?,
@@ -361,8 +363,8 @@ pub fn run(options: &Options) -> Result<()> {
 mod tests {
     use super::*;
 
-    pub(super) fn options(dir: &Path) -> Options {
-        Options {
+    pub(super) fn options(dir: &Path) -> NvmeBench {
+        NvmeBench {
             dir: dir.to_owned(),
             sizes: vec![16 << 10, 256 << 10],
             bytes: 2 << 20,
@@ -384,7 +386,7 @@ mod tests {
     fn a_tiny_run_measures_everybody_and_leaves_nothing() {
         let dir = target();
         let mut turns = Vec::new();
-        let mut rival = |turn: Turn| {
+        let mut rival = |turn: RivalTurn| {
             turns.push((turn.size, turn.way, turn.chain));
             Ok(Reading { seconds: 1.0, cpu_s: 1.0 })
         };
@@ -395,8 +397,8 @@ mod tests {
         assert!(outcome.results.iter().filter(|result| result.unit == "GB/s").all(|result| result.value > 0.0));
         assert_eq!(turns.len(), 2 * (1 + 2 * 2));
         // What is read is what was written a turn before.
-        let read = turns.iter().filter(|(_, way, _)| *way == Way::Read);
-        assert!(read.into_iter().all(|(size, _, chain)| turns.contains(&(*size, Way::Write, *chain))));
+        let read = turns.iter().filter(|(_, way, _)| *way == DiskWay::Read);
+        assert!(read.into_iter().all(|(size, _, chain)| turns.contains(&(*size, DiskWay::Write, *chain))));
         assert_eq!(std::fs::read_dir(dir.path()).expect("a directory").count(), 0);
     }
 

@@ -28,7 +28,7 @@ use kvcellar_route::tokens::TokenModel;
 
 /// Sizes of the benchmark.
 #[derive(Debug, Clone, Args)]
-pub struct Options {
+pub struct RouteBench {
     /// Directory with a model's `tokenizer.json`.
     #[arg(long)]
     pub tokenizer: PathBuf,
@@ -66,12 +66,12 @@ fn fewer(count: usize, tokens: usize) -> usize {
 
 /// What came out.
 #[derive(Debug, Default)]
-struct Found {
+struct RouteFindings {
     results: Vec<Measured>,
     goals: Vec<Goal>,
 }
 
-impl Found {
+impl RouteFindings {
     fn put(&mut self, name: &str, unit: &'static str, values: Vec<f64>) -> f64 {
         let measured = report::measured(name, unit, values);
         let value = measured.value;
@@ -84,7 +84,7 @@ impl Found {
     }
 }
 
-fn check(options: &Options) -> Result<()> {
+fn check(options: &RouteBench) -> Result<()> {
     let positive =
         [("decisions", options.decisions), ("requests", options.requests), ("repetitions", options.repetitions)];
     for (name, value) in positive {
@@ -101,7 +101,7 @@ fn check(options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn measure(options: &Options) -> Result<Found> {
+fn measure(options: &RouteBench) -> Result<RouteFindings> {
     check(options)?;
     let model = TokenModel::open(&options.tokenizer, 1 << 30)?;
     let fronts = 1 + usize::from(options.envoy.is_some());
@@ -110,7 +110,7 @@ fn measure(options: &Options) -> Result<Found> {
     if let Ok(style) = ProgressStyle::with_template("{msg:36} {bar:30} {pos}/{len} {elapsed}") {
         bar.set_style(style);
     }
-    let mut found = Found::default();
+    let mut found = RouteFindings::default();
     decide::measure(options, &model, &bar, &mut found)?;
     front::measure(options, &model, &bar, &mut found)?;
     bar.finish_and_clear();
@@ -121,7 +121,7 @@ fn measure(options: &Options) -> Result<Found> {
 ///
 /// # Errors
 /// As [`measure`].
-pub fn run(options: &Options) -> Result<()> {
+pub fn run(options: &RouteBench) -> Result<()> {
     let found = measure(options)?;
     if options.json {
         println!("{}", report::report(&found.results, &found.goals));

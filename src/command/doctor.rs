@@ -15,7 +15,7 @@ use self::finding::{Finding, Status};
 
 /// What to look at.
 #[derive(Debug, Clone, Args)]
-pub struct Options {
+pub struct DoctorOptions {
     /// The directory meant as `nvme_dir`. Without it nothing is said of a disk.
     pub dir: Option<PathBuf>,
     /// Shared-memory directory for the pools.
@@ -38,7 +38,7 @@ pub struct Options {
     pub vllm_missing: Option<String>,
 }
 
-fn vllm(options: &Options) -> Finding {
+fn vllm(options: &DoctorOptions) -> Finding {
     let name = "vllm";
     match (&options.vllm, &options.vllm_problem) {
         (found, Some(problem)) => {
@@ -59,7 +59,7 @@ fn vllm(options: &Options) -> Finding {
 }
 
 /// Everything that can be found out.
-pub fn examine(options: &Options) -> Vec<Finding> {
+pub fn examine(options: &DoctorOptions) -> Vec<Finding> {
     let mut findings = machine::examine(&options.pool_dir);
     if let Some(dir) = &options.dir {
         findings.extend(disk::examine(dir));
@@ -70,7 +70,7 @@ pub fn examine(options: &Options) -> Vec<Finding> {
 }
 
 /// Prints the findings. Exit code 1 when one is a problem.
-pub fn run(options: &Options) -> i32 {
+pub fn run(options: &DoctorOptions) -> i32 {
     let findings = examine(options);
     let worst = findings.iter().map(|finding| finding.status).max().unwrap_or(Status::Ok);
     if options.json {
@@ -90,8 +90,8 @@ pub fn run(options: &Options) -> i32 {
 mod tests {
     use super::*;
 
-    fn options() -> Options {
-        Options {
+    fn options() -> DoctorOptions {
+        DoctorOptions {
             dir: None,
             pool_dir: PathBuf::from("/dev/shm"),
             json: false,
@@ -105,17 +105,17 @@ mod tests {
     #[test]
     fn vllm_is_judged_by_what_python_says() {
         assert_eq!(vllm(&options()).status, Status::Warning);
-        let found = Options { vllm: Some("0.32.0".to_owned()), ..options() };
+        let found = DoctorOptions { vllm: Some("0.32.0".to_owned()), ..options() };
         assert_eq!(vllm(&found).status, Status::Ok);
-        let missing = Options { vllm_missing: Some("Install it".to_owned()), ..options() };
+        let missing = DoctorOptions { vllm_missing: Some("Install it".to_owned()), ..options() };
         assert_eq!((vllm(&missing).status, vllm(&missing).remedy.as_deref()), (Status::Warning, Some("Install it")));
-        let bad = Options { vllm_problem: Some("too old".to_owned()), ..found };
+        let bad = DoctorOptions { vllm_problem: Some("too old".to_owned()), ..found };
         assert_eq!((vllm(&bad).status, vllm(&bad).remedy.as_deref()), (Status::Problem, Some("too old")));
     }
 
     #[test]
     fn every_finding_that_is_not_well_has_a_remedy() {
-        let missing = Options { dir: Some(PathBuf::from("/nonexistent/kvcellar")), ..options() };
+        let missing = DoctorOptions { dir: Some(PathBuf::from("/nonexistent/kvcellar")), ..options() };
         let findings = examine(&missing);
         assert!(findings.iter().all(|finding| (finding.status == Status::Ok) == finding.remedy.is_none()));
         let dir = findings.iter().find(|finding| finding.name == "nvme_dir").expect("a line about the directory");

@@ -16,11 +16,11 @@ use super::index::Sources;
 use kvcellar_block::error::{Error, Result};
 use kvcellar_events::decode::decode;
 use kvcellar_events::encode::encode;
-use kvcellar_events::follow::{Counts, Why};
+use kvcellar_events::follow::{BatchCounts, Why};
 use kvcellar_events::publisher::Publisher;
-use kvcellar_events::recording::{Entry, Line};
-use kvcellar_events::subscriber::{Sink, Stream, follow};
-use kvcellar_events::wire::{Arena, Batch, Event, Hashes, Parent, Removed, Stored};
+use kvcellar_events::recording::{Entry, RecordedBatch};
+use kvcellar_events::subscriber::{PublisherStream, Sink, follow};
+use kvcellar_events::wire::{Batch, BatchArena, Event, Hashes, Parent, Removed, Stored};
 use kvcellar_index::api::serving;
 use kvcellar_index::tiers::{ALL, FleetTier, TIERS};
 
@@ -121,7 +121,7 @@ pub fn run(command: &EventsCommand) -> i32 {
 
 /// What one engine has told.
 #[derive(Debug, Clone, Default)]
-struct Told {
+struct EventTally {
     connected: bool,
     batches: u64,
     stored: [u64; TIERS],
@@ -129,20 +129,20 @@ struct Told {
     cleared: u64,
     skipped: u64,
     garbage: u64,
-    counts: Counts,
+    counts: BatchCounts,
 }
 
-type Board = Arc<Mutex<BTreeMap<String, Told>>>;
+type RateBoard = Arc<Mutex<BTreeMap<String, EventTally>>>;
 
 /// Counts what comes.
 struct Counter {
     source: String,
-    board: Board,
-    arena: Arena,
+    board: RateBoard,
+    arena: BatchArena,
 }
 
 impl Counter {
-    fn change(&self, engine: &str, what: impl FnOnce(&mut Told)) {
+    fn change(&self, engine: &str, what: impl FnOnce(&mut EventTally)) {
         what(self.board.lock().unwrap_or_else(PoisonError::into_inner).entry(engine.to_owned()).or_default());
     }
 }
@@ -152,7 +152,7 @@ impl Sink for Counter {
         self.change(&self.source, |told| told.connected = up);
     }
 
-    fn apply(&mut self, stream: &Stream, _number: u64, payload: &[u8]) {
+    fn apply(&mut self, stream: &PublisherStream, _number: u64, payload: &[u8]) {
         let Ok(batch) = decode(payload, &mut self.arena) else { return self.garbage() };
         self.change(&stream.engine(&self.source), |told| {
             told.connected = true;
@@ -172,9 +172,9 @@ impl Sink for Counter {
         });
     }
 
-    fn forget(&mut self, _stream: &Stream, _why: Why) {}
+    fn forget(&mut self, _stream: &PublisherStream, _why: Why) {}
 
-    fn state(&mut self, stream: &Stream, counts: Counts, _next: Option<u64>, _live: bool) {
+    fn state(&mut self, stream: &PublisherStream, counts: BatchCounts, _next: Option<u64>, _live: bool) {
         self.change(&stream.engine(&self.source), |told| told.counts = counts);
     }
 
@@ -206,10 +206,10 @@ async fn engines(sources: &Sources) -> Result<Vec<kvcellar_index::fleet::sources
 }
 
 async fn tail(options: &TailOptions) -> Result<()> {
-    let board = Board::default();
+    let board = RateBoard::default();
     let mut tasks = JoinSet::new();
     for source in engines(&options.sources).await? {
-        let counter = Counter { source: source.name, board: Arc::clone(&board), arena: Arena::default() };
+        let counter = Counter { source: source.name, board: Arc::clone(&board), arena: BatchArena::default() };
         tasks.spawn(follow(source.address, Vec::new(), counter));
     }
     let lines = options.json || !std::io::stdout().is_terminal();
@@ -251,7 +251,7 @@ fn tiers(now: &[u64; TIERS], past: &[u64; TIERS]) -> BTreeMap<&'static str, u64>
     differences.filter(|(_, count)| *count > 0).collect()
 }
 
-fn line(engine: &str, told: &Told, past: &Told) -> serde_json::Value {
+fn line(engine: &str, told: &EventTally, past: &EventTally) -> serde_json::Value {
     json!({
         "engine": engine,
         "connected": told.connected,
@@ -267,7 +267,7 @@ fn line(engine: &str, told: &Told, past: &Told) -> serde_json::Value {
     })
 }
 
-fn row(engine: &str, told: &Told, past: &Told) -> String {
+fn row(engine: &str, told: &EventTally, past: &EventTally) -> String {
     let show = |counts: BTreeMap<&str, u64>| {
         let parts: Vec<String> = counts.iter().map(|(tier, count)| format!("{tier} {count}")).collect();
         if parts.is_empty() { "-".to_owned() } else { parts.join(", ") }
@@ -289,11 +289,11 @@ struct Recorder {
     started: Instant,
     file: Arc<Mutex<BufWriter<std::fs::File>>>,
     failed: Arc<Mutex<Option<std::io::Error>>>,
-    arena: Arena,
+    arena: BatchArena,
 }
 
 impl Recorder {
-    fn write(&self, line: &Line) {
+    fn write(&self, line: &RecordedBatch) {
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         let written =
             serde_json::to_writer(&mut *file, line).map_err(std::io::Error::from).and_then(|()| writeln!(file));
@@ -310,21 +310,21 @@ impl Recorder {
 impl Sink for Recorder {
     fn connected(&mut self, _up: bool) {}
 
-    fn apply(&mut self, stream: &Stream, _number: u64, payload: &[u8]) {
+    fn apply(&mut self, stream: &PublisherStream, _number: u64, payload: &[u8]) {
         let at_ms = self.now_ms();
         let line = match decode(payload, &mut self.arena) {
-            Ok(batch) => Line::of(at_ms, &stream.engine(&self.source), &batch, &self.arena),
+            Ok(batch) => RecordedBatch::of(at_ms, &stream.engine(&self.source), &batch, &self.arena),
             Err(_) => return,
         };
         self.write(&line);
     }
 
-    fn forget(&mut self, stream: &Stream, _why: Why) {
+    fn forget(&mut self, stream: &PublisherStream, _why: Why) {
         let engine = stream.engine(&self.source);
-        self.write(&Line { at_ms: self.now_ms(), engine, rank: stream.rank, events: vec![Entry::Forgotten] });
+        self.write(&RecordedBatch { at_ms: self.now_ms(), engine, rank: stream.rank, events: vec![Entry::Forgotten] });
     }
 
-    fn state(&mut self, _stream: &Stream, _counts: Counts, _next: Option<u64>, _live: bool) {}
+    fn state(&mut self, _stream: &PublisherStream, _counts: BatchCounts, _next: Option<u64>, _live: bool) {}
 
     fn garbage(&mut self) {}
 }
@@ -342,7 +342,7 @@ async fn record(options: &RecordOptions) -> Result<()> {
             started,
             file: Arc::clone(&file),
             failed: Arc::clone(&failed),
-            arena: Arena::default(),
+            arena: BatchArena::default(),
         };
         tasks.spawn(follow(source.address, Vec::new(), recorder));
     }
@@ -373,7 +373,7 @@ async fn replay(options: &ReplayOptions) -> Result<()> {
     let file = BufReader::new(std::fs::File::open(&options.file).map_err(fail)?);
     let mut lines = Vec::new();
     for (number, text) in file.lines().enumerate() {
-        let line: Line = serde_json::from_str(&text.map_err(fail)?).map_err(|error| {
+        let line: RecordedBatch = serde_json::from_str(&text.map_err(fail)?).map_err(|error| {
             let remedy = "Name a file that `kvcellar events record` wrote";
             Error::config("file", format!("line {}: {error}", number + 1), remedy)
         })?;
@@ -418,7 +418,7 @@ async fn publish(options: &PublishOptions) -> Result<()> {
         tasks.spawn(async move {
             let (mut held, mut prompt) = (std::collections::VecDeque::new(), number as u64);
             let mut ticks = tokio::time::interval(pause);
-            let mut arena = Arena::default();
+            let mut arena = BatchArena::default();
             loop {
                 ticks.tick().await;
                 // Every third prompt is one that all engines get.

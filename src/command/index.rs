@@ -13,7 +13,7 @@ use kvcellar_engine::config::size;
 use kvcellar_events::subscriber::Address;
 use kvcellar_index::Index;
 use kvcellar_index::api::serving;
-use kvcellar_index::api::{self, Limits, Service};
+use kvcellar_index::api::{self, Service, ServiceLimits};
 use kvcellar_index::fleet::Fleet;
 use kvcellar_index::fleet::sources::{self, Source};
 use kvcellar_index::tiers::Weights;
@@ -177,7 +177,8 @@ async fn run(options: &Options) -> Result<()> {
     }
     fleet.set(found);
     let service = Arc::new(Service::new(index, fleet.states(), Weights::default()));
-    let limits = Limits { body_bytes_max: body as usize, requests_per_second: options.requests_per_second, token };
+    let limits =
+        ServiceLimits { body_bytes_max: body as usize, requests_per_second: options.requests_per_second, token };
     let listener = serving::listen("listen", options.listen, "index at http://").await?;
     let router = api::routes(Arc::clone(&service), limits);
     let expiry = async {

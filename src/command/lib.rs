@@ -16,16 +16,16 @@ use clap::{Parser, Subcommand};
 /// KV-cache offload engine for vLLM.
 #[derive(Debug, Parser)]
 #[command(name = "kvcellar", version, about)]
-struct Command {
+struct CommandLine {
     /// How log lines are written to standard error.
     #[arg(long, global = true, value_enum, default_value_t)]
     log_format: logging::Format,
     #[command(subcommand)]
-    part: Part,
+    part: Topic,
 }
 
 #[derive(Debug, Subcommand)]
-enum Part {
+enum Topic {
     /// Shared host pools of this user: show them, remove leftovers.
     #[command(subcommand)]
     Pool(PoolCommand),
@@ -34,7 +34,7 @@ enum Part {
     Store(StoreCommand),
     /// Says whether this machine, and a directory meant as `nvme_dir`, suit KV Cellar. Exit code 1
     /// when something does not work.
-    Doctor(doctor::Options),
+    Doctor(doctor::DoctorOptions),
     /// An index of a fleet's KV blocks.
     #[command(subcommand)]
     Index(IndexCommand),
@@ -45,7 +45,7 @@ enum Part {
     Events(events::EventsCommand),
     /// What this machine gives.
     #[command(subcommand)]
-    Bench(kvcellar_bench::Command),
+    Bench(kvcellar_bench::Benchmark),
 }
 
 #[derive(Debug, Subcommand)]
@@ -127,7 +127,7 @@ enum IndexCommand {
 /// Runs the command with these arguments, without the program's name. Returns the exit code: 0
 /// done, 1 refused or failed, 2 wrong usage.
 pub fn run(args: Vec<String>) -> i32 {
-    let command = match Command::try_parse_from(std::iter::once("kvcellar".to_owned()).chain(args)) {
+    let command = match CommandLine::try_parse_from(std::iter::once("kvcellar".to_owned()).chain(args)) {
         Ok(command) => command,
         Err(error) => {
             // Printing help to a closed pipe is nobody's loss.
@@ -137,17 +137,17 @@ pub fn run(args: Vec<String>) -> i32 {
     };
     logging::to_stderr(command.log_format);
     match command.part {
-        Part::Pool(PoolCommand::Ls { pool_dir, json }) => pool::list(&pool_dir, json),
-        Part::Pool(PoolCommand::Rm { names, all, pool_dir }) => pool::remove(&pool_dir, &names, all),
-        Part::Store(StoreCommand::Ls { dir, json }) => store::list(&dir, json),
-        Part::Store(StoreCommand::Stat { dir, names, json }) => store::stat(&dir, &names, json),
-        Part::Store(StoreCommand::Verify { dir, names, repair, json }) => store::verify(&dir, &names, repair, json),
-        Part::Store(StoreCommand::Drop { dir, names, yes }) => store::remove(&dir, &names, yes),
-        Part::Index(IndexCommand::Serve(options)) => index::serve(&options),
-        Part::Route(options) => route::serve(&options),
-        Part::Events(command) => events::run(&command),
-        Part::Doctor(options) => doctor::run(&options),
-        Part::Bench(command) => kvcellar_bench::run(command).map_or_else(|error| refused(&error), |()| 0),
+        Topic::Pool(PoolCommand::Ls { pool_dir, json }) => pool::list(&pool_dir, json),
+        Topic::Pool(PoolCommand::Rm { names, all, pool_dir }) => pool::remove(&pool_dir, &names, all),
+        Topic::Store(StoreCommand::Ls { dir, json }) => store::list(&dir, json),
+        Topic::Store(StoreCommand::Stat { dir, names, json }) => store::stat(&dir, &names, json),
+        Topic::Store(StoreCommand::Verify { dir, names, repair, json }) => store::verify(&dir, &names, repair, json),
+        Topic::Store(StoreCommand::Drop { dir, names, yes }) => store::remove(&dir, &names, yes),
+        Topic::Index(IndexCommand::Serve(options)) => index::serve(&options),
+        Topic::Route(options) => route::serve(&options),
+        Topic::Events(command) => events::run(&command),
+        Topic::Doctor(options) => doctor::run(&options),
+        Topic::Bench(command) => kvcellar_bench::run(command).map_or_else(|error| refused(&error), |()| 0),
     }
 }
 

@@ -5,7 +5,7 @@
 //! not msgpack, or no batch at all, is refused as a whole.
 
 use super::msgpack::{Cursor, Malformed};
-use super::wire::{Arena, Batch, Event, Hashes, Parent, Removed, Stored};
+use super::wire::{Batch, BatchArena, Event, Hashes, Parent, Removed, Stored};
 use crate::limits;
 use kvcellar_block::error::{Error, Result};
 
@@ -13,7 +13,7 @@ use kvcellar_block::error::{Error, Result};
 ///
 /// # Errors
 /// [`Error::DataLost`] when it is no batch.
-pub fn decode<'a>(payload: &'a [u8], arena: &mut Arena) -> Result<Batch<'a>> {
+pub fn decode<'a>(payload: &'a [u8], arena: &mut BatchArena) -> Result<Batch<'a>> {
     let refuse = |why: &str| Error::lost("event batch", why);
     arena.clear();
     if payload.len() > limits::EVENT_PAYLOAD_BYTES_MAX {
@@ -44,7 +44,7 @@ pub fn rank(payload: &[u8]) -> Result<Option<u32>> {
     read().map_err(|error: Malformed| Error::lost("event batch", error.to_string()))
 }
 
-fn batch<'a>(payload: &'a [u8], arena: &mut Arena) -> std::result::Result<Batch<'a>, Malformed> {
+fn batch<'a>(payload: &'a [u8], arena: &mut BatchArena) -> std::result::Result<Batch<'a>, Malformed> {
     let mut cursor = Cursor::new(payload);
     let fields = cursor.array()?;
     if fields < 2 {
@@ -75,21 +75,21 @@ fn batch<'a>(payload: &'a [u8], arena: &mut Arena) -> std::result::Result<Batch<
     if cursor.is_empty() { Ok(batch) } else { Err(Malformed::Surplus) }
 }
 
-fn event<'a>(cursor: &mut Cursor<'a>, arena: &mut Arena) -> std::result::Result<Event<'a>, Malformed> {
+fn event<'a>(cursor: &mut Cursor<'a>, arena: &mut BatchArena) -> std::result::Result<Event<'a>, Malformed> {
     let mut fields = Fields::default();
     let map_form = cursor.at_map();
     let kind = if map_form { fields.read_map(cursor, arena)? } else { fields.read_array(cursor, arena)? };
     let hashes = fields.hashes.unwrap_or_default();
     match kind {
-        Kind::Cleared => Ok(Event::Cleared { map_form }),
-        Kind::Removed => Ok(Event::Removed(Removed {
+        EventKind::Cleared => Ok(Event::Cleared { map_form }),
+        EventKind::Removed => Ok(Event::Removed(Removed {
             hashes,
             medium: fields.stored.medium,
             group: fields.stored.group,
             locality: fields.stored.locality,
             ownership: fields.stored.ownership,
         })),
-        Kind::Stored => {
+        EventKind::Stored => {
             let stored = Stored { hashes, ..fields.stored };
             // Tokens that do not cover the blocks would put them under a wrong key.
             let covered = stored.hashes.range.len().checked_mul(stored.block_size as usize);
@@ -103,13 +103,13 @@ fn event<'a>(cursor: &mut Cursor<'a>, arena: &mut Arena) -> std::result::Result<
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum EventKind {
     Stored,
     Removed,
     Cleared,
 }
 
-impl Kind {
+impl EventKind {
     fn named(name: &str) -> std::result::Result<Self, Malformed> {
         match name {
             "BlockStored" => Ok(Self::Stored),
@@ -146,24 +146,32 @@ struct Fields<'a> {
 }
 
 impl<'a> Fields<'a> {
-    fn read_map(&mut self, cursor: &mut Cursor<'a>, arena: &mut Arena) -> std::result::Result<Kind, Malformed> {
+    fn read_map(
+        &mut self,
+        cursor: &mut Cursor<'a>,
+        arena: &mut BatchArena,
+    ) -> std::result::Result<EventKind, Malformed> {
         let mut kind = None;
         for _ in 0..cursor.map()? {
             match cursor.text()? {
-                "type" => kind = Some(Kind::named(cursor.text()?)?),
+                "type" => kind = Some(EventKind::named(cursor.text()?)?),
                 name => self.read_field(name, cursor, arena)?,
             }
         }
         kind.ok_or(Malformed::Type)
     }
 
-    fn read_array(&mut self, cursor: &mut Cursor<'a>, arena: &mut Arena) -> std::result::Result<Kind, Malformed> {
+    fn read_array(
+        &mut self,
+        cursor: &mut Cursor<'a>,
+        arena: &mut BatchArena,
+    ) -> std::result::Result<EventKind, Malformed> {
         let count = cursor.array()?.checked_sub(1).ok_or(Malformed::Type)?;
-        let kind = Kind::named(cursor.text()?)?;
+        let kind = EventKind::named(cursor.text()?)?;
         let names: &[&str] = match kind {
-            Kind::Stored => &STORED,
-            Kind::Removed => &REMOVED,
-            Kind::Cleared => &[],
+            EventKind::Stored => &STORED,
+            EventKind::Removed => &REMOVED,
+            EventKind::Cleared => &[],
         };
         for position in 0..count {
             match names.get(position) {
@@ -178,7 +186,7 @@ impl<'a> Fields<'a> {
         &mut self,
         name: &str,
         cursor: &mut Cursor<'a>,
-        arena: &mut Arena,
+        arena: &mut BatchArena,
     ) -> std::result::Result<(), Malformed> {
         if name != "block_hashes" && cursor.nil() {
             return Ok(());
@@ -218,7 +226,7 @@ fn parent<'a>(cursor: &mut Cursor<'a>) -> std::result::Result<Parent<'a>, Malfor
     cursor.bytes().map(Parent::Digest)
 }
 
-fn hashes<'a>(cursor: &mut Cursor<'a>, arena: &mut Arena) -> std::result::Result<Hashes<'a>, Malformed> {
+fn hashes<'a>(cursor: &mut Cursor<'a>, arena: &mut BatchArena) -> std::result::Result<Hashes<'a>, Malformed> {
     let start = arena.hashes.len();
     let count = cursor.array()?;
     arena.hashes.reserve(count);

@@ -2,11 +2,11 @@
 
 use rmp::encode;
 
-use super::wire::{Arena, Batch, Event, Hashes, Parent, Removed, Stored};
+use super::wire::{Batch, BatchArena, Event, Hashes, Parent, Removed, Stored};
 
 /// Appends a batch to `out`.
-pub fn encode(batch: &Batch<'_>, arena: &Arena, out: &mut Vec<u8>) {
-    let mut writer = Writer { out, arena };
+pub fn encode(batch: &Batch<'_>, arena: &BatchArena, out: &mut Vec<u8>) {
+    let mut writer = MsgpackWriter { out, arena };
     writer.array(3);
     writer.float(batch.at_s);
     writer.array(batch.events.len());
@@ -27,12 +27,12 @@ pub fn encode(batch: &Batch<'_>, arena: &Arena, out: &mut Vec<u8>) {
 }
 
 /// Writing to memory cannot fail, which is why results are dropped here and nowhere else.
-struct Writer<'w> {
+struct MsgpackWriter<'w> {
     out: &'w mut Vec<u8>,
-    arena: &'w Arena,
+    arena: &'w BatchArena,
 }
 
-impl Writer<'_> {
+impl MsgpackWriter<'_> {
     fn array(&mut self, len: usize) {
         drop(encode::write_array_len(self.out, len as u32));
     }

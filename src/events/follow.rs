@@ -28,7 +28,7 @@ pub enum Why {
 
 /// What the caller has to do, in this order.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Step<P> {
+pub enum FollowStep<P> {
     /// Apply this batch, which has this number.
     Apply(u64, P),
     /// Forget every block of this publisher.
@@ -39,7 +39,7 @@ pub enum Step<P> {
 
 /// What has become of batches.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-pub struct Counts {
+pub struct BatchCounts {
     /// Applied.
     pub applied: u64,
     /// Left out: they had been applied before.
@@ -93,7 +93,7 @@ pub struct Follower<P> {
     held: VecDeque<(u64, P)>,
     held_bytes: usize,
     fruitless: u32,
-    counts: Counts,
+    counts: BatchCounts,
 }
 
 impl<P: AsRef<[u8]>> Follower<P> {
@@ -107,7 +107,7 @@ impl<P: AsRef<[u8]>> Follower<P> {
             held: VecDeque::new(),
             held_bytes: 0,
             fruitless: 0,
-            counts: Counts::default(),
+            counts: BatchCounts::default(),
         }
     }
 
@@ -128,12 +128,12 @@ impl<P: AsRef<[u8]>> Follower<P> {
     }
 
     /// What has become of batches.
-    pub fn counts(&self) -> Counts {
+    pub fn counts(&self) -> BatchCounts {
         self.counts
     }
 
     /// A connection was made, the first one or another.
-    pub fn connected(&mut self, steps: &mut Vec<Step<P>>) {
+    pub fn connected(&mut self, steps: &mut Vec<FollowStep<P>>) {
         if self.replays {
             self.fruitless = 0;
             self.ask(steps);
@@ -141,7 +141,7 @@ impl<P: AsRef<[u8]>> Follower<P> {
     }
 
     /// A batch was published.
-    pub fn message(&mut self, number: u64, payload: P, steps: &mut Vec<Step<P>>) {
+    pub fn message(&mut self, number: u64, payload: P, steps: &mut Vec<FollowStep<P>>) {
         if self.phase != Phase::Live {
             self.hold(number, payload);
             return;
@@ -162,7 +162,7 @@ impl<P: AsRef<[u8]>> Follower<P> {
     }
 
     /// Takes a batch as it comes, where no replay can help.
-    fn accept(&mut self, number: u64, print: u64, payload: P, steps: &mut Vec<Step<P>>) {
+    fn accept(&mut self, number: u64, print: u64, payload: P, steps: &mut Vec<FollowStep<P>>) {
         if self.is_repeat(number, print) {
             self.counts.repeated += 1;
             return;
@@ -176,7 +176,7 @@ impl<P: AsRef<[u8]>> Follower<P> {
     }
 
     /// A batch came by replay.
-    pub fn replayed(&mut self, number: u64, payload: P, steps: &mut Vec<Step<P>>) {
+    pub fn replayed(&mut self, number: u64, payload: P, steps: &mut Vec<FollowStep<P>>) {
         let Phase::Replaying { proof, progress } = self.phase else { return };
         let print = xxh3_64(payload.as_ref());
         if let Some(proof) = proof {
@@ -209,7 +209,7 @@ impl<P: AsRef<[u8]>> Follower<P> {
     }
 
     /// The replay has ended.
-    pub fn replay_ended(&mut self, steps: &mut Vec<Step<P>>) {
+    pub fn replay_ended(&mut self, steps: &mut Vec<FollowStep<P>>) {
         let Phase::Replaying { proof, .. } = self.phase else { return };
         if proof.is_some() {
             // It no longer has a batch that it had. What it has now is all to be asked for.
@@ -222,7 +222,7 @@ impl<P: AsRef<[u8]>> Follower<P> {
     }
 
     /// No replay came, or it stopped in the middle.
-    pub fn replay_failed(&mut self, steps: &mut Vec<Step<P>>) {
+    pub fn replay_failed(&mut self, steps: &mut Vec<FollowStep<P>>) {
         let Phase::Replaying { progress, .. } = self.phase else { return };
         self.fruitless = if progress { 0 } else { self.fruitless + 1 };
         if self.fruitless < limits::REPLAY_TRIES {
@@ -236,7 +236,7 @@ impl<P: AsRef<[u8]>> Follower<P> {
     }
 
     /// What was held, after a replay.
-    fn release(&mut self, steps: &mut Vec<Step<P>>) {
+    fn release(&mut self, steps: &mut Vec<FollowStep<P>>) {
         while let Some((number, payload)) = self.take_held() {
             match self.next {
                 Some(next) if number < next => self.counts.repeated += 1,
@@ -255,7 +255,7 @@ impl<P: AsRef<[u8]>> Follower<P> {
         }
     }
 
-    fn ask(&mut self, steps: &mut Vec<Step<P>>) {
+    fn ask(&mut self, steps: &mut Vec<FollowStep<P>>) {
         let proof = self.recent.back().copied().filter(|(number, _)| Some(number + 1) == self.next);
         let from = match (proof, self.next) {
             (Some((number, _)), _) => number,
@@ -264,33 +264,33 @@ impl<P: AsRef<[u8]>> Follower<P> {
         };
         self.phase = Phase::Replaying { proof, progress: false };
         self.counts.replays += 1;
-        steps.push(Step::Replay(from));
+        steps.push(FollowStep::Replay(from));
     }
 
-    fn apply(&mut self, number: u64, print: u64, payload: P, steps: &mut Vec<Step<P>>) {
+    fn apply(&mut self, number: u64, print: u64, payload: P, steps: &mut Vec<FollowStep<P>>) {
         self.next = Some(number + 1);
         if self.recent.len() == limits::RECENT_BATCHES {
             self.recent.pop_front();
         }
         self.recent.push_back((number, print));
         self.counts.applied += 1;
-        steps.push(Step::Apply(number, payload));
+        steps.push(FollowStep::Apply(number, payload));
     }
 
-    fn apply_replayed(&mut self, number: u64, print: u64, payload: P, steps: &mut Vec<Step<P>>) {
+    fn apply_replayed(&mut self, number: u64, print: u64, payload: P, steps: &mut Vec<FollowStep<P>>) {
         self.phase = Phase::Replaying { proof: None, progress: true };
         self.fruitless = 0;
         self.apply(number, print, payload, steps);
     }
 
-    fn forget(&mut self, why: Why, steps: &mut Vec<Step<P>>) {
+    fn forget(&mut self, why: Why, steps: &mut Vec<FollowStep<P>>) {
         match why {
             Why::Restart => self.counts.restarts += 1,
             Why::Gap => self.counts.gaps += 1,
         }
         self.next = None;
         self.recent.clear();
-        steps.push(Step::Forget(why));
+        steps.push(FollowStep::Forget(why));
     }
 
     fn hold(&mut self, number: u64, payload: P) {
@@ -350,21 +350,21 @@ mod tests {
             scene
         }
 
-        fn tell(&mut self, what: impl FnOnce(&mut Follower<Payload>, &mut Vec<Step<Payload>>)) {
+        fn tell(&mut self, what: impl FnOnce(&mut Follower<Payload>, &mut Vec<FollowStep<Payload>>)) {
             let mut steps = Vec::new();
             what(&mut self.follower, &mut steps);
             let mut steps = VecDeque::from(steps);
             while let Some(step) = steps.pop_front() {
                 match step {
-                    Step::Apply(_, payload) => self.known.push(payload),
-                    Step::Forget(why) => {
+                    FollowStep::Apply(_, payload) => self.known.push(payload),
+                    FollowStep::Forget(why) => {
                         self.known.clear();
                         self.whys.push(why);
                     }
-                    Step::Replay(from) => {
+                    FollowStep::Replay(from) => {
                         assert!(steps.is_empty(), "a replay is the last step");
                         let mut more = Vec::new();
-                        let asks = |more: &[Step<Payload>]| matches!(more.last(), Some(Step::Replay(_)));
+                        let asks = |more: &[FollowStep<Payload>]| matches!(more.last(), Some(FollowStep::Replay(_)));
                         for number in from.max(self.published.saturating_sub(self.kept))..self.published {
                             if !asks(&more) {
                                 self.follower.replayed(number, batch(self.life, number), &mut more);
@@ -463,6 +463,6 @@ mod tests {
             follower.replay_failed(&mut steps);
         }
         assert!(follower.is_live() && follower.held.is_empty() && follower.held_bytes == 0);
-        assert_eq!(steps.iter().filter(|step| matches!(step, Step::Apply(..))).count(), limits::HELD_BATCHES_MAX);
+        assert_eq!(steps.iter().filter(|step| matches!(step, FollowStep::Apply(..))).count(), limits::HELD_BATCHES_MAX);
     }
 }

@@ -24,7 +24,7 @@ pub enum Malformed {
     Surplus,
 }
 
-type Read<T> = Result<T, Malformed>;
+type Reader<T> = Result<T, Malformed>;
 
 /// A position in a payload.
 #[derive(Debug, Clone, Copy)]
@@ -43,24 +43,24 @@ impl<'a> Cursor<'a> {
         self.rest.is_empty()
     }
 
-    fn take(&mut self, len: usize) -> Read<&'a [u8]> {
+    fn take(&mut self, len: usize) -> Reader<&'a [u8]> {
         let (taken, rest) = self.rest.split_at_checked(len).ok_or(Malformed::Short)?;
         self.rest = rest;
         Ok(taken)
     }
 
-    fn fixed<const N: usize>(&mut self) -> Read<[u8; N]> {
+    fn fixed<const N: usize>(&mut self) -> Reader<[u8; N]> {
         let (taken, rest) = self.rest.split_first_chunk::<N>().ok_or(Malformed::Short)?;
         self.rest = rest;
         Ok(*taken)
     }
 
-    fn marker(&mut self) -> Read<Marker> {
+    fn marker(&mut self) -> Reader<Marker> {
         Ok(Marker::from_u8(self.fixed::<1>()?[0]))
     }
 
     /// Length of a string, byte string, array or map with this many bytes of length.
-    fn len(&mut self, width: u8) -> Read<usize> {
+    fn len(&mut self, width: u8) -> Reader<usize> {
         Ok(match width {
             1 => usize::from(self.fixed::<1>()?[0]),
             2 => usize::from(u16::from_be_bytes(self.fixed()?)),
@@ -83,7 +83,7 @@ impl<'a> Cursor<'a> {
     ///
     /// # Errors
     /// [`Malformed`].
-    pub fn array(&mut self) -> Read<usize> {
+    pub fn array(&mut self) -> Reader<usize> {
         let len = match self.marker()? {
             Marker::FixArray(len) => usize::from(len),
             Marker::Array16 => self.len(2)?,
@@ -97,7 +97,7 @@ impl<'a> Cursor<'a> {
     ///
     /// # Errors
     /// [`Malformed`].
-    pub fn map(&mut self) -> Read<usize> {
+    pub fn map(&mut self) -> Reader<usize> {
         let len = match self.marker()? {
             Marker::FixMap(len) => usize::from(len),
             Marker::Map16 => self.len(2)?,
@@ -119,7 +119,7 @@ impl<'a> Cursor<'a> {
     /// # Errors
     /// [`Malformed`].
     #[inline]
-    pub fn integer(&mut self) -> Read<u64> {
+    pub fn integer(&mut self) -> Reader<u64> {
         Ok(match self.marker()? {
             Marker::FixPos(value) => value.into(),
             Marker::U8 => self.fixed::<1>()?[0].into(),
@@ -139,7 +139,7 @@ impl<'a> Cursor<'a> {
     ///
     /// # Errors
     /// [`Malformed`].
-    pub fn small(&mut self) -> Read<u32> {
+    pub fn small(&mut self) -> Reader<u32> {
         u32::try_from(self.integer()?).map_err(|_| Malformed::Type)
     }
 
@@ -147,7 +147,7 @@ impl<'a> Cursor<'a> {
     ///
     /// # Errors
     /// [`Malformed`]; what was appended by then stays.
-    pub fn smalls(&mut self, into: &mut Vec<u32>) -> Read<()> {
+    pub fn smalls(&mut self, into: &mut Vec<u32>) -> Reader<()> {
         let len = self.array()?;
         into.reserve(len);
         for _ in 0..len {
@@ -172,7 +172,7 @@ impl<'a> Cursor<'a> {
     ///
     /// # Errors
     /// [`Malformed`].
-    pub fn float(&mut self) -> Read<f64> {
+    pub fn float(&mut self) -> Reader<f64> {
         let start = *self;
         match self.marker()? {
             Marker::F64 => Ok(f64::from_be_bytes(self.fixed()?)),
@@ -188,7 +188,7 @@ impl<'a> Cursor<'a> {
     ///
     /// # Errors
     /// [`Malformed`].
-    pub fn text(&mut self) -> Read<&'a str> {
+    pub fn text(&mut self) -> Reader<&'a str> {
         let len = match self.marker()? {
             Marker::FixStr(len) => usize::from(len),
             Marker::Str8 => self.len(1)?,
@@ -203,7 +203,7 @@ impl<'a> Cursor<'a> {
     ///
     /// # Errors
     /// [`Malformed`].
-    pub fn bytes(&mut self) -> Read<&'a [u8]> {
+    pub fn bytes(&mut self) -> Reader<&'a [u8]> {
         let len = match self.marker()? {
             Marker::Bin8 => self.len(1)?,
             Marker::Bin16 => self.len(2)?,
@@ -217,13 +217,13 @@ impl<'a> Cursor<'a> {
     ///
     /// # Errors
     /// [`Malformed`].
-    pub fn skip(&mut self) -> Read<&'a [u8]> {
+    pub fn skip(&mut self) -> Reader<&'a [u8]> {
         let start = self.rest;
         self.pass(limits::MSGPACK_DEPTH_MAX)?;
         Ok(&start[..start.len() - self.rest.len()])
     }
 
-    fn pass(&mut self, depth: usize) -> Read<()> {
+    fn pass(&mut self, depth: usize) -> Reader<()> {
         let bytes = match self.marker()? {
             Marker::FixPos(_) | Marker::FixNeg(_) | Marker::Null | Marker::True | Marker::False => 0,
             Marker::U8 | Marker::I8 => 1,
@@ -252,7 +252,7 @@ impl<'a> Cursor<'a> {
         self.take(bytes).map(drop)
     }
 
-    fn pass_values(&mut self, count: usize, depth: usize) -> Read<()> {
+    fn pass_values(&mut self, count: usize, depth: usize) -> Reader<()> {
         let depth = depth.checked_sub(1).ok_or(Malformed::Depth)?;
         (0..count).try_for_each(|_| self.pass(depth))
     }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use super::encode::encode;
-use super::wire::{Arena, Batch, Event, Hashes, Parent, Removed, Stored};
+use super::wire::{Batch, BatchArena, Event, Hashes, Parent, Removed, Stored};
 
 /// Tokens of one block at most, when a recording is played: more say nothing more.
 const BLOCK_TOKENS_MAX: u32 = 65_536;
@@ -17,7 +17,7 @@ const BLOCK_TOKENS_MAX: u32 = 65_536;
 /// One batch.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Line {
+pub struct RecordedBatch {
     /// When it came, in ms since the recording began.
     pub at_ms: u64,
     /// Which engine it is of.
@@ -70,9 +70,9 @@ pub enum Entry {
     Forgotten,
 }
 
-impl Line {
+impl RecordedBatch {
     /// A batch as it is recorded.
-    pub fn of(at_ms: u64, engine: &str, batch: &Batch<'_>, arena: &Arena) -> Self {
+    pub fn of(at_ms: u64, engine: &str, batch: &Batch<'_>, arena: &BatchArena) -> Self {
         let text = |value: Option<&str>| value.map(str::to_owned);
         let entry = |event: &Event<'_>| match event {
             Event::Stored(it) => Entry::Stored {
@@ -99,7 +99,7 @@ impl Line {
 
     /// Bytes to publish.
     pub fn payload(&self, at_s: f64) -> Vec<u8> {
-        let mut arena = Arena::default();
+        let mut arena = BatchArena::default();
         let adapters: Vec<Option<String>> = self
             .events
             .iter()
@@ -165,7 +165,7 @@ mod tests {
 
     #[test]
     fn a_recording_holds_no_token_and_plays_as_the_same_blocks() {
-        let arena = Arena { hashes: vec![11, 12, 13], tokens: vec![987_654, 987_655, 987_656, 987_657] };
+        let arena = BatchArena { hashes: vec![11, 12, 13], tokens: vec![987_654, 987_655, 987_656, 987_657] };
         let stored = Stored {
             hashes: Hashes { range: 0..2, digests: None },
             tokens: 0..4,
@@ -177,11 +177,11 @@ mod tests {
         let removed = Removed { hashes: Hashes { range: 2..3, digests: None }, ..Removed::default() };
         let events = vec![Event::Stored(Box::new(stored)), Event::Removed(removed)];
         let batch = Batch { at_s: 1.0, rank: Some(1), events, skipped: 0 };
-        let text = serde_json::to_string(&Line::of(5, "a", &batch, &arena)).expect("JSON");
+        let text = serde_json::to_string(&RecordedBatch::of(5, "a", &batch, &arena)).expect("JSON");
         assert!(!text.contains("98765") && !text.contains("secret"), "{text}");
-        let line: Line = serde_json::from_str(&text).expect("a line");
+        let line: RecordedBatch = serde_json::from_str(&text).expect("a line");
         let payload = line.payload(2.0);
-        let mut played = Arena::default();
+        let mut played = BatchArena::default();
         let again = decode(&payload, &mut played).expect("a batch");
         assert_eq!((again.events.len(), again.rank, &played.hashes), (2, Some(1), &arena.hashes));
         assert_eq!(played.tokens.len(), 4);

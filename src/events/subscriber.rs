@@ -15,7 +15,7 @@ use tokio::time::{sleep, timeout};
 use zeromq::{DealerSocket, Socket, SocketEvent, SocketRecv, SocketSend, SubSocket};
 
 use super::decode;
-use super::follow::{Counts, Follower, Position, Step, Why};
+use super::follow::{BatchCounts, FollowStep, Follower, Position, Why};
 use super::publisher::{END, frames};
 use crate::limits;
 
@@ -32,14 +32,14 @@ pub struct Address {
 
 /// One numbered row of batches.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Stream {
+pub struct PublisherStream {
     /// The topic.
     pub topic: String,
     /// The data-parallel rank.
     pub rank: Option<u32>,
 }
 
-impl Stream {
+impl PublisherStream {
     /// The name of its engine, among those behind an address with this name.
     pub fn engine(&self, base: &str) -> String {
         match self.rank {
@@ -54,24 +54,24 @@ pub trait Sink: Send {
     /// The line is up or down.
     fn connected(&mut self, up: bool);
     /// A batch, in order and once.
-    fn apply(&mut self, stream: &Stream, number: u64, payload: &[u8]);
+    fn apply(&mut self, stream: &PublisherStream, number: u64, payload: &[u8]);
     /// All blocks of the stream are to be forgotten.
-    fn forget(&mut self, stream: &Stream, why: Why);
+    fn forget(&mut self, stream: &PublisherStream, why: Why);
     /// The state after a message: counts, and whether nothing is missing.
-    fn state(&mut self, stream: &Stream, counts: Counts, next: Option<u64>, live: bool);
+    fn state(&mut self, stream: &PublisherStream, counts: BatchCounts, next: Option<u64>, live: bool);
     /// A message that is none of this protocol.
     fn garbage(&mut self);
 }
 
 enum Reply {
-    Batch(Stream, u64, Bytes),
+    Batch(PublisherStream, u64, Bytes),
     Ended,
     Failed,
 }
 
 /// Replies of one replay: those of earlier ones are of no interest any more.
 struct Replay {
-    stream: Stream,
+    stream: PublisherStream,
     number: u64,
     task: tokio::task::JoinHandle<()>,
 }
@@ -79,15 +79,15 @@ struct Replay {
 struct Follow<S> {
     address: Address,
     sink: S,
-    streams: HashMap<Stream, Follower<Bytes>>,
-    replays: HashMap<Stream, Replay>,
+    streams: HashMap<PublisherStream, Follower<Bytes>>,
+    replays: HashMap<PublisherStream, Replay>,
     replay_number: u64,
-    replies: mpsc::Sender<(Stream, u64, Reply)>,
+    replies: mpsc::Sender<(PublisherStream, u64, Reply)>,
 }
 
 /// Follows an address for ever: dropping the future ends it. `known`: streams whose beginning
 /// somebody else has applied.
-pub async fn follow<S: Sink>(address: Address, known: Vec<(Stream, Position)>, sink: S) {
+pub async fn follow<S: Sink>(address: Address, known: Vec<(PublisherStream, Position)>, sink: S) {
     let (replies, mut incoming) = mpsc::channel(limits::REPLAY_QUEUE);
     let replays = address.replay.is_some();
     let streams = known.into_iter().map(|(stream, last)| (stream, Follower::resume(replays, last))).collect();
@@ -106,7 +106,7 @@ pub async fn follow<S: Sink>(address: Address, known: Vec<(Stream, Position)>, s
 
 impl<S: Sink> Follow<S> {
     /// One connection, from its first try to its end. `true`: it was made.
-    async fn connection(&mut self, incoming: &mut mpsc::Receiver<(Stream, u64, Reply)>) -> bool {
+    async fn connection(&mut self, incoming: &mut mpsc::Receiver<(PublisherStream, u64, Reply)>) -> bool {
         let mut socket = SubSocket::new();
         let mut events = socket.monitor();
         if socket.subscribe("").await.is_err() {
@@ -157,14 +157,14 @@ impl<S: Sink> Follow<S> {
             self.stream(&stream);
             return;
         }
-        let streams: Vec<Stream> = self.streams.keys().cloned().collect();
+        let streams: Vec<PublisherStream> = self.streams.keys().cloned().collect();
         for stream in streams {
             self.tell(&stream, super::follow::Follower::connected);
         }
     }
 
     /// Makes sure that a stream is followed. `false`: there are too many.
-    fn stream(&mut self, stream: &Stream) -> bool {
+    fn stream(&mut self, stream: &PublisherStream) -> bool {
         if self.streams.contains_key(stream) {
             return true;
         }
@@ -187,7 +187,7 @@ impl<S: Sink> Follow<S> {
         }
     }
 
-    fn reply(&mut self, asked: &Stream, number: u64, reply: Reply) {
+    fn reply(&mut self, asked: &PublisherStream, number: u64, reply: Reply) {
         if self.replays.get(asked).is_none_or(|replay| replay.number != number) {
             return;
         }
@@ -201,22 +201,22 @@ impl<S: Sink> Follow<S> {
         }
     }
 
-    fn tell(&mut self, stream: &Stream, what: impl FnOnce(&mut Follower<Bytes>, &mut Vec<Step<Bytes>>)) {
+    fn tell(&mut self, stream: &PublisherStream, what: impl FnOnce(&mut Follower<Bytes>, &mut Vec<FollowStep<Bytes>>)) {
         let Some(follower) = self.streams.get_mut(stream) else { return };
         let mut steps = Vec::new();
         what(follower, &mut steps);
         let (counts, next, live) = (follower.counts(), follower.next(), follower.is_live());
         for step in steps {
             match step {
-                Step::Apply(number, payload) => self.sink.apply(stream, number, &payload),
-                Step::Forget(why) => self.sink.forget(stream, why),
-                Step::Replay(from) => self.ask(stream, from),
+                FollowStep::Apply(number, payload) => self.sink.apply(stream, number, &payload),
+                FollowStep::Forget(why) => self.sink.forget(stream, why),
+                FollowStep::Replay(from) => self.ask(stream, from),
             }
         }
         self.sink.state(stream, counts, next, live);
     }
 
-    fn ask(&mut self, stream: &Stream, from: u64) {
+    fn ask(&mut self, stream: &PublisherStream, from: u64) {
         let Some(endpoint) = self.address.replay.clone() else { return };
         self.replay_number += 1;
         let number = self.replay_number;
@@ -240,7 +240,7 @@ impl<S> Drop for Follow<S> {
 }
 
 /// Topic, number and payload; publishers before vLLM 0.26 send no topic in replays.
-fn parse(parts: &[Bytes]) -> Option<(Stream, u64, Bytes)> {
+fn parse(parts: &[Bytes]) -> Option<(PublisherStream, u64, Bytes)> {
     let (topic, number, payload) = match parts {
         [topic, number, payload] => (topic.clone(), number, payload),
         [number, payload] => (Bytes::new(), number, payload),
@@ -248,7 +248,7 @@ fn parse(parts: &[Bytes]) -> Option<(Stream, u64, Bytes)> {
     };
     let number = u64::from_be_bytes(<[u8; 8]>::try_from(number.as_ref()).ok()?);
     let rank = decode::rank(payload).ok()?;
-    Some((Stream { topic: String::from_utf8_lossy(&topic).into_owned(), rank }, number, payload.clone()))
+    Some((PublisherStream { topic: String::from_utf8_lossy(&topic).into_owned(), rank }, number, payload.clone()))
 }
 
 async fn request(endpoint: &str, from: u64) -> Option<DealerSocket> {
@@ -259,7 +259,7 @@ async fn request(endpoint: &str, from: u64) -> Option<DealerSocket> {
 }
 
 /// The stream that a publisher's first replayed batch belongs to.
-async fn first_stream(endpoint: &str) -> Option<Stream> {
+async fn first_stream(endpoint: &str) -> Option<PublisherStream> {
     let mut socket = request(endpoint, 0).await?;
     let parts = socket.recv().await.ok()?.into_vec();
     let (_, parts) = parts.split_first()?;
@@ -273,9 +273,9 @@ fn is_end(parts: &[Bytes]) -> bool {
 async fn replay(
     endpoint: &str,
     from: u64,
-    asked: &Stream,
+    asked: &PublisherStream,
     number: u64,
-    replies: &mpsc::Sender<(Stream, u64, Reply)>,
+    replies: &mpsc::Sender<(PublisherStream, u64, Reply)>,
 ) -> Reply {
     let longest = Duration::from_millis(limits::REPLAY_ANSWER_MS);
     let Ok(Some(mut socket)) = timeout(longest, request(endpoint, from)).await else { return Reply::Failed };

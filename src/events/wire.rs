@@ -1,21 +1,21 @@
 //! KVEvents as they travel: vLLM's and `SGLang`'s batches of block events.
 //!
 //! Vocabulary only; `decode` and `encode` turn it from and into bytes. What repeats by the
-//! thousand, hashes and token ids, lies in an [`Arena`] that its owner uses again for the next
+//! thousand, hashes and token ids, lies in an [`BatchArena`] that its owner uses again for the next
 //! batch; names and extra keys are borrowed from the payload.
 
 use std::ops::Range;
 
 /// Hashes and token ids of one batch.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Arena {
+pub struct BatchArena {
     /// Hashes of blocks as 64-bit numbers: see [`name`].
     pub hashes: Vec<u64>,
     /// Token ids.
     pub tokens: Vec<u32>,
 }
 
-impl Arena {
+impl BatchArena {
     /// Forgets everything and keeps the memory.
     pub fn clear(&mut self) {
         self.hashes.clear();
@@ -60,7 +60,7 @@ pub enum Event<'a> {
 /// Hashes of an event.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Hashes<'a> {
-    /// Their numbers in [`Arena::hashes`].
+    /// Their numbers in [`BatchArena::hashes`].
     pub range: Range<usize>,
     /// The byte strings, where they travelled as such.
     pub digests: Option<Vec<&'a [u8]>>,
@@ -92,7 +92,7 @@ pub struct Stored<'a> {
     pub hashes: Hashes<'a>,
     /// The block before the first.
     pub parent: Option<Parent<'a>>,
-    /// All their tokens, in [`Arena::tokens`]; empty when the publisher does not know them.
+    /// All their tokens, in [`BatchArena::tokens`]; empty when the publisher does not know them.
     pub tokens: Range<usize>,
     /// Tokens of a block.
     pub block_size: u32,

@@ -24,10 +24,10 @@ use serde::{Deserialize, Serialize};
 use super::Index;
 use super::fleet::{FleetView, SourceState};
 use super::keys::{self, Extras, Multimodal};
-use super::query::Scorer;
+use super::query::PrefixScorer;
 use super::roster::EngineId;
 use super::tiers::{ALL, TIERS, Weights};
-pub use limits::Limits;
+pub use limits::ServiceLimits;
 
 /// The content type of `/metrics`.
 pub const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -64,7 +64,7 @@ impl Service {
 }
 
 /// The routes, with their bounds.
-pub fn routes(service: Arc<Service>, limits: Limits) -> Router {
+pub fn routes(service: Arc<Service>, limits: ServiceLimits) -> Router {
     let open = Router::new().route("/healthz", get(health)).route("/openapi.json", get(openapi));
     let body = DefaultBodyLimit::max(limits.body_bytes_max);
     let guard = Arc::new(limits::Guard::new(limits));
@@ -90,7 +90,7 @@ type Body<T> = Result<Json<T>, JsonRejection>;
 /// What a prompt is, in every question.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Prompt {
+struct ScorePrompt {
     tokens: Vec<u32>,
     #[serde(default)]
     model: String,
@@ -108,7 +108,7 @@ struct Input {
     length: u32,
 }
 
-impl Prompt {
+impl ScorePrompt {
     fn keys(self, block: u32) -> Vec<u64> {
         let root = keys::root(&self.model, self.lora.as_deref().filter(|name| !name.is_empty()));
         let input = |it: Input| Multimodal { hash: it.hash, offset: it.offset.into(), length: it.length.into() };
@@ -126,7 +126,7 @@ impl Prompt {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Question {
-    prompt: Prompt,
+    prompt: ScorePrompt,
     engines: Option<Vec<String>>,
     #[serde(default)]
     weights: BTreeMap<String, f64>,
@@ -143,7 +143,7 @@ struct EngineScore {
 }
 
 #[derive(Debug, Serialize)]
-struct Answer {
+struct ScoreAnswer {
     block_tokens: u32,
     blocks: usize,
     engines: Vec<EngineScore>,
@@ -185,7 +185,7 @@ async fn score(State(service): State<Arc<Service>>, body: Body<Question>) -> Res
     });
     let block_tokens = roster.block_tokens;
     let keys = question.prompt.keys(block_tokens);
-    let mut scorer = Scorer::default();
+    let mut scorer = PrefixScorer::default();
     let scores = service.index.score(&mut scorer, &keys, candidates.as_deref(), &weights);
     let row = |score: &super::query::Score| {
         let engine = roster.get(score.engine)?.name.clone();
@@ -199,12 +199,12 @@ async fn score(State(service): State<Arc<Service>>, body: Body<Question>) -> Res
             score: score.score,
         })
     };
-    let answer = Answer { block_tokens, blocks: keys.len(), engines: scores.iter().filter_map(row).collect() };
+    let answer = ScoreAnswer { block_tokens, blocks: keys.len(), engines: scores.iter().filter_map(row).collect() };
     service.asked.add(started.elapsed());
     Json(answer).into_response()
 }
 
-async fn keys_of(State(service): State<Arc<Service>>, body: Body<Prompt>) -> Response {
+async fn keys_of(State(service): State<Arc<Service>>, body: Body<ScorePrompt>) -> Response {
     let prompt = match body {
         Ok(Json(prompt)) => prompt,
         Err(error) => return refuse(error.status(), error.body_text()),
@@ -217,8 +217,8 @@ async fn keys_of(State(service): State<Arc<Service>>, body: Body<Prompt>) -> Res
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Expectation {
-    prompt: Prompt,
+struct ExpectedBlocks {
+    prompt: ScorePrompt,
     engine: String,
     ttl_ms: Option<u32>,
 }
@@ -226,7 +226,7 @@ struct Expectation {
 /// Longest time that something may be expected.
 const TTL_MS_MAX: u32 = 60_000;
 
-async fn expect(State(service): State<Arc<Service>>, body: Body<Expectation>) -> Response {
+async fn expect(State(service): State<Arc<Service>>, body: Body<ExpectedBlocks>) -> Response {
     let wanted = match body {
         Ok(Json(wanted)) => wanted,
         Err(error) => return refuse(error.status(), error.body_text()),

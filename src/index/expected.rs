@@ -7,9 +7,9 @@
 use super::roster::{EngineId, Need};
 use super::sets::SetRef;
 use super::tiers::{Column, FleetTier};
-use super::writer::Writer;
+use super::writer::IndexWriter;
 
-impl Writer {
+impl IndexWriter {
     /// Expects blocks with these keys on an engine until `until_ms`.
     pub fn expect(&mut self, id: EngineId, keys: &[u64], until_ms: u64) {
         // Groups that need whole prefixes; an engine that has told of none yet gets its first.

@@ -13,13 +13,13 @@ use serde::Serialize;
 use tokio::task::JoinHandle;
 
 use super::Index;
-use super::registry::Mark;
+use super::registry::EventMark;
 use super::roster::EngineId;
 use kvcellar_block::error::Result;
 use kvcellar_events::decode::decode;
-use kvcellar_events::follow::{Counts, Position, Why};
-use kvcellar_events::subscriber::{self, Sink, Stream};
-use kvcellar_events::wire::Arena;
+use kvcellar_events::follow::{BatchCounts, Position, Why};
+use kvcellar_events::subscriber::{self, PublisherStream, Sink};
+use kvcellar_events::wire::BatchArena;
 use sources::Source;
 
 /// What is known of one stream.
@@ -33,7 +33,7 @@ pub struct StreamState {
     pub live: bool,
     /// What has become of its batches.
     #[serde(flatten)]
-    pub counts: Counts,
+    pub counts: BatchCounts,
 }
 
 /// What is known of one source.
@@ -65,7 +65,7 @@ pub struct Fleet {
     states: States,
     tasks: HashMap<String, (Source, JoinHandle<()>)>,
     /// Where engines' events stand that came with a snapshot, by engine.
-    marks: HashMap<String, Mark>,
+    marks: HashMap<String, EventMark>,
 }
 
 impl Fleet {
@@ -128,7 +128,7 @@ impl Fleet {
                 states: Arc::clone(&self.states),
                 source: source.clone(),
                 engines: HashMap::new(),
-                arena: Arena::default(),
+                arena: BatchArena::default(),
             };
             let known = self.known(&source);
             let task = tokio::spawn(subscriber::follow(source.address.clone(), known, sink));
@@ -144,12 +144,12 @@ impl Fleet {
     }
 
     /// Streams of a source that came with a snapshot.
-    fn known(&mut self, source: &Source) -> Vec<(Stream, Position)> {
-        let of_source = |name: &str, mark: &Mark| {
-            let stream = Stream { topic: mark.topic.clone(), rank: mark.rank };
+    fn known(&mut self, source: &Source) -> Vec<(PublisherStream, Position)> {
+        let of_source = |name: &str, mark: &EventMark| {
+            let stream = PublisherStream { topic: mark.topic.clone(), rank: mark.rank };
             (engine_name(source, &stream) == name).then_some((stream, mark.last))
         };
-        let found: Vec<(String, (Stream, Position))> =
+        let found: Vec<(String, (PublisherStream, Position))> =
             self.marks.iter().filter_map(|(name, mark)| Some((name.clone(), of_source(name, mark)?))).collect();
         found.into_iter().map(|(name, known)| (self.marks.remove(&name), known).1).collect()
     }
@@ -180,7 +180,7 @@ impl FleetView {
 }
 
 /// A stream's engine.
-fn engine_name(source: &Source, stream: &Stream) -> String {
+fn engine_name(source: &Source, stream: &PublisherStream) -> String {
     let base = match (source.address.bind, stream.topic.as_str()) {
         (true, topic) if !topic.is_empty() => topic,
         _ => &source.name,
@@ -193,16 +193,16 @@ struct IndexSink {
     index: Arc<Index>,
     states: States,
     source: Source,
-    engines: HashMap<Stream, Option<EngineId>>,
-    arena: Arena,
+    engines: HashMap<PublisherStream, Option<EngineId>>,
+    arena: BatchArena,
 }
 
 impl IndexSink {
-    fn name(&self, stream: &Stream) -> String {
+    fn name(&self, stream: &PublisherStream) -> String {
         engine_name(&self.source, stream)
     }
 
-    fn engine(&mut self, stream: &Stream) -> Option<EngineId> {
+    fn engine(&mut self, stream: &PublisherStream) -> Option<EngineId> {
         if let Some(known) = self.engines.get(stream) {
             return *known;
         }
@@ -241,7 +241,7 @@ impl Sink for IndexSink {
         });
     }
 
-    fn apply(&mut self, stream: &Stream, number: u64, payload: &[u8]) {
+    fn apply(&mut self, stream: &PublisherStream, number: u64, payload: &[u8]) {
         let Some(id) = self.engine(stream) else { return };
         let decoded = decode(payload, &mut self.arena);
         let mut writer = self.index.write();
@@ -250,14 +250,14 @@ impl Sink for IndexSink {
         }
         // Under the same lock: a snapshot must not tell of a batch before or after its blocks.
         let last = Position::of(number, payload);
-        writer.set_mark(id, Mark { topic: stream.topic.clone(), rank: stream.rank, last });
+        writer.set_mark(id, EventMark { topic: stream.topic.clone(), rank: stream.rank, last });
         drop(writer);
         if decoded.is_err() {
             self.garbage();
         }
     }
 
-    fn forget(&mut self, stream: &Stream, why: Why) {
+    fn forget(&mut self, stream: &PublisherStream, why: Why) {
         let Some(id) = self.engine(stream) else { return };
         let what = match why {
             Why::Restart => "it has restarted",
@@ -267,7 +267,7 @@ impl Sink for IndexSink {
         self.index.write().forget(id);
     }
 
-    fn state(&mut self, stream: &Stream, counts: Counts, next: Option<u64>, live: bool) {
+    fn state(&mut self, stream: &PublisherStream, counts: BatchCounts, next: Option<u64>, live: bool) {
         let engine = self.name(stream);
         let now = StreamState { engine, next, live, counts };
         self.change(|state| match state.streams.iter_mut().find(|known| known.engine == now.engine) {

@@ -1,9 +1,9 @@
 //! Which engine holds which prefix, in which tier, right now.
 //!
-//! An event's way: a subscriber hands a decoded batch to [`writer::Writer::apply`]; the [`writer`]
-//! finds the request keys ([`keys`]) of the engine's hashes ([`links`]), waits for parents that
-//! have not come ([`orphans`]), bridges block sizes ([`joined`]), and changes the block's holder
-//! set ([`sets`]) in the [`table`]. A question's way: [`Index::score`] turns tokens into keys and
+//! An event's way: a subscriber hands a decoded batch to [`writer::IndexWriter::apply`]; the
+//! [`writer`] finds the request keys ([`keys`]) of the engine's hashes ([`links`]), waits for
+//! parents that have not come ([`orphans`]), bridges block sizes ([`joined`]), and changes the
+//! block's holder set ([`sets`]) in the [`table`]. A question's way: [`Index::score`] turns tokens into keys and
 //! walks the table once ([`query`]), beside the writer and never behind it.
 //!
 //! Promises: no answer waits for a writer; every structure is bounded; what cannot be placed for
@@ -36,20 +36,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use arc_swap::ArcSwap;
 
 use kvcellar_block::error::Result;
-use query::{Score, Scorer};
+use query::{PrefixScorer, Score};
 use roster::{EngineId, Roster};
 use sets::Sets;
-use table::Table;
+use table::HolderTable;
 use tiers::{FleetTier, TIERS, Weights, unpack};
-use writer::Writer;
+use writer::IndexWriter;
 
 /// The index. Cheap to share: readers and writers use it at the same time.
 #[derive(Debug)]
 pub struct Index {
-    table: Arc<Table>,
+    table: Arc<HolderTable>,
     sets: Arc<Sets>,
     roster: Arc<ArcSwap<Roster>>,
-    writer: Mutex<Writer>,
+    writer: Mutex<IndexWriter>,
 }
 
 impl Index {
@@ -60,13 +60,13 @@ impl Index {
     /// [`kvcellar_block::error::Error::Config`] when the bound is too low.
     pub fn new(block_tokens: u32, bytes_max: usize) -> Result<Self> {
         let roster = Arc::new(ArcSwap::default());
-        let writer = Writer::new(block_tokens, bytes_max, Arc::clone(&roster))?;
+        let writer = IndexWriter::new(block_tokens, bytes_max, Arc::clone(&roster))?;
         let (table, sets) = writer.shared();
         Ok(Self { table, sets, roster, writer: Mutex::new(writer) })
     }
 
     /// The writer, alone. Readers do not wait for it.
-    pub fn write(&self) -> MutexGuard<'_, Writer> {
+    pub fn write(&self) -> MutexGuard<'_, IndexWriter> {
         // A panic within a batch leaves counts behind that are a little off, and blocks that are
         // misses: better than no index.
         self.writer.lock().unwrap_or_else(PoisonError::into_inner)
@@ -77,10 +77,10 @@ impl Index {
         self.roster.load_full()
     }
 
-    /// Scores engines by what they have of blocks with these keys; see [`Scorer::score`].
+    /// Scores engines by what they have of blocks with these keys; see [`PrefixScorer::score`].
     pub fn score<'s>(
         &self,
-        scorer: &'s mut Scorer,
+        scorer: &'s mut PrefixScorer,
         keys: &[u64],
         candidates: Option<&[EngineId]>,
         weights: &Weights,

@@ -19,7 +19,7 @@ pub const UNKNOWN: u64 = 0;
 
 /// What a hash stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Link {
+pub struct HashLink {
     /// Its request key; the last one where an engine's block is several of the index; [`UNKNOWN`]
     /// for an orphan.
     pub key: u64,
@@ -27,7 +27,7 @@ pub struct Link {
     stamp: u16,
 }
 
-impl Link {
+impl HashLink {
     /// Tiers that hold it.
     pub fn mask(&self) -> u8 {
         self.counts.iter().enumerate().fold(0, |mask, (tier, count)| mask | u8::from(*count > 0) << tier)
@@ -42,7 +42,7 @@ impl Link {
 /// All links of one engine's group.
 #[derive(Debug, Default)]
 pub struct Links {
-    by_hash: HashMap<u64, Link>,
+    by_hash: HashMap<u64, HashLink>,
     ghosts: VecDeque<(u64, u16)>,
     ghost_count: usize,
     stamp: u16,
@@ -51,13 +51,13 @@ pub struct Links {
 impl Links {
     /// What a hash stands for.
     #[inline]
-    pub fn get(&self, hash: u64) -> Option<&Link> {
+    pub fn get(&self, hash: u64) -> Option<&HashLink> {
         self.by_hash.get(&hash)
     }
 
     /// Tiers that hold a block.
     pub fn mask(&self, hash: u64) -> u8 {
-        self.get(hash).map_or(0, Link::mask)
+        self.get(hash).map_or(0, HashLink::mask)
     }
 
     /// Hashes with a holder.
@@ -71,7 +71,7 @@ impl Links {
     }
 
     /// All of them.
-    pub fn iter(&self) -> impl Iterator<Item = (u64, &Link)> {
+    pub fn iter(&self) -> impl Iterator<Item = (u64, &HashLink)> {
         self.by_hash.iter().map(|(hash, link)| (*hash, link))
     }
 
@@ -88,13 +88,13 @@ impl Links {
         }
         // A power of two of buckets, an eighth of them free, each with its entry and a byte of
         // control.
-        (wanted * 8 / 7 + 1).next_power_of_two() * (size_of::<(u64, Link)>() + 1) + 64
+        (wanted * 8 / 7 + 1).next_power_of_two() * (size_of::<(u64, HashLink)>() + 1) + 64
     }
 
     /// One more copy in a tier. `key` when it is known. Returns the link, and whether its tiers or
     /// its key are new.
     #[inline]
-    pub fn store(&mut self, hash: u64, key: u64, tier: FleetTier) -> (Link, bool) {
+    pub fn store(&mut self, hash: u64, key: u64, tier: FleetTier) -> (HashLink, bool) {
         match self.by_hash.entry(hash) {
             Entry::Occupied(mut entry) => {
                 let link = entry.get_mut();
@@ -108,7 +108,7 @@ impl Links {
                 (*link, named || link.mask() != before)
             }
             Entry::Vacant(entry) => {
-                let mut link = Link { key, counts: [0; TOLD_TIERS], stamp: 0 };
+                let mut link = HashLink { key, counts: [0; TOLD_TIERS], stamp: 0 };
                 link.counts[tier as usize] = 1;
                 entry.insert(link);
                 (link, true)
@@ -118,7 +118,7 @@ impl Links {
 
     /// One copy less in a tier. Returns the link as it is now and the tiers that held it before;
     /// `None` when the tier had no copy.
-    pub fn remove(&mut self, hash: u64, tier: FleetTier) -> Option<(Link, u8)> {
+    pub fn remove(&mut self, hash: u64, tier: FleetTier) -> Option<(HashLink, u8)> {
         let link = self.by_hash.get_mut(&hash)?;
         let before = link.mask();
         let count = &mut link.counts[tier as usize];
@@ -144,15 +144,15 @@ impl Links {
     }
 
     /// The key of an orphan has become known. Returns the link; `None` when it is no longer there.
-    pub fn adopt(&mut self, hash: u64, key: u64) -> Option<Link> {
+    pub fn adopt(&mut self, hash: u64, key: u64) -> Option<HashLink> {
         let link = self.by_hash.get_mut(&hash)?;
         link.key = key;
         Some(*link)
     }
 
     /// A link as another index knew it.
-    pub fn restore(&mut self, hash: u64, key: u64, counts: [u8; TOLD_TIERS]) -> Link {
-        let link = Link { key, counts, stamp: 0 };
+    pub fn restore(&mut self, hash: u64, key: u64, counts: [u8; TOLD_TIERS]) -> HashLink {
+        let link = HashLink { key, counts, stamp: 0 };
         if self.by_hash.insert(hash, link).is_some_and(|before| before.mask() == 0) {
             self.ghost_count -= 1;
         }

@@ -8,7 +8,7 @@
 
 use super::roster::{EngineId, EngineView, Need, Roster};
 use super::sets::{SetRef, Sets};
-use super::table::{Table, View};
+use super::table::{HolderTable, TableView};
 use super::tiers::{FleetTier, TIERS, Weights, unpack};
 
 /// Blocks that are looked for ahead of the one looked at.
@@ -71,7 +71,7 @@ struct Track {
 
 /// Reusable memory of passes.
 #[derive(Debug, Default)]
-pub struct Scorer {
+pub struct PrefixScorer {
     tracks: Vec<Track>,
     touched: Vec<u32>,
     holders: Vec<u32>,
@@ -79,12 +79,12 @@ pub struct Scorer {
     scores: Vec<Score>,
 }
 
-impl Scorer {
+impl PrefixScorer {
     /// Scores every engine that has anything of the prompt, or only `candidates`; best first, then
     /// by engine number.
     pub fn score(
         &mut self,
-        (table, sets, roster): (&Table, &Sets, &Roster),
+        (table, sets, roster): (&HolderTable, &Sets, &Roster),
         keys: &[u64],
         candidates: Option<&[EngineId]>,
         weights: &Weights,
@@ -142,7 +142,7 @@ impl Scorer {
     }
 
     /// Reads the holders of a run's first block.
-    fn open_run(&mut self, sets: &Sets, view: &mut View<'_>, key: u64, mut set: SetRef) -> SetRef {
+    fn open_run(&mut self, sets: &Sets, view: &mut TableView<'_>, key: u64, mut set: SetRef) -> SetRef {
         for _ in 0..TRIES {
             if sets.read(set, &mut self.holders) {
                 return set;

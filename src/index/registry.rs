@@ -10,7 +10,7 @@ use super::column::{ColumnState, Ratio};
 use super::keys;
 use super::roster::{EngineId, EngineView, Need, Roster};
 use super::tiers::Column;
-use super::writer::Writer;
+use super::writer::IndexWriter;
 use crate::limits;
 use kvcellar_block::error::{Error, Result};
 use kvcellar_events::follow::Position;
@@ -18,7 +18,7 @@ use kvcellar_events::wire::Stored;
 
 /// Where an engine's events stand: the stream and its last batch.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Mark {
+pub struct EventMark {
     /// The stream's topic.
     pub topic: String,
     /// Its data-parallel rank.
@@ -29,14 +29,14 @@ pub struct Mark {
 
 /// An engine: what readers see of it, and its columns by group.
 #[derive(Debug)]
-pub(super) struct Engine {
+pub(super) struct IndexedEngine {
     pub(super) view: EngineView,
     /// The last batch applied, as its follower wants it to be kept.
-    pub(super) mark: Option<Mark>,
+    pub(super) mark: Option<EventMark>,
     by_group: HashMap<u32, Column>,
 }
 
-impl Writer {
+impl IndexWriter {
     /// Registers an engine, or finds it.
     ///
     /// # Errors
@@ -54,7 +54,7 @@ impl Writer {
         }
         let id = EngineId(number as u32);
         let view = EngineView { id, name: name.to_owned(), model: model.to_owned(), columns: Vec::new(), step: 1 };
-        let engine = Some(Engine { view, mark: None, by_group: HashMap::new() });
+        let engine = Some(IndexedEngine { view, mark: None, by_group: HashMap::new() });
         if number == self.engines.len() {
             self.engines.push(engine);
         } else {
@@ -65,7 +65,7 @@ impl Writer {
     }
 
     /// Keeps where an engine's events stand; to be called with the batch still being the last one.
-    pub fn set_mark(&mut self, id: EngineId, mark: Mark) {
+    pub fn set_mark(&mut self, id: EngineId, mark: EventMark) {
         if let Some(Some(engine)) = self.engines.get_mut(id.0 as usize) {
             engine.mark = Some(mark);
         }

@@ -87,7 +87,7 @@ impl Sets {
 
 /// One remembered transition.
 #[derive(Debug, Clone, Copy)]
-struct Memo {
+struct SetMemo {
     from: SetRef,
     holder: u32,
     to: SetRef,
@@ -104,7 +104,7 @@ pub struct SetWriter {
     free_places: [Vec<u32>; CLASSES],
     used_places: [u32; CLASSES],
     known: HashTable<u32>,
-    memo: Box<[Memo]>,
+    memo: Box<[SetMemo]>,
     scratch: Vec<u32>,
     bytes: usize,
     allowance: usize,
@@ -113,7 +113,7 @@ pub struct SetWriter {
 impl SetWriter {
     /// Without any set.
     pub fn new() -> Self {
-        let none = Memo { from: SetRef::NONE, holder: 0, to: SetRef::NONE };
+        let none = SetMemo { from: SetRef::NONE, holder: 0, to: SetRef::NONE };
         Self {
             sets: Arc::new(Sets::new()),
             // Number 0 is taken, so that no reference is 0.
@@ -146,7 +146,7 @@ impl SetWriter {
 
     /// Bytes of all sets and of what belongs to them.
     pub fn bytes(&self) -> usize {
-        self.bytes + self.known.allocation_size() + self.references.capacity() * 4 + MEMO * size_of::<Memo>()
+        self.bytes + self.known.allocation_size() + self.references.capacity() * 4 + MEMO * size_of::<SetMemo>()
     }
 
     /// Bytes that sets may allocate from now on.
@@ -168,7 +168,7 @@ impl SetWriter {
             memo.to
         } else {
             let to = self.derive(from, column, mask)?;
-            self.memo[slot] = Memo { from, holder, to };
+            self.memo[slot] = SetMemo { from, holder, to };
             to
         };
         if to != SetRef::NONE {

@@ -11,10 +11,10 @@ use serde::{Deserialize, Serialize};
 
 use super::column::Ratio;
 use super::links::UNKNOWN;
-use super::registry::Mark;
+use super::registry::EventMark;
 use super::roster::{EngineId, Need};
 use super::tiers::{Column, TOLD_TIERS};
-use super::writer::Writer;
+use super::writer::IndexWriter;
 use crate::limits;
 use kvcellar_block::error::{Error, Result};
 
@@ -34,7 +34,7 @@ struct Head {
 struct EngineHead {
     name: String,
     model: String,
-    mark: Mark,
+    mark: EventMark,
     groups: Vec<GroupHead>,
 }
 
@@ -54,7 +54,7 @@ fn section(head: &impl Serialize, out: &mut Vec<u8>) -> Result<()> {
     Ok(())
 }
 
-impl Writer {
+impl IndexWriter {
     /// The beginning of a snapshot.
     ///
     /// # Errors
@@ -109,7 +109,7 @@ impl Writer {
     /// # Errors
     /// [`Error::DataLost`] when it is none, or of another block size than this index was told to
     /// have; what was taken over by then stays, whole engines only.
-    pub fn restore(&mut self, bytes: &[u8]) -> Result<Vec<(String, Mark)>> {
+    pub fn restore(&mut self, bytes: &[u8]) -> Result<Vec<(String, EventMark)>> {
         let wrong = |why: &str| Error::lost("snapshot", why);
         let mut rest = bytes.strip_prefix(MAGIC).ok_or_else(|| wrong("it does not begin as one"))?;
         let head: Head = read_section(&mut rest)?;

@@ -61,7 +61,7 @@ impl Cells {
 
 /// What readers see.
 #[derive(Debug)]
-pub struct Table {
+pub struct HolderTable {
     shards: [ArcSwap<Cells>; SHARDS],
 }
 
@@ -70,21 +70,21 @@ fn shard_of(key: u64) -> usize {
 }
 
 /// A reader's hold on the table. It sees later changes, except that a table made anew is noticed by
-/// [`View::renew`] only.
+/// [`TableView::renew`] only.
 #[derive(Debug)]
-pub struct View<'t> {
-    table: &'t Table,
+pub struct TableView<'t> {
+    table: &'t HolderTable,
     held: [Option<Arc<Cells>>; SHARDS],
 }
 
-impl Table {
+impl HolderTable {
     /// Begins to read.
-    pub fn view(&self) -> View<'_> {
-        View { table: self, held: [const { None }; SHARDS] }
+    pub fn view(&self) -> TableView<'_> {
+        TableView { table: self, held: [const { None }; SHARDS] }
     }
 }
 
-impl View<'_> {
+impl TableView<'_> {
     fn cells(&mut self, key: u64) -> &Cells {
         let shard = shard_of(key);
         self.held[shard].get_or_insert_with(|| self.table.shards[shard].load_full())
@@ -110,7 +110,7 @@ impl View<'_> {
 }
 
 #[derive(Debug)]
-struct Shard {
+struct TableShard {
     cells: Arc<Cells>,
     used: usize,
     gone: usize,
@@ -119,8 +119,8 @@ struct Shard {
 /// The writer's side.
 #[derive(Debug)]
 pub struct TableWriter {
-    table: Arc<Table>,
-    shards: [Shard; SHARDS],
+    table: Arc<HolderTable>,
+    shards: [TableShard; SHARDS],
 }
 
 /// Where a key is, or would go.
@@ -135,15 +135,16 @@ pub struct Spot {
 impl TableWriter {
     /// Empty.
     pub fn new() -> Self {
-        let shards: [Shard; SHARDS] =
-            std::array::from_fn(|_| Shard { cells: Arc::new(Cells::new(CELLS_MIN)), used: 0, gone: 0 });
-        let table =
-            Arc::new(Table { shards: std::array::from_fn(|shard| ArcSwap::new(Arc::clone(&shards[shard].cells))) });
+        let shards: [TableShard; SHARDS] =
+            std::array::from_fn(|_| TableShard { cells: Arc::new(Cells::new(CELLS_MIN)), used: 0, gone: 0 });
+        let table = Arc::new(HolderTable {
+            shards: std::array::from_fn(|shard| ArcSwap::new(Arc::clone(&shards[shard].cells))),
+        });
         Self { table, shards }
     }
 
     /// What readers need.
-    pub fn shared(&self) -> Arc<Table> {
+    pub fn shared(&self) -> Arc<HolderTable> {
         Arc::clone(&self.table)
     }
 
@@ -231,7 +232,7 @@ impl Default for TableWriter {
     }
 }
 
-impl Shard {
+impl TableShard {
     /// Probes stay short up to this share of cells in use or marked.
     fn is_full(&self) -> bool {
         (self.used + self.gone + 1) * 10 > self.cells.0.len() * 7

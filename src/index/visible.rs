@@ -5,9 +5,9 @@ use super::column::Ratio;
 use super::links::UNKNOWN;
 use super::sets::SetRef;
 use super::tiers::{Column, FleetTier};
-use super::writer::Writer;
+use super::writer::IndexWriter;
 
-impl Writer {
+impl IndexWriter {
     /// Brings what readers see of an engine's block up to date.
     #[inline]
     pub(super) fn show(&mut self, column: Column, hash: u64, key: u64, mask: u8) {
@@ -82,7 +82,7 @@ mod tests {
     #[test]
     fn without_room_for_another_set_a_block_is_never_said_to_be_where_it_no_longer_is() {
         let (gpu, cpu, disk) = (FleetTier::Gpu.bit(), FleetTier::Cpu.bit(), FleetTier::StorageLocal.bit());
-        let mut writer = Writer::new(2, limits::INDEX_BYTES_MIN, Arc::default()).expect("an index");
+        let mut writer = IndexWriter::new(2, limits::INDEX_BYTES_MIN, Arc::default()).expect("an index");
         for number in 1..SETS {
             let id = writer.engine(&format!("{number}"), "model").expect("room");
             let column = writer.column_of(id, 0).expect("room");
@@ -101,7 +101,7 @@ mod tests {
         xxhash_rust::xxh3::xxh3_64(&number.to_le_bytes())
     }
 
-    fn tiers(writer: &Writer, column: Column, key: u64) -> u8 {
+    fn tiers(writer: &IndexWriter, column: Column, key: u64) -> u8 {
         writer.sets.mask(writer.table.spot(key).found.unwrap_or(SetRef::NONE), column)
     }
 }

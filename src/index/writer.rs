@@ -11,7 +11,7 @@ use super::joined::{Before, Piece};
 use super::keys;
 use super::links::UNKNOWN;
 use super::orphans::Orphans;
-use super::registry::Engine;
+use super::registry::IndexedEngine;
 use super::roster::{EngineId, Roster};
 use super::sets::SetWriter;
 use super::table::TableWriter;
@@ -19,11 +19,11 @@ use super::tiers::{Column, FleetTier, TOLD_TIERS};
 use crate::limits;
 use arc_swap::ArcSwap;
 use kvcellar_block::error::{Error, Result};
-use kvcellar_events::wire::{Arena, Batch, Event, Hashes, Removed, Stored};
+use kvcellar_events::wire::{Batch, BatchArena, Event, Hashes, Removed, Stored};
 
 /// What has happened so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counts {
+pub struct IndexCounts {
     /// Batches applied.
     pub batches: u64,
     /// Events that were not understood.
@@ -50,10 +50,10 @@ pub struct Counts {
 
 /// The writer.
 #[derive(Debug)]
-pub struct Writer {
+pub struct IndexWriter {
     pub(super) table: TableWriter,
     pub(super) sets: SetWriter,
-    pub(super) engines: Vec<Option<Engine>>,
+    pub(super) engines: Vec<Option<IndexedEngine>>,
     pub(super) columns: Vec<Option<ColumnState>>,
     pub(super) roster: Arc<ArcSwap<Roster>>,
     pub(super) orphans: Orphans,
@@ -61,22 +61,22 @@ pub struct Writer {
     pub(super) block_tokens: u32,
     pub(super) bytes_max: usize,
     pub(super) columns_bytes: usize,
-    pub(super) counts: Counts,
+    pub(super) counts: IndexCounts,
     /// Some engine has several groups, in which a hash may mean the same block.
     pub(super) shares: bool,
     /// When the next expectation ends, in ms.
     pub(super) soonest_ms: u64,
-    scratch: Scratch,
+    scratch: WriterScratch,
 }
 
 #[derive(Debug, Default)]
-struct Scratch {
+struct WriterScratch {
     extras: Vec<u64>,
     keys: Vec<u64>,
     buried: Vec<u64>,
 }
 
-impl Writer {
+impl IndexWriter {
     /// Empty. `block_tokens` 0: that of the first engine that tells.
     ///
     /// # Errors
@@ -96,22 +96,22 @@ impl Writer {
             block_tokens,
             bytes_max,
             columns_bytes: 0,
-            counts: Counts::default(),
+            counts: IndexCounts::default(),
             shares: false,
             soonest_ms: u64::MAX,
-            scratch: Scratch::default(),
+            scratch: WriterScratch::default(),
         };
         writer.publish();
         Ok(writer)
     }
 
     /// The two structures that readers look into.
-    pub fn shared(&self) -> (Arc<super::table::Table>, Arc<super::sets::Sets>) {
+    pub fn shared(&self) -> (Arc<super::table::HolderTable>, Arc<super::sets::Sets>) {
         (self.table.shared(), self.sets.shared())
     }
 
     /// What has happened so far.
-    pub fn counts(&self) -> Counts {
+    pub fn counts(&self) -> IndexCounts {
         self.counts
     }
 
@@ -144,7 +144,7 @@ impl Writer {
     }
 
     /// Applies a batch of an engine's events.
-    pub fn apply(&mut self, id: EngineId, batch: &Batch<'_>, arena: &Arena) {
+    pub fn apply(&mut self, id: EngineId, batch: &Batch<'_>, arena: &BatchArena) {
         self.counts.batches += 1;
         self.counts.skipped += u64::from(batch.skipped);
         for event in &batch.events {
@@ -158,7 +158,7 @@ impl Writer {
         self.sets.allow(usize::MAX);
     }
 
-    fn stored(&mut self, id: EngineId, stored: &Stored<'_>, arena: &Arena) {
+    fn stored(&mut self, id: EngineId, stored: &Stored<'_>, arena: &BatchArena) {
         let Some(column) = self.column_of(id, stored.group.unwrap_or(0)) else {
             self.counts.skipped += 1;
             return;
@@ -401,7 +401,7 @@ impl Writer {
         self.sharing(column).into_iter().filter_map(|column| self.column(column)).find_map(named)
     }
 
-    fn removed(&mut self, id: EngineId, removed: &Removed<'_>, arena: &Arena) {
+    fn removed(&mut self, id: EngineId, removed: &Removed<'_>, arena: &BatchArena) {
         let Some(column) = self.column_of(id, removed.group.unwrap_or(0)) else { return };
         let tier = FleetTier::of(removed.medium, removed.locality);
         let Hashes { range, .. } = &removed.hashes;

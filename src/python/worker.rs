@@ -43,7 +43,7 @@ impl PyCopyWorker {
 /// How a KV cache in GPU memory is copied.
 #[cfg(feature = "cuda")]
 struct Gpu {
-    options: kvcellar_engine::gpu::cuda::copier::Options,
+    options: kvcellar_engine::gpu::cuda::copier::CopierOptions,
     near_node: Option<u32>,
 }
 
@@ -57,7 +57,7 @@ impl Gpu {
         let facts = opened.facts().map_err(Refused::into_error)?;
         // Now: vLLM has allocated its KV cache and computes nothing yet.
         let found = calibration::of_device(&opened, nvrtc).map_err(Refused::into_error)?;
-        Ok(Self { options: copier::Options::of(device, found), near_node: facts.near_node })
+        Ok(Self { options: copier::CopierOptions::of(device, found), near_node: facts.near_node })
     }
 
     fn near_node(&self) -> Option<u32> {

@@ -152,17 +152,17 @@ impl PickerConfig {
             }
             made.note(&part.note);
             match part.kind {
-                plugins::Kind::Nothing => {}
-                plugins::Kind::Pick { how, fallbacks } => (pick, made.fallbacks) = (how, fallbacks),
-                plugins::Kind::Prefix(mode) => {
+                plugins::PluginKind::Nothing => {}
+                plugins::PluginKind::Pick { how, fallbacks } => (pick, made.fallbacks) = (how, fallbacks),
+                plugins::PluginKind::Prefix(mode) => {
                     if made.mode != Mode::None {
                         return Err(wrong("there are two prefix scorers", "Keep one of them"));
                     }
                     made.mode = mode;
                     weights.push((Scorer::Prefix, weight));
                 }
-                plugins::Kind::Scorer(scorer) => weights.push((scorer, weight)),
-                plugins::Kind::Session(header) => {
+                plugins::PluginKind::Scorer(scorer) => weights.push((scorer, weight)),
+                plugins::PluginKind::Session(header) => {
                     made.session_header = Some(header);
                     weights.push((Scorer::Session, weight));
                 }

@@ -8,9 +8,9 @@ use super::engine::Engine;
 use super::estimate::BLOCK_TOKENS;
 use super::prompt::Prompt;
 use super::view::Held;
-use kvcellar_events::subscriber::Stream;
+use kvcellar_events::subscriber::PublisherStream;
 use kvcellar_index::Index;
-use kvcellar_index::query::Scorer;
+use kvcellar_index::query::PrefixScorer;
 use kvcellar_index::roster::EngineId;
 use kvcellar_index::tiers::{TIERS, Weights};
 
@@ -38,7 +38,7 @@ pub fn precise(index: &Index, keys: &[u64], prompt: u32, engines: &[Arc<Engine>]
     let places: HashMap<&str, usize> =
         engines.iter().enumerate().map(|(at, engine)| (engine.spec.name.as_str(), at)).collect();
     let mut found = vec![Found::default(); engines.len()];
-    let mut scorer = Scorer::default();
+    let mut scorer = PrefixScorer::default();
     for score in index.score(&mut scorer, keys, None, weights) {
         let Some(view) = roster.get(score.engine) else { continue };
         let (base, rank) = split_rank(&view.name);
@@ -61,7 +61,7 @@ pub fn precise(index: &Index, keys: &[u64], prompt: u32, engines: &[Arc<Engine>]
 
 /// The streams of an engine in the index: its first, or that of a rank.
 pub fn stream_of(index: &Index, engine: &Engine, rank: Option<u32>) -> Option<EngineId> {
-    let name = Stream { topic: String::new(), rank }.engine(&engine.spec.name);
+    let name = PublisherStream { topic: String::new(), rank }.engine(&engine.spec.name);
     index.roster().find(&name).map(|view| view.id)
 }
 

@@ -14,7 +14,7 @@ use crate::limits;
 const MODELS_EVERY: u32 = 20;
 
 #[derive(Deserialize)]
-struct Models {
+struct ServedModels {
     data: Vec<Model>,
 }
 
@@ -85,7 +85,7 @@ async fn metrics(engine: &Engine, client: &reqwest::Client) -> Option<Told> {
 
 async fn models(engine: &Engine, client: &reqwest::Client) -> Option<Vec<Model>> {
     let body = get(engine, client, "/v1/models").await?;
-    Some(serde_json::from_slice::<Models>(&body).ok()?.data)
+    Some(serde_json::from_slice::<ServedModels>(&body).ok()?.data)
 }
 
 /// Reads vLLM's metrics. Data-parallel ranks behind one address are added up.

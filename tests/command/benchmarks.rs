@@ -6,13 +6,13 @@ use kvcellar_testkit::stub_cuda::Stub;
 /// both ways.
 #[test]
 fn the_benchmark_runs_over_the_stub() {
-    use kvcellar_bench::dma::{Options, measure};
+    use kvcellar_bench::dma::{DmaBench, measure};
     let stub = Stub::take(4);
     stub.eager();
     stub.strict();
-    let options = Options { device: 0, mib: 8, repetitions: 1, nvrtc: Vec::new(), json: true };
+    let options = DmaBench { device: 0, mib: 8, repetitions: 1, nvrtc: Vec::new(), json: true };
     measure(&options).expect("the stub's device");
-    assert!(measure(&Options { mib: 9, ..options }).is_err());
+    assert!(measure(&DmaBench { mib: 9, ..options }).is_err());
     assert_eq!(stub.calls("cuMemAlloc_v2"), stub.calls("cuMemFree_v2"));
     assert_eq!(stub.calls("cuMemHostRegister_v2"), stub.calls("cuMemHostUnregister"));
     stub.is_clean();

@@ -4,7 +4,7 @@ use std::any::Any;
 use std::sync::Arc;
 
 use kvcellar_engine::gpu::cuda::calibration::Calibration;
-use kvcellar_engine::gpu::cuda::copier::{CudaCopier, Options};
+use kvcellar_engine::gpu::cuda::copier::{CopierOptions, CudaCopier};
 use kvcellar_engine::gpu::cuda::device::Device;
 use kvcellar_engine::gpu::views::GroupRuns;
 use kvcellar_engine::gpu::{Answers, Copier};
@@ -50,16 +50,16 @@ impl Maker for Cuda {
 }
 
 /// Without calibration: it has its own test.
-pub(crate) fn assumed() -> Options {
+pub(crate) fn assumed() -> CopierOptions {
     let device = Device::open(0).expect("the stub's device");
-    Options::of(0, Calibration::assumed(&device))
+    CopierOptions::of(0, Calibration::assumed(&device))
 }
 
 /// With a kernel that moves fragments of up to these sizes.
-pub(crate) fn with_kernel(gather_below: u64, stage_below: u64) -> Options {
+pub(crate) fn with_kernel(gather_below: u64, stage_below: u64) -> CopierOptions {
     let device = Device::open(0).expect("the stub's device");
     let calibration = Calibration::with_kernel(&device, b"an image", gather_below, stage_below).expect("loaded");
-    Options::of(0, calibration)
+    CopierOptions::of(0, calibration)
 }
 
 /// A KV cache's memory counts as the device's.

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use kvcellar_block::plan::StepPlan;
-use kvcellar_engine::gpu::cuda::copier::Options;
+use kvcellar_engine::gpu::cuda::copier::CopierOptions;
 use kvcellar_engine::gpu::cuda::pinning::settle;
 use kvcellar_engine::pool::slot_table::Fill;
 
@@ -15,8 +15,8 @@ use kvcellar_testkit::copies::scene::Scene;
 use kvcellar_testkit::stub_cuda::Stub;
 
 /// Pieces of two slots.
-fn options(scene: &Scene) -> Options {
-    Options { pin_chunk_bytes: 2 * scene.pool.geometry().slot_bytes, ..assumed() }
+fn options(scene: &Scene) -> CopierOptions {
+    CopierOptions { pin_chunk_bytes: 2 * scene.pool.geometry().slot_bytes, ..assumed() }
 }
 
 #[test]
@@ -44,7 +44,7 @@ fn what_is_refused_is_tried_in_halves() {
     let scene = Scene::simple(9);
     let slot_bytes = scene.pool.geometry().slot_bytes;
     stub.limit_calls(2 * slot_bytes);
-    let options = Options { pin_chunk_bytes: 8 * slot_bytes, pin_piece_bytes: slot_bytes, ..assumed() };
+    let options = CopierOptions { pin_chunk_bytes: 8 * slot_bytes, pin_piece_bytes: slot_bytes, ..assumed() };
     let vllm = Vllm::new(&stub, &scene, options);
     let mut notes = Vec::new();
     until("everything is pinned", || {

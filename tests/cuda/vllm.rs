@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use kvcellar_block::SlotIndex;
 use kvcellar_block::plan::{BlockCopy, Load, StepPlan};
 use kvcellar_engine::gpu::ComputeStream;
-use kvcellar_engine::gpu::cuda::copier::{CudaCopier, Options};
+use kvcellar_engine::gpu::cuda::copier::{CopierOptions, CudaCopier};
 use kvcellar_engine::gpu::worker::CopyWorker;
 use kvcellar_engine::pool::slot_table::Fill;
 
@@ -47,7 +47,7 @@ pub(crate) fn at_once<T>(what: &str, hooks: impl FnOnce() -> T) -> T {
 /// slot's payload.
 pub(crate) fn worker(
     scene_groups: &Arc<Vec<kvcellar_engine::gpu::views::GroupRuns>>,
-    options: Options,
+    options: CopierOptions,
 ) -> (CopyWorker, Arc<AtomicU64>) {
     adopt(scene_groups);
     let (groups, payload) = (Arc::clone(scene_groups), Arc::new(AtomicU64::new(0)));
@@ -69,7 +69,7 @@ pub(crate) fn load(request: &str, copies: &[BlockCopy]) -> Load {
 }
 
 impl<'a> Vllm<'a> {
-    pub(crate) fn new(stub: &'a Stub, scene: &'a Scene, options: Options) -> Self {
+    pub(crate) fn new(stub: &'a Stub, scene: &'a Scene, options: CopierOptions) -> Self {
         let (mut worker, payload) = worker(&scene.ranks[0].groups, options);
         stub.capture();
         worker.attach(&scene.pool.ticket()).expect("the pool is there");
@@ -82,7 +82,7 @@ impl<'a> Vllm<'a> {
     }
 
     /// The same for a copier with these options.
-    pub(crate) fn pinned_with(stub: &'a Stub, scene: &'a Scene, options: Options) -> Self {
+    pub(crate) fn pinned_with(stub: &'a Stub, scene: &'a Scene, options: CopierOptions) -> Self {
         let vllm = Self::new(stub, scene, options);
         until("the pool is pinned", || vllm.worker.take_notes().iter().any(|note| note.starts_with("pinned")));
         stub.strict();

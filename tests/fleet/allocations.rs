@@ -3,11 +3,11 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
-use kvcellar_events::wire::{Arena, Batch, Event, Hashes, Stored};
+use kvcellar_events::wire::{Batch, BatchArena, Event, Hashes, Stored};
 use kvcellar_index::Index;
 use kvcellar_index::keys::{self, Extras};
 use kvcellar_index::limits::INDEX_BYTES_MIN;
-use kvcellar_index::query::Scorer;
+use kvcellar_index::query::PrefixScorer;
 use kvcellar_index::tiers::Weights;
 
 thread_local! {
@@ -38,7 +38,7 @@ static ALLOCATOR: Counting = Counting;
 fn a_long_prompt_allocates_no_more_than_a_short_one() {
     let index = Index::new(2, INDEX_BYTES_MIN).expect("an index");
     let tokens: Vec<u32> = (0..8000).collect();
-    let mut arena = Arena::default();
+    let mut arena = BatchArena::default();
     for number in 0..32_usize {
         let id = index.write().engine(&format!("{number}"), "m").expect("room");
         let blocks = 4000 - number * 100;
@@ -50,7 +50,7 @@ fn a_long_prompt_allocates_no_more_than_a_short_one() {
         let batch = Batch { events: vec![Event::Stored(Box::new(stored))], ..Batch::default() };
         index.write().apply(id, &batch, &arena);
     }
-    let (mut scorer, mut keys) = (Scorer::default(), Vec::new());
+    let (mut scorer, mut keys) = (PrefixScorer::default(), Vec::new());
     let mut count = |blocks: usize| {
         keys.clear();
         let before = COUNT.get();

@@ -3,17 +3,17 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use kvcellar_events::wire::{Arena, Batch, Event, Hashes, Removed, Stored};
+use kvcellar_events::wire::{Batch, BatchArena, Event, Hashes, Removed, Stored};
 use kvcellar_index::Index;
 use kvcellar_index::keys::{self, Extras};
 use kvcellar_index::limits::INDEX_BYTES_MIN;
-use kvcellar_index::query::Scorer;
+use kvcellar_index::query::PrefixScorer;
 use kvcellar_index::roster::EngineId;
 use kvcellar_index::tiers::Weights;
 
 const BLOCKS: usize = 200;
 
-fn store(index: &Index, id: EngineId, tokens: &[u32], arena: &mut Arena) {
+fn store(index: &Index, id: EngineId, tokens: &[u32], arena: &mut BatchArena) {
     arena.clear();
     arena.hashes.extend((0..BLOCKS as u64).map(|number| number + 1));
     arena.tokens.extend_from_slice(tokens);
@@ -23,7 +23,7 @@ fn store(index: &Index, id: EngineId, tokens: &[u32], arena: &mut Arena) {
     index.write().apply(id, &batch, arena);
 }
 
-fn remove(index: &Index, id: EngineId, arena: &mut Arena) {
+fn remove(index: &Index, id: EngineId, arena: &mut BatchArena) {
     arena.clear();
     arena.hashes.extend((BLOCKS as u64 / 2..BLOCKS as u64).map(|number| number + 1));
     let hashes = Hashes { range: 0..BLOCKS / 2, digests: None };
@@ -39,14 +39,14 @@ fn answers_stay_true_while_the_fleet_changes() {
     keys::of_prompt(keys::root("m", None), &tokens, 2, &Extras::default(), &mut keys);
     let engines: Vec<EngineId> =
         (0..40).map(|number| index.write().engine(&format!("{number}"), "m").expect("room")).collect();
-    let mut arena = Arena::default();
+    let mut arena = BatchArena::default();
     for id in &engines {
         store(&index, *id, &tokens, &mut arena);
     }
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let reader = scope.spawn(|| {
-            let (mut scorer, mut asked) = (Scorer::default(), 0_u32);
+            let (mut scorer, mut asked) = (PrefixScorer::default(), 0_u32);
             while !done.load(Ordering::Relaxed) || asked == 0 {
                 let scores = index.score(&mut scorer, &keys, None, &Weights::default());
                 assert_eq!(scores.len(), engines.len(), "everybody keeps the first half");

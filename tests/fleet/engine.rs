@@ -4,8 +4,8 @@
 use std::collections::{HashMap, VecDeque};
 
 use kvcellar_events::encode::encode;
-use kvcellar_events::follow::{Follower, Step, Why};
-use kvcellar_events::wire::{Arena, Batch, Event, Hashes, Parent, Removed, Stored};
+use kvcellar_events::follow::{FollowStep, Follower, Why};
+use kvcellar_events::wire::{Batch, BatchArena, Event, Hashes, Parent, Removed, Stored};
 
 use crate::prompts::{TOKENS, hash, tokens};
 use kvcellar_testkit::random::Random;
@@ -58,7 +58,7 @@ impl SimEngine {
 
     /// One batch of changes to the truth, as bytes.
     pub(crate) fn work(&mut self, choices: &mut Random, prompts: u64) -> Vec<u8> {
-        let mut arena = Arena::default();
+        let mut arena = BatchArena::default();
         let mut batch = Batch { at_s: self.number as f64, rank: Some(0), ..Batch::default() };
         for _ in 0..choices.of(1..4) {
             match choices.of(0..100) {
@@ -75,7 +75,7 @@ impl SimEngine {
         payload
     }
 
-    fn store(&mut self, choices: &mut Random, prompts: u64, arena: &mut Arena, batch: &mut Batch<'_>) {
+    fn store(&mut self, choices: &mut Random, prompts: u64, arena: &mut BatchArena, batch: &mut Batch<'_>) {
         let prompt = choices.of(0..prompts);
         let all = tokens(prompt);
         let size = self.shape.block;
@@ -112,7 +112,7 @@ impl SimEngine {
         })));
     }
 
-    fn remove(&mut self, choices: &mut Random, arena: &mut Arena, batch: &mut Batch<'_>) {
+    fn remove(&mut self, choices: &mut Random, arena: &mut BatchArena, batch: &mut Batch<'_>) {
         let group = choices.of(0..self.truth.len() as u64) as usize;
         let tier = choices.of(0..4) as usize;
         let mut held: Vec<u64> =
@@ -157,7 +157,13 @@ impl SimEngine {
     }
 
     /// Publishes a batch. It arrives, and `twice`; or it is `lost`, or late: after the next one.
-    pub(crate) fn publish(&mut self, payload: &[u8], lost: bool, twice: bool, run: &mut dyn FnMut(Step<Vec<u8>>)) {
+    pub(crate) fn publish(
+        &mut self,
+        payload: &[u8],
+        lost: bool,
+        twice: bool,
+        run: &mut dyn FnMut(FollowStep<Vec<u8>>),
+    ) {
         let number = self.number;
         self.number += 1;
         self.buffer.push_back((number, payload.to_vec()));
@@ -187,19 +193,19 @@ impl SimEngine {
         }
     }
 
-    fn run(&mut self, steps: Vec<Step<Vec<u8>>>, run: &mut dyn FnMut(Step<Vec<u8>>)) {
+    fn run(&mut self, steps: Vec<FollowStep<Vec<u8>>>, run: &mut dyn FnMut(FollowStep<Vec<u8>>)) {
         let mut steps = VecDeque::from(steps);
         while let Some(step) = steps.pop_front() {
-            let Step::Replay(from) = step else {
-                self.blind |= step == Step::Forget(Why::Gap);
-                if step == Step::Forget(Why::Restart) {
+            let FollowStep::Replay(from) = step else {
+                self.blind |= step == FollowStep::Forget(Why::Gap);
+                if step == FollowStep::Forget(Why::Restart) {
                     self.blind = false;
                 }
                 run(step);
                 continue;
             };
             let mut more = Vec::new();
-            let asks = |more: &[Step<Vec<u8>>]| matches!(more.last(), Some(Step::Replay(_)));
+            let asks = |more: &[FollowStep<Vec<u8>>]| matches!(more.last(), Some(FollowStep::Replay(_)));
             for (number, payload) in self.buffer.iter().filter(|(number, _)| *number >= from) {
                 if !asks(&more) {
                     self.follower.replayed(*number, payload.clone(), &mut more);

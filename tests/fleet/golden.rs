@@ -2,7 +2,7 @@
 
 use kvcellar_events::decode::decode;
 use kvcellar_events::encode::encode;
-use kvcellar_events::wire::{Arena, Event};
+use kvcellar_events::wire::{BatchArena, Event};
 
 fn samples() -> Vec<(String, Vec<u8>)> {
     let file: serde_json::Value = serde_json::from_str(include_str!("golden/kv_events.json")).expect("JSON");
@@ -18,7 +18,7 @@ fn samples() -> Vec<(String, Vec<u8>)> {
 
 #[test]
 fn samples_come_back_byte_for_byte() {
-    let mut arena = Arena::default();
+    let mut arena = BatchArena::default();
     for (name, payload) in samples() {
         let batch = decode(&payload, &mut arena).expect("a batch");
         assert_eq!(batch.skipped, 0, "{name}");
@@ -30,7 +30,7 @@ fn samples_come_back_byte_for_byte() {
 
 #[test]
 fn samples_say_what_they_say() {
-    let mut arena = Arena::default();
+    let mut arena = BatchArena::default();
     let samples = samples();
     let batch = decode(&samples[0].1, &mut arena).expect("a batch");
     assert!((batch.at_s - 1.5).abs() < 1e-9 && batch.rank == Some(0) && batch.events.len() == 3);
@@ -105,7 +105,7 @@ fn the_array_form_of_sglang_and_of_older_vllm_is_read() {
         3,
         "surplus"
     ]));
-    let mut arena = Arena::default();
+    let mut arena = BatchArena::default();
     let batch = decode(&payload, &mut arena).expect("a batch");
     assert_eq!((batch.rank, batch.events.len(), batch.skipped), (Some(3), 3, 0));
     assert!(matches!(&batch.events[0], Event::Stored(it) if it.block_size == 2 && it.tokens.len() == 4));
@@ -125,7 +125,7 @@ fn what_is_not_understood_is_left_out_and_the_rest_stays() {
             {"new_field": {"a": [1, {"b": null}]}, "type": "BlockRemoved", "block_hashes": [4], "medium": "CPU"}
         ]
     ]));
-    let mut arena = Arena::default();
+    let mut arena = BatchArena::default();
     let batch = decode(&payload, &mut arena).expect("a batch");
     assert_eq!((batch.events.len(), batch.skipped, batch.rank), (1, 5, None));
     assert_eq!((arena.hashes.as_slice(), arena.tokens.len()), (&[4][..], 0));

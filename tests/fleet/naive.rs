@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use kvcellar_events::decode::decode;
-use kvcellar_events::follow::Step;
-use kvcellar_events::wire::{Arena, Event};
+use kvcellar_events::follow::FollowStep;
+use kvcellar_events::wire::{BatchArena, Event};
 
 use crate::engine::{Contents, Shape, TIERS};
 use crate::prompts::{BLOCK, same_until};
@@ -22,16 +22,16 @@ impl Naive {
         Self { shape, groups: vec![Contents::new(); 2], parents: HashMap::new() }
     }
 
-    pub(crate) fn run(&mut self, step: &Step<Vec<u8>>) {
+    pub(crate) fn run(&mut self, step: &FollowStep<Vec<u8>>) {
         match step {
-            Step::Apply(_, payload) => self.apply(payload),
-            Step::Forget(_) => *self = Self::new(self.shape),
-            Step::Replay(_) => {}
+            FollowStep::Apply(_, payload) => self.apply(payload),
+            FollowStep::Forget(_) => *self = Self::new(self.shape),
+            FollowStep::Replay(_) => {}
         }
     }
 
     fn apply(&mut self, payload: &[u8]) {
-        let mut arena = Arena::default();
+        let mut arena = BatchArena::default();
         let batch = decode(payload, &mut arena).expect("a batch");
         let tier = |medium: Option<&str>, locality: Option<&str>| {
             TIERS.iter().position(|it| (Some(it.0), it.1) == (medium, locality)).expect("a known tier")

@@ -4,11 +4,11 @@
 use std::collections::HashMap;
 
 use kvcellar_events::decode::decode;
-use kvcellar_events::follow::Step;
-use kvcellar_events::wire::Arena;
+use kvcellar_events::follow::FollowStep;
+use kvcellar_events::wire::BatchArena;
 use kvcellar_index::Index;
 use kvcellar_index::limits::INDEX_BYTES_MIN;
-use kvcellar_index::query::Scorer;
+use kvcellar_index::query::PrefixScorer;
 use kvcellar_index::roster::EngineId;
 use kvcellar_index::tiers::Weights;
 
@@ -20,7 +20,7 @@ use kvcellar_testkit::random::{Random, Seed};
 struct Fleet {
     index: Index,
     engines: Vec<(EngineId, SimEngine, Naive)>,
-    arena: Arena,
+    arena: BatchArena,
     applied: u64,
 }
 
@@ -39,7 +39,7 @@ impl Fleet {
                 (id, SimEngine::new(shape, number), Naive::new(shape))
             })
             .collect();
-        Self { index, engines, arena: Arena::default(), applied: 0 }
+        Self { index, engines, arena: BatchArena::default(), applied: 0 }
     }
 
     fn step(&mut self, at: usize, choices: &mut Random, prompts: u64, noisy: bool) {
@@ -56,13 +56,13 @@ impl Fleet {
         engine.publish(&payload, lost, twice, &mut |step| {
             naive.run(&step);
             match step {
-                Step::Apply(_, payload) => {
+                FollowStep::Apply(_, payload) => {
                     let batch = decode(&payload, arena).expect("a batch");
                     *applied += arena.hashes.len() as u64;
                     index.write().apply(*id, &batch, arena);
                 }
-                Step::Forget(_) => index.write().forget(*id),
-                Step::Replay(_) => unreachable!("answered by the engine"),
+                FollowStep::Forget(_) => index.write().forget(*id),
+                FollowStep::Replay(_) => unreachable!("answered by the engine"),
             }
         });
     }
@@ -71,7 +71,7 @@ impl Fleet {
     /// against the truth.
     fn compare(&self, prompts: u64) {
         let names: Vec<_> = self.engines.iter().map(|(_, engine, _)| engine.names()).collect();
-        let mut scorer = Scorer::default();
+        let mut scorer = PrefixScorer::default();
         for prompt in 0..prompts {
             let keys = keys(prompt);
             let family: HashMap<u64, Vec<u32>> = same_until(prompt, 0).map(|it| (it, tokens(it))).collect();

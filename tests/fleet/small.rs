@@ -1,12 +1,12 @@
 //! Behaviours one at a time.
 
 use kvcellar_events::follow::Position;
-use kvcellar_events::wire::{Arena, Batch, Event, Hashes, Parent, Removed, Stored};
+use kvcellar_events::wire::{Batch, BatchArena, Event, Hashes, Parent, Removed, Stored};
 use kvcellar_index::Index;
 use kvcellar_index::keys::{self, Extras};
 use kvcellar_index::limits::INDEX_BYTES_MIN;
-use kvcellar_index::query::Scorer;
-use kvcellar_index::registry::Mark;
+use kvcellar_index::query::PrefixScorer;
+use kvcellar_index::registry::EventMark;
 use kvcellar_index::roster::EngineId;
 use kvcellar_index::tiers::{FleetTier, Weights};
 
@@ -15,12 +15,12 @@ const MODEL: &str = "model";
 /// An index and a way to tell it things.
 struct Told {
     index: Index,
-    arena: Arena,
+    arena: BatchArena,
 }
 
 impl Told {
     fn new(block: u32) -> Self {
-        Self { index: Index::new(block, INDEX_BYTES_MIN).expect("an index"), arena: Arena::default() }
+        Self { index: Index::new(block, INDEX_BYTES_MIN).expect("an index"), arena: BatchArena::default() }
     }
 
     fn engine(&self, name: &str) -> EngineId {
@@ -66,7 +66,7 @@ impl Told {
 
     /// (engine, usable blocks, score) for blocks 1 to 8.
     fn scores(&self) -> Vec<(u32, u32, f64)> {
-        let mut scorer = Scorer::default();
+        let mut scorer = PrefixScorer::default();
         let scores = self.index.score(&mut scorer, &Self::keys(8), None, &Weights::default());
         scores.iter().map(|score| (score.engine.0, score.blocks, score.score)).collect()
     }
@@ -95,7 +95,7 @@ fn candidates_bound_the_answer() {
     let (one, two) = (told.engine("one"), told.engine("two"));
     told.store(one, 1, 8, "GPU");
     told.store(two, 1, 3, "GPU");
-    let mut scorer = Scorer::default();
+    let mut scorer = PrefixScorer::default();
     let scores = told.index.score(&mut scorer, &Told::keys(8), Some(&[two]), &Weights::default());
     assert_eq!(scores.iter().map(|score| (score.engine, score.blocks)).collect::<Vec<_>>(), [(two, 3)]);
 }
@@ -236,6 +236,6 @@ fn a_snapshot_makes_the_same_index_and_nonsense_makes_none() {
     }
 }
 
-fn mark(number: u64) -> Mark {
-    Mark { topic: "t".to_owned(), rank: Some(0), last: Position::of(number, b"payload") }
+fn mark(number: u64) -> EventMark {
+    EventMark { topic: "t".to_owned(), rank: Some(0), last: Position::of(number, b"payload") }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 
 use kvcellar_engine::pool::Pool;
-use kvcellar_engine::pool::file_system::{FileSystem, Kind};
+use kvcellar_engine::pool::file_system::{FileSystem, FileSystemKind};
 
 use crate::mounts::{Tmpfs, touch_all};
 use crate::place::Purpose;
@@ -42,7 +42,7 @@ fn a_pool_lies_in_huge_pages_and_survives_there() {
     };
     let Some(mount) = Tmpfs::huge() else { return };
     let found = FileSystem::of(&mount.path).expect("it is mounted");
-    assert_eq!((found.kind, found.page_bytes), (Kind::Hugetlbfs, 2 << 20));
+    assert_eq!((found.kind, found.page_bytes), (FileSystemKind::Hugetlbfs, 2 << 20));
     let purpose = Purpose::of(550, 2, 4096);
     assert!(purpose.bytes > 6 << 20 && purpose.bytes < 8 << 20, "{}", purpose.bytes);
     let opened = purpose.open(&mount.path).expect("a pool");

@@ -15,7 +15,7 @@ use kvcellar_engine::nvme::store::{Store, Wish};
 use kvcellar_engine::nvme::{extent, probe};
 use kvcellar_engine::pool::Pool;
 
-use super::meter::Way;
+use super::meter::DiskWay;
 
 /// Keeps at most `depth` operations with the disk until `total` of them have ended well. `make`
 /// gets an ended operation's buffer for the next one.
@@ -118,14 +118,14 @@ impl Bare {
     ///
     /// # Errors
     /// Those of [`pump`].
-    pub fn run(&self, way: Way, first: u32, count: u32) -> Result<()> {
+    pub fn run(&self, way: DiskWay, first: u32, count: u32) -> Result<()> {
         let (kind, depth) = match way {
-            Way::Write => (
+            DiskWay::Write => (
                 Kind::Write,
                 (limits::SPILL_BYTES_IN_FLIGHT_MAX / self.pool.geometry().slot_bytes).max(limits::SPILLS_IN_FLIGHT_MIN)
                     as usize,
             ),
-            Way::Read => (Kind::Read, count as usize),
+            DiskWay::Read => (Kind::Read, count as usize),
         };
         let extents = self.extents();
         pump(self.disk.as_ref(), &self.arrivals, depth, count, &mut |number, _| {

@@ -14,14 +14,14 @@ use kvcellar_block::size::show;
 
 /// Which way bytes go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Way {
+pub enum DiskWay {
     /// Memory to disk.
     Write,
     /// Disk to memory.
     Read,
 }
 
-impl Way {
+impl DiskWay {
     /// Its name in reports.
     pub fn name(self) -> &'static str {
         match self {
@@ -58,9 +58,9 @@ pub fn metered<T>(work: impl FnOnce() -> Result<T>) -> Result<(T, Reading)> {
 
 /// Readings of one contender at one size in one direction.
 #[derive(Debug)]
-struct Row {
+struct MeasuredRow {
     who: &'static str,
-    way: Way,
+    way: DiskWay,
     size: u64,
     bytes: u64,
     readings: Vec<Reading>,
@@ -68,8 +68,8 @@ struct Row {
 
 /// All readings of a run.
 #[derive(Debug, Default)]
-pub struct Table {
-    rows: Vec<Row>,
+pub struct Readings {
+    rows: Vec<MeasuredRow>,
 }
 
 /// A size as people write it on the command line.
@@ -79,24 +79,24 @@ fn label(size: u64) -> String {
 
 const GIB: f64 = (1_u64 << 30) as f64;
 
-impl Table {
+impl Readings {
     /// Notes one repetition: `who` moved `bytes` in extents of `size`.
-    pub fn put(&mut self, who: &'static str, way: Way, size: u64, bytes: u64, reading: Reading) {
+    pub fn put(&mut self, who: &'static str, way: DiskWay, size: u64, bytes: u64, reading: Reading) {
         let found = self.rows.iter_mut().find(|row| row.who == who && row.way == way && row.size == size);
         match found {
             Some(row) => row.readings.push(reading),
-            None => self.rows.push(Row { who, way, size, bytes, readings: vec![reading] }),
+            None => self.rows.push(MeasuredRow { who, way, size, bytes, readings: vec![reading] }),
         }
     }
 
-    fn row(&self, who: &str, way: Way, size: u64) -> Option<&Row> {
+    fn row(&self, who: &str, way: DiskWay, size: u64) -> Option<&MeasuredRow> {
         self.rows.iter().find(|row| row.who == who && row.way == way && row.size == size)
     }
 
     /// Every row as rate and CPU time; checksums have no rate of their own.
     pub fn results(&self) -> Vec<Measured> {
         let mut results = Vec::new();
-        for Row { who, way, size, bytes, readings } in &self.rows {
+        for MeasuredRow { who, way, size, bytes, readings } in &self.rows {
             let name = |what: &str| format!("{who}_{}_{}_{what}", way.name(), label(*size));
             let rate = readings.iter().map(|reading| *bytes as f64 / 1e9 / reading.seconds).collect();
             let cpu = readings.iter().map(|reading| reading.cpu_s / (*bytes as f64 / GIB)).collect();
@@ -110,7 +110,7 @@ impl Table {
 
     /// The median over repetitions of a quotient of two contenders' readings in the same
     /// repetition.
-    fn quotient(&self, way: Way, size: u64, over: &str, under: &str, what: fn(&Reading) -> f64) -> Option<f64> {
+    fn quotient(&self, way: DiskWay, size: u64, over: &str, under: &str, what: fn(&Reading) -> f64) -> Option<f64> {
         let (over, under) = (self.row(over, way, size)?, self.row(under, way, size)?);
         let each = over.readings.iter().zip(&under.readings).map(|(a, b)| what(a) / what(b)).collect();
         Some(measured("", "", each).value)
@@ -119,7 +119,7 @@ impl Table {
     /// The goals of the nvme tier at one size.
     pub fn goals(&self, size: u64) -> Vec<Goal> {
         let mut goals = Vec::new();
-        for way in [Way::Write, Way::Read] {
+        for way in [DiskWay::Write, DiskWay::Read] {
             let name = |what: &str| format!("{what}, {} {}", way.name(), label(size));
             // Time quotients the other way round are rate quotients.
             if let Some(value) = self.quotient(way, size, BARE, TIER, |reading| reading.seconds) {
@@ -159,13 +159,13 @@ pub const CHECKSUM: &str = "checksum";
 mod tests {
     use super::*;
 
-    fn put(table: &mut Table, who: &'static str, seconds: f64, cpu_s: f64) {
-        table.put(who, Way::Read, 65_536, 1 << 30, Reading { seconds, cpu_s });
+    fn put(table: &mut Readings, who: &'static str, seconds: f64, cpu_s: f64) {
+        table.put(who, DiskWay::Read, 65_536, 1 << 30, Reading { seconds, cpu_s });
     }
 
     #[test]
     fn goals_compare_readings_of_the_same_repetition() {
-        let mut table = Table::default();
+        let mut table = Readings::default();
         // The machine slows down tenfold between the repetitions; the tier is a tenth slower each
         // time.
         for slow in [1.0, 10.0, 100.0] {

@@ -14,7 +14,7 @@ use serde_json::json;
 
 use super::bare::pump;
 use super::meter::metered;
-use super::{Options, Outcome, Scratch, load, surroundings};
+use super::{NvmeBench, NvmeOutcome, ScratchDir, load, surroundings};
 use crate::report::{Goal, measured};
 use kvcellar_block::descriptor::{self, Lineage, Seal};
 use kvcellar_block::error::{Error, Result};
@@ -177,14 +177,14 @@ fn scan(opened: Opened, blocks: u32, repetitions: u32) -> Result<(Vec<f64>, Vec<
 /// # Errors
 /// [`Error::Config`] when the disk has no room for it, those of the store and of the disk,
 /// [`Error::DataLost`] when blocks are not found again.
-pub fn measure(options: &Options, blocks: u32) -> Result<Outcome> {
+pub fn measure(options: &NvmeBench, blocks: u32) -> Result<NvmeOutcome> {
     let most = limits::EXTENTS_MAX / 2;
     if blocks == 0 || blocks > most || options.repetitions == 0 {
         let problem = format!("{blocks} blocks, {} times", options.repetitions);
         return Err(Error::config("--reopen, --repetitions", problem, format!("Write 1 to {most}, at least once")));
     }
     let geometry = super::geometry(EXTENT_BYTES)?;
-    let dir = Scratch::new(&options.dir)?;
+    let dir = ScratchDir::new(&options.dir)?;
     let wish = wish(&dir.0, &geometry, blocks);
     let free = space::free_bytes(&dir.0)?;
     if free < wish.capacity_bytes {
@@ -230,5 +230,5 @@ pub fn measure(options: &Options, blocks: u32) -> Result<Outcome> {
         "repetitions": options.repetitions,
         "surroundings": surroundings(&dir.0, &load_before),
     });
-    Ok(Outcome { results, goals, disk })
+    Ok(NvmeOutcome { results, goals, disk })
 }

@@ -8,12 +8,12 @@ use std::io::{BufRead, Write};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::Turn;
-use super::meter::{Reading, Way};
+use super::RivalTurn;
+use super::meter::{DiskWay, Reading};
 use kvcellar_block::error::{Error, Result};
 
 #[derive(Deserialize)]
-struct Answer {
+struct RivalAnswer {
     seconds: f64,
     cpu_s: f64,
 }
@@ -22,8 +22,9 @@ struct Answer {
 ///
 /// # Errors
 /// [`Error::DataLost`] when nobody answers, or not with what was asked for.
-pub(super) fn over_stdio(turn: Turn) -> Result<Reading> {
-    let asked = json!({"size": turn.size, "blocks": turn.blocks, "write": turn.way == Way::Write, "chain": turn.chain});
+pub(super) fn over_stdio(turn: RivalTurn) -> Result<Reading> {
+    let asked =
+        json!({"size": turn.size, "blocks": turn.blocks, "write": turn.way == DiskWay::Write, "chain": turn.chain});
     let lost = |error: std::io::Error| Error::lost("benchmark", format!("the rival is gone: {error}"));
     writeln!(std::io::stdout(), "{asked}").and_then(|()| std::io::stdout().flush()).map_err(lost)?;
     let mut line = String::new();
@@ -32,7 +33,7 @@ pub(super) fn over_stdio(turn: Turn) -> Result<Reading> {
 }
 
 fn answer(line: &str) -> Result<Reading> {
-    let Answer { seconds, cpu_s } = serde_json::from_str(line)
+    let RivalAnswer { seconds, cpu_s } = serde_json::from_str(line)
         .map_err(|error| Error::lost("benchmark", format!("the rival's answer {line:?}: {error}")))?;
     Ok(Reading { seconds, cpu_s })
 }

@@ -30,7 +30,7 @@ const LOOK: Duration = Duration::from_millis(1);
 pub const TOGETHER: u32 = 3;
 
 /// An engine with a pool and an nvme tier.
-pub struct Tier {
+pub struct WholeTier {
     engine: Arc<Mutex<TierEngine>>,
     pool: Arc<Pool>,
     device: Description,
@@ -55,7 +55,7 @@ fn hash(chain: u32, index: u32) -> BlockHash {
     BlockHash::new(&bytes).unwrap_or_else(|| unreachable!("32 bytes"))
 }
 
-impl Tier {
+impl WholeTier {
     /// A tier over an empty pool, whose chains have `chain_blocks` blocks.
     ///
     /// # Errors

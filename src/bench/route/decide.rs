@@ -6,11 +6,11 @@ use std::time::Instant;
 
 use indicatif::ProgressBar;
 
-use super::prompts::Writer;
-use super::{Found, Options, TURN, fewer};
+use super::prompts::TextWriter;
+use super::{RouteBench, RouteFindings, TURN, fewer};
 use crate::report::{percentile, thread_cpu_s};
 use kvcellar_block::error::{Error, Result};
-use kvcellar_events::wire::{Arena, Batch, Event, Hashes, Stored};
+use kvcellar_events::wire::{Batch, BatchArena, Event, Hashes, Stored};
 use kvcellar_index::Index;
 use kvcellar_index::tiers::Weights;
 use kvcellar_route::choose::Policy;
@@ -40,7 +40,12 @@ pub(super) const KINDS: [(Sort, &str); 4] =
 const BLOCK: u32 = 16;
 
 /// All decisions. The deciding runtime has one thread, so CPU time is the thread's own.
-pub(super) fn measure(options: &Options, model: &TokenModel, bar: &ProgressBar, found: &mut Found) -> Result<()> {
+pub(super) fn measure(
+    options: &RouteBench,
+    model: &TokenModel,
+    bar: &ProgressBar,
+    found: &mut RouteFindings,
+) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime =
         runtime.map_err(|error| Error::io("starting", "a runtime", error, "Allow this process more threads"))?;
@@ -48,7 +53,7 @@ pub(super) fn measure(options: &Options, model: &TokenModel, bar: &ProgressBar, 
         for engines in &options.engines {
             for (sort, name) in KINDS {
                 bar.set_message(format!("{tokens} tokens, {engines} engines, {name}"));
-                let place = Place { tokens: *tokens, engines: *engines, sort };
+                let place = KnownPrefix { tokens: *tokens, engines: *engines, sort };
                 runtime.block_on(place.measure(options, model, name, found))?;
                 bar.inc(1);
             }
@@ -58,15 +63,21 @@ pub(super) fn measure(options: &Options, model: &TokenModel, bar: &ProgressBar, 
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Place {
+struct KnownPrefix {
     tokens: usize,
     engines: usize,
     sort: Sort,
 }
 
-impl Place {
-    async fn measure(self, options: &Options, model: &TokenModel, name: &str, found: &mut Found) -> Result<()> {
-        let mut writer = Writer::new(model, 7)?;
+impl KnownPrefix {
+    async fn measure(
+        self,
+        options: &RouteBench,
+        model: &TokenModel,
+        name: &str,
+        found: &mut RouteFindings,
+    ) -> Result<()> {
+        let mut writer = TextWriter::new(model, 7)?;
         let beginning = self.body(&writer.text(self.tokens - TURN), &writer.ids(self.tokens - TURN));
         let (router, index) = self.router(options)?;
         if let Some(index) = &index {
@@ -110,7 +121,7 @@ impl Place {
     }
 
     /// The next request: another turn, or something new.
-    fn next(self, writer: &mut Writer, beginning: &str) -> String {
+    fn next(self, writer: &mut TextWriter, beginning: &str) -> String {
         match self.sort {
             Sort::New => {
                 let text = writer.text(self.tokens);
@@ -125,7 +136,7 @@ impl Place {
         }
     }
 
-    fn router(self, options: &Options) -> Result<(Arc<Router>, Option<Arc<Index>>)> {
+    fn router(self, options: &RouteBench) -> Result<(Arc<Router>, Option<Arc<Index>>)> {
         let engines = Arc::new(Engines::default());
         let spec = |number: usize| Spec {
             name: format!("engine-{number}"),
@@ -163,7 +174,7 @@ impl Place {
         let (ids, _) = Prompt::ids(&request, &router.setup.models)
             .map_err(|problem| Error::config("tokenizer", problem.to_string(), "Name another model's directory"))?;
         let blocks = ids.len() / BLOCK as usize;
-        let mut arena = Arena::default();
+        let mut arena = BatchArena::default();
         for number in 0..self.engines {
             let held = blocks - blocks * number / (2 * self.engines);
             arena.clear();

@@ -5,11 +5,11 @@ use bytes::Bytes;
 use indicatif::ProgressBar;
 
 use super::envoy::Envoy;
-use super::load::Load;
+use super::load::RequestLoad;
 use super::process::{Process, RouterProcess};
-use super::prompts::Writer;
+use super::prompts::TextWriter;
 use super::stand_in::StandIn;
-use super::{Found, Options, TURN, fewer};
+use super::{RouteBench, RouteFindings, TURN, fewer};
 use crate::report::percentile;
 use kvcellar_block::error::Result;
 use kvcellar_route::tokens::TokenModel;
@@ -19,7 +19,7 @@ const ENGINES: usize = 8;
 const AT_ONCE: usize = 8;
 
 /// One way to an engine, and whose CPU time it takes.
-struct Contender<'p> {
+struct FrontEnd<'p> {
     name: &'static str,
     url: String,
     process: &'p Process,
@@ -28,13 +28,13 @@ struct Contender<'p> {
     cpu_ms: Vec<f64>,
 }
 
-impl<'p> Contender<'p> {
+impl<'p> FrontEnd<'p> {
     fn new(name: &'static str, url: &str, process: &'p Process) -> Self {
         Self { name, url: url.to_owned(), process, p50_ms: Vec::new(), p99_ms: Vec::new(), cpu_ms: Vec::new() }
     }
 
     /// One repetition: one request at a time for latency, then several for CPU time a request.
-    async fn run(&mut self, load: &Load, alone: Vec<Bytes>, together: Vec<Bytes>) -> Result<()> {
+    async fn run(&mut self, load: &RequestLoad, alone: Vec<Bytes>, together: Vec<Bytes>) -> Result<()> {
         let took = load.send(&self.url, alone, 1).await?;
         self.p50_ms.push(percentile(&took, 50) * 1e3);
         self.p99_ms.push(percentile(&took, 99) * 1e3);
@@ -46,11 +46,16 @@ impl<'p> Contender<'p> {
 }
 
 /// All front ends.
-pub(super) fn measure(options: &Options, model: &TokenModel, bar: &ProgressBar, found: &mut Found) -> Result<()> {
+pub(super) fn measure(
+    options: &RouteBench,
+    model: &TokenModel,
+    bar: &ProgressBar,
+    found: &mut RouteFindings,
+) -> Result<()> {
     kvcellar_index::api::serving::block_on(run(options, model, bar, found))
 }
 
-async fn run(options: &Options, model: &TokenModel, bar: &ProgressBar, found: &mut Found) -> Result<()> {
+async fn run(options: &RouteBench, model: &TokenModel, bar: &ProgressBar, found: &mut RouteFindings) -> Result<()> {
     let mut engines = Vec::new();
     for number in 0..ENGINES {
         engines.push(StandIn::start(number).await?);
@@ -70,20 +75,20 @@ async fn run(options: &Options, model: &TokenModel, bar: &ProgressBar, found: &m
         Some(binary) => Some(Envoy::start(binary, engines[0].port, precise.picker_port).await?),
         None => None,
     };
-    let load = Load::new();
-    let mut writer = Writer::new(model, 11)?;
+    let load = RequestLoad::new();
+    let mut writer = TextWriter::new(model, 11)?;
     for tokens in &options.tokens {
         let mut pairs = vec![(
             "proxy",
-            Contender::new("fixed target", &fixed.http, &fixed.process),
-            Contender::new("precise", &precise.http, &precise.process),
+            FrontEnd::new("fixed target", &fixed.http, &fixed.process),
+            FrontEnd::new("precise", &precise.http, &precise.process),
         )];
         if let Some(envoy) = &envoy {
             // The picker's own CPU time is what it adds; Envoy's is the second row of each.
             pairs.push((
                 "Envoy",
-                Contender::new("fixed target", &envoy.fixed, &envoy.process),
-                Contender::new("picker", &envoy.picked, &precise.process),
+                FrontEnd::new("fixed target", &envoy.fixed, &envoy.process),
+                FrontEnd::new("picker", &envoy.picked, &precise.process),
             ));
         }
         let beginning = writer.text(tokens - TURN);
@@ -108,7 +113,7 @@ async fn run(options: &Options, model: &TokenModel, bar: &ProgressBar, found: &m
 }
 
 /// Next turns of one conversation.
-fn turns(writer: &mut Writer, beginning: &str, count: usize) -> Vec<Bytes> {
+fn turns(writer: &mut TextWriter, beginning: &str, count: usize) -> Vec<Bytes> {
     let body = |_| {
         let text = format!("{beginning}{}", writer.text(TURN));
         Bytes::from(serde_json::json!({"model": "m", "max_tokens": 1, "prompt": text}).to_string())
@@ -116,7 +121,7 @@ fn turns(writer: &mut Writer, beginning: &str, count: usize) -> Vec<Bytes> {
     (0..count).map(body).collect()
 }
 
-fn show(tokens: usize, front: &str, plain: Contender<'_>, routed: Contender<'_>, found: &mut Found) {
+fn show(tokens: usize, front: &str, plain: FrontEnd<'_>, routed: FrontEnd<'_>, found: &mut RouteFindings) {
     let added: Vec<f64> = routed.p99_ms.iter().zip(&plain.p99_ms).map(|(a, b)| a - b).collect();
     let share: Vec<f64> = routed.cpu_ms.iter().zip(&plain.cpu_ms).map(|(a, b)| b / a.max(1e-9)).collect();
     for contender in [plain, routed] {

@@ -14,11 +14,11 @@ use kvcellar_block::error::{Error, Result};
 
 /// Sends requests.
 #[derive(Debug, Clone)]
-pub(super) struct Load {
+pub(super) struct RequestLoad {
     client: Client<HttpConnector, Full<Bytes>>,
 }
 
-impl Load {
+impl RequestLoad {
     pub(super) fn new() -> Self {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);

@@ -26,12 +26,12 @@ fn words(random: &mut fastrand::Rng, bytes: usize) -> String {
 
 /// Makes texts of a length in tokens.
 #[derive(Debug)]
-pub(super) struct Writer {
+pub(super) struct TextWriter {
     random: fastrand::Rng,
     bytes_per_token: f64,
 }
 
-impl Writer {
+impl TextWriter {
     /// Learns how long the tokenizer's tokens are.
     ///
     /// # Errors

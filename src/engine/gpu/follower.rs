@@ -21,7 +21,7 @@ use kvcellar_block::SlotIndex;
 const LOOK_AROUND: Duration = Duration::from_millis(100);
 
 /// Where the follower counts what it did.
-pub trait Ledger: Send + Sync {
+pub trait FollowerLedger: Send + Sync {
     /// The first block of a followed load was handed to the copier; `overlapped`: before its last
     /// block had been read.
     fn followed(&self, overlapped: bool);
@@ -31,22 +31,22 @@ struct Post {
     pool: Arc<Pool>,
     copier: Arc<dyn Copier>,
     answers: Arc<dyn Answers>,
-    ledger: Arc<dyn Ledger>,
+    ledger: Arc<dyn FollowerLedger>,
     closed: Arc<AtomicBool>,
 }
 
 /// The orders of one load, and what they come after.
-type Load = (Vec<Order>, After);
+type LoadOrders = (Vec<Order>, After);
 
 /// One rank's follower thread. Its queue is bounded by the KV cache: every order has a block of it
 /// as destination.
-pub struct Follower {
-    loads: Option<Sender<Load>>,
+pub struct LoadFollower {
+    loads: Option<Sender<LoadOrders>>,
     closed: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Follower {
+impl LoadFollower {
     /// Starts the thread.
     ///
     /// # Errors
@@ -55,7 +55,7 @@ impl Follower {
         pool: Arc<Pool>,
         copier: Arc<dyn Copier>,
         answers: Arc<dyn Answers>,
-        ledger: Arc<dyn Ledger>,
+        ledger: Arc<dyn FollowerLedger>,
     ) -> kvcellar_block::error::Result<Self> {
         let (loads, queue) = unbounded();
         let closed = Arc::new(AtomicBool::new(false));
@@ -84,7 +84,7 @@ impl Follower {
     }
 }
 
-impl Drop for Follower {
+impl Drop for LoadFollower {
     /// What is not restored by now is answered as failed.
     fn drop(&mut self) {
         self.closed.store(true, Ordering::Release);
@@ -97,7 +97,7 @@ impl Drop for Follower {
 }
 
 impl Post {
-    fn run(&self, queue: &Receiver<Load>) {
+    fn run(&self, queue: &Receiver<LoadOrders>) {
         for (orders, after) in queue {
             self.follow(&orders, &after);
         }

@@ -41,17 +41,17 @@ impl HashGuard {
 }
 
 #[derive(Debug, Default)]
-struct Queue {
+struct HashQueue {
     waiting: VecDeque<BlockCopy>,
     closed: bool,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct HasherState {
     pool: Arc<Pool>,
     rank: usize,
     guard: Arc<HashGuard>,
-    queue: Mutex<Queue>,
+    queue: Mutex<HashQueue>,
     wake: Condvar,
     busy: Box<dyn BusyProbe>,
 }
@@ -65,7 +65,7 @@ pub trait BusyProbe: Send + Sync + std::fmt::Debug {
 /// One rank's hasher thread.
 #[derive(Debug)]
 pub struct IdleHasher {
-    shared: Arc<Shared>,
+    shared: Arc<HasherState>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -73,7 +73,7 @@ impl IdleHasher {
     /// Starts the thread. Without one (the system refused) nothing is hashed, and nothing adopted
     /// later.
     pub fn start(pool: Arc<Pool>, rank: usize, guard: Arc<HashGuard>, busy: Box<dyn BusyProbe>) -> Self {
-        let shared = Arc::new(Shared { pool, rank, guard, queue: Mutex::default(), wake: Condvar::new(), busy });
+        let shared = Arc::new(HasherState { pool, rank, guard, queue: Mutex::default(), wake: Condvar::new(), busy });
         let worker = Arc::clone(&shared);
         let thread = thread::Builder::new().name("kvcellar-hash".to_owned()).spawn(move || worker.run()).ok();
         Self { shared, thread }
@@ -105,8 +105,8 @@ impl Drop for IdleHasher {
     }
 }
 
-impl Shared {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Queue> {
+impl HasherState {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashQueue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

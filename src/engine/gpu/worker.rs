@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::follower::{Follower, Ledger};
+use super::follower::{FollowerLedger, LoadFollower};
 use super::hasher::{BusyProbe, HashGuard, IdleHasher};
 use super::{After, Answers, ComputeStream, Copier, CopyError, Direction, MakeCopier, Order};
 use crate::pool::{Pool, Ticket};
@@ -86,7 +86,7 @@ impl BusyClock {
 }
 
 #[derive(Default)]
-struct Progress {
+struct StepProgress {
     loads: HashMap<u64, RunningLoad>,
     results: LoadResults,
     stats: CopyStats,
@@ -96,22 +96,22 @@ struct Progress {
 }
 
 /// What the copier's threads share with the worker.
-struct Board {
+struct CopyState {
     pool: Arc<Pool>,
     rank: usize,
     verify_loads: bool,
-    progress: Mutex<Progress>,
+    progress: Mutex<StepProgress>,
     answered: Condvar,
 }
 
-impl std::fmt::Debug for Board {
+impl std::fmt::Debug for CopyState {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Board").field("rank", &self.rank).finish_non_exhaustive()
     }
 }
 
-impl Board {
-    fn lock(&self) -> MutexGuard<'_, Progress> {
+impl CopyState {
+    fn lock(&self) -> MutexGuard<'_, StepProgress> {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -181,7 +181,7 @@ fn report(results: &mut LoadResults, request: String, failed: bool) {
     results.finished.push(request);
 }
 
-impl Answers for Board {
+impl Answers for CopyState {
     fn answer(&self, order: &Order, outcome: std::result::Result<(), CopyError>) {
         match order.direction {
             Direction::Offload => self.offload_answered(order, outcome),
@@ -191,7 +191,7 @@ impl Answers for Board {
     }
 }
 
-impl Ledger for Board {
+impl FollowerLedger for CopyState {
     fn followed(&self, overlapped: bool) {
         let mut progress = self.lock();
         progress.stats.followed_loads += 1;
@@ -200,7 +200,7 @@ impl Ledger for Board {
 }
 
 #[derive(Debug)]
-struct CopyQueue(std::sync::Weak<Board>);
+struct CopyQueue(std::sync::Weak<CopyState>);
 
 impl BusyProbe for CopyQueue {
     fn busy(&self) -> bool {
@@ -214,9 +214,9 @@ impl BusyProbe for CopyQueue {
 struct Attached {
     // The follower drops first, then the copier: it carries out what is in flight while the board
     // and the pool still stand.
-    follower: Follower,
+    follower: LoadFollower,
     copier: Arc<dyn Copier>,
-    board: Arc<Board>,
+    board: Arc<CopyState>,
 }
 
 /// One rank's executor of step plans.
@@ -277,7 +277,7 @@ impl CopyWorker {
         }
         let pool = Arc::new(Pool::attach(ticket)?);
         let guard = Arc::new(HashGuard::default());
-        let board = Arc::new(Board {
+        let board = Arc::new(CopyState {
             pool: Arc::clone(&pool),
             rank: self.rank,
             verify_loads: self.verify_loads,
@@ -286,11 +286,11 @@ impl CopyWorker {
         });
         let copier = (self.make_copier)(Arc::clone(&pool), Arc::clone(&board) as Arc<dyn Answers>, Arc::clone(&guard))?;
         let copier: Arc<dyn Copier> = Arc::from(copier);
-        let follower = Follower::start(
+        let follower = LoadFollower::start(
             Arc::clone(&pool),
             Arc::clone(&copier),
             Arc::clone(&board) as Arc<dyn Answers>,
-            Arc::clone(&board) as Arc<dyn Ledger>,
+            Arc::clone(&board) as Arc<dyn FollowerLedger>,
         )?;
         touch_in_background(&pool);
         if pool.geometry().parts[self.rank].writer {

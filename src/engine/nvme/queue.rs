@@ -142,12 +142,12 @@ impl Queue {
 
 /// The segment files, by number.
 #[derive(Debug, Default)]
-pub(super) struct Segments {
+pub(super) struct SegmentTable {
     files: Vec<Arc<File>>,
     buffered: bool,
 }
 
-impl Segments {
+impl SegmentTable {
     /// Takes the next file and gives its number.
     pub(super) fn add(&mut self, file: File) -> Result<u32> {
         let number = self.files.len();

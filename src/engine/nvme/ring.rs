@@ -22,33 +22,33 @@ use std::thread::{self, JoinHandle};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use self::driver::Driver;
+use self::driver::RingDriver;
 use self::kernel::Kernel;
 use super::buffer::Region;
 use super::disk::{Completions, Description, Disk, Operation};
-use super::queue::{Depth, Outbox, Queue, Segments, refused};
+use super::queue::{Depth, Outbox, Queue, SegmentTable, refused};
 use super::threads::no_thread;
 use crate::limits::RING_STARTED_MAX;
 use kvcellar_block::error::{Error, Result};
 
 /// The disk.
 pub struct RingDisk {
-    shared: Arc<Shared>,
+    shared: Arc<RingShared>,
     thread: Option<JoinHandle<()>>,
     registered: bool,
     why: String,
 }
 
 /// What the disk's handle and its thread share.
-struct Shared {
-    state: Mutex<State>,
+struct RingShared {
+    state: Mutex<RingState>,
     wake: EventFd,
     outbox: Outbox,
 }
 
-struct State {
+struct RingState {
     queue: Queue,
-    segments: Segments,
+    segments: SegmentTable,
     /// The thread waits in the kernel, or is about to: the next submission wakes it.
     sleeping: bool,
     closing: bool,
@@ -72,9 +72,9 @@ impl RingDisk {
         bytes_in_flight_max: u64,
     ) -> Result<(Self, bool)> {
         let queue = Queue::new(Depth { operations_max: RING_STARTED_MAX, bytes_max: bytes_in_flight_max });
-        let segments = Segments::default();
-        let state = Mutex::new(State { queue, segments, sleeping: false, closing: false, failed: None });
-        let shared = Arc::new(Shared { state, wake: eventfd()?, outbox: Outbox::new(completions) });
+        let segments = SegmentTable::default();
+        let state = Mutex::new(RingState { queue, segments, sleeping: false, closing: false, failed: None });
+        let shared = Arc::new(RingShared { state, wake: eventfd()?, outbox: Outbox::new(completions) });
         let (ready, started) = mpsc::sync_channel(1);
         let of_thread = Arc::clone(&shared);
         let thread = thread::Builder::new()
@@ -136,7 +136,7 @@ fn eventfd() -> Result<EventFd> {
 }
 
 /// The thread: the ring belongs to it alone, from its making to its end.
-fn run(shared: Arc<Shared>, regions: Vec<Arc<dyn Region>>, ready: &mpsc::SyncSender<io::Result<Registration>>) {
+fn run(shared: Arc<RingShared>, regions: Vec<Arc<dyn Region>>, ready: &mpsc::SyncSender<io::Result<Registration>>) {
     let made = Kernel::new().map(|mut kernel| {
         let registration = kernel.register(regions);
         (kernel, registration)
@@ -148,18 +148,18 @@ fn run(shared: Arc<Shared>, regions: Vec<Arc<dyn Region>>, ready: &mpsc::SyncSen
     // The one who starts the disk waits for this; it cannot be gone.
     let _ = ready.send(registration);
     if let Some(kernel) = kernel {
-        Driver::new(kernel, shared).run();
+        RingDriver::new(kernel, shared).run();
     }
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+impl RingShared {
+    fn lock(&self) -> MutexGuard<'_, RingState> {
         // No code that holds the lock can panic half-way through a change.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Gets the thread out of the kernel, if it is there.
-    fn wake(&self, mut state: MutexGuard<'_, State>) {
+    fn wake(&self, mut state: MutexGuard<'_, RingState>) {
         let sleeping = std::mem::take(&mut state.sleeping);
         drop(state);
         if sleeping {

@@ -53,7 +53,7 @@ pub struct Subject {
 
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
-struct Header {
+struct SnapshotHeader {
     magic: [u8; 8],
     version: u32,
     record_bytes: u32,
@@ -67,7 +67,7 @@ struct Header {
 
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
-struct Record {
+struct SnapshotRecord {
     extent: u32,
     group: u16,
     hash_len: u8,
@@ -78,7 +78,8 @@ struct Record {
     checksum: u64,
 }
 
-const _: () = assert!(size_of::<Header>() as u64 == HEADER_BYTES && size_of::<Record>() as u64 == RECORD_BYTES);
+const _: () =
+    assert!(size_of::<SnapshotHeader>() as u64 == HEADER_BYTES && size_of::<SnapshotRecord>() as u64 == RECORD_BYTES);
 
 fn damaged(problem: impl Into<String>) -> Error {
     Error::lost("snapshot", problem)
@@ -86,7 +87,7 @@ fn damaged(problem: impl Into<String>) -> Error {
 
 /// The file's bytes, and its checksum.
 pub fn encode(subject: &Subject, entries: &[Entry]) -> (Vec<u8>, u64) {
-    let mut header = Header {
+    let mut header = SnapshotHeader {
         magic: MAGIC,
         version: VERSION,
         record_bytes: RECORD_BYTES as u32,
@@ -97,10 +98,10 @@ pub fn encode(subject: &Subject, entries: &[Entry]) -> (Vec<u8>, u64) {
         reserved: 0,
         checksum: 0,
     };
-    let mut bytes = Vec::with_capacity(size_of::<Header>() + size_of_val(entries));
+    let mut bytes = Vec::with_capacity(size_of::<SnapshotHeader>() + size_of_val(entries));
     bytes.extend_from_slice(bytemuck::bytes_of(&header));
     for entry in entries {
-        let mut record = Record {
+        let mut record = SnapshotRecord {
             extent: entry.extent.0,
             group: entry.key.group.0,
             hash_len: entry.key.hash.as_bytes().len() as u8,
@@ -113,8 +114,8 @@ pub fn encode(subject: &Subject, entries: &[Entry]) -> (Vec<u8>, u64) {
         record.checksum = record_sum(&record);
         bytes.extend_from_slice(bytemuck::bytes_of(&record));
     }
-    header.checksum = file_sum(&header, &bytes[size_of::<Header>()..]);
-    bytes[..size_of::<Header>()].copy_from_slice(bytemuck::bytes_of(&header));
+    header.checksum = file_sum(&header, &bytes[size_of::<SnapshotHeader>()..]);
+    bytes[..size_of::<SnapshotHeader>()].copy_from_slice(bytemuck::bytes_of(&header));
     (bytes, header.checksum)
 }
 
@@ -124,25 +125,25 @@ pub fn encode(subject: &Subject, entries: &[Entry]) -> (Vec<u8>, u64) {
 /// # Errors
 /// [`Error::DataLost`] when it is not a whole snapshot of this version.
 pub fn decode(bytes: &[u8]) -> Result<(Subject, Vec<Entry>, u64)> {
-    let (head, body) = bytes.split_at_checked(size_of::<Header>()).ok_or_else(|| damaged("it is too short"))?;
-    let header: Header = bytemuck::pod_read_unaligned(head);
+    let (head, body) = bytes.split_at_checked(size_of::<SnapshotHeader>()).ok_or_else(|| damaged("it is too short"))?;
+    let header: SnapshotHeader = bytemuck::pod_read_unaligned(head);
     if header.magic != MAGIC || header.version != VERSION || u64::from(header.record_bytes) != RECORD_BYTES {
         return Err(damaged("it is no snapshot of this version"));
     }
     if header.count.checked_mul(RECORD_BYTES) != Some(body.len() as u64) {
         return Err(damaged("its length does not fit its count"));
     }
-    if file_sum(&Header { checksum: 0, ..header }, body) != header.checksum {
+    if file_sum(&SnapshotHeader { checksum: 0, ..header }, body) != header.checksum {
         return Err(damaged("checksum mismatch"));
     }
     let subject =
         Subject { store: header.store, cache_generation: header.cache_generation, next_sequence: header.next_sequence };
-    let entries: Result<Vec<Entry>> = body.chunks_exact(size_of::<Record>()).map(entry).collect();
+    let entries: Result<Vec<Entry>> = body.chunks_exact(size_of::<SnapshotRecord>()).map(entry).collect();
     Ok((subject, entries?, header.checksum))
 }
 
 fn entry(bytes: &[u8]) -> Result<Entry> {
-    let record: Record = bytemuck::pod_read_unaligned(bytes);
+    let record: SnapshotRecord = bytemuck::pod_read_unaligned(bytes);
     if record_sum(&record) != record.checksum {
         return Err(damaged("a record's checksum does not match"));
     }
@@ -174,11 +175,11 @@ pub fn load(dir: &Path, entries_max: u32) -> Result<(Subject, Vec<Entry>, u64)> 
     decode(&bytes)
 }
 
-fn record_sum(record: &Record) -> u64 {
-    xxh3_64(&bytemuck::bytes_of(record)[..size_of::<Record>() - size_of::<u64>()])
+fn record_sum(record: &SnapshotRecord) -> u64 {
+    xxh3_64(&bytemuck::bytes_of(record)[..size_of::<SnapshotRecord>() - size_of::<u64>()])
 }
 
-fn file_sum(header: &Header, records: &[u8]) -> u64 {
+fn file_sum(header: &SnapshotHeader, records: &[u8]) -> u64 {
     let mut hasher = Xxh3Default::new();
     hasher.update(bytemuck::bytes_of(header));
     hasher.update(records);

@@ -64,7 +64,7 @@ pub struct Clean {
 
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
-struct Fixed {
+struct SuperblockFields {
     magic: [u8; 8],
     version: u32,
     flags: u32,
@@ -82,7 +82,7 @@ struct Fixed {
 }
 
 /// Longest superblock, in bytes.
-const BYTES_MAX: usize = size_of::<Fixed>() + FACTS_BYTES_MAX + GEOMETRY_BYTES_MAX;
+const BYTES_MAX: usize = size_of::<SuperblockFields>() + FACTS_BYTES_MAX + GEOMETRY_BYTES_MAX;
 
 fn damaged(problem: impl Into<String>) -> Error {
     Error::lost("superblock", problem)
@@ -104,7 +104,7 @@ impl Superblock {
             return Err(unsupported(format!("its block layout takes {} bytes to write down", geometry.len())));
         }
         let facts = &self.facts.as_bytes()[..self.facts.floor_char_boundary(FACTS_BYTES_MAX)];
-        let mut fixed = Fixed {
+        let mut fixed = SuperblockFields {
             magic: MAGIC,
             version: FORMAT_VERSION,
             flags: self.flags(),
@@ -133,8 +133,9 @@ impl Superblock {
     /// # Errors
     /// [`Error::DataLost`] when it is not a whole superblock of this version.
     pub fn decode(bytes: &[u8]) -> Result<Self> {
-        let (head, body) = bytes.split_at_checked(size_of::<Fixed>()).ok_or_else(|| damaged("it is too short"))?;
-        let fixed: Fixed = bytemuck::pod_read_unaligned(head);
+        let (head, body) =
+            bytes.split_at_checked(size_of::<SuperblockFields>()).ok_or_else(|| damaged("it is too short"))?;
+        let fixed: SuperblockFields = bytemuck::pod_read_unaligned(head);
         if fixed.magic != MAGIC || fixed.version != FORMAT_VERSION {
             return Err(damaged("it is no superblock of this version"));
         }
@@ -145,7 +146,7 @@ impl Superblock {
         {
             return Err(damaged("lengths do not add up"));
         }
-        if checksum(&Fixed { checksum: 0, ..fixed }, &[body]) != fixed.checksum {
+        if checksum(&SuperblockFields { checksum: 0, ..fixed }, &[body]) != fixed.checksum {
             return Err(damaged("checksum mismatch"));
         }
         let (facts, geometry) = body.split_at(lens[0] as usize);
@@ -206,7 +207,7 @@ fn is_sound(geometry: &SlotGeometry) -> bool {
         && geometry.parts.iter().all(|part| part.spans.len() == groups && part.spans.iter().all(inside))
 }
 
-fn checksum(fixed: &Fixed, rest: &[&[u8]]) -> u64 {
+fn checksum(fixed: &SuperblockFields, rest: &[&[u8]]) -> u64 {
     let mut hasher = Xxh3Default::new();
     hasher.update(bytemuck::bytes_of(fixed));
     for bytes in rest {

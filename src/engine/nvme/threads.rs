@@ -10,26 +10,26 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use super::disk::{Completion, Completions, Description, Disk, DiskError, Kind, Operation};
-use super::queue::{Depth, Outbox, Queue, Segments, completion, outcome};
+use super::queue::{Depth, Outbox, Queue, SegmentTable, completion, outcome};
 use crate::limits::{DISK_BYTES_IN_FLIGHT, DISK_THREADS_MAX, TRANSFER_RETRIES_MAX};
 use kvcellar_block::error::{Error, Result};
 
 /// The disk.
 pub struct ThreadDisk {
-    shared: Arc<Shared>,
+    shared: Arc<ThreadsShared>,
     threads: Vec<JoinHandle<()>>,
     why: String,
 }
 
-struct Shared {
-    state: Mutex<State>,
+struct ThreadsShared {
+    state: Mutex<ThreadsState>,
     work: Condvar,
     outbox: Outbox,
 }
 
-struct State {
+struct ThreadsState {
     queue: Queue,
-    segments: Segments,
+    segments: SegmentTable,
     closing: bool,
 }
 
@@ -41,8 +41,8 @@ impl ThreadDisk {
     pub fn start(completions: Arc<dyn Completions>, threads: usize) -> Result<Self> {
         let operations_max = threads.clamp(1, DISK_THREADS_MAX);
         let queue = Queue::new(Depth { operations_max, bytes_max: DISK_BYTES_IN_FLIGHT });
-        let state = Mutex::new(State { queue, segments: Segments::default(), closing: false });
-        let shared = Arc::new(Shared { state, work: Condvar::new(), outbox: Outbox::new(completions) });
+        let state = Mutex::new(ThreadsState { queue, segments: SegmentTable::default(), closing: false });
+        let shared = Arc::new(ThreadsShared { state, work: Condvar::new(), outbox: Outbox::new(completions) });
         let mut disk = Self { shared, threads: Vec::new(), why: String::new() };
         for number in 0..operations_max {
             let shared = Arc::clone(&disk.shared);
@@ -109,13 +109,13 @@ impl Drop for ThreadDisk {
 }
 
 /// What a thread does next.
-enum Step {
+enum TransferStep {
     Transfer(Operation, Option<Arc<File>>),
     Close(Vec<Operation>),
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+impl ThreadsShared {
+    fn lock(&self) -> MutexGuard<'_, ThreadsState> {
         // No code that holds the lock can panic half-way through a change.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -123,8 +123,10 @@ impl Shared {
     fn serve(&self) {
         loop {
             match self.step() {
-                Step::Transfer(operation, file) => self.outbox.deliver(vec![self.transfer(operation, file.as_deref())]),
-                Step::Close(left) => {
+                TransferStep::Transfer(operation, file) => {
+                    self.outbox.deliver(vec![self.transfer(operation, file.as_deref())])
+                }
+                TransferStep::Close(left) => {
                     let closed = left.into_iter().map(|operation| completion(operation, Err(DiskError::Closed)));
                     return self.outbox.deliver(closed.collect());
                 }
@@ -132,15 +134,15 @@ impl Shared {
         }
     }
 
-    fn step(&self) -> Step {
+    fn step(&self) -> TransferStep {
         let mut state = self.lock();
         loop {
             if state.closing {
-                return Step::Close(state.queue.drain());
+                return TransferStep::Close(state.queue.drain());
             }
             if let Some(operation) = state.queue.next() {
                 let file = state.segments.get(operation.segment).map(Arc::clone);
-                return Step::Transfer(operation, file);
+                return TransferStep::Transfer(operation, file);
             }
             state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
         }

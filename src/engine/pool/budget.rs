@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use super::cgroup;
-use super::file_system::{self, FileSystem, Kind};
+use super::file_system::{self, FileSystem, FileSystemKind};
 use crate::limits::{
     MEMORY_RESERVE_PERCENT, SHARED_MEMORY_KEPT_BYTES, SHARED_MEMORY_KEPT_PERCENT, SHARED_MEMORY_KEPT_PERCENT_MAX,
 };
@@ -75,7 +75,7 @@ impl Machine {
         };
         let file_system = FileSystem::of(dir).map(|found| if is_shared(dir) { leave_some(found) } else { found });
         // Huge pages were taken out of ordinary memory when they were reserved.
-        let ordinary = file_system.is_none_or(|found| found.kind != Kind::Hugetlbfs);
+        let ordinary = file_system.is_none_or(|found| found.kind != FileSystemKind::Hugetlbfs);
         Self {
             file_system,
             cgroup: cgroup::room(Path::new("/")).filter(|_| ordinary),
@@ -115,7 +115,7 @@ impl Machine {
 
     /// What a user can do about a bound.
     pub fn remedy(&self, bound: Bound) -> String {
-        let (kind, page) = self.file_system.map_or((Kind::Tmpfs, 0), |found| (found.kind, found.page_bytes));
+        let (kind, page) = self.file_system.map_or((FileSystemKind::Tmpfs, 0), |found| (found.kind, found.page_bytes));
         match bound {
             Bound::Configured => "write a larger dram_size".to_owned(),
             Bound::Engines => {
@@ -168,8 +168,12 @@ mod tests {
     }
 
     fn machine(shared: u64) -> Machine {
-        let file_system =
-            FileSystem { kind: Kind::Tmpfs, page_bytes: 4096, total_bytes: Some(shared), free_bytes: Some(shared) };
+        let file_system = FileSystem {
+            kind: FileSystemKind::Tmpfs,
+            page_bytes: 4096,
+            total_bytes: Some(shared),
+            free_bytes: Some(shared),
+        };
         Machine { file_system: Some(file_system), cgroup: None, available: Some(100 * GIB), total: Some(128 * GIB) }
     }
 

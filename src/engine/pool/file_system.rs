@@ -17,7 +17,7 @@ const RAMFS: i64 = 0x8584_58f6;
 
 /// What kind of file system it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum FileSystemKind {
     /// Ordinary shared memory.
     Tmpfs,
     /// Huge pages that were set aside.
@@ -32,7 +32,7 @@ pub enum Kind {
 #[derive(Debug, Clone, Copy)]
 pub struct FileSystem {
     /// Its kind.
-    pub kind: Kind,
+    pub kind: FileSystemKind,
     /// Files must be multiples of this, in bytes.
     pub page_bytes: u64,
     /// Bytes in all; `None`: not bounded by itself.
@@ -41,7 +41,7 @@ pub struct FileSystem {
     pub free_bytes: Option<u64>,
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for FileSystemKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Tmpfs => "tmpfs",
@@ -65,7 +65,7 @@ impl FileSystem {
 
     /// Whether what lies here lies in memory.
     pub fn is_memory(&self) -> bool {
-        self.kind != Kind::Other
+        self.kind != FileSystemKind::Other
     }
 }
 
@@ -73,25 +73,25 @@ impl From<&Statfs> for FileSystem {
     fn from(found: &Statfs) -> Self {
         let (number, block) = (found.filesystem_type().0, u64::try_from(found.block_size()).unwrap_or(1));
         let kind = match number {
-            TMPFS => Kind::Tmpfs,
-            HUGETLBFS => Kind::Hugetlbfs,
-            RAMFS => Kind::Ramfs,
-            _ => Kind::Other,
+            TMPFS => FileSystemKind::Tmpfs,
+            HUGETLBFS => FileSystemKind::Hugetlbfs,
+            RAMFS => FileSystemKind::Ramfs,
+            _ => FileSystemKind::Other,
         };
         // Memory that tells no size has none of its own: ramfs, a tmpfs or hugetlbfs without
         // `size=`, gVisor's.
-        let bounded = kind == Kind::Other || found.blocks() > 0;
+        let bounded = kind == FileSystemKind::Other || found.blocks() > 0;
         let (mut total, mut free) = (None, None);
         if bounded {
             total = Some(found.blocks().saturating_mul(block));
             free = Some(found.blocks_available().saturating_mul(block));
         }
-        if kind == Kind::Hugetlbfs {
+        if kind == FileSystemKind::Hugetlbfs {
             let (all, unused) = huge_pages(block);
             total = least(total, all);
             free = least(free, unused);
         }
-        let page_bytes = if kind == Kind::Hugetlbfs { block } else { SLOT_ALIGN };
+        let page_bytes = if kind == FileSystemKind::Hugetlbfs { block } else { SLOT_ALIGN };
         Self { kind, page_bytes, total_bytes: total, free_bytes: free }
     }
 }
@@ -112,9 +112,9 @@ fn huge_pages(page_bytes: u64) -> (Option<u64>, Option<u64>) {
 }
 
 /// How to give the pool's file system more room, for people.
-pub fn more_room(kind: Kind, page_bytes: u64) -> String {
+pub fn more_room(kind: FileSystemKind, page_bytes: u64) -> String {
     match kind {
-        Kind::Hugetlbfs => format!("reserve more huge pages of {} (vm.nr_hugepages)", show(page_bytes)),
+        FileSystemKind::Hugetlbfs => format!("reserve more huge pages of {} (vm.nr_hugepages)", show(page_bytes)),
         _ => "give it more room (docker run --shm-size, a Kubernetes emptyDir of medium Memory, mount -o remount,size=), or set \
               pool_dir to a larger tmpfs"
             .to_owned(),

@@ -10,7 +10,7 @@ use axum::response::Response;
 
 /// Bounds of the service.
 #[derive(Debug, Clone)]
-pub struct Limits {
+pub struct ServiceLimits {
     /// Bytes of a body.
     pub body_bytes_max: usize,
     /// Requests a second, with bursts of as many; 0: no bound.
@@ -22,12 +22,12 @@ pub struct Limits {
 /// The bounds with what is left of them.
 #[derive(Debug)]
 pub(super) struct Guard {
-    limits: Limits,
+    limits: ServiceLimits,
     bucket: Mutex<(f64, Instant)>,
 }
 
 impl Guard {
-    pub(super) fn new(limits: Limits) -> Self {
+    pub(super) fn new(limits: ServiceLimits) -> Self {
         let full = f64::from(limits.requests_per_second);
         Self { limits, bucket: Mutex::new((full, Instant::now())) }
     }
@@ -77,7 +77,7 @@ mod tests {
 
     #[test]
     fn a_burst_is_bounded_and_refills() {
-        let guard = Guard::new(Limits { body_bytes_max: 1, requests_per_second: 2, token: None });
+        let guard = Guard::new(ServiceLimits { body_bytes_max: 1, requests_per_second: 2, token: None });
         let now = Instant::now();
         assert_eq!([guard.admits(now), guard.admits(now), guard.admits(now)], [true, true, false]);
         assert!(guard.admits(now + Duration::from_millis(500)));

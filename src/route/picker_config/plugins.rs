@@ -10,7 +10,7 @@ use kvcellar_block::error::{Error, Result};
 
 /// What a plugin does to a decision.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Kind {
+pub(super) enum PluginKind {
     /// Done anyway, or not needed.
     Nothing,
     /// One scorer.
@@ -26,7 +26,7 @@ pub(super) enum Kind {
 /// A plugin as it is used here.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Part {
-    pub(super) kind: Kind,
+    pub(super) kind: PluginKind,
     /// What is done otherwise; empty: nothing.
     pub(super) note: String,
 }
@@ -59,35 +59,35 @@ pub(super) fn read(kind: &str, parameters: Map<String, Json>) -> Result<Part> {
     let plain = |kind| Part { kind, note: String::new() };
     let noted = |kind, note: &str| Part { kind, note: note.to_owned() };
     let part = match kind {
-        "queue-scorer" | "queue-depth-scorer" => plain(Kind::Scorer(Scorer::Queue)),
-        "kv-cache-utilization-scorer" | "kv-cache-scorer" => plain(Kind::Scorer(Scorer::KvUsage)),
-        "running-requests-size-scorer" => plain(Kind::Scorer(Scorer::Running)),
-        "lora-affinity-scorer" => plain(Kind::Scorer(Scorer::Adapter)),
+        "queue-scorer" | "queue-depth-scorer" => plain(PluginKind::Scorer(Scorer::Queue)),
+        "kv-cache-utilization-scorer" | "kv-cache-scorer" => plain(PluginKind::Scorer(Scorer::KvUsage)),
+        "running-requests-size-scorer" => plain(PluginKind::Scorer(Scorer::Running)),
+        "lora-affinity-scorer" => plain(PluginKind::Scorer(Scorer::Adapter)),
         "no-hit-lru-scorer" => {
             given.drop(&["prefixPluginName", "prefixPluginType", "lruSize"]);
-            plain(Kind::Scorer(Scorer::Cold))
+            plain(PluginKind::Scorer(Scorer::Cold))
         }
         "active-request-scorer" => {
             given.drop(&["requestTimeout", "inFlightLoadProducerName"]);
             given.only("idleThreshold", 0.0)?;
             given.only("maxBusyScore", 1.0)?;
-            plain(Kind::Scorer(Scorer::ActiveRequests))
+            plain(PluginKind::Scorer(Scorer::ActiveRequests))
         }
         "load-aware-scorer" => {
             let waiting_max = given.count("threshold", 128)? as u32;
-            plain(Kind::Scorer(Scorer::LoadAware { waiting_max }))
+            plain(PluginKind::Scorer(Scorer::LoadAware { waiting_max }))
         }
         "token-load-scorer" => {
             given.only("nonTextTokenWeight", 1.0)?;
             let tokens_max = given.count("queueThresholdTokens", 4 << 20)?;
-            plain(Kind::Scorer(Scorer::TokenLoad { tokens_max }))
+            plain(PluginKind::Scorer(Scorer::TokenLoad { tokens_max }))
         }
         "prefix-cache-scorer" => {
             given.only("prefixLengthWeight", 0.0)?;
             given.drop(&["maxModelLen", "autoTune", "blockSize", "hashBlockSize", "blockSizeTokens"]);
             given.drop(&["maxPrefixBlocksToMatch", "maxPrefixTokensToMatch", "lruCapacityPerServer"]);
             noted(
-                Kind::Prefix(Mode::Approximate),
+                PluginKind::Prefix(Mode::Approximate),
                 "prefix-cache-scorer: blocks of 64 tokens; what each engine holds is bounded by what it says and learned from its answers",
             )
         }
@@ -95,7 +95,7 @@ pub(super) fn read(kind: &str, parameters: Map<String, Json>) -> Result<Part> {
             given.drop(&["kvEventsConfig", "indexerConfig", "tokenProcessorConfig", "kvBlockIndexConfig"]);
             given.drop(&["speculativeIndexing", "speculativeTTL", "tokenizersPoolConfig", "kvCacheBackendConfigs"]);
             noted(
-                Kind::Prefix(Mode::Precise),
+                PluginKind::Prefix(Mode::Precise),
                 "precise-prefix-cache-scorer: block sizes come from the engines' events, their addresses from --engine and its like, tokens from --tokenizer",
             )
         }
@@ -107,20 +107,20 @@ pub(super) fn read(kind: &str, parameters: Map<String, Json>) -> Result<Part> {
                 "random-picker" => Pick::Random,
                 _ => Pick::Weighted,
             };
-            plain(Kind::Pick { how, fallbacks })
+            plain(PluginKind::Pick { how, fallbacks })
         }
         "single-profile-handler" | "dp-rank-header-handler" | "models-responder" | "openai-parser" => {
-            plain(Kind::Nothing)
+            plain(PluginKind::Nothing)
         }
-        "decode-filter" => noted(Kind::Nothing, "decode-filter: every engine is taken to prefill and to decode"),
+        "decode-filter" => noted(PluginKind::Nothing, "decode-filter: every engine is taken to prefill and to decode"),
         "tokenizer" | "token-producer" => {
             given.fields.clear();
-            noted(Kind::Nothing, "tokenizer: tokens are made in this process, see --tokenizer")
+            noted(PluginKind::Nothing, "tokenizer: tokens are made in this process, see --tokenizer")
         }
         _ if kind.ends_with("-source") || kind.ends_with("-extractor") || kind.ends_with("-producer") => {
             given.fields.clear();
             let note = format!("{kind}: the router finds out for itself");
-            Part { kind: Kind::Nothing, note }
+            Part { kind: PluginKind::Nothing, note }
         }
         _ => return Err(refuse(kind)),
     };
@@ -141,7 +141,7 @@ fn session(given: &mut Parameters<'_>) -> Result<Part> {
     given.drop(&["evictionTtlSeconds", "evictionSweepSeconds", "missThreshold"]);
     let header = given.text("headerName")?.unwrap_or_else(|| "x-session-token".to_owned());
     let note = "session-affinity-scorer: sessions are kept until room is needed, not for a time".to_owned();
-    Ok(Part { kind: Kind::Session(header), note })
+    Ok(Part { kind: PluginKind::Session(header), note })
 }
 
 fn refuse(kind: &str) -> Error {

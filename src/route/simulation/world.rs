@@ -20,10 +20,10 @@ use crate::credit::Credits;
 use crate::limits;
 use crate::view::{Held, Look, View};
 use kvcellar_block::error::Result;
-use kvcellar_events::wire::{Arena, Batch, Event as Told, Hashes, Parent, Removed, Stored};
+use kvcellar_events::wire::{Batch, BatchArena, Event as Told, Hashes, Parent, Removed, Stored};
 use kvcellar_index::Index;
 use kvcellar_index::keys::{self, Extras};
-use kvcellar_index::query::Scorer;
+use kvcellar_index::query::PrefixScorer;
 use kvcellar_index::roster::EngineId;
 use kvcellar_index::tiers::{TIERS, Weights};
 
@@ -76,8 +76,8 @@ pub(super) struct World {
     known: Vec<Known>,
     ids: Vec<EngineId>,
     index: Arc<Index>,
-    scorer: Scorer,
-    arena: Arena,
+    scorer: PrefixScorer,
+    arena: BatchArena,
     maker: Maker,
     traffic: fastrand::Rng,
     ties: fastrand::Rng,
@@ -104,8 +104,8 @@ impl World {
             known: (0..plan.engines).map(|_| known()).collect(),
             ids,
             index,
-            scorer: Scorer::default(),
-            arena: Arena::default(),
+            scorer: PrefixScorer::default(),
+            arena: BatchArena::default(),
             maker: Maker::new(plan.load, plan.engines),
             traffic: fastrand::Rng::with_seed(plan.seed),
             ties: fastrand::Rng::with_seed(plan.seed ^ 0x7e5),

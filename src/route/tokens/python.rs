@@ -19,7 +19,7 @@ pub fn float(number: f64) -> String {
 
 /// How `json.dumps` lays a value out.
 #[derive(Debug, Clone)]
-pub struct Layout {
+pub struct TemplateLayout {
     indent: Option<String>,
     comma: String,
     colon: String,
@@ -27,14 +27,14 @@ pub struct Layout {
     ascii: bool,
 }
 
-impl Default for Layout {
+impl Default for TemplateLayout {
     fn default() -> Self {
         Self { indent: None, comma: ", ".to_owned(), colon: ": ".to_owned(), sorted: false, ascii: false }
     }
 }
 
 /// `json.dumps`.
-pub fn dumps(value: &Json, layout: &Layout, depth: usize, out: &mut String) {
+pub fn dumps(value: &Json, layout: &TemplateLayout, depth: usize, out: &mut String) {
     match value {
         Json::Null => out.push_str("null"),
         Json::Bool(it) => out.push_str(if *it { "true" } else { "false" }),
@@ -61,7 +61,7 @@ pub fn dumps(value: &Json, layout: &Layout, depth: usize, out: &mut String) {
 fn container(
     (open, close): (char, char),
     items: &[(Option<&str>, &Json)],
-    layout: &Layout,
+    layout: &TemplateLayout,
     depth: usize,
     out: &mut String,
 ) {
@@ -123,7 +123,7 @@ fn quoted(text: &str, ascii: bool, out: &mut String) {
 pub fn tojson(value: &Value, kwargs: &Kwargs) -> Result<Value, Error> {
     let wrong = |what: &'static str| Error::new(ErrorKind::InvalidOperation, what);
     let json = serde_json::to_value(value).map_err(|_| wrong("not JSON"))?;
-    let mut layout = Layout::default();
+    let mut layout = TemplateLayout::default();
     if let Some(indent) = kwargs.get::<Option<Value>>("indent")?.filter(|indent| !indent.is_none()) {
         let width = usize::try_from(indent.clone()).ok();
         let text = width.map(|width| " ".repeat(width)).or_else(|| indent.as_str().map(str::to_owned));
@@ -216,10 +216,11 @@ mod tests {
     fn json_as_python_writes_it() {
         let value = json!({"b": [1, 2.0, {}], "a": "ü\"\n<", "n": null, "e": []});
         let mut out = String::new();
-        dumps(&value, &Layout::default(), 0, &mut out);
+        dumps(&value, &TemplateLayout::default(), 0, &mut out);
         assert_eq!(out, r#"{"b": [1, 2.0, {}], "a": "ü\"\n<", "n": null, "e": []}"#);
         let mut out = String::new();
-        let layout = Layout { indent: Some("  ".to_owned()), comma: ",".to_owned(), ..Layout::default() };
+        let layout =
+            TemplateLayout { indent: Some("  ".to_owned()), comma: ",".to_owned(), ..TemplateLayout::default() };
         dumps(&json!({"a": [1], "b": {}}), &layout, 0, &mut out);
         assert_eq!(out, "{\n  \"a\": [\n    1\n  ],\n  \"b\": {}\n}");
     }

@@ -32,12 +32,12 @@ impl Hasher for Same {
 }
 
 #[derive(Debug, Default)]
-struct Generation {
+struct WordGeneration {
     places: HashMap<u128, (u32, u32), BuildHasherDefault<Same>>,
     ids: Vec<u32>,
 }
 
-impl Generation {
+impl WordGeneration {
     fn get(&self, name: u128) -> Option<&[u32]> {
         let (from, to) = self.places.get(&name)?;
         Some(&self.ids[*from as usize..*to as usize])
@@ -52,8 +52,8 @@ impl Generation {
 
 #[derive(Debug, Default)]
 struct Generations {
-    young: Generation,
-    old: Generation,
+    young: WordGeneration,
+    old: WordGeneration,
 }
 
 /// Words and their ids.

@@ -6,18 +6,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::device::{Device, Stream};
-use super::dispatch::{Dispatch, Thresholds, Way};
-use super::driver::Refused;
-use super::kernel::{Kernel, Table};
+use super::device::{Device, DeviceStream};
+use super::dispatch::{Dispatch, DispatchWay, Thresholds};
+use super::driver::Answer;
+use super::kernel::{FragmentTable, GatherKernel};
 use super::nvrtc;
-use super::room::Room;
+use super::room::BothSides;
 use super::staging::Staging;
 use crate::gpu::Direction;
 use crate::gpu::fragments::Fragment;
 use crate::limits::{CALIBRATION_BYTES, GATHER_SMS};
-
-type Answer<T> = std::result::Result<T, Refused>;
 
 /// Sizes of fragments that are tried, in bytes.
 const SIZES: [u64; 5] = [4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20];
@@ -35,7 +33,7 @@ const JOBS: usize = 4;
 
 /// Rates of one size of fragments, in GB/s. 0: not to be had.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Rates {
+pub struct CopyRates {
     /// Bytes of a fragment.
     pub size: u64,
     /// To the device: in batches, by a call for each, by the kernel.
@@ -50,9 +48,9 @@ pub struct Calibration {
     /// Which way for which fragments.
     pub thresholds: Thresholds,
     /// The kernel, if there is one.
-    pub(super) kernel: Option<Arc<Kernel>>,
+    pub(super) kernel: Option<Arc<GatherKernel>>,
     /// Of each size that was tried.
-    pub rates: Vec<Rates>,
+    pub rates: Vec<CopyRates>,
     /// Why there is no kernel.
     pub no_kernel: Option<String>,
     /// Ways that were refused: they are not used.
@@ -106,7 +104,7 @@ impl Calibration {
     /// [`Refused`] when the driver does not load it.
     pub fn with_kernel(device: &Arc<Device>, image: &[u8], gather_below: u64, stage_below: u64) -> Answer<Self> {
         let assumed = Self::assumed(device);
-        Ok(match device.with(|| Kernel::load(device, image))? {
+        Ok(match device.with(|| GatherKernel::load(device, image))? {
             Some(kernel) => {
                 let thresholds = Thresholds { gather_below, stage_below, ..assumed.thresholds };
                 Self { thresholds, kernel: Some(Arc::new(kernel)), no_kernel: None, ..assumed }
@@ -146,35 +144,35 @@ pub fn of_device(device: &Arc<Device>, nvrtc: &[PathBuf]) -> Answer<Calibration>
     })
 }
 
-fn compile(device: &Arc<Device>, places: &[PathBuf]) -> Result<Kernel, String> {
+fn compile(device: &Arc<Device>, places: &[PathBuf]) -> Result<GatherKernel, String> {
     let facts = device.facts().map_err(|refused| refused.to_string())?;
     if !facts.host_addresses {
         return Err("the device does not share the host's addresses".to_owned());
     }
     let image = nvrtc::compile(places, facts.capability).map_err(|why| why.to_string())?;
-    let kernel = Kernel::load(device, &image).map_err(|refused| refused.to_string())?;
+    let kernel = GatherKernel::load(device, &image).map_err(|refused| refused.to_string())?;
     kernel.ok_or_else(|| "the driver loads no modules".to_owned())
 }
 
 /// What copies are measured with.
 struct Bench {
-    room: Room,
+    room: BothSides,
     dispatch: Dispatch,
-    tables: Vec<Table>,
+    tables: Vec<FragmentTable>,
 }
 
 impl Bench {
-    fn new(device: &Arc<Device>, kernel: Option<&Arc<Kernel>>) -> Answer<Self> {
-        let room = Room::new(device, 2 * CALIBRATION_BYTES)?;
-        let tables = Table::several(device, if kernel.is_some() { JOBS } else { 0 })?;
+    fn new(device: &Arc<Device>, kernel: Option<&Arc<GatherKernel>>) -> Answer<Self> {
+        let room = BothSides::new(device, 2 * CALIBRATION_BYTES)?;
+        let tables = FragmentTable::several(device, if kernel.is_some() { JOBS } else { 0 })?;
         // Without memory for it there is no packing.
         let staging = kernel.and_then(|kernel| Staging::new(device, kernel).ok());
         Ok(Self { room, tables, dispatch: Dispatch::new(device, kernel.cloned(), staging) })
     }
 
-    fn measure(&mut self, stream: &Stream, found: &mut Calibration) {
+    fn measure(&mut self, stream: &DeviceStream, found: &mut Calibration) {
         for size in SIZES {
-            let mut rates = Rates { size, up: [0.0; 3], down: [0.0; 3] };
+            let mut rates = CopyRates { size, up: [0.0; 3], down: [0.0; 3] };
             for (direction, rates) in [(Direction::Load, &mut rates.up), (Direction::Offload, &mut rates.down)] {
                 for (rate, way) in rates.iter_mut().zip(self.dispatch.ways(direction)) {
                     let Some(way) = way else { continue };
@@ -190,7 +188,7 @@ impl Bench {
 
     /// GB/s of the best of a few rounds: others may use the bus. The first round pays for what is
     /// set up on first use.
-    fn rate(&mut self, way: Way, direction: Direction, size: u64, stream: &Stream) -> Answer<f64> {
+    fn rate(&mut self, way: DispatchWay, direction: Direction, size: u64, stream: &DeviceStream) -> Answer<f64> {
         let fragments = self.room.scattered(size, CALIBRATION_BYTES / size);
         let mut best = f64::INFINITY;
         for _ in 0..4 {
@@ -214,12 +212,12 @@ impl Bench {
 }
 
 /// The thresholds that these rates call for.
-fn decide(rates: &[Rates]) -> Thresholds {
+fn decide(rates: &[CopyRates]) -> Thresholds {
     // Small fragments are where the two differ; a single measurement may be disturbed.
     let small = rates.iter().take(2).flat_map(|rates| [rates.up, rates.down]);
     let (batch, each) = small.fold((0.0, 0.0), |sums, [batch, each, _]| (sums.0 + batch, sums.1 + each));
-    let below = |way: fn(&Rates) -> [f64; 3]| {
-        let gains = |rates: &&Rates| {
+    let below = |way: fn(&CopyRates) -> [f64; 3]| {
+        let gains = |rates: &&CopyRates| {
             let [batch, each, kernel] = way(rates);
             kernel >= batch.max(each) * (1.0 + GATHER_GAIN_PERCENT / 100.0) && kernel > 0.0
         };
@@ -236,8 +234,8 @@ fn decide(rates: &[Rates]) -> Thresholds {
 mod tests {
     use super::*;
 
-    fn rates(size: u64, up: [f64; 3], down: [f64; 3]) -> Rates {
-        Rates { size, up, down }
+    fn rates(size: u64, up: [f64; 3], down: [f64; 3]) -> CopyRates {
+        CopyRates { size, up, down }
     }
 
     #[test]

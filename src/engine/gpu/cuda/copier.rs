@@ -14,9 +14,9 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded, unbounded};
 
 use super::calibration::Calibration;
-use super::device::{Device, Stream};
+use super::device::{Device, DeviceStream};
 use super::driver::Refused;
-use super::lane::{Common, Lane, Mark};
+use super::lane::{Common, ComputeMark, Lane};
 use super::notes::Notes;
 use super::pinning::Pinning;
 use super::staging::Staging;
@@ -28,7 +28,7 @@ use kvcellar_block::plan::BlockCopy;
 
 /// What a copier may use.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct CopierOptions {
     /// The device, as torch numbers it.
     pub ordinal: i32,
     /// Bytes of the pool that are pinned at once.
@@ -39,7 +39,7 @@ pub struct Options {
     pub calibration: Calibration,
 }
 
-impl Options {
+impl CopierOptions {
     /// For a device, with everything else as it is meant to be.
     pub fn of(ordinal: i32, calibration: Calibration) -> Self {
         Self { ordinal, pin_chunk_bytes: PIN_CHUNK_BYTES, pin_piece_bytes: PIN_PIECE_BYTES, calibration }
@@ -47,7 +47,7 @@ impl Options {
 }
 
 enum Message {
-    Orders(Vec<Order>, Option<Arc<Mark>>),
+    Orders(Vec<Order>, Option<Arc<ComputeMark>>),
     Fence { compute: ComputeStream, offloads: Vec<BlockCopy>, reply: Sender<bool> },
 }
 
@@ -67,7 +67,7 @@ impl CudaCopier {
     ///
     /// # Errors
     /// [`Error::DeviceDead`] without a driver, a device or a thread.
-    pub fn start(sides: Sides, answers: Arc<dyn Answers>, options: &Options) -> Result<Self> {
+    pub fn start(sides: Sides, answers: Arc<dyn Answers>, options: &CopierOptions) -> Result<Self> {
         let device = Device::open(options.ordinal)?;
         let streams = device.with(|| Ok((device.stream()?, device.stream()?))).map_err(Refused::into_error)?;
         let notes = Arc::new(Notes::default());
@@ -123,7 +123,7 @@ fn dead_thread(problem: &str, remedy: &str) -> Error {
 impl Copier for CudaCopier {
     fn submit(&self, orders: &[Order], after: &After) -> Result<()> {
         // A place of another copier's making does not occur.
-        let mark = after.0.clone().and_then(|mark| mark.downcast::<Mark>().ok());
+        let mark = after.0.clone().and_then(|mark| mark.downcast::<ComputeMark>().ok());
         self.in_flight.fetch_add(orders.len(), Ordering::AcqRel);
         self.send(Message::Orders(orders.to_vec(), mark)).inspect_err(|_| {
             self.in_flight.fetch_sub(orders.len(), Ordering::AcqRel);
@@ -144,7 +144,7 @@ impl Copier for CudaCopier {
         });
         let event = event.map_err(Refused::into_error)?;
         let number = self.marks.fetch_add(1, Ordering::Relaxed) + 1;
-        Ok(After(Some(Arc::new(Mark { number, event }))))
+        Ok(After(Some(Arc::new(ComputeMark { number, event }))))
     }
 
     fn fence(&self, compute: Option<ComputeStream>, offloads: &[BlockCopy]) -> bool {
@@ -172,7 +172,7 @@ impl Drop for CudaCopier {
 }
 
 /// The thread: until the copier is dropped and everything is answered.
-fn run(common: &Common, streams: (Stream, Stream), options: &Options, queue: &Receiver<Message>) {
+fn run(common: &Common, streams: (DeviceStream, DeviceStream), options: &CopierOptions, queue: &Receiver<Message>) {
     let device = Arc::clone(&common.device);
     let ended = device.with(|| {
         device.stay_out_of_captures();
@@ -207,7 +207,11 @@ struct Lanes {
 }
 
 impl Lanes {
-    fn new(common: &Common, (up, down): (Stream, Stream), options: &Options) -> std::result::Result<Self, Refused> {
+    fn new(
+        common: &Common,
+        (up, down): (DeviceStream, DeviceStream),
+        options: &CopierOptions,
+    ) -> std::result::Result<Self, Refused> {
         let device = &common.device;
         let calibration = &options.calibration;
         common.notes.push(calibration.to_string());

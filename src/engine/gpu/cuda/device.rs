@@ -6,15 +6,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::{CUcontext, CUdevice_attribute_enum as Attribute, CUevent, CUstream};
 
-use super::driver::{Driver, NOT_READY, Refused, SUCCESS};
+use super::driver::{Answer, Driver, NOT_READY, Refused, SUCCESS};
 use crate::gpu::ComputeStream;
 use kvcellar_block::error::Result;
 
 const STREAM_NON_BLOCKING: u32 = 1;
 const EVENT_DISABLE_TIMING: u32 = 2;
 const CAPTURE_MODE_RELAXED: u32 = 2;
-
-type Answer<T> = std::result::Result<T, Refused>;
 
 /// A device with its primary context, which is the one torch uses, held for as long as this lives.
 pub struct Device {
@@ -135,7 +133,7 @@ impl Device {
     ///
     /// # Errors
     /// [`Refused`]. To be called within [`Self::with`].
-    pub(super) fn stream(self: &Arc<Self>) -> Answer<Stream> {
+    pub(super) fn stream(self: &Arc<Self>) -> Answer<DeviceStream> {
         let (mut least, mut greatest, mut handle) = (0, 0, ptr::null_mut());
         let functions = &self.driver.functions;
         // SAFETY: the pointers are to locals and not kept.
@@ -144,14 +142,14 @@ impl Device {
         // SAFETY: as above; the stream is destroyed when its owner is dropped.
         let code = unsafe { (functions.cuStreamCreateWithPriority)(&raw mut handle, STREAM_NON_BLOCKING, least) };
         self.driver.check("cuStreamCreateWithPriority", code)?;
-        Ok(Stream { device: Arc::clone(self), handle })
+        Ok(DeviceStream { device: Arc::clone(self), handle })
     }
 
     /// An event, used before if there is one.
     ///
     /// # Errors
     /// [`Refused`]. To be called within [`Self::with`].
-    pub(super) fn event(self: &Arc<Self>) -> Answer<Event> {
+    pub(super) fn event(self: &Arc<Self>) -> Answer<DeviceEvent> {
         let used = self.events.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let handle = if let Some(Raw(handle)) = used {
             handle
@@ -162,7 +160,7 @@ impl Device {
             self.driver.check("cuEventCreate", code)?;
             handle
         };
-        Ok(Event { device: Arc::clone(self), handle })
+        Ok(DeviceEvent { device: Arc::clone(self), handle })
     }
 }
 
@@ -181,17 +179,17 @@ impl Drop for Device {
 }
 
 /// A stream of our own.
-pub(super) struct Stream {
+pub(super) struct DeviceStream {
     device: Arc<Device>,
     pub(super) handle: CUstream,
 }
 
 // SAFETY: as for `Raw`.
-unsafe impl Send for Stream {}
+unsafe impl Send for DeviceStream {}
 
-impl Stream {
+impl DeviceStream {
     /// What is given to this stream from here on comes after what the event was recorded after.
-    pub(super) fn wait(&self, event: &Event) -> Answer<()> {
+    pub(super) fn wait(&self, event: &DeviceEvent) -> Answer<()> {
         wait(&self.device, self.handle, event)
     }
 
@@ -210,7 +208,7 @@ impl Stream {
     }
 }
 
-impl Drop for Stream {
+impl Drop for DeviceStream {
     fn drop(&mut self) {
         // SAFETY: nobody uses the handle after this; the driver finishes what the stream was given.
         unsafe { (self.device.driver.functions.cuStreamDestroy_v2)(self.handle) };
@@ -219,19 +217,19 @@ impl Drop for Stream {
 
 /// A place in a stream's order. Goes back to its device to be used again: a stream that was told to
 /// wait for it keeps what it was told.
-pub(super) struct Event {
+pub(super) struct DeviceEvent {
     device: Arc<Device>,
     handle: CUevent,
 }
 
 // SAFETY: as for `Raw`.
-unsafe impl Send for Event {}
+unsafe impl Send for DeviceEvent {}
 // SAFETY: as for `Raw`.
-unsafe impl Sync for Event {}
+unsafe impl Sync for DeviceEvent {}
 
-impl Event {
+impl DeviceEvent {
     /// Marks the end of what our stream was given so far.
-    pub(super) fn record(&self, stream: &Stream) -> Answer<()> {
+    pub(super) fn record(&self, stream: &DeviceStream) -> Answer<()> {
         // SAFETY: both are alive while borrowed.
         let code = unsafe { (self.device.driver.functions.cuEventRecord)(self.handle, stream.handle) };
         self.device.driver.check("cuEventRecord", code)
@@ -261,7 +259,7 @@ impl Event {
     }
 }
 
-impl Drop for Event {
+impl Drop for DeviceEvent {
     fn drop(&mut self) {
         self.device.events.lock().unwrap_or_else(PoisonError::into_inner).push(Raw(self.handle));
     }
@@ -271,7 +269,7 @@ fn foreign(compute: ComputeStream) -> CUstream {
     ptr::with_exposed_provenance_mut::<c_void>(compute.0 as usize).cast()
 }
 
-fn wait(device: &Device, stream: CUstream, event: &Event) -> Answer<()> {
+fn wait(device: &Device, stream: CUstream, event: &DeviceEvent) -> Answer<()> {
     // SAFETY: the event is alive while borrowed; the stream is ours, or torch's, which never
     // destroys its streams.
     let code = unsafe { (device.driver.functions.cuStreamWaitEvent)(stream, event.handle, 0) };

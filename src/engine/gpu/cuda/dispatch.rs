@@ -14,19 +14,17 @@ use cudarc::driver::sys::{
     CUmemcpySrcAccessOrder_enum as Access,
 };
 
-use super::device::{Device, Event, Stream};
-use super::driver::{Address, BatchCall, Refused};
-use super::kernel::{Kernel, Table};
+use super::device::{Device, DeviceEvent, DeviceStream};
+use super::driver::{Answer, BatchCall, DeviceAddress};
+use super::kernel::{FragmentTable, GatherKernel};
 use super::staging::Staging;
 use crate::gpu::Direction;
 use crate::gpu::fragments::{self, Fragment};
 use crate::limits::{JOB_FRAGMENTS_MAX, STAGING_BUFFER_BYTES, TABLE_ROWS_MAX};
 
-type Answer<T> = std::result::Result<T, Refused>;
-
 /// A way of handing fragments over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Way {
+pub enum DispatchWay {
     /// One call for all, to the copy engines.
     Batch,
     /// One call for each, to the copy engines.
@@ -37,7 +35,7 @@ pub enum Way {
     Staged,
 }
 
-impl Way {
+impl DispatchWay {
     /// About how many commands so many fragments are on a stream.
     pub(super) fn commands(self, fragments: usize) -> usize {
         match self {
@@ -62,47 +60,47 @@ pub struct Thresholds {
 
 impl Thresholds {
     /// The way for these fragments. `pinned`: the device reaches the host's side directly.
-    pub fn way(&self, direction: Direction, fragments: &[Fragment], pinned: bool) -> Way {
+    pub fn way(&self, direction: Direction, fragments: &[Fragment], pinned: bool) -> DispatchWay {
         if !pinned {
             // Ordinary memory: the driver stages it, which it does in single copies only.
-            return Way::Each;
+            return DispatchWay::Each;
         }
         let (below, small_way) = match direction {
-            Direction::Load => (self.gather_below, Way::Gather),
-            Direction::Offload => (self.stage_below, Way::Staged),
+            Direction::Load => (self.gather_below, DispatchWay::Gather),
+            Direction::Offload => (self.stage_below, DispatchWay::Staged),
         };
         let small = fragments::bytes(fragments) < below.saturating_mul(fragments.len() as u64);
         let may_take_kernel = |fragment: &Fragment| fragment.is_wide() && fragment.len <= STAGING_BUFFER_BYTES;
         if small && (2..=TABLE_ROWS_MAX).contains(&fragments.len()) && fragments.iter().all(may_take_kernel) {
             small_way
         } else if self.batch && fragments.len() > 1 {
-            Way::Batch
+            DispatchWay::Batch
         } else {
-            Way::Each
+            DispatchWay::Each
         }
     }
 }
 
 /// Hands fragments over, by whatever there is.
 pub(super) struct Dispatch {
-    engines: Engines,
-    kernel: Option<Arc<Kernel>>,
+    engines: CopyEngines,
+    kernel: Option<Arc<GatherKernel>>,
     staging: Option<Staging>,
 }
 
 impl Dispatch {
-    pub(super) fn new(device: &Arc<Device>, kernel: Option<Arc<Kernel>>, staging: Option<Staging>) -> Self {
-        let engines = Engines { device: Arc::clone(device), from: Vec::new(), to: Vec::new(), sizes: Vec::new() };
+    pub(super) fn new(device: &Arc<Device>, kernel: Option<Arc<GatherKernel>>, staging: Option<Staging>) -> Self {
+        let engines = CopyEngines { device: Arc::clone(device), from: Vec::new(), to: Vec::new(), sizes: Vec::new() };
         Self { engines, kernel, staging }
     }
 
     /// The ways there are: in batches, by a call for each, by the kernel.
-    pub(super) fn ways(&self, direction: Direction) -> [Option<Way>; 3] {
+    pub(super) fn ways(&self, direction: Direction) -> [Option<DispatchWay>; 3] {
         let by_kernel = match direction {
-            Direction::Load => self.kernel.is_some().then_some(Way::Gather),
-            Direction::Offload => self.staging.is_some().then_some(Way::Staged),
+            Direction::Load => self.kernel.is_some().then_some(DispatchWay::Gather),
+            Direction::Offload => self.staging.is_some().then_some(DispatchWay::Staged),
         };
-        [self.engines.device.driver.batches().then_some(Way::Batch), Some(Way::Each), by_kernel]
+        [self.engines.device.driver.batches().then_some(DispatchWay::Batch), Some(DispatchWay::Each), by_kernel]
     }
 
     /// Gives the fragments to the stream, which waits for `mark` already. After an error some of
@@ -112,17 +110,17 @@ impl Dispatch {
     /// staging, the copy engines alone are used.
     pub(super) fn hand_over(
         &mut self,
-        way: Way,
+        way: DispatchWay,
         direction: Direction,
         fragments: &mut Vec<Fragment>,
-        mut table: Option<&mut Table>,
-        stream: &Stream,
-        mark: Option<&Event>,
+        mut table: Option<&mut FragmentTable>,
+        stream: &DeviceStream,
+        mark: Option<&DeviceEvent>,
     ) -> Answer<()> {
-        if let (Way::Staged, Some(table), Some(staging)) = (way, &mut table, &mut self.staging) {
+        if let (DispatchWay::Staged, Some(table), Some(staging)) = (way, &mut table, &mut self.staging) {
             return staged(&mut self.engines, staging, fragments, table, stream, mark);
         }
-        if let (Way::Gather, Some(table), Some(kernel)) = (way, &mut table, &self.kernel) {
+        if let (DispatchWay::Gather, Some(table), Some(kernel)) = (way, &mut table, &self.kernel) {
             table.clear();
             for fragment in fragments.iter() {
                 table.push(*fragment);
@@ -130,7 +128,7 @@ impl Dispatch {
             return kernel.launch(table, 0..table.len(), stream);
         }
         fragments::coalesce(fragments);
-        if way == Way::Each {
+        if way == DispatchWay::Each {
             self.engines.each(direction, fragments, stream)
         } else {
             self.engines.batch(direction, fragments, stream)
@@ -140,12 +138,12 @@ impl Dispatch {
 
 /// Buffer by buffer: filled on staging's own stream, emptied on this one.
 fn staged(
-    engines: &mut Engines,
+    engines: &mut CopyEngines,
     staging: &mut Staging,
     fragments: &[Fragment],
-    table: &mut Table,
-    stream: &Stream,
-    mark: Option<&Event>,
+    table: &mut FragmentTable,
+    stream: &DeviceStream,
+    mark: Option<&DeviceEvent>,
 ) -> Answer<()> {
     table.clear();
     let (mut rest, mut mark) = (fragments, mark);
@@ -162,15 +160,15 @@ fn staged(
 }
 
 /// The copy engines, with the room for the lists that they take.
-struct Engines {
+struct CopyEngines {
     device: Arc<Device>,
-    from: Vec<Address>,
-    to: Vec<Address>,
+    from: Vec<DeviceAddress>,
+    to: Vec<DeviceAddress>,
     sizes: Vec<usize>,
 }
 
-impl Engines {
-    fn each(&self, direction: Direction, fragments: &[Fragment], stream: &Stream) -> Answer<()> {
+impl CopyEngines {
+    fn each(&self, direction: Direction, fragments: &[Fragment], stream: &DeviceStream) -> Answer<()> {
         let (driver, functions) = (self.device.driver, &self.device.driver.functions);
         for fragment in fragments {
             let (host, len) = (fragment.host as usize, fragment.len as usize);
@@ -195,7 +193,7 @@ impl Engines {
         Ok(())
     }
 
-    fn batch(&mut self, direction: Direction, fragments: &[Fragment], stream: &Stream) -> Answer<()> {
+    fn batch(&mut self, direction: Direction, fragments: &[Fragment], stream: &DeviceStream) -> Answer<()> {
         let Some(batch) = self.device.driver.functions.cuMemcpyBatchAsync else {
             return self.each(direction, fragments, stream);
         };
@@ -210,7 +208,7 @@ impl Engines {
         batch: BatchCall,
         direction: Direction,
         fragments: &[Fragment],
-        stream: &Stream,
+        stream: &DeviceStream,
     ) -> Answer<()> {
         let sides = |fragment: &Fragment| match direction {
             Direction::Offload => (fragment.device, fragment.host),
@@ -268,37 +266,45 @@ mod tests {
     fn small_fragments_go_to_the_device_by_the_kernel_and_come_from_it_by_the_engines() {
         let thresholds = Thresholds { batch: true, gather_below: 32 << 10, stage_below: 0 };
         let small = fragments(10, 8 << 10);
-        assert_eq!(thresholds.way(Direction::Load, &small, true), Way::Gather);
-        assert_eq!(thresholds.way(Direction::Offload, &small, true), Way::Batch);
-        assert_eq!(thresholds.way(Direction::Load, &fragments(10, 32 << 10), true), Way::Batch);
-        assert_eq!(thresholds.way(Direction::Load, &fragments(1, 1 << 20), true), Way::Each);
-        assert_eq!(thresholds.way(Direction::Load, &fragments(10, 8 << 10 | 8), true), Way::Batch, "no words");
+        assert_eq!(thresholds.way(Direction::Load, &small, true), DispatchWay::Gather);
+        assert_eq!(thresholds.way(Direction::Offload, &small, true), DispatchWay::Batch);
+        assert_eq!(thresholds.way(Direction::Load, &fragments(10, 32 << 10), true), DispatchWay::Batch);
+        assert_eq!(thresholds.way(Direction::Load, &fragments(1, 1 << 20), true), DispatchWay::Each);
+        assert_eq!(thresholds.way(Direction::Load, &fragments(10, 8 << 10 | 8), true), DispatchWay::Batch, "no words");
     }
 
     #[test]
     fn small_fragments_are_packed_before_they_go_to_the_host() {
         let thresholds = Thresholds { batch: true, gather_below: 0, stage_below: 32 << 10 };
         let small = fragments(10, 8 << 10);
-        assert_eq!(thresholds.way(Direction::Offload, &small, true), Way::Staged);
-        assert_eq!(thresholds.way(Direction::Load, &small, true), Way::Batch);
-        assert_eq!(thresholds.way(Direction::Offload, &fragments(10, 32 << 10), true), Way::Batch);
-        assert_eq!(thresholds.way(Direction::Offload, &fragments(1, 8 << 10), true), Way::Each, "one piece already");
+        assert_eq!(thresholds.way(Direction::Offload, &small, true), DispatchWay::Staged);
+        assert_eq!(thresholds.way(Direction::Load, &small, true), DispatchWay::Batch);
+        assert_eq!(thresholds.way(Direction::Offload, &fragments(10, 32 << 10), true), DispatchWay::Batch);
+        assert_eq!(
+            thresholds.way(Direction::Offload, &fragments(1, 8 << 10), true),
+            DispatchWay::Each,
+            "one piece already"
+        );
         let too_many = fragments(TABLE_ROWS_MAX as u64 + 1, 64);
-        assert_eq!(thresholds.way(Direction::Offload, &too_many, true), Way::Batch, "more than a table holds");
+        assert_eq!(thresholds.way(Direction::Offload, &too_many, true), DispatchWay::Batch, "more than a table holds");
         let mut too_large = fragments(1000, 4096);
         too_large[500].len = STAGING_BUFFER_BYTES + 16;
-        assert_eq!(thresholds.way(Direction::Offload, &too_large, true), Way::Batch, "more than a buffer holds");
+        assert_eq!(
+            thresholds.way(Direction::Offload, &too_large, true),
+            DispatchWay::Batch,
+            "more than a buffer holds"
+        );
     }
 
     #[test]
     fn ordinary_memory_is_copied_in_single_copies() {
         let thresholds = Thresholds { batch: true, gather_below: u64::MAX, stage_below: u64::MAX };
-        assert_eq!(thresholds.way(Direction::Load, &fragments(10, 4096), false), Way::Each);
+        assert_eq!(thresholds.way(Direction::Load, &fragments(10, 4096), false), DispatchWay::Each);
     }
 
     #[test]
     fn without_batches_and_kernel_each_fragment_is_a_call() {
         let thresholds = Thresholds { batch: false, gather_below: 0, stage_below: 0 };
-        assert_eq!(thresholds.way(Direction::Load, &fragments(10, 4096), true), Way::Each);
+        assert_eq!(thresholds.way(Direction::Load, &fragments(10, 4096), true), DispatchWay::Each);
     }
 }

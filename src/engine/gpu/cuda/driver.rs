@@ -16,13 +16,13 @@ use crate::limits::DRIVER_VERSION_MIN;
 use kvcellar_block::error::{Error, Result};
 
 /// An address in the device's memory, or of pinned memory as the device sees it.
-pub type Address = u64;
+pub type DeviceAddress = u64;
 
 /// `cuMemcpyBatchAsync` of CUDA 12.8: destinations, sources, lengths, their number; attributes, the
 /// first copy of each, their number; where it failed.
 pub(super) type BatchCall = unsafe extern "C" fn(
-    *mut Address,
-    *mut Address,
+    *mut DeviceAddress,
+    *mut DeviceAddress,
     *mut usize,
     usize,
     *mut CUmemcpyAttributes,
@@ -40,6 +40,9 @@ pub(super) const OUT_OF_MEMORY: u32 = 2;
 const NO_DEVICE: u32 = 100;
 const STUB_LIBRARY: u32 = 34;
 const MISMATCH: u32 = 803;
+
+/// What a call of the driver gives.
+pub type Answer<T> = std::result::Result<T, Refused>;
 
 /// A call that the driver refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -130,14 +133,14 @@ functions! {
         cuMemHostUnregister: fn(*mut c_void);
         cuMemHostAlloc: fn(*mut *mut c_void, usize, c_uint);
         cuMemFreeHost: fn(*mut c_void);
-        cuMemAlloc_v2: fn(*mut Address, usize);
-        cuMemFree_v2: fn(Address);
-        cuMemcpyHtoDAsync_v2: fn(Address, *const c_void, usize, CUstream);
-        cuMemcpyDtoHAsync_v2: fn(*mut c_void, Address, usize, CUstream);
+        cuMemAlloc_v2: fn(*mut DeviceAddress, usize);
+        cuMemFree_v2: fn(DeviceAddress);
+        cuMemcpyHtoDAsync_v2: fn(DeviceAddress, *const c_void, usize, CUstream);
+        cuMemcpyDtoHAsync_v2: fn(*mut c_void, DeviceAddress, usize, CUstream);
     }
     optional {
         cuThreadExchangeStreamCaptureMode: fn(*mut c_uint);
-        cuMemcpyBatchAsync: fn(*mut Address, *mut Address, *mut usize, usize, *mut CUmemcpyAttributes, *mut usize, usize, *mut usize, CUstream);
+        cuMemcpyBatchAsync: fn(*mut DeviceAddress, *mut DeviceAddress, *mut usize, usize, *mut CUmemcpyAttributes, *mut usize, usize, *mut usize, CUstream);
         cuModuleLoadData: fn(*mut CUmodule, *const c_void);
         cuModuleUnload: fn(CUmodule);
         cuModuleGetFunction: fn(*mut CUfunction, CUmodule, *const c_char);

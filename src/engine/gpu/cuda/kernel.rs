@@ -7,12 +7,10 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{CUfunction, CUmodule};
 
-use super::device::{Device, Stream};
-use super::driver::Refused;
+use super::device::{Device, DeviceStream};
+use super::driver::{Answer, Refused};
 use crate::gpu::fragments::Fragment;
 use crate::limits::{GATHER_SMS, TABLE_ROWS_MAX};
-
-type Answer<T> = std::result::Result<T, Refused>;
 
 /// Threads of a block, which fill half of a multiprocessor: `cuda/gather.cu` is compiled for as
 /// many.
@@ -22,7 +20,7 @@ const THREADS: u32 = 1024;
 const ALLOC_PORTABLE_MAPPED: u32 = 3;
 
 /// The loaded kernel.
-pub struct Kernel {
+pub struct GatherKernel {
     device: Arc<Device>,
     module: CUmodule,
     function: CUfunction,
@@ -30,11 +28,11 @@ pub struct Kernel {
 
 // SAFETY: module and function are the driver's own objects; its functions are safe to call from all
 // threads.
-unsafe impl Send for Kernel {}
+unsafe impl Send for GatherKernel {}
 // SAFETY: as above.
-unsafe impl Sync for Kernel {}
+unsafe impl Sync for GatherKernel {}
 
-impl Kernel {
+impl GatherKernel {
     /// Loads a compiled image. To be called with the device's context current.
     ///
     /// # Errors
@@ -59,7 +57,7 @@ impl Kernel {
 
     /// Moves these rows of the table from where `host` says to where `device` says, in the stream's
     /// order. Both are pinned memory or the device's.
-    pub(super) fn launch(&self, table: &Table, rows: Range<usize>, stream: &Stream) -> Answer<()> {
+    pub(super) fn launch(&self, table: &FragmentTable, rows: Range<usize>, stream: &DeviceStream) -> Answer<()> {
         let missing = || Refused { call: "cuLaunchKernel", code: 500, name: "no such function".to_owned() };
         let launch = self.device.driver.functions.cuLaunchKernel.ok_or_else(missing)?;
         debug_assert!(rows.end <= table.len);
@@ -87,7 +85,7 @@ impl Kernel {
     }
 }
 
-impl Drop for Kernel {
+impl Drop for GatherKernel {
     fn drop(&mut self) {
         if let Some(unload) = self.device.driver.functions.cuModuleUnload {
             // SAFETY: the copier that held the kernel has no job left. What the driver answers
@@ -100,16 +98,16 @@ impl Drop for Kernel {
 }
 
 /// Fragments in pinned memory, where the kernel reads them.
-pub(super) struct Table {
+pub(super) struct FragmentTable {
     device: Arc<Device>,
     start: NonNull<Fragment>,
     len: usize,
 }
 
 // SAFETY: the memory is this table's alone.
-unsafe impl Send for Table {}
+unsafe impl Send for FragmentTable {}
 
-impl Table {
+impl FragmentTable {
     /// Room for the fragments of one job. To be called with the device's context current.
     fn new(device: &Arc<Device>) -> Answer<Self> {
         let mut start = ptr::null_mut();
@@ -150,7 +148,7 @@ impl Table {
     }
 }
 
-impl Drop for Table {
+impl Drop for FragmentTable {
     fn drop(&mut self) {
         let (start, driver) = (self.start.as_ptr().cast::<c_void>(), self.device.driver);
         // SAFETY: from `cuMemHostAlloc`, and its last job is over. What the driver answers changes

@@ -11,10 +11,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::device::{Device, Event, Stream};
-use super::dispatch::{Dispatch, Thresholds, Way};
-use super::driver::Refused;
-use super::kernel::{Kernel, Table};
+use super::device::{Device, DeviceEvent, DeviceStream};
+use super::dispatch::{Dispatch, DispatchWay, Thresholds};
+use super::driver::{Answer, Refused};
+use super::kernel::{FragmentTable, GatherKernel};
 use super::notes::Notes;
 use super::pinning::{Pin, Pinning};
 use super::staging::Staging;
@@ -25,28 +25,26 @@ use crate::limits::{COMMANDS_IN_FLIGHT_MAX, JOB_BYTES, JOB_FRAGMENTS_MAX, JOBS_I
 use kvcellar_block::SlotIndex;
 use kvcellar_block::plan::BlockCopy;
 
-type Answer<T> = std::result::Result<T, Refused>;
-
 /// A place in vLLM's stream that copies come after.
-pub(super) struct Mark {
+pub(super) struct ComputeMark {
     pub(super) number: u64,
-    pub(super) event: Event,
+    pub(super) event: DeviceEvent,
 }
 
 /// An order and what it comes after.
 pub(super) struct Queued {
     pub(super) order: Order,
-    pub(super) mark: Option<Arc<Mark>>,
+    pub(super) mark: Option<Arc<ComputeMark>>,
 }
 
-struct Job {
-    event: Event,
+struct LaneJob {
+    event: DeviceEvent,
     /// What it put on the stream.
     commands: usize,
     orders: Vec<Order>,
     /// Some of it could not be given to the stream.
     failed: bool,
-    table: Option<Table>,
+    table: Option<FragmentTable>,
 }
 
 /// What both lanes share.
@@ -74,7 +72,7 @@ impl Common {
 
     /// A call was refused: of a device that still works (its orders fail, the next ones are tried),
     /// or of one from which nothing is taken any more.
-    fn was_refused(&self, refused: &Refused, stream: &Stream) {
+    fn was_refused(&self, refused: &Refused, stream: &DeviceStream) {
         if stream.works() {
             self.notes.push(format!("copies could not be started: {refused}"));
         } else if !self.dead.swap(true, Ordering::AcqRel) {
@@ -92,13 +90,13 @@ impl Common {
 /// One direction.
 pub(super) struct Lane {
     direction: Direction,
-    stream: Stream,
+    stream: DeviceStream,
     dispatch: Dispatch,
     thresholds: Thresholds,
     queue: VecDeque<Queued>,
-    jobs: VecDeque<Job>,
+    jobs: VecDeque<LaneJob>,
     fragments: Vec<Fragment>,
-    tables: Vec<Table>,
+    tables: Vec<FragmentTable>,
     /// Number of the mark that the stream was told to wait for last.
     followed: u64,
 }
@@ -108,13 +106,13 @@ impl Lane {
     pub(super) fn new(
         device: &Arc<Device>,
         direction: Direction,
-        stream: Stream,
+        stream: DeviceStream,
         thresholds: Thresholds,
-        kernel: Option<Arc<Kernel>>,
+        kernel: Option<Arc<GatherKernel>>,
         staging: Option<Staging>,
     ) -> Answer<Self> {
         let takes_tables = kernel.is_some() || staging.is_some();
-        let tables = Table::several(device, if takes_tables { JOBS_IN_FLIGHT_MAX } else { 0 })?;
+        let tables = FragmentTable::several(device, if takes_tables { JOBS_IN_FLIGHT_MAX } else { 0 })?;
         Ok(Self {
             direction,
             stream,
@@ -128,7 +126,7 @@ impl Lane {
         })
     }
 
-    pub(super) fn push(&mut self, order: Order, mark: Option<Arc<Mark>>) {
+    pub(super) fn push(&mut self, order: Order, mark: Option<Arc<ComputeMark>>) {
         self.queue.push_back(Queued { order, mark });
     }
 
@@ -192,7 +190,7 @@ impl Lane {
     fn start(&mut self, common: &Common) {
         let Some(first) = self.queue.front() else { return };
         let (mark, pinned) = (first.mark.clone(), common.pin(&first.order) == Pin::Pinned);
-        let number = |mark: &Option<Arc<Mark>>| mark.as_ref().map(|mark| mark.number);
+        let number = |mark: &Option<Arc<ComputeMark>>| mark.as_ref().map(|mark| mark.number);
         let (mut orders, mut bytes) = (Vec::new(), 0);
         self.fragments.clear();
         while let Some(next) = self.queue.pop_front_if(|next| {
@@ -224,7 +222,7 @@ impl Lane {
         Ok(admitted.len as u64)
     }
 
-    fn give(&mut self, common: &Common, orders: Vec<Order>, mark: Option<&Mark>, pinned: bool) {
+    fn give(&mut self, common: &Common, orders: Vec<Order>, mark: Option<&ComputeMark>, pinned: bool) {
         let event = match self.prepare(common, mark) {
             Ok(event) => event,
             Err(refused) => {
@@ -235,7 +233,7 @@ impl Lane {
         };
         let way = self.thresholds.way(self.direction, &self.fragments, pinned);
         let commands = way.commands(self.fragments.len());
-        let mut table = if matches!(way, Way::Gather | Way::Staged) { self.tables.pop() } else { None };
+        let mut table = if matches!(way, DispatchWay::Gather | DispatchWay::Staged) { self.tables.pop() } else { None };
         let mark = mark.map(|mark| &mark.event);
         let given =
             self.dispatch.hand_over(way, self.direction, &mut self.fragments, table.as_mut(), &self.stream, mark);
@@ -244,7 +242,7 @@ impl Lane {
         }
         // Part of a job that failed may be under way: its memory is given back when the stream has
         // passed it.
-        let job = Job { event, commands, orders, failed: given.is_err(), table };
+        let job = LaneJob { event, commands, orders, failed: given.is_err(), table };
         match job.event.record(&self.stream) {
             Ok(()) => self.jobs.push_back(job),
             Err(refused) => {
@@ -262,7 +260,7 @@ impl Lane {
     }
 
     /// An event for a job, and the stream behind its mark.
-    fn prepare(&mut self, common: &Common, mark: Option<&Mark>) -> Answer<Event> {
+    fn prepare(&mut self, common: &Common, mark: Option<&ComputeMark>) -> Answer<DeviceEvent> {
         let event = common.device.event()?;
         if let Some(mark) = mark.filter(|mark| mark.number != self.followed) {
             self.stream.wait(&mark.event)?;
@@ -285,7 +283,7 @@ impl Lane {
     }
 
     /// Answers a job's orders. `over`: the stream has passed it; else it was lost with the context.
-    fn answer(&mut self, common: &Common, job: Job, over: bool) {
+    fn answer(&mut self, common: &Common, job: LaneJob, over: bool) {
         self.tables.extend(job.table);
         for order in &job.orders {
             let outcome = if over && !job.failed { self.examine(common, order) } else { Err(CopyError::Device) };

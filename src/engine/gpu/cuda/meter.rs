@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::calibration::{self, Calibration};
-use super::device::{Device, Event, Facts, Stream};
+use super::device::{Device, DeviceEvent, DeviceStream, Facts};
 use super::dispatch::Dispatch;
 use super::driver::Refused;
-use super::kernel::Table;
-use super::room::Room;
+use super::kernel::FragmentTable;
+use super::room::BothSides;
 use super::staging::Staging;
 use crate::gpu::Direction;
 use crate::gpu::fragments::{self, Fragment};
@@ -20,7 +20,7 @@ use kvcellar_block::error::Result;
 
 /// How fragments lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
+pub enum FragmentPlace {
     /// One piece of all bytes: what the others are compared with.
     Whole,
     /// One after another on both sides.
@@ -45,10 +45,10 @@ pub struct Timing {
 /// A device and memory to measure with.
 pub struct Meter {
     device: Arc<Device>,
-    stream: Stream,
-    room: Room,
+    stream: DeviceStream,
+    room: BothSides,
     dispatch: Dispatch,
-    tables: Vec<Table>,
+    tables: Vec<FragmentTable>,
     calibration: Calibration,
 }
 
@@ -62,10 +62,10 @@ impl Meter {
         let calibration = calibration::of_device(&device, nvrtc).map_err(Refused::into_error)?;
         let open = || {
             let kernel = calibration.kernel.clone();
-            let tables = Table::several(&device, if kernel.is_some() { JOBS_IN_FLIGHT_MAX } else { 0 })?;
+            let tables = FragmentTable::several(&device, if kernel.is_some() { JOBS_IN_FLIGHT_MAX } else { 0 })?;
             let staging = kernel.as_ref().filter(|_| calibration.thresholds.stage_below > 0);
             let staging = staging.map(|kernel| Staging::new(&device, kernel)).transpose()?;
-            Ok((device.stream()?, Room::new(&device, 2 * bytes)?, Dispatch::new(&device, kernel, staging), tables))
+            Ok((device.stream()?, BothSides::new(&device, 2 * bytes)?, Dispatch::new(&device, kernel, staging), tables))
         };
         let (stream, room, dispatch, tables) = device.with(open).map_err(Refused::into_error)?;
         Ok(Self { device, stream, room, dispatch, tables, calibration })
@@ -88,17 +88,17 @@ impl Meter {
     ///
     /// # Errors
     /// [`kvcellar_block::error::Error::DeviceDead`] when the device does not copy.
-    pub fn copy(&mut self, direction: Direction, place: Place, size: u64, bytes: u64) -> Result<Timing> {
+    pub fn copy(&mut self, direction: Direction, place: FragmentPlace, size: u64, bytes: u64) -> Result<Timing> {
         let mut fragments = match place {
-            Place::Whole => self.room.whole(),
-            Place::Neighbours => self.room.neighbours(size),
-            Place::Scattered => self.room.scattered(size, bytes / size),
+            FragmentPlace::Whole => self.room.whole(),
+            FragmentPlace::Neighbours => self.room.neighbours(size),
+            FragmentPlace::Scattered => self.room.scattered(size, bytes / size),
         };
-        if place != Place::Scattered {
+        if place != FragmentPlace::Scattered {
             // The room is twice as large, for the gaps.
             let half = fragments.len().div_ceil(2);
             fragments.truncate(half);
-            fragments.iter_mut().filter(|_| place == Place::Whole).for_each(|whole| whole.len /= 2);
+            fragments.iter_mut().filter(|_| place == FragmentPlace::Whole).for_each(|whole| whole.len /= 2);
         }
         let device = Arc::clone(&self.device);
         let run = || {
@@ -112,11 +112,11 @@ impl Meter {
     fn run(
         &mut self,
         direction: Direction,
-        place: Place,
+        place: FragmentPlace,
         fragments: &[Fragment],
     ) -> std::result::Result<Timing, Refused> {
         let mut jobs: Vec<Vec<Fragment>> = jobs(fragments).map(<[Fragment]>::to_vec).collect();
-        let mut under_way: VecDeque<(Event, usize)> = VecDeque::new();
+        let mut under_way: VecDeque<(DeviceEvent, usize)> = VecDeque::new();
         let (mut submit_s, mut count, mut commands) = (0.0, 0, 0);
         let started = Instant::now();
         for (number, job) in jobs.iter_mut().enumerate() {
@@ -145,7 +145,7 @@ impl Meter {
             event.record(&self.stream)?;
             under_way.push_back((event, its));
         }
-        debug_assert!(place != Place::Whole || count == 1);
+        debug_assert!(place != FragmentPlace::Whole || count == 1);
         self.stream.synchronize()?;
         let seconds = started.elapsed().as_secs_f64();
         Ok(Timing { seconds, submit_s, fragments: count, bytes: fragments::bytes(fragments) })

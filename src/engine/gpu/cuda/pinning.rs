@@ -39,7 +39,7 @@ pub enum Pin {
     Refused,
 }
 
-struct Plan {
+struct PinningPlan {
     /// Neighbouring pieces that nobody has begun, the next call's first.
     waiting: VecDeque<Range<usize>>,
     /// What each call has pinned.
@@ -47,13 +47,13 @@ struct Plan {
     closed: bool,
 }
 
-struct Shared {
+struct PinningState {
     pool: Arc<Pool>,
     device: Arc<Device>,
     notes: Arc<Notes>,
     piece_slots: u32,
     states: Vec<AtomicU8>,
-    plan: Mutex<Plan>,
+    plan: Mutex<PinningPlan>,
     pinned_bytes: AtomicU64,
     started: Instant,
 }
@@ -93,7 +93,7 @@ fn unpinning() -> MutexGuard<'static, Vec<JoinHandle<()>>> {
 /// The pinning of one pool in this process. Dropped, it lets go of all memory, in the background:
 /// no copy may be under way then.
 pub struct Pinning {
-    shared: Arc<Shared>,
+    shared: Arc<PinningState>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -109,13 +109,13 @@ impl Pinning {
         let at_once = (slots_in(chunk_bytes, slot_bytes) / piece_slots).max(1) as usize;
         let pieces = pool.slot_count().div_ceil(piece_slots) as usize;
         let waiting = (0..pieces).step_by(at_once).map(|first| first..pieces.min(first + at_once)).collect();
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(PinningState {
             pool,
             device,
             notes,
             piece_slots,
             states: (0..pieces).map(|_| AtomicU8::new(Pin::Waiting as u8)).collect(),
-            plan: Mutex::new(Plan { waiting, pinned: Vec::new(), closed: false }),
+            plan: Mutex::new(PinningPlan { waiting, pinned: Vec::new(), closed: false }),
             pinned_bytes: AtomicU64::new(0),
             started: Instant::now(),
         });
@@ -170,8 +170,8 @@ impl Drop for Pinning {
     }
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Plan> {
+impl PinningState {
+    fn lock(&self) -> MutexGuard<'_, PinningPlan> {
         self.plan.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -8,7 +8,7 @@ use memmap2::{MmapOptions, MmapRaw};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::device::Device;
-use super::driver::{Address, OUT_OF_MEMORY, Refused};
+use super::driver::{DeviceAddress, OUT_OF_MEMORY, Refused};
 use super::pinning::REGISTER_PORTABLE_MAPPED;
 use crate::gpu::fragments::Fragment;
 
@@ -18,15 +18,15 @@ const LAYERS: u64 = 32;
 const PAGE: u64 = 4096;
 
 /// As many bytes on either side, freed when this is dropped. Copies of it must be over then.
-pub(super) struct Room {
+pub(super) struct BothSides {
     device: Arc<Device>,
     host: MmapRaw,
     is_pinned: bool,
-    memory: Address,
+    memory: DeviceAddress,
     bytes: u64,
 }
 
-impl Room {
+impl BothSides {
     /// To be called with the device's context current.
     pub(super) fn new(device: &Arc<Device>, bytes: u64) -> Result<Self, Refused> {
         let functions = &device.driver.functions;
@@ -76,7 +76,7 @@ fn shared_memory(bytes: u64) -> std::io::Result<MmapRaw> {
     MmapOptions::new().populate().map_raw(&file)
 }
 
-impl Drop for Room {
+impl Drop for BothSides {
     fn drop(&mut self) {
         let functions = &self.device.driver.functions;
         let free = || {

@@ -10,33 +10,31 @@
 
 use std::sync::Arc;
 
-use super::device::{Device, Event, Stream};
-use super::driver::{Address, Refused};
-use super::kernel::{Kernel, Table};
+use super::device::{Device, DeviceEvent, DeviceStream};
+use super::driver::{Answer, DeviceAddress};
+use super::kernel::{FragmentTable, GatherKernel};
 use crate::gpu::fragments::{self, Fragment};
 use crate::limits::{STAGING_BUFFER_BYTES, STAGING_BUFFERS};
 
-type Answer<T> = std::result::Result<T, Refused>;
-
 /// The buffers, and the stream that fills them.
 pub(super) struct Staging {
-    kernel: Arc<Kernel>,
-    stream: Stream,
-    buffers: Vec<Buffer>,
+    kernel: Arc<GatherKernel>,
+    stream: DeviceStream,
+    buffers: Vec<StagingBuffer>,
     next: usize,
     // Freed last.
     memory: Memory,
 }
 
-struct Buffer {
-    start: Address,
+struct StagingBuffer {
+    start: DeviceAddress,
     /// The copies that emptied it last are over.
-    emptied: Option<Event>,
+    emptied: Option<DeviceEvent>,
 }
 
 struct Memory {
     device: Arc<Device>,
-    start: Address,
+    start: DeviceAddress,
 }
 
 impl Staging {
@@ -44,7 +42,7 @@ impl Staging {
     ///
     /// # Errors
     /// [`Refused`], for want of memory too.
-    pub(super) fn new(device: &Arc<Device>, kernel: &Arc<Kernel>) -> Answer<Self> {
+    pub(super) fn new(device: &Arc<Device>, kernel: &Arc<GatherKernel>) -> Answer<Self> {
         let stream = device.stream()?;
         let mut memory = Memory { device: Arc::clone(device), start: 0 };
         let bytes = STAGING_BUFFERS * STAGING_BUFFER_BYTES as usize;
@@ -52,7 +50,7 @@ impl Staging {
         let code = unsafe { (device.driver.functions.cuMemAlloc_v2)(&raw mut memory.start, bytes) };
         device.driver.check("cuMemAlloc", code)?;
         let buffers = (0..STAGING_BUFFERS as u64)
-            .map(|at| Buffer { start: memory.start + at * STAGING_BUFFER_BYTES, emptied: None })
+            .map(|at| StagingBuffer { start: memory.start + at * STAGING_BUFFER_BYTES, emptied: None })
             .collect();
         Ok(Self { kernel: Arc::clone(kernel), stream, buffers, next: 0, memory })
     }
@@ -66,9 +64,9 @@ impl Staging {
     pub(super) fn fill(
         &mut self,
         fragments: &[Fragment],
-        mark: Option<&Event>,
-        table: &mut Table,
-        out: &Stream,
+        mark: Option<&DeviceEvent>,
+        table: &mut FragmentTable,
+        out: &DeviceStream,
     ) -> Answer<(usize, Vec<Fragment>)> {
         let buffer = &self.buffers[self.next];
         let mut free = buffer.start..buffer.start + STAGING_BUFFER_BYTES;
@@ -101,7 +99,7 @@ impl Staging {
 
     /// `out` was given the copies of the buffer that was filled last, or what could be given of
     /// them.
-    pub(super) fn emptied(&mut self, out: &Stream) -> Answer<()> {
+    pub(super) fn emptied(&mut self, out: &DeviceStream) -> Answer<()> {
         let event = self.memory.device.event().and_then(|event| event.record(out).map(|()| event));
         if event.is_err() {
             // Without an event that would tell: it is empty when `out` has passed everything.

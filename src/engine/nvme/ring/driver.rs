@@ -13,7 +13,7 @@ use std::{io, mem};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::Shared;
+use super::RingShared;
 use super::flight::Flight;
 use super::kernel::{Kernel, WAKE};
 use crate::limits::{RING_FAILED_WAIT_MS, RING_PAUSE_MS, TRANSFER_RETRIES_MAX};
@@ -21,7 +21,7 @@ use crate::nvme::disk::{Completion, DiskError, Kind, Operation};
 use crate::nvme::queue::{completion, outcome};
 
 /// The thread's state.
-pub(super) struct Driver {
+pub(super) struct RingDriver {
     // Dropped first: the ring lets go of memory before anything else is given up.
     kernel: Kernel,
     flight: Flight,
@@ -34,18 +34,18 @@ pub(super) struct Driver {
     ended: Vec<(Kind, usize)>,
     /// What is to be handed out.
     finished: Vec<Completion>,
-    shared: Arc<Shared>,
+    shared: Arc<RingShared>,
 }
 
 /// What became of a turn.
-enum Turn {
+enum RingTurn {
     Again,
     Closed,
     Failed(i32),
 }
 
-impl Driver {
-    pub(super) fn new(kernel: Kernel, shared: Arc<Shared>) -> Self {
+impl RingDriver {
+    pub(super) fn new(kernel: Kernel, shared: Arc<RingShared>) -> Self {
         let (pushed, ended, finished) = (VecDeque::new(), Vec::new(), Vec::new());
         Self { kernel, flight: Flight::default(), pushed, armed: false, ended, finished, shared }
     }
@@ -54,25 +54,25 @@ impl Driver {
     pub(super) fn run(mut self) {
         loop {
             match self.turn() {
-                Turn::Again => {}
-                Turn::Closed => return,
-                Turn::Failed(errno) => return self.outlive(errno),
+                RingTurn::Again => {}
+                RingTurn::Closed => return,
+                RingTurn::Failed(errno) => return self.outlive(errno),
             }
         }
     }
 
-    fn turn(&mut self) -> Turn {
+    fn turn(&mut self) -> RingTurn {
         // Before the queue is looked at: a wake that is read away here announced what will be found
         // there.
         if let Err(errno) = self.arm() {
-            return Turn::Failed(errno);
+            return RingTurn::Failed(errno);
         }
         let (starts, closing) = self.take();
         if let Err(errno) = self.start(starts) {
-            return Turn::Failed(errno);
+            return RingTurn::Failed(errno);
         }
         if closing && self.flight.is_empty() && self.finished.is_empty() {
-            return Turn::Closed;
+            return RingTurn::Closed;
         }
         let waits = self.finished.is_empty();
         let submitted = self.kernel.submit(usize::from(waits));
@@ -136,20 +136,20 @@ impl Driver {
     }
 
     /// Forgets entries that the kernel took, and reads results.
-    fn settle(&mut self, failure: Option<i32>) -> Turn {
+    fn settle(&mut self, failure: Option<i32>) -> RingTurn {
         let left = self.kernel.unsubmitted();
         self.pushed.drain(..self.pushed.len().saturating_sub(left));
         let progress = self.reap();
         match failure {
-            None | Some(libc::EINTR) => Turn::Again,
+            None | Some(libc::EINTR) => RingTurn::Again,
             Some(libc::EAGAIN | libc::EBUSY) => {
                 // The kernel is short of memory, or wants results read first.
                 if matches!(progress, Ok(0)) {
                     thread::sleep(Duration::from_millis(RING_PAUSE_MS));
                 }
-                Turn::Again
+                RingTurn::Again
             }
-            Some(errno) => Turn::Failed(errno),
+            Some(errno) => RingTurn::Failed(errno),
         }
         .or(progress)
     }
@@ -238,7 +238,7 @@ impl Driver {
     }
 }
 
-impl Turn {
+impl RingTurn {
     /// This turn's end, unless reading results failed.
     fn or(self, progress: Result<usize, i32>) -> Self {
         match progress {
