@@ -124,7 +124,7 @@ impl ThreadsShared {
         loop {
             match self.step() {
                 TransferStep::Transfer(operation, file) => {
-                    self.outbox.deliver(vec![self.transfer(operation, file.as_deref())])
+                    self.outbox.deliver(vec![self.transfer(operation, file.as_deref())]);
                 }
                 TransferStep::Close(left) => {
                     let closed = left.into_iter().map(|operation| completion(operation, Err(DiskError::Closed)));
