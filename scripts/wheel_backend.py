@@ -28,6 +28,20 @@ prepare_metadata_for_build_wheel = maturin.prepare_metadata_for_build_wheel
 prepare_metadata_for_build_editable = maturin.prepare_metadata_for_build_editable
 
 
+class UnsupportedOperation(Exception):
+    """What this backend does not make."""
+
+
+def build_sdist(*_: object) -> str:
+    """None is made: a build needs the whole workspace, which a clone has.
+
+    Raises:
+        UnsupportedOperation: always.
+    """
+    message = "kvcellar has no source distribution: build a wheel from a clone of the repository"
+    raise UnsupportedOperation(message)
+
+
 def build_wheel(
     wheel_directory: str, config_settings: Mapping[str, Any] | None = None, metadata_directory: str | None = None
 ) -> str:

@@ -36,7 +36,7 @@ def _heads(code: str, start: int) -> Iterable[Module]:
         elif character == "}":
             depth -= 1
         if depth == 0 or (depth == 1 and character == ","):
-            yield tuple(part for part in re.split(r"::|\s+as\s+\w+|\s", item.split("{")[0]) if part)
+            yield tuple(part for part in re.split(r"::|\s+as\s+\w+|\s", item.split("{", maxsplit=1)[0]) if part)
             item = ""
             if depth == 0:
                 return
@@ -45,8 +45,11 @@ def _heads(code: str, start: int) -> Iterable[Module]:
 
 
 def graph(files: list[Source]) -> dict[Module, set[Module]]:
-    """Which module names which others. A folder's own file stands for the folder; parents do not count as users of
-    their children, nor children of their parents' items: those are one unit told in several files."""
+    """Which module names which others.
+
+    A folder's own file stands for the folder. Parents do not count as users of their children, nor children of their
+    parents' items: those are one unit told in several files.
+    """
     modules = {source.module for source in files}
     found: dict[Module, set[Module]] = defaultdict(set)
     for source in files:
@@ -67,8 +70,7 @@ def circles(files: list[Source]) -> list[list[str]]:
     found = []
     for krate in sorted({source.krate for source in files}):
         edges = graph([source for source in files if source.krate == krate])
-        for component in _components(edges):
-            found.append([f"{krate}::{'::'.join(module)}" for module in sorted(component)])
+        found += [[f"{krate}::{'::'.join(module)}" for module in sorted(component)] for component in _components(edges)]
     return found
 
 

@@ -35,9 +35,7 @@ class Measure:
 
 def _sizes(files: list[Source]) -> list[Measure]:
     lines = sorted(source.text.count("\n") for source in files)
-    functions = sorted(
-        (length, f"{source.path}: {name}") for source in files for name, length in source.functions
-    )
+    functions = sorted((length, f"{source.path}: {name}") for source in files for name, length in source.functions)
     lengths = [length for length, _ in functions]
     longest = [f"{length} {name}" for length, name in functions[-5:]]
     return [
@@ -56,14 +54,15 @@ def _names(files: list[Source]) -> Measure:
         for name in source.types:
             where[name].add(str(source.path))
     again = {name: paths for name, paths in where.items() if len(paths) > 1}
-    details = [f"{name}: {', '.join(sorted(paths))}" for name, paths in sorted(again.items(), key=lambda it: -len(it[1]))]
+    by_count = sorted(again.items(), key=lambda item: -len(item[1]))
+    details = [f"{name}: {', '.join(sorted(paths))}" for name, paths in by_count]
     return Measure("type names declared in more than one file, percent", 100 * len(again) / len(where), 5, details)
 
 
 def _unused(files: list[Source]) -> Measure:
     """Public items that nothing names: neither another line of the sources, nor tests, benches or fuzzers."""
-    others = [path.read_text() for top in ("tests", "benches", "fuzz/fuzz_targets") for path in (ROOT / top).rglob("*.rs")]
-    others += [path.read_text() for path in (SRC / "testkit").rglob("*.rs")]
+    tops = (ROOT / "tests", ROOT / "benches", ROOT / "fuzz" / "fuzz_targets", SRC / "testkit")
+    others = [path.read_text() for top in tops for path in top.rglob("*.rs")]
     used: Counter[str] = Counter()
     for text in (*(source.code for source in files), *others):
         used.update(re.findall(r"\w+", text))

@@ -11,7 +11,8 @@ _LITERAL = re.compile(
     r"""//[^\n]*|/\*.*?\*/|b?r(?P<hashes>#*)".*?"(?P=hashes)|[bc]?"(?:\\.|[^"\\])*"|b?'(?:\\(?:u\{\w+\}|.[0-9a-f]*)|[^'\\])'""",
     re.DOTALL,
 )
-_TEST_MODULE = re.compile(r"#\[cfg\((?:all\()?test\b[^\]]*\]\s*(?:#\[[^\]]*\]\s*)*(?:pub(?:\([^)]*\))?\s+)?mod\s+\w+\s*\{")
+_VISIBLE = r"(?:pub(?:\([^)]*\))?\s+)?"
+_TEST_MODULE = re.compile(r"#\[cfg\((?:all\()?test\b[^\]]*\]\s*(?:#\[[^\]]*\]\s*)*" + _VISIBLE + r"mod\s+\w+\s*\{")
 
 
 def _blank(match: re.Match[str]) -> str:
@@ -77,7 +78,8 @@ class Source:
     @cached_property
     def types(self) -> list[str]:
         """Names of types declared at the top of the file."""
-        return re.findall(r"^(?:pub(?:\([^)]*\))?\s+)?(?:struct|enum|trait|union|type)\s+(\w+)", self.code, re.MULTILINE)
+        pattern = rf"^{_VISIBLE}(?:struct|enum|trait|union|type)\s+(\w+)"
+        return re.findall(pattern, self.code, re.MULTILINE)
 
     @cached_property
     def public(self) -> list[str]:
