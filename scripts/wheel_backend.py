@@ -24,8 +24,20 @@ _SHARED = ("--profile", "--config", "--target", "--target-dir")
 
 get_requires_for_build_wheel = maturin.get_requires_for_build_wheel
 get_requires_for_build_editable = maturin.get_requires_for_build_editable
-prepare_metadata_for_build_wheel = maturin.prepare_metadata_for_build_wheel
-prepare_metadata_for_build_editable = maturin.prepare_metadata_for_build_editable
+
+
+def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings: Mapping[str, Any] | None = None) -> str:
+    """The folder with the wheel's metadata, below ``metadata_directory``. How it is built changes nothing there."""
+    build_arguments = os.environ.pop("MATURIN_PEP517_ARGS", None)
+    try:
+        name: str = maturin.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
+    finally:
+        if build_arguments is not None:
+            os.environ["MATURIN_PEP517_ARGS"] = build_arguments
+    return name
+
+
+prepare_metadata_for_build_editable = prepare_metadata_for_build_wheel
 
 
 class UnsupportedOperation(Exception):

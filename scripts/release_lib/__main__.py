@@ -28,7 +28,7 @@ class Unfit(Exception):
 def build(target: Target, out: Path) -> Path:
     """The wheel, for systems as old as they may be."""
     with tempfile.TemporaryDirectory(prefix="kvcellar-release-", dir=tools.FOLDER) as folder:
-        arguments = f"--release --locked --zig --compatibility {target.manylinux} --target {target.triple}"
+        arguments = f"--locked --zig --compatibility {target.manylinux} --target {target.triple}"
         pip = [str(tools.VENV / "bin" / "python"), "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
         tools.run(*pip, "--quiet", "--wheel-dir", folder, str(tools.ROOT), MATURIN_PEP517_ARGS=arguments)
         (built,) = Path(folder).glob("*.whl")
