@@ -1,6 +1,7 @@
 //! Least recently used, in O(1): a ring of links over slot numbers.
 
 use super::{Eviction, Heat};
+use crate::invariant;
 use kvcellar_block::SlotIndex;
 
 const OUT: u32 = u32::MAX;
@@ -58,7 +59,9 @@ impl Lru {
 
 impl Eviction for Lru {
     fn insert(&mut self, slot: SlotIndex, heat: Heat) {
-        debug_assert!(!self.holds(slot));
+        if !invariant!(!self.holds(slot), "{slot:?} enters the order of eviction twice") {
+            return;
+        }
         let sentinel = self.sentinel();
         let colder = match heat {
             Heat::Hot => self.links[sentinel as usize].colder,

@@ -18,7 +18,6 @@ use super::trace::{self, Trace};
 use super::window::Window;
 use crate::config::{Config, Controls, OnReset};
 use crate::event_log::{EventLog, Run};
-use crate::limits;
 use crate::metrics::{Counters, DropReason, Gauges, Samples};
 use crate::nvme::disk::Disk;
 use crate::nvme::snapshot::Entry;
@@ -26,6 +25,7 @@ use crate::nvme::store::Store;
 use crate::policy::Lru;
 use crate::pool::Pool;
 use crate::pool::memory::SlotMemory;
+use crate::{invariant, limits};
 use kvcellar_block::error::{Error, Result};
 use kvcellar_block::plan::{ANSWERED, BlockCopy, StepPlan};
 use kvcellar_block::{AdapterId, BlockHash, BlockKey, ExtentIndex, Grouping, SlotIndex, Tier};
@@ -441,7 +441,8 @@ impl TierEngine {
 
     /// Everything that only grows.
     pub fn counters(&self) -> Counters {
-        self.residency.as_ref().map(|residency| residency.counters).unwrap_or_default()
+        let counters = self.residency.as_ref().map(|residency| residency.counters).unwrap_or_default();
+        Counters { invariant_violations: invariant::violations(), ..counters }
     }
 
     /// The engine's state now.

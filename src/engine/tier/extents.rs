@@ -9,6 +9,7 @@ use super::extent_state::{Change, State};
 use super::table::BlockTable;
 use crate::event_log::EventLog;
 use crate::policy::{Eviction, Heat, Lru};
+use crate::{invariant, violated};
 use kvcellar_block::descriptor::Lineage;
 use kvcellar_block::{BlockHash, BlockKey, ExtentIndex, GroupIndex, SlotIndex, Tier};
 
@@ -120,7 +121,7 @@ impl Extents {
     fn transition(&mut self, extent: ExtentIndex, change: Change, events: &mut EventLog) {
         let (before, at) = (self.state(extent), slot(extent));
         let Some(after) = before.after(change, self.is_read(extent)) else {
-            debug_assert!(false, "extent {extent:?} is {before:?} and cannot take {change:?}");
+            violated!("{extent:?} is {before:?} and cannot take {change:?}");
             return;
         };
         if before == State::Committed {
@@ -258,6 +259,9 @@ impl Extents {
     /// A read has ended.
     pub fn end_read(&mut self, extent: ExtentIndex, events: &mut EventLog) {
         let record = self.table.record_mut(slot(extent));
+        if !invariant!(record.pins > 0, "a read of {extent:?} ended that nobody began") {
+            return;
+        }
         record.pins -= 1;
         if record.pins > 0 {
             return;
@@ -265,7 +269,7 @@ impl Extents {
         match self.state(extent) {
             State::Committed => self.order.insert(slot(extent), Heat::Hot),
             State::Doomed | State::Condemned => self.transition(extent, Change::Release, events),
-            _ => debug_assert!(false, "extent {extent:?} was read in another state"),
+            state => violated!("{extent:?} was read while it was {state:?}"),
         }
     }
 

@@ -17,6 +17,7 @@ use crate::event_log::EventLog;
 use crate::metrics::{Counters, DropReason};
 use crate::policy::{Eviction, Heat, Lru};
 use crate::pool::memory::SlotMemory;
+use crate::{invariant, violated};
 use kvcellar_block::descriptor::Lineage;
 use kvcellar_block::{BlockHash, BlockKey, Generation, GroupIndex, SlotIndex, Tier};
 
@@ -198,7 +199,7 @@ impl Residency {
                 self.empty(slot);
                 self.census.filled -= 1;
             }
-            (state, change) => debug_assert!(false, "slot {slot:?} in state {state} cannot take {change:?}"),
+            (state, change) => violated!("{slot:?} in state {state} cannot take {change:?}"),
         }
     }
 
@@ -340,7 +341,7 @@ impl Residency {
     pub fn pin(&mut self, slot: SlotIndex, toucher: u32) {
         self.used_by(slot, toucher);
         let record = self.table.record_mut(slot);
-        debug_assert!(record.state == FILLED || record.flags & RESTORING != 0);
+        invariant!(record.state == FILLED || record.flags & RESTORING != 0, "{slot:?} is held but holds no block");
         record.pins += 1;
         let first = record.pins == 1;
         self.census.pins += 1;
@@ -352,8 +353,10 @@ impl Residency {
     /// Lets go of a held block.
     pub fn unpin(&mut self, slot: SlotIndex) {
         let record = self.table.record_mut(slot);
-        debug_assert!(record.pins > 0, "unpin without pin");
-        record.pins = record.pins.saturating_sub(1);
+        if !invariant!(record.pins > 0, "{slot:?} is let go but nobody holds it") {
+            return;
+        }
+        record.pins -= 1;
         let (last, state) = (record.pins == 0, record.state);
         self.census.pins -= 1;
         match state {

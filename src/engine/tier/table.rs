@@ -7,6 +7,7 @@
 
 use std::hash::{BuildHasher, RandomState};
 
+use crate::violated;
 use kvcellar_block::{BlockHash, BlockKey, GroupIndex, SlotIndex, prefetch};
 
 /// How far ahead index entries and slot records are fetched. Records wait for their entry, so they
@@ -218,7 +219,7 @@ impl BlockTable {
         let mut gap = self.home(self.tag(&key.hash, key.group));
         while self.entries[gap] as u32 != wanted {
             if self.entries[gap] == 0 {
-                debug_assert!(false, "slot {slot:?} has a key but no entry");
+                violated!("{slot:?} has a key but no entry in the index");
                 return;
             }
             gap = (gap + 1) & self.mask();
