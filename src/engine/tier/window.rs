@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 
-use super::disk_tier::ReadPart;
+use super::transfer::ReadPart;
 use crate::invariant;
 use crate::pool::memory::SlotMemory;
 use kvcellar_block::{Generation, SlotIndex};
