@@ -34,6 +34,7 @@ impl Announcer {
 
     /// Orders the descriptors of some more blocks, while few events wait.
     pub(super) fn advance(&mut self, medium: &mut Medium, dram: &mut Residency) {
+        // All are announced, or must wait until the disk is in service again.
         let (Some(from), true) = (self.next, medium.health.is_in()) else { return };
         if self.reading || dram.events.len() >= limits::EVENTS_PER_STEP_MAX {
             return;
@@ -97,7 +98,7 @@ impl Announcer {
         if failed {
             medium.on_device_error(dram, log, "reading failed repeatedly");
         } else if medium.health.well() {
-            medium.extents.in_service = true;
+            medium.extents.return_to_service();
             self.next = Some(0);
             log::info!("the nvme tier is in service again");
         }

@@ -236,19 +236,14 @@ impl Offloads {
             }
         }
         let writers = tiers.dram.memory().writers();
-        let (mut filled, mut on_disk) = (Vec::new(), Vec::new());
+        let (mut filled, mut filled_lineages) = (Vec::with_capacity(slots.len()), Vec::with_capacity(slots.len()));
         let (mut filled_keys, mut lost_keys) = (Vec::new(), Vec::new());
         for (slot, lineage) in slots.into_iter().zip(lineages) {
             let key = tiers.dram.key(slot);
             let whole = tiers.dram.memory().line(slot).fill(writers) == Fill::Done;
             if whole && !stale {
-                tiers.dram.publish(slot, lineage);
-                if let Some(extent) = key.and_then(|key| tiers.on_disk(&key)) {
-                    // The disk has the block already.
-                    tiers.dram.set_clean(slot, true);
-                    on_disk.push(extent);
-                }
                 filled.push(slot);
+                filled_lineages.push(lineage);
                 filled_keys.extend(key);
             } else {
                 tiers.dram.lose(slot);
@@ -256,7 +251,15 @@ impl Offloads {
                 lost_keys.extend(key);
             }
         }
-        tiers.dram.settle(&filled);
+        tiers.dram.publish_all(&filled, filled_lineages);
+        let mut on_disk = Vec::new();
+        for slot in &filled {
+            if let Some(extent) = tiers.dram.key(*slot).and_then(|key| tiers.on_disk(&key)) {
+                // The disk has the block already.
+                tiers.dram.set_clean(*slot, true);
+                on_disk.push(extent);
+            }
+        }
         tiers.touch_on_disk(&on_disk);
         if !filled_keys.is_empty() {
             session.log.record(|| trace::line("filled", &[("batch", number.into()), ("keys", names(filled_keys))]));
