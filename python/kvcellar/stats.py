@@ -50,6 +50,7 @@ COUNTERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "verified_loads": ("Loaded blocks whose bytes were compared (verify_loads), over all ranks.", {}),
     "mismatched_loads": ("Loaded blocks whose bytes did not match their checksum, over all ranks.", {}),
     "internal_errors": ("Errors of KV Cellar itself: after one the tiers are out of service until the next start.", {}),
+    "invariant_violations": ("States that cannot be, found and survived: bugs of KV Cellar.", {}),
     "left_out_requests": ("Requests served without KV Cellar, because a value of theirs cannot be used.", {}),
 }
 DROPPED = ("dropped_blocks", "Blocks that were not kept, by reason.")

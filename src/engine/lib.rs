@@ -25,6 +25,7 @@
 pub mod config;
 pub mod event_log;
 pub mod gpu;
+pub mod invariant;
 pub mod limits;
 pub mod log_queue;
 pub mod metrics;

@@ -106,6 +106,8 @@ pub struct Counters {
     pub load_decisions: u64,
     /// Lookups whose part on disk was to be computed instead.
     pub recompute_decisions: u64,
+    /// States that cannot be, found in this process: bugs.
+    pub invariant_violations: u64,
 }
 
 impl Counters {
@@ -116,7 +118,7 @@ impl Counters {
     }
 
     /// Name and value of each plain counter.
-    pub fn plain(&self) -> [(&'static str, u64); 23] {
+    pub fn plain(&self) -> [(&'static str, u64); 24] {
         [
             ("hit_blocks", self.hit_blocks),
             ("hit_tokens", self.hit_tokens),
@@ -141,6 +143,7 @@ impl Counters {
             ("nvme_outages", self.nvme_outages),
             ("load_decisions", self.load_decisions),
             ("recompute_decisions", self.recompute_decisions),
+            ("invariant_violations", self.invariant_violations),
         ]
     }
 }

@@ -6,8 +6,7 @@ use pyo3::types::{PyBytes, PyList};
 use kvcellar_block::{BlockHash, Tier};
 use kvcellar_engine::event_log::Run;
 use kvcellar_engine::gpu::worker::CopyStats;
-use kvcellar_engine::tier::engine::{self, StatsDelta};
-use kvcellar_engine::tier::opening;
+use kvcellar_engine::tier::{StatsDelta, engine, opening};
 
 /// The pool an engine got.
 #[pyclass(frozen, get_all, module = "kvcellar._native")]

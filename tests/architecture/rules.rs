@@ -30,16 +30,17 @@ const CRATES: &[(&str, &[&str])] = &[
 /// Every top-level module of the engine with those that it may name, lower ones first.
 const MODULES: &[(&str, &[&str])] = &[
     ("limits", &[]),
+    ("invariant", &[]),
     ("log_queue", &["limits"]),
     ("metrics", &["limits"]),
     ("config", &["limits"]),
     ("event_log", &["limits"]),
-    ("pool", &["config", "limits"]),
-    ("gpu", &["pool", "limits"]),
-    ("nvme", &["pool", "config", "limits"]),
+    ("pool", &["config", "invariant", "limits"]),
+    ("gpu", &["pool", "invariant", "limits"]),
+    ("nvme", &["pool", "config", "invariant", "limits"]),
     // `config` for the names of the rules that users choose.
-    ("policy", &["config", "limits"]),
-    ("tier", &["config", "event_log", "gpu", "limits", "metrics", "nvme", "policy", "pool"]),
+    ("policy", &["config", "invariant", "limits"]),
+    ("tier", &["config", "event_log", "gpu", "invariant", "limits", "metrics", "nvme", "policy", "pool"]),
 ];
 
 /// Files that may contain `unsafe`: they own memory that others see, or talk to a device or an

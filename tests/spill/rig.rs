@@ -21,7 +21,7 @@ use kvcellar_engine::nvme::disk::Disk;
 use kvcellar_engine::nvme::store::{Store, Wish as StoreWish};
 use kvcellar_engine::pool::open::{self, Wish};
 use kvcellar_engine::tier::TierEngine;
-use kvcellar_engine::tier::disk_tier::DiskSettings;
+use kvcellar_engine::tier::disk_tier::{DiskParts, DiskSettings};
 use kvcellar_engine::tier::load::Hit;
 use kvcellar_engine::tier::mover::{self, Mover, ToMover};
 use kvcellar_engine::tier::offload::{GroupOffer, Offer, Start};
@@ -195,7 +195,9 @@ impl Rig {
             admission: config.nvme.admission,
             retention_s: None,
         };
-        lock(&engine).open_disk(store, Arc::clone(&disk) as Arc<dyn Disk>, jobs, &[], 1, settings);
+        let device = Arc::clone(&disk) as Arc<dyn Disk>;
+        let parts = DiskParts { store, disk: device, jobs, found: &[], next_sequence: 1 };
+        lock(&engine).open_disk(parts, settings);
         let mover = Mover::start(&engine, inbox).expect("a mover");
         (Self::assemble(engine, Some(mover), None).expect("a worker"), disk)
     }

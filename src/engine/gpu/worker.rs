@@ -14,6 +14,7 @@ use super::follower::{FollowerLedger, LoadFollower};
 use super::hasher::{BusyProbe, HashGuard, IdleHasher};
 use super::{After, Answers, ComputeStream, Copier, CopyError, Direction, MakeCopier, Order};
 use crate::pool::{Pool, Ticket};
+use crate::violated;
 use kvcellar_block::SlotIndex;
 use kvcellar_block::error::Result;
 use kvcellar_block::plan::{ANSWERED, BlockCopy, FOLLOW, Load, StepPlan};
@@ -163,7 +164,10 @@ impl CopyState {
             Err(CopyError::Mismatch) => progress.stats.mismatched_blocks += 1,
             Err(_) => {}
         }
-        let Some(load) = progress.loads.get_mut(&order.ticket) else { return };
+        let Some(load) = progress.loads.get_mut(&order.ticket) else {
+            violated!("{:?} of a load was answered after the load had ended", order.copy);
+            return;
+        };
         load.failed |= outcome.is_err();
         load.remaining -= 1;
         if load.remaining == 0

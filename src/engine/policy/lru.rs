@@ -1,7 +1,9 @@
-//! Least recently used, in O(1): a ring of links over slot numbers.
+//! Least recently used, in O(1): a ring of links over the numbers of places.
 
-use super::{Eviction, Heat};
-use kvcellar_block::SlotIndex;
+use std::marker::PhantomData;
+
+use super::{Eviction, Heat, Index};
+use crate::invariant;
 
 const OUT: u32 = u32::MAX;
 
@@ -14,102 +16,107 @@ struct Link {
 
 /// A doubly linked ring through one sentinel, which is the last element of `links`.
 #[derive(Debug)]
-pub struct Lru {
+pub struct Lru<I> {
     links: Box<[Link]>,
     len: usize,
+    places: PhantomData<I>,
 }
 
-impl Lru {
-    /// A policy for `slots` slots, none of which may be evicted yet.
-    pub fn new(slots: u32) -> Self {
-        let mut links = vec![Link { colder: OUT, hotter: OUT }; slots as usize + 1].into_boxed_slice();
-        links[slots as usize] = Link { colder: slots, hotter: slots };
-        Self { links, len: 0 }
+impl<I: Index> Lru<I> {
+    /// A policy for `places` places, none of which may be evicted yet.
+    pub fn new(places: u32) -> Self {
+        let mut links = vec![Link { colder: OUT, hotter: OUT }; places as usize + 1].into_boxed_slice();
+        links[places as usize] = Link { colder: places, hotter: places };
+        Self { links, len: 0, places: PhantomData }
     }
 
     fn sentinel(&self) -> u32 {
         self.links.len() as u32 - 1
     }
 
-    fn put_after(&mut self, colder: u32, slot: u32) {
+    fn put_after(&mut self, colder: u32, place: u32) {
         let hotter = self.links[colder as usize].hotter;
-        self.links[slot as usize] = Link { colder, hotter };
-        self.links[colder as usize].hotter = slot;
-        self.links[hotter as usize].colder = slot;
+        self.links[place as usize] = Link { colder, hotter };
+        self.links[colder as usize].hotter = place;
+        self.links[hotter as usize].colder = place;
     }
 
-    fn take_out(&mut self, slot: u32) {
-        let Link { colder, hotter } = self.links[slot as usize];
+    fn take_out(&mut self, place: u32) {
+        let Link { colder, hotter } = self.links[place as usize];
         self.links[colder as usize].hotter = hotter;
         self.links[hotter as usize].colder = colder;
-        self.links[slot as usize] = Link { colder: OUT, hotter: OUT };
+        self.links[place as usize] = Link { colder: OUT, hotter: OUT };
     }
 
-    /// Slots from the one to evict first to the one to evict last.
-    pub fn iter(&self) -> impl Iterator<Item = SlotIndex> + '_ {
+    /// Places from the one to evict first to the one to evict last.
+    pub fn iter(&self) -> impl Iterator<Item = I> + '_ {
         let sentinel = self.sentinel();
-        let next = move |slot: u32| (slot != sentinel).then_some(slot);
-        std::iter::successors(next(self.links[sentinel as usize].hotter), move |slot| {
-            next(self.links[*slot as usize].hotter)
+        let next = move |place: u32| (place != sentinel).then_some(place);
+        std::iter::successors(next(self.links[sentinel as usize].hotter), move |place| {
+            next(self.links[*place as usize].hotter)
         })
-        .map(SlotIndex)
+        .map(I::from_number)
     }
 }
 
-impl Eviction for Lru {
-    fn insert(&mut self, slot: SlotIndex, heat: Heat) {
-        debug_assert!(!self.holds(slot));
+impl<I: Index> Eviction<I> for Lru<I> {
+    fn insert(&mut self, place: I, heat: Heat) {
+        if !invariant!(!self.holds(place), "{place:?} enters the order of eviction twice") {
+            return;
+        }
         let sentinel = self.sentinel();
         let colder = match heat {
             Heat::Hot => self.links[sentinel as usize].colder,
             Heat::Cold => sentinel,
         };
-        self.put_after(colder, slot.0);
+        self.put_after(colder, place.number());
         self.len += 1;
     }
 
-    fn remove(&mut self, slot: SlotIndex) {
-        if self.holds(slot) {
-            self.take_out(slot.0);
+    fn remove(&mut self, place: I) {
+        if self.holds(place) {
+            self.take_out(place.number());
             self.len -= 1;
         }
     }
 
-    fn touch(&mut self, slot: SlotIndex) {
-        if self.holds(slot) {
-            self.take_out(slot.0);
-            self.put_after(self.links[self.sentinel() as usize].colder, slot.0);
+    fn touch(&mut self, place: I) {
+        if self.holds(place) {
+            self.take_out(place.number());
+            self.put_after(self.links[self.sentinel() as usize].colder, place.number());
         }
     }
 
-    fn victim(&self, may: &dyn Fn(SlotIndex) -> bool) -> Option<SlotIndex> {
-        self.iter().find(|slot| may(*slot))
+    fn victim(&self, may: &dyn Fn(I) -> bool) -> Option<I> {
+        self.iter().find(|place| may(*place))
     }
 
-    fn holds(&self, slot: SlotIndex) -> bool {
-        self.links[slot.0 as usize].hotter != OUT
+    fn holds(&self, place: I) -> bool {
+        self.links[place.number() as usize].hotter != OUT
     }
 
     fn len(&self) -> usize {
         self.len
     }
 
-    fn order(&self) -> Vec<SlotIndex> {
+    fn order(&self) -> Vec<I> {
         self.iter().collect()
     }
 
-    fn prefetch(&self, slot: SlotIndex) {
+    fn prefetch(&self, place: I) {
         // A plain read of the link would stall; reading its address is enough for the compiler to
         // emit nothing on other machines.
-        kvcellar_block::prefetch(&self.links[slot.0 as usize]);
+        kvcellar_block::prefetch(&self.links[place.number() as usize]);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use kvcellar_block::SlotIndex;
+
     use super::*;
 
-    fn order(lru: &Lru) -> Vec<u32> {
+    fn order(lru: &Lru<SlotIndex>) -> Vec<u32> {
         lru.iter().map(|slot| slot.0).collect()
     }
 

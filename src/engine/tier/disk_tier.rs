@@ -1,357 +1,249 @@
-//! The nvme tier's state: its store, its disk, what is under way, and what the mover is to do next.
+//! The nvme tier: the disk, and the ways of blocks to it and from it.
 //!
-//! Everything here happens under the engine's lock and takes no time: bytes are hashed, compared,
-//! read and written by the mover and the disk. What is under way is named by a token; a completion
-//! whose token is unknown is a bug.
+//! Transfers under way are named by a token; a completion whose token is unknown is a bug.
 
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Instant;
 
 use crossbeam_channel::Sender;
-use hashbrown::HashMap;
 
-use super::extents::Extents;
-use super::health::Health;
+use super::announce::Announcer;
+use super::clock::now_s;
+use super::extents::Stamp;
+use super::jobs::{Job, Report};
+use super::medium::Medium;
+use super::residency::Residency;
+use super::restore::{Consequences, Restores};
+use super::retention::Retention;
+use super::spill::Cleaner;
+use super::trace::OperationLog;
 use super::window::Window;
 use crate::limits;
-use crate::nvme::disk::{Completion, Description, Disk};
-use crate::nvme::space::Layout;
+use crate::metrics::{DropReason, Gauges};
+use crate::nvme::disk::Disk;
+use crate::nvme::snapshot::Entry;
 use crate::nvme::store::Store;
-use crate::policy::load::Rates;
-use crate::policy::{Admission, LoadPolicy};
 use crate::pool::Pool;
-use kvcellar_block::descriptor::{Lineage, Seal};
-use kvcellar_block::{BlockKey, ExtentIndex, Generation, SlotIndex};
+use kvcellar_block::{BlockKey, ExtentIndex};
 
-/// What the user decided about the nvme tier.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct DiskSettings {
-    /// Write every block at once, not only the coldest.
-    pub write_through: bool,
-    /// Share of the slots, in percent, that are kept free or clean.
-    pub clean_percent: u64,
-    /// See [`LoadPolicy`].
-    pub load_policy: LoadPolicy,
-    /// See [`Admission`].
-    pub admission: Admission,
-    /// Seconds after which a block is erased from disk.
-    pub retention_s: Option<u64>,
-}
-
-/// One block of a read.
-#[derive(Debug, Clone)]
-pub struct ReadPart {
-    /// Where its bytes go.
-    pub slot: SlotIndex,
-    /// The slot's generation, which copy orders name.
-    pub generation: Generation,
-    /// Where they come from.
-    pub extent: ExtentIndex,
-    /// What they must be.
-    pub key: BlockKey,
-    /// The slot belongs to the window.
-    pub window: bool,
-    /// Who asked first, and the first token of the block.
-    pub request: String,
-    /// The first token of the block.
-    pub token: u32,
-}
-
-/// A read under way: adjacent slots from adjacent extents.
-#[derive(Debug)]
-pub struct Read {
-    /// Its blocks, in order.
-    pub parts: Vec<ReadPart>,
-    /// When it was handed to the disk.
-    pub started: Instant,
-    /// Its followers were told that it failed, because it took too long.
-    pub given_up: bool,
-    /// A reset came in between: what it brings is worthless.
-    pub stale: bool,
-}
-
-/// A write under way.
-#[derive(Debug)]
-pub struct Write {
-    /// Its blocks, in order.
-    pub parts: Vec<(SlotIndex, ExtentIndex, BlockKey)>,
-    /// When it was planned.
-    pub started: Instant,
-    /// A reset came in between: the extents are freed.
-    pub stale: bool,
-}
-
-/// One block to be sealed and written.
-#[derive(Debug, Clone)]
-pub struct SealOrder {
-    /// Whose image.
-    pub slot: SlotIndex,
-    /// Its generation.
-    pub generation: Generation,
-    /// Its key.
-    pub key: BlockKey,
-    /// What to write into its descriptor.
-    pub seal: Seal,
-}
-
-/// Work for the mover, done without the engine's lock.
-#[derive(Debug)]
-pub enum Job {
-    /// Compute checksums, seal, and write adjacent slots to adjacent extents.
-    Write {
-        /// Names the write.
-        token: u64,
-        /// The blocks, in order.
-        orders: Vec<SealOrder>,
-        /// The first extent.
-        extent: ExtentIndex,
-    },
-    /// Read adjacent extents into adjacent slots.
-    Read {
-        /// Names the read.
-        token: u64,
-        /// The first slot.
-        slot: SlotIndex,
-        /// The first extent.
-        extent: ExtentIndex,
-        /// How many.
-        count: u32,
-        /// What the blocks must be, with the generation of their slots.
-        expected: Vec<(BlockKey, Generation)>,
-        /// The generation of contents they must have.
-        cache_generation: u64,
-    },
-    /// Read descriptors for their announcement, or one as a trial.
-    Describe {
-        /// Which extents.
-        extents: Vec<ExtentIndex>,
-        /// It is the trial of a disk that was out of service.
-        trial: bool,
-    },
-    /// Make the store larger by a segment.
-    Grow,
-    /// Erase these extents.
-    Erase(Vec<ExtentIndex>),
-    /// A transfer ended.
-    Done(Completion),
-}
-
-/// What the mover found out.
-#[derive(Debug)]
-pub enum Moved {
-    /// A read ended: for each block its lineage, or why it is not to be had.
-    Read {
-        /// Names the read.
-        token: u64,
-        /// One a block.
-        outcomes: Vec<std::result::Result<Lineage, Trouble>>,
-    },
-    /// A write ended. `None`: well.
-    Written {
-        /// Names the write.
-        token: u64,
-        /// Why it failed.
-        trouble: Option<Trouble>,
-    },
-    /// Descriptors were read.
-    Described {
-        /// Which extents, with what was found.
-        found: Vec<(ExtentIndex, DescriptorRead)>,
-        /// It was a trial.
-        trial: bool,
-    },
-    /// The store has this many extents now, and cannot grow further when `last`.
-    Grown {
-        /// Extents that exist.
-        ready: u32,
-        /// No further growth.
-        last: bool,
-    },
-    /// These extents hold nothing readable any more.
-    Erased(Vec<ExtentIndex>),
-    /// The store's directory is gone.
-    Gone,
-}
-
-/// What an extent's own descriptor says it holds, or why it says nothing.
-pub type DescriptorRead = std::result::Result<(BlockKey, Lineage), Trouble>;
-
-/// Why a transfer was of no use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Trouble {
-    /// The device refused or cut it short.
-    Device,
-    /// The bytes are not what was stored.
-    Corrupt,
-    /// The block's descriptor cannot be an extent's (it did not fit).
-    Undescribed,
-}
-
-/// Whether two extents lie in one file, so that one transfer can cover both.
-pub(super) fn same_segment(layout: Layout, a: ExtentIndex, b: ExtentIndex) -> bool {
-    layout.place(a).0 == layout.place(b).0
-}
-
-/// The nvme tier of one engine.
-pub struct DiskTier {
-    /// The store; the mover grows it without the engine's lock.
-    pub store: Arc<Mutex<Store>>,
-    /// The store's id, for seals.
-    pub store_id: u64,
-    /// Where extents lie.
-    pub layout: Layout,
-    /// The device.
-    pub disk: Arc<dyn Disk>,
-    /// What the device is.
-    pub description: Description,
-    /// The slots.
-    pub pool: Arc<Pool>,
-    /// What is where.
-    pub extents: Extents,
-    /// Where restores go that find no slot.
-    pub window: Window,
-    /// Reads under way.
-    pub reads: HashMap<u64, Read>,
-    /// Writes under way.
-    pub writes: HashMap<u64, Write>,
-    /// The device's health.
-    pub health: Health,
-    /// How fast restore and prefill are.
-    pub rates: Rates,
-    /// What the user decided.
-    pub settings: DiskSettings,
-    /// The generation of contents.
-    pub cache_generation: u64,
-    /// The number of the next extent written.
-    pub sequence: u64,
-    /// The first extent that may not be announced yet; `None`: all are.
-    pub announce_from: Option<u32>,
-    pub(super) describing: bool,
-    pub(super) growing: bool,
-    pub(super) full_grown: bool,
-    pub(super) retention_from: u32,
-    jobs: Sender<Job>,
-    next_token: u64,
-}
+pub use super::medium::DiskSettings;
 
 /// What a store's opening gives a tier.
-pub struct DiskParts {
+pub struct DiskParts<'a> {
     /// The store.
     pub store: Store,
     /// The device, with the store's segments.
     pub disk: Arc<dyn Disk>,
-    /// The slots.
-    pub pool: Arc<Pool>,
-    /// The window.
-    pub window: Window,
     /// Where the mover's work goes.
     pub jobs: Sender<Job>,
+    /// What a reopened store holds.
+    pub found: &'a [Entry],
     /// The number of the next extent.
     pub next_sequence: u64,
 }
 
+/// The nvme tier of one engine.
+pub(super) struct DiskTier {
+    /// The disk itself.
+    pub(super) medium: Medium,
+    /// The way to it.
+    pub(super) cleaner: Cleaner,
+    /// The way from it.
+    pub(super) restores: Restores,
+    announcer: Announcer,
+    retention: Retention,
+}
+
 impl DiskTier {
-    /// A tier over an open store, holding nothing.
-    pub fn new(parts: DiskParts, settings: DiskSettings) -> Self {
-        let DiskParts { store, disk, pool, window, jobs, next_sequence } = parts;
-        let mut extents = Extents::new(store.extents_max());
-        extents.make_ready(store.extents_ready());
-        Self {
-            store_id: store.id(),
-            layout: store.layout(),
-            cache_generation: store.cache_generation(),
-            store: Arc::new(Mutex::new(store)),
-            description: disk.describe(),
-            disk,
-            pool,
-            extents,
-            window,
-            reads: HashMap::new(),
-            writes: HashMap::new(),
-            health: Health::default(),
-            rates: Rates::default(),
-            settings,
-            sequence: next_sequence,
-            announce_from: None,
-            describing: false,
-            growing: false,
-            full_grown: false,
-            retention_from: 0,
-            jobs,
-            next_token: 0,
+    /// A tier below `dram`, which lies in `pool` and gives up a few slots for the restore window.
+    /// Blocks that are too old are not taken over.
+    pub(super) fn open(
+        parts: DiskParts<'_>,
+        settings: DiskSettings,
+        pool: &Arc<Pool>,
+        dram: &mut Residency,
+    ) -> (Self, OpenedDisk) {
+        let window = set_window_aside(pool, dram);
+        let window_slots = window.slots();
+        let mut medium = Medium::new(parts.store, parts.disk, Arc::clone(pool), parts.jobs, settings);
+        let oldest = settings.retention_s.map_or(0, |retention| now_s().saturating_sub(retention));
+        for entry in parts.found.iter().filter(|entry| entry.written_s >= oldest) {
+            let stamp = Stamp { sequence: entry.sequence, written_s: entry.written_s };
+            medium.extents.adopt(entry.extent, &entry.key, stamp);
         }
+        medium.extents.recount_free();
+        let reopened = medium.extents.committed();
+        dram.track_dirty();
+        dram.counters.nvme_reopened_blocks += reopened;
+        for slot in dram.visible_slots() {
+            if dram.key(slot).is_some_and(|key| medium.extents.find(&key).is_some()) {
+                dram.set_clean(slot, true);
+            }
+        }
+        let opened =
+            OpenedDisk { extents: medium.extents.ready(), extents_max: medium.extents.max(), reopened, window_slots };
+        let tier = Self {
+            medium,
+            cleaner: Cleaner::new(parts.next_sequence),
+            restores: Restores::new(window),
+            announcer: Announcer::new(reopened > 0),
+            retention: Retention::default(),
+        };
+        (tier, opened)
     }
 
     /// Blocks that could be restored now.
-    pub fn held(&self) -> impl Iterator<Item = BlockKey> + '_ {
-        self.extents.committed_in(0, self.extents.ready()).map(|(_, key, _)| key)
-    }
-
-    /// Extents that the store may have.
-    pub fn extents_max(&self) -> u32 {
-        self.extents.max()
-    }
-
-    /// Blocks that may be written at once.
-    pub(super) fn writes_max(&self) -> u64 {
-        (limits::SPILL_BYTES_IN_FLIGHT_MAX / self.layout.extent_bytes).max(limits::SPILLS_IN_FLIGHT_MIN)
-    }
-
-    pub(super) fn token(&mut self) -> u64 {
-        self.next_token += 1;
-        self.next_token
-    }
-
-    /// Hands work to the mover. The caller wakes it when the lock is free again.
-    pub(super) fn order(&self, job: Job) {
-        // The channel closes only when the mover has ended, with the engine.
-        let _mover_gone = self.jobs.send(job);
-        self.pool.header().ring();
+    pub(super) fn blocks(&self) -> impl Iterator<Item = BlockKey> + '_ {
+        self.medium.extents.committed_in(0, self.medium.extents.ready()).map(|(_, key, _)| key)
     }
 
     /// Bytes of reads under way or waiting for the window.
-    pub fn queued_bytes(&self) -> u64 {
-        let reading: usize = self.reads.values().map(|read| read.parts.len()).sum();
-        (reading + self.window.waiting()) as u64 * self.layout.extent_bytes
+    pub(super) fn queued_bytes(&self) -> u64 {
+        self.restores.queued() * self.medium.extent_bytes()
     }
 
     /// Nothing is under way.
-    pub fn is_idle(&self) -> bool {
-        self.reads.is_empty() && self.writes.is_empty() && self.window.waiting() == 0 && !self.growing
+    pub(super) fn is_idle(&self) -> bool {
+        self.restores.is_idle() && self.cleaner.has_no_writes() && !self.cleaner.is_growing()
     }
 
-    /// Hands reads to the disk, neighbours in one transfer.
-    pub(super) fn read(&mut self, parts: Vec<ReadPart>) {
-        let most = (limits::TRANSFER_BYTES_MAX / self.layout.extent_bytes).max(1) as usize;
-        let mut rest = parts.into_iter().peekable();
-        while let Some(first) = rest.next() {
-            let mut run = vec![first];
-            while let (Some(last), Some(next)) = (run.last(), rest.peek()) {
-                let adjacent = next.slot.0 == last.slot.0 + 1
-                    && next.extent.0 == last.extent.0 + 1
-                    && same_segment(self.layout, last.extent, next.extent);
-                if !adjacent || run.len() >= most {
-                    break;
-                }
-                run.extend(rest.next());
+    /// Blocks of a reopened store wait to be announced.
+    pub(super) fn is_announcing(&self) -> bool {
+        self.announcer.is_pending()
+    }
+
+    /// Every dirty block has been written.
+    pub(super) fn is_flushed(&self) -> bool {
+        self.medium.extents.writing() == 0 && !self.cleaner.is_growing()
+    }
+
+    /// Takes in what the mover found out.
+    pub(super) fn on_report(&mut self, dram: &mut Residency, log: &mut OperationLog, report: Report) -> Consequences {
+        match report {
+            Report::ReadEnded { token, outcomes } => {
+                return self.restores.on_read_ended(&mut self.medium, dram, log, token, outcomes);
             }
-            let token = self.token();
-            self.order(Job::Read {
-                token,
-                slot: run[0].slot,
-                extent: run[0].extent,
-                count: run.len() as u32,
-                expected: run.iter().map(|part| (part.key, part.generation)).collect(),
-                cache_generation: self.cache_generation,
-            });
-            self.reads.insert(token, Read { parts: run, started: Instant::now(), given_up: false, stale: false });
+            Report::WriteEnded { token, trouble } => {
+                self.cleaner.on_write_ended(&mut self.medium, dram, log, token, trouble);
+            }
+            Report::Described { found, trial } => {
+                self.announcer.on_described(&mut self.medium, dram, log, found, trial);
+            }
+            Report::Grown { ready, last } => {
+                self.medium.on_grown(ready);
+                self.cleaner.on_grown(last);
+            }
+            Report::Erased(extents) => {
+                for extent in extents {
+                    self.medium.extents.reinstate(extent, &mut dram.events);
+                }
+            }
+            Report::StoreRemoved => {
+                // Nothing on it can be kept.
+                if self.medium.health.lost() {
+                    self.medium.leave_service(dram, log, "its directory is gone", "a restart makes a new one");
+                }
+            }
+        }
+        Consequences::default()
+    }
+
+    /// What has to be done now and then, also when nothing ended.
+    pub(super) fn tick(&mut self, dram: &mut Residency, log: &mut OperationLog, now: Instant) -> Consequences {
+        let consequences = self.restores.give_up_overdue(&mut self.medium, dram, log, now);
+        Announcer::try_disk_again(&mut self.medium, now);
+        self.restores.advance_window(&mut self.medium, dram);
+        self.announcer.advance(&mut self.medium, dram);
+        self.retention.expire(&mut self.medium, dram);
+        consequences
+    }
+
+    /// Orders writes of dirty blocks, as far as some have to be written.
+    pub(super) fn clean(&mut self, dram: &mut Residency, log: &mut OperationLog) {
+        self.cleaner.clean(&mut self.medium, dram, log);
+    }
+
+    /// Starts the reads of the window whose slots are free now.
+    pub(super) fn advance_window(&mut self, dram: &Residency) {
+        self.restores.advance_window(&mut self.medium, dram);
+    }
+
+    /// Nothing on disk is to be found again, by nobody.
+    pub(super) fn reset(&mut self, dram: &mut Residency) {
+        let medium = &mut self.medium;
+        let bumped = medium.lock_store().bump_cache_generation();
+        match bumped {
+            Ok(generation) => medium.cache_generation = generation,
+            Err(error) => {
+                log::error!("the nvme tier could not be reset and is given up: {error}");
+                medium.health.lost();
+                medium.extents.withdraw(&mut dram.events);
+            }
+        }
+        self.cleaner.on_reset();
+        self.restores.on_reset();
+        let all: Vec<ExtentIndex> = medium.extents.committed_in(0, u32::MAX).map(|(extent, _, _)| extent).collect();
+        for extent in all {
+            medium.extents.discard(extent, false, &mut dram.events);
+            dram.counters.dropped(DropReason::Reset, 1);
         }
     }
 
-    /// Reads that took longer than a device may take and whose followers still wait.
-    pub(super) fn overdue(&self, now: Instant) -> Vec<u64> {
-        let deadline = Duration::from_millis(limits::DISK_DEADLINE_MS);
-        let late = |read: &Read| !read.given_up && now.duration_since(read.started) > deadline;
-        self.reads.iter().filter(|(_, read)| late(read)).map(|(token, _)| *token).collect()
+    /// Leaves a snapshot of what lies where, for the next start.
+    pub(super) fn close(self) {
+        let entry = |(extent, key, stamp): (ExtentIndex, BlockKey, Stamp)| Entry {
+            extent,
+            key,
+            sequence: stamp.sequence,
+            written_s: stamp.written_s,
+        };
+        // A write under way may still change an extent: then only a scan tells what is there.
+        if !self.cleaner.has_no_writes() {
+            return;
+        }
+        let entries: Vec<Entry> = self.medium.extents.committed_in(0, u32::MAX).map(entry).collect();
+        if let Err(error) = self.medium.lock_store().close_clean(&entries, self.cleaner.next_sequence()) {
+            log::warn!("no snapshot of the nvme tier, the next start reads the descriptors instead: {error}");
+        }
     }
+
+    /// The gauges of the nvme tier; those of the dram tier are 0.
+    pub(super) fn gauges(&self) -> Gauges {
+        let (extents, device) = (&self.medium.extents, self.medium.description());
+        Gauges {
+            nvme_blocks: extents.committed(),
+            nvme_extents: u64::from(extents.ready()),
+            nvme_writing: extents.writing(),
+            nvme_reading: self.restores.reading(),
+            nvme_retired: extents.retired(),
+            nvme_in_service: u64::from(self.medium.health.is_in()),
+            nvme_io_uring: u64::from(device.engine == "io_uring"),
+            nvme_direct: u64::from(device.direct),
+            nvme_registered: u64::from(device.registered),
+            ..Gauges::default()
+        }
+    }
+}
+
+/// What a tier has at its opening.
+pub(super) struct OpenedDisk {
+    /// Extents that exist.
+    pub(super) extents: u32,
+    /// Extents that may exist.
+    pub(super) extents_max: u32,
+    /// Blocks that were taken over.
+    pub(super) reopened: u64,
+    /// Slots of the restore window.
+    pub(super) window_slots: usize,
+}
+
+/// Takes a few slots out of the dram tier for the restore window.
+fn set_window_aside(pool: &Arc<Pool>, dram: &mut Residency) -> Window {
+    let count = (pool.slot_count() / limits::WINDOW_POOL_SHARE)
+        .clamp(limits::WINDOW_SLOTS_MIN, limits::WINDOW_SLOTS_MAX)
+        .min(pool.slot_count() / 2)
+        .max(1);
+    let slots = dram.set_aside(count);
+    let ranks = u64::MAX >> (64 - pool.geometry().parts.len());
+    Window::new(slots, dram.memory().as_ref(), ranks)
 }

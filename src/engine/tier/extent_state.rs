@@ -5,29 +5,36 @@
 //! to become free or *condemned* to be retired; a reader that fails condemns what another change
 //! had doomed.
 
+use super::transition::IllegalTransition;
+
 /// Where an extent stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub(super) enum State {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ExtentState {
     /// Holds nothing, and waits in the free list.
-    Free = 0,
+    #[default]
+    Free,
     /// Its bytes are on their way.
-    Writing = 1,
+    Writing,
     /// Holds a block.
-    Committed = 2,
+    Committed {
+        /// Subscribers know of the block, and are told when it is gone.
+        announced: bool,
+    },
     /// Dropped while it is read; free when the last reader is done.
-    Doomed = 3,
+    Doomed,
     /// As doomed, but retired then.
-    Condemned = 4,
+    Condemned,
     /// Not to be used.
-    Retired = 5,
+    Retired,
 }
 
 /// What happens to an extent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Change {
+pub enum ExtentChange {
     /// A block is to be written to it.
     Reserve,
+    /// It holds a block of a reopened store.
+    Adopt,
     /// The write ended well.
     Commit,
     /// The write failed.
@@ -35,10 +42,14 @@ pub(super) enum Change {
         /// By the device.
         retire: bool,
     },
+    /// Subscribers are told that its block is there, or not to be had.
+    Announce(bool),
     /// Its block is dropped.
     Drop {
         /// It must not be used again.
         retire: bool,
+        /// Somebody reads it.
+        read: bool,
     },
     /// The last reader is done.
     Release,
@@ -46,38 +57,45 @@ pub(super) enum Change {
     Reinstate,
 }
 
-impl State {
-    /// The state that a record keeps as a number.
-    pub(super) fn of(number: u8) -> Self {
-        const ALL: [State; 6] =
-            [State::Free, State::Writing, State::Committed, State::Doomed, State::Condemned, State::Retired];
-        ALL.get(usize::from(number)).copied().unwrap_or(State::Retired)
-    }
+/// A change that an extent's state does not allow.
+pub type IllegalExtentChange = IllegalTransition<ExtentState, ExtentChange>;
 
-    /// What a change makes of this state; `None` where it cannot happen. `read`: somebody reads the
-    /// extent.
-    pub(super) fn after(self, change: Change, read: bool) -> Option<Self> {
-        Some(match (self, change) {
-            (Self::Free, Change::Reserve) => Self::Writing,
-            (Self::Writing, Change::Commit) => Self::Committed,
-            (Self::Committed, Change::Drop { retire }) if read => Self::waiting(retire),
-            (Self::Writing, Change::Fail { retire }) | (Self::Committed, Change::Drop { retire }) => {
-                Self::ended(retire)
+impl ExtentState {
+    /// What a change makes of this state.
+    ///
+    /// # Errors
+    /// [`IllegalTransition`] where it cannot happen.
+    pub fn apply(self, change: ExtentChange) -> Result<Self, IllegalExtentChange> {
+        use ExtentChange::{Adopt, Announce, Commit, Drop, Fail, Reinstate, Release, Reserve};
+        Ok(match (self, change) {
+            (Self::Free, Reserve) => Self::Writing,
+            (Self::Free, Adopt) => Self::Committed { announced: false },
+            (Self::Writing, Commit) => Self::Committed { announced: true },
+            (Self::Committed { .. }, Announce(announced)) => Self::Committed { announced },
+            (Self::Committed { .. }, Drop { retire, read: true }) | (Self::Doomed, Drop { retire, .. }) => {
+                if retire {
+                    Self::Condemned
+                } else {
+                    Self::Doomed
+                }
             }
-            (Self::Doomed, Change::Drop { retire }) => Self::waiting(retire),
-            (Self::Condemned, Change::Drop { .. }) => Self::Condemned,
-            (Self::Doomed, Change::Release) | (Self::Retired, Change::Reinstate) => Self::Free,
-            (Self::Condemned, Change::Release) => Self::Retired,
-            _ => return None,
+            (Self::Committed { .. }, Drop { retire, read: false }) | (Self::Writing, Fail { retire }) => {
+                if retire {
+                    Self::Retired
+                } else {
+                    Self::Free
+                }
+            }
+            (Self::Condemned, Drop { .. }) => Self::Condemned,
+            (Self::Doomed, Release) | (Self::Retired, Reinstate) => Self::Free,
+            (Self::Condemned, Release) => Self::Retired,
+            (state, change) => return Err(IllegalTransition { state, change }),
         })
     }
 
-    fn ended(retire: bool) -> Self {
-        if retire { Self::Retired } else { Self::Free }
-    }
-
-    fn waiting(retire: bool) -> Self {
-        if retire { Self::Condemned } else { Self::Doomed }
+    /// Holds a block that could be read.
+    pub fn is_committed(self) -> bool {
+        matches!(self, Self::Committed { .. })
     }
 }
 
@@ -85,28 +103,55 @@ impl State {
 mod tests {
     use super::*;
 
-    const STATES: [State; 6] =
-        [State::Free, State::Writing, State::Committed, State::Doomed, State::Condemned, State::Retired];
-    const CHANGES: [Change; 8] = [
-        Change::Reserve,
-        Change::Commit,
-        Change::Fail { retire: false },
-        Change::Fail { retire: true },
-        Change::Drop { retire: false },
-        Change::Drop { retire: true },
-        Change::Release,
-        Change::Reinstate,
+    const STATES: [(char, ExtentState); 7] = [
+        ('F', ExtentState::Free),
+        ('W', ExtentState::Writing),
+        ('c', ExtentState::Committed { announced: false }),
+        ('C', ExtentState::Committed { announced: true }),
+        ('D', ExtentState::Doomed),
+        ('X', ExtentState::Condemned),
+        ('R', ExtentState::Retired),
+    ];
+    const CHANGES: [ExtentChange; 13] = [
+        ExtentChange::Reserve,
+        ExtentChange::Adopt,
+        ExtentChange::Commit,
+        ExtentChange::Fail { retire: false },
+        ExtentChange::Fail { retire: true },
+        ExtentChange::Announce(false),
+        ExtentChange::Announce(true),
+        ExtentChange::Drop { retire: false, read: false },
+        ExtentChange::Drop { retire: true, read: false },
+        ExtentChange::Drop { retire: false, read: true },
+        ExtentChange::Drop { retire: true, read: true },
+        ExtentChange::Release,
+        ExtentChange::Reinstate,
     ];
 
-    /// One row a state, one column a change, `.` where it cannot happen: unread, then read.
+    /// One row a state, one column a change, `.` where it cannot happen.
     #[test]
     fn the_whole_table() {
-        let letter = |state: Option<State>| state.map_or('.', |state| "FWCDXR".as_bytes()[state as usize] as char);
-        let table = |read: bool| {
-            STATES.map(|state| CHANGES.map(|change| letter(state.after(change, read))).into_iter().collect::<String>())
+        let letter = |state: ExtentState| STATES.iter().find(|(_, known)| *known == state).expect("a known state").0;
+        let row = |(_, state): (char, ExtentState)| {
+            CHANGES.map(|change| state.apply(change).map_or('.', letter)).into_iter().collect::<String>()
         };
-        assert_eq!(table(false), ["W.......", ".CFR....", "....FR..", "....DXF.", "....XXR.", ".......F"]);
-        assert_eq!(table(true), ["W.......", ".CFR....", "....DX..", "....DXF.", "....XXR.", ".......F"]);
-        assert!(STATES.iter().all(|state| State::of(*state as u8) == *state));
+        assert_eq!(
+            STATES.map(row),
+            [
+                "Wc...........",
+                "..CFR........",
+                ".....cCFRDX..",
+                ".....cCFRDX..",
+                ".......DXDXF.",
+                ".......XXXXR.",
+                "............F",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_refusal_names_state_and_change() {
+        let refused = ExtentState::Free.apply(ExtentChange::Commit).expect_err("nothing is being written");
+        assert_eq!(refused.to_string(), "Free cannot take Commit");
     }
 }

@@ -1,19 +1,17 @@
 //! Which block is in the nvme tier, in which state: the one place that changes it.
 //!
-//! States and what follows from what are `super::extent_state`'s. Every change of a running engine
-//! goes through `Extents::transition`, which also keeps the counts and the free list and appends
-//! the event; nothing else may. A committed extent that nobody reads is in the order of eviction,
-//! and only then.
+//! States and what follows from what are `super::extent_state`'s. Every change goes through
+//! `Extents::transition`, which also keeps the counts and the free list and appends events of
+//! removal; nothing else may. A committed extent that nobody reads is in the order of eviction, and
+//! only then.
 
-use super::extent_state::{Change, State};
-use super::table::BlockTable;
+use super::extent_state::{ExtentChange, ExtentState};
+use super::table::Table;
 use crate::event_log::EventLog;
 use crate::policy::{Eviction, Heat, Lru};
+use crate::{invariant, violated};
 use kvcellar_block::descriptor::Lineage;
-use kvcellar_block::{BlockHash, BlockKey, ExtentIndex, GroupIndex, SlotIndex, Tier};
-
-/// Its stored event was appended. Without that no removed event is due either.
-const ANNOUNCED: u8 = 1;
+use kvcellar_block::{BlockHash, BlockKey, ExtentIndex, GroupIndex, Tier};
 
 /// When an extent was written.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -26,9 +24,9 @@ pub struct Stamp {
 
 /// The nvme tier's contents.
 pub struct Extents {
-    table: BlockTable,
-    order: Lru,
-    free: Vec<u32>,
+    table: Table<ExtentIndex, ExtentState>,
+    order: Lru<ExtentIndex>,
+    free: Vec<ExtentIndex>,
     stamps: Box<[Stamp]>,
     ready: u32,
     committed: u64,
@@ -36,18 +34,14 @@ pub struct Extents {
     /// Extents whose device failed: they are not used again before the next start.
     retired: u64,
     /// Lookups see the tier.
-    pub in_service: bool,
-}
-
-fn slot(extent: ExtentIndex) -> SlotIndex {
-    SlotIndex(extent.0)
+    in_service: bool,
 }
 
 impl Extents {
     /// An empty tier of at most `max` extents, of which none exists yet.
     pub fn new(max: u32) -> Self {
         Self {
-            table: BlockTable::new(max),
+            table: Table::new(max),
             order: Lru::new(max),
             free: Vec::new(),
             stamps: vec![Stamp::default(); max as usize].into_boxed_slice(),
@@ -61,16 +55,16 @@ impl Extents {
 
     /// This many extents exist on disk now; new ones are free.
     pub fn make_ready(&mut self, ready: u32) {
-        let ready = ready.min(self.table.slots());
+        let ready = ready.min(self.table.places());
         // Taken from the end: low extents first, so that blocks written together lie together.
-        let fresh: Vec<u32> = (self.ready..ready).rev().collect();
+        let fresh: Vec<ExtentIndex> = (self.ready..ready).rev().map(ExtentIndex).collect();
         self.free.splice(0..0, fresh);
         self.ready = self.ready.max(ready);
     }
 
     /// Extents that may exist.
     pub fn max(&self) -> u32 {
-        self.table.slots()
+        self.table.places()
     }
 
     /// Extents that exist on disk.
@@ -100,7 +94,7 @@ impl Extents {
 
     /// Somebody is reading it.
     pub fn is_read(&self, extent: ExtentIndex) -> bool {
-        self.table.record(slot(extent)).pins > 0
+        self.table.record(extent).pins > 0
     }
 
     /// Extents that are not used again before the next start, or before they are erased.
@@ -110,65 +104,67 @@ impl Extents {
 
     /// A retired extent was erased: it may be used again.
     pub fn reinstate(&mut self, extent: ExtentIndex, events: &mut EventLog) {
-        self.transition(extent, Change::Reinstate, events);
+        self.transition(extent, ExtentChange::Reinstate, events);
     }
 
-    fn state(&self, extent: ExtentIndex) -> State {
-        State::of(self.table.record(slot(extent)).state)
+    fn state(&self, extent: ExtentIndex) -> ExtentState {
+        self.table.record(extent).facts
     }
 
-    fn transition(&mut self, extent: ExtentIndex, change: Change, events: &mut EventLog) {
-        let (before, at) = (self.state(extent), slot(extent));
-        let Some(after) = before.after(change, self.is_read(extent)) else {
-            debug_assert!(false, "extent {extent:?} is {before:?} and cannot take {change:?}");
-            return;
-        };
-        if before == State::Committed {
-            let record = self.table.record(at);
-            if let Some(key) = record.key().filter(|_| record.flags & ANNOUNCED != 0) {
-                events.removed(Tier::Nvme, key);
+    /// Changes an extent's state, and what depends on it. Returns whether that can be.
+    fn transition(&mut self, extent: ExtentIndex, change: ExtentChange, events: &mut EventLog) -> bool {
+        let before = self.state(extent);
+        let after = match before.apply(change) {
+            Ok(after) => after,
+            Err(refused) => {
+                violated!("{extent:?}: {refused}");
+                return false;
             }
-            self.order.remove(at);
+        };
+        let is_announced = after == ExtentState::Committed { announced: true };
+        if before == (ExtentState::Committed { announced: true })
+            && !is_announced
+            && let Some(key) = self.key(extent)
+        {
+            // Without a stored event none of removal is due either.
+            events.removed(Tier::Nvme, key);
         }
-        if matches!(before, State::Writing | State::Committed) && after != State::Committed {
-            self.table.remove(at);
+        if !after.is_committed() && (before.is_committed() || before == ExtentState::Writing) {
+            self.order.remove(extent);
+            self.table.remove(extent);
         }
-        self.table.record_mut(at).state = after as u8;
-        self.recount(extent, before, after);
-    }
-
-    fn recount(&mut self, extent: ExtentIndex, before: State, after: State) {
-        for (state, count) in [
-            (State::Writing, &mut self.writing),
-            (State::Committed, &mut self.committed),
-            (State::Retired, &mut self.retired),
-        ] {
-            *count = *count + u64::from(after == state) - u64::from(before == state);
+        self.table.record_mut(extent).facts = after;
+        let class = |state: ExtentState| {
+            [state == ExtentState::Writing, state.is_committed(), state == ExtentState::Retired].map(u64::from)
+        };
+        let counts = [&mut self.writing, &mut self.committed, &mut self.retired];
+        for ((count, left), entered) in counts.into_iter().zip(class(before)).zip(class(after)) {
+            *count = *count + entered - left;
         }
-        if after == State::Free && before != State::Free {
-            self.free.push(extent.0);
+        if after == ExtentState::Free {
+            self.free.push(extent);
         }
+        true
     }
 
     /// Takes over what a reopened store holds. It is announced later, when its descriptor has been
     /// read.
     pub fn adopt(&mut self, extent: ExtentIndex, key: &BlockKey, stamp: Stamp) -> bool {
-        if extent.0 >= self.ready || self.table.find(key).is_some() || self.state(extent) != State::Free {
+        // The store's own files say so, and may be damaged.
+        if extent.0 >= self.ready || self.table.find(key).is_some() || self.state(extent) != ExtentState::Free {
             return false;
         }
-        self.table.insert(slot(extent), key);
-        let record = self.table.record_mut(slot(extent));
-        (record.state, record.flags) = (State::Committed as u8, 0);
-        self.recount(extent, State::Free, State::Committed);
+        self.transition(extent, ExtentChange::Adopt, &mut EventLog::new(false));
+        self.table.insert(extent, key);
         self.stamps[extent.0 as usize] = stamp;
-        self.order.insert(slot(extent), Heat::Hot);
+        self.order.insert(extent, Heat::Hot);
         true
     }
 
     /// After adoption: the extents that hold nothing, and nothing else, are free.
     pub fn recount_free(&mut self) {
-        let free = |extent: &u32| self.state(ExtentIndex(*extent)) == State::Free;
-        self.free = (0..self.ready).rev().filter(free).collect();
+        let free = |extent: &ExtentIndex| self.state(*extent) == ExtentState::Free;
+        self.free = (0..self.ready).rev().map(ExtentIndex).filter(free).collect();
     }
 
     /// The extent of a block on disk, while the tier is in service.
@@ -176,8 +172,7 @@ impl Extents {
         if !self.in_service {
             return None;
         }
-        let found = self.table.find(key)?;
-        (self.state(ExtentIndex(found.0)) == State::Committed).then_some(ExtentIndex(found.0))
+        self.table.find(key).filter(|found| self.state(*found).is_committed())
     }
 
     /// Whether the key has an extent, committed or not.
@@ -192,7 +187,7 @@ impl Extents {
         }
         let mut run = 0;
         self.table.find_run(hashes, step, group, |found| {
-            let here = found.is_some_and(|extent| self.state(ExtentIndex(extent.0)) == State::Committed);
+            let here = found.is_some_and(|extent| self.state(extent).is_committed());
             run += usize::from(here);
             here
         });
@@ -203,8 +198,9 @@ impl Extents {
     /// read or written.
     pub fn evict(&mut self, events: &mut EventLog) -> Option<BlockKey> {
         let victim = self.order.victim(&|_| true)?;
-        let evicted = self.table.record(victim).key();
-        self.transition(ExtentIndex(victim.0), Change::Drop { retire: false }, events);
+        let evicted = self.key(victim);
+        // What is in the order of eviction is not read.
+        self.transition(victim, ExtentChange::Drop { retire: false, read: false }, events);
         evicted
     }
 
@@ -217,77 +213,85 @@ impl Extents {
 
     /// Takes a free extent for a block that will be written.
     pub fn reserve(&mut self, key: &BlockKey, stamp: Stamp, events: &mut EventLog) -> Option<ExtentIndex> {
-        let extent = ExtentIndex(self.free.pop()?);
-        self.transition(extent, Change::Reserve, events);
-        self.table.insert(slot(extent), key);
-        self.table.record_mut(slot(extent)).flags = 0;
+        let extent = self.free.pop()?;
+        if !self.transition(extent, ExtentChange::Reserve, events) {
+            return None;
+        }
+        self.table.insert(extent, key);
         self.stamps[extent.0 as usize] = stamp;
         Some(extent)
     }
 
     /// The write has ended well.
     pub fn commit(&mut self, extent: ExtentIndex, lineage: Lineage, events: &mut EventLog) {
-        self.transition(extent, Change::Commit, events);
-        let record = self.table.record_mut(slot(extent));
-        record.flags = ANNOUNCED;
-        if let Some(key) = record.key() {
-            events.stored(Tier::Nvme, key, lineage);
+        if !self.transition(extent, ExtentChange::Commit, events) {
+            return;
         }
-        self.order.insert(slot(extent), Heat::Hot);
+        let Some(key) = self.key(extent) else {
+            violated!("{extent:?} is committed but has no key");
+            return;
+        };
+        events.stored(Tier::Nvme, key, lineage);
+        self.order.insert(extent, Heat::Hot);
     }
 
     /// The write failed. A `retired` extent is not used again.
     pub fn fail(&mut self, extent: ExtentIndex, retire: bool, events: &mut EventLog) {
-        self.transition(extent, Change::Fail { retire }, events);
+        self.transition(extent, ExtentChange::Fail { retire }, events);
     }
 
     /// Drops a block from disk, also one that was dropped before and is still read. A `retired`
     /// extent is not used again.
     pub fn discard(&mut self, extent: ExtentIndex, retire: bool, events: &mut EventLog) {
-        if matches!(self.state(extent), State::Committed | State::Doomed | State::Condemned) {
-            self.transition(extent, Change::Drop { retire }, events);
+        // Whoever reads a descriptor does not hold the extent: its block may be gone meanwhile.
+        if matches!(self.state(extent), ExtentState::Free | ExtentState::Writing | ExtentState::Retired) {
+            return;
         }
+        self.transition(extent, ExtentChange::Drop { retire, read: self.is_read(extent) }, events);
     }
 
     /// A block is being read: its extent is not given away.
     pub fn begin_read(&mut self, extent: ExtentIndex) {
-        self.table.record_mut(slot(extent)).pins += 1;
-        self.order.remove(slot(extent));
+        self.table.record_mut(extent).pins += 1;
+        self.order.remove(extent);
     }
 
     /// A read has ended.
     pub fn end_read(&mut self, extent: ExtentIndex, events: &mut EventLog) {
-        let record = self.table.record_mut(slot(extent));
+        let record = self.table.record_mut(extent);
+        if !invariant!(record.pins > 0, "a read of {extent:?} ended that nobody began") {
+            return;
+        }
         record.pins -= 1;
         if record.pins > 0 {
             return;
         }
         match self.state(extent) {
-            State::Committed => self.order.insert(slot(extent), Heat::Hot),
-            State::Doomed | State::Condemned => self.transition(extent, Change::Release, events),
-            _ => debug_assert!(false, "extent {extent:?} was read in another state"),
+            ExtentState::Committed { .. } => self.order.insert(extent, Heat::Hot),
+            _ => {
+                self.transition(extent, ExtentChange::Release, events);
+            }
         }
     }
 
     /// The block was used: it becomes the last to be evicted.
     pub fn touch(&mut self, extent: ExtentIndex) {
-        if self.order.holds(slot(extent)) {
-            self.order.touch(slot(extent));
-        }
+        self.order.touch(extent);
     }
 
     /// The tier went out of service: its blocks are not to be had, and everybody is told.
     pub fn withdraw(&mut self, events: &mut EventLog) {
         self.in_service = false;
-        for extent in (0..self.ready).map(SlotIndex) {
-            let record = self.table.record_mut(extent);
-            if State::of(record.state) == State::Committed && record.flags & ANNOUNCED != 0 {
-                record.flags &= !ANNOUNCED;
-                if let Some(key) = record.key() {
-                    events.removed(Tier::Nvme, key);
-                }
+        for extent in (0..self.ready).map(ExtentIndex) {
+            if self.state(extent).is_committed() {
+                self.transition(extent, ExtentChange::Announce(false), events);
             }
         }
+    }
+
+    /// The tier is in service again.
+    pub fn return_to_service(&mut self) {
+        self.in_service = true;
     }
 
     /// The next extent from `from` on whose block was not announced.
@@ -297,29 +301,28 @@ impl Extents {
 
     /// Whether an extent holds a block that was not announced.
     pub fn is_unannounced(&self, extent: ExtentIndex) -> bool {
-        self.state(extent) == State::Committed && self.table.record(slot(extent)).flags & ANNOUNCED == 0
+        self.state(extent) == ExtentState::Committed { announced: false }
     }
 
     /// Announces a block of a reopened store, if it is still the one that was read.
     pub fn announce(&mut self, extent: ExtentIndex, key: &BlockKey, lineage: Lineage, events: &mut EventLog) {
         if self.is_unannounced(extent) && self.key(extent).as_ref() == Some(key) {
-            self.table.record_mut(slot(extent)).flags |= ANNOUNCED;
+            self.transition(extent, ExtentChange::Announce(true), events);
             events.stored(Tier::Nvme, *key, lineage);
         }
     }
 
     /// The key of what an extent holds.
     pub fn key(&self, extent: ExtentIndex) -> Option<BlockKey> {
-        self.table.record(slot(extent)).key()
+        self.table.record(extent).key()
     }
 
     /// Committed extents among `from..to` with their keys and stamps.
     pub fn committed_in(&self, from: u32, to: u32) -> impl Iterator<Item = (ExtentIndex, BlockKey, Stamp)> + '_ {
-        (from..to.min(self.ready)).filter_map(|extent| {
-            let record = self.table.record(SlotIndex(extent));
-            let key = record.key().filter(|_| State::of(record.state) == State::Committed)?;
-            Some((ExtentIndex(extent), key, self.stamps[extent as usize]))
-        })
+        (from..to.min(self.ready))
+            .map(ExtentIndex)
+            .filter(|extent| self.state(*extent).is_committed())
+            .filter_map(|extent| Some((extent, self.key(extent)?, self.stamp(extent))))
     }
 }
 

@@ -2,32 +2,51 @@
 //!
 //! Owns all metadata of the dram and nvme tiers. Promises: a block is found only under the key it
 //! was stored under and only when all its bytes are there; every hold ends; nothing here waits for
-//! a copy. Read the files in a block's order: [`offload`] (a step completes blocks), [`residency`]
-//! and [`extents`] (where they are), [`spill`] (to disk), [`hit`] and [`load`] (a request comes
-//! back for them), [`restore`] (from disk), [`adoption`] (after a restart). [`disk_tier`] is the
-//! nvme tier's state, [`mover`] its thread. [`machine`] tells before all that what cannot work.
+//! a copy.
+//!
+//! [`engine`] is what vLLM's hooks and the mover call. It is detached, or has an `attached` part
+//! with the two `tiers`. Read the rest in a block's order: [`offload`] (a step completes blocks),
+//! [`residency`] and [`extents`] (where they are; their states: [`slot_state`], [`extent_state`]),
+//! `spill` (to disk), [`hit`] and [`load`] (a request comes back for them), `restore` (from disk),
+//! `retire` (a request ends), [`adoption`] (after a restart). [`disk_tier`] is the nvme tier,
+//! `medium` its disk, [`mover`] its thread. [`machine`] tells before all that what cannot work.
 
 pub mod adoption;
+mod announce;
+mod attached;
+mod clock;
+mod dirty;
 pub mod disk_tier;
 pub mod engine;
-mod extent_state;
+pub mod extent_state;
 pub mod extents;
 pub mod health;
 pub mod hit;
+pub mod jobs;
 pub mod load;
 pub mod machine;
+mod medium;
 pub mod mover;
 pub mod namespace;
+mod observe;
 pub mod offload;
 pub mod opening;
 pub mod requests;
 pub mod residency;
-pub mod restore;
-pub mod spill;
+mod restore;
+mod retention;
+mod retire;
+mod session;
+pub mod slot_state;
+mod spill;
 pub mod table;
+mod tiers;
 pub mod trace;
+pub mod transfer;
+pub mod transition;
 pub mod warm_table;
 pub mod window;
 
 pub use engine::TierEngine;
+pub use observe::StatsDelta;
 pub use offload::Offer;

@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender};
 use hashbrown::HashMap;
 
-use super::disk_tier::{DescriptorRead, DiskTier, Job, Moved, SealOrder, Trouble};
 use super::engine::TierEngine;
+use super::jobs::{Job, Report};
+use super::transfer::{DescriptorRead, SealOrder, Trouble};
 use crate::limits;
 use crate::nvme::buffer::Buffer;
 use crate::nvme::disk::{Completion, Completions, Disk, Kind, Operation};
@@ -22,6 +23,7 @@ use crate::nvme::extent::{self, Expected};
 use crate::nvme::space::Layout;
 use crate::nvme::store::Store;
 use crate::pool::{Pool, futex};
+use crate::violated;
 use kvcellar_block::descriptor::{self, Lineage};
 use kvcellar_block::{BlockKey, ExtentIndex, Generation, SlotIndex};
 
@@ -105,15 +107,15 @@ impl Mover {
     pub fn start(engine: &Arc<Mutex<TierEngine>>, jobs: Receiver<Job>) -> Option<Self> {
         let desk = {
             let locked = lock(engine);
-            let disk: &DiskTier = locked.disk.as_ref()?;
+            let medium = locked.medium()?;
             Desk {
                 engine: Arc::downgrade(engine),
                 jobs,
-                pool: Arc::clone(&disk.pool),
-                disk: Arc::clone(&disk.disk),
-                store: Arc::clone(&disk.store),
-                store_id: disk.store_id,
-                layout: disk.layout,
+                pool: Arc::clone(medium.pool()),
+                disk: Arc::clone(medium.device()),
+                store: Arc::clone(medium.store()),
+                store_id: medium.store_id(),
+                layout: medium.layout(),
                 under: HashMap::new(),
                 described: HashMap::new(),
                 next_group: 0,
@@ -146,15 +148,19 @@ impl Desk {
             let heard = self.pool.header().bell().load(Ordering::Acquire);
             let jobs: Vec<Job> = self.jobs.try_iter().collect();
             let idle = jobs.is_empty();
-            let mut moved = self.carry_out(jobs);
-            moved.extend(self.check_place());
+            let mut reports = self.carry_out(jobs);
+            reports.extend(self.check_place());
+            // Dropped without having been closed: nobody wants to know.
             let Some(engine) = self.engine.upgrade() else { return };
             let (wake, busy) = {
                 let mut engine = lock(&engine);
-                let mut wake = engine.moved(moved);
+                if engine.medium().is_none() {
+                    // The engine was closed, and its store with it.
+                    return;
+                }
+                let mut wake = engine.on_reports(reports);
                 wake.extend(engine.tick(Instant::now()));
-                let Some(disk) = &engine.disk else { return };
-                (wake, !disk.is_idle())
+                (wake, !engine.disk_is_idle())
             };
             drop(engine);
             for slot in wake {
@@ -170,8 +176,8 @@ impl Desk {
         }
     }
 
-    fn carry_out(&mut self, jobs: Vec<Job>) -> Vec<Moved> {
-        let (mut moved, mut operations) = (Vec::new(), Vec::new());
+    fn carry_out(&mut self, jobs: Vec<Job>) -> Vec<Report> {
+        let (mut reports, mut operations) = (Vec::new(), Vec::new());
         for job in jobs {
             match job {
                 Job::Read { token, slot, extent, count, expected, cache_generation } => {
@@ -187,25 +193,25 @@ impl Desk {
                         // The disk starts on it while the next ones are hashed.
                         self.disk.submit(std::mem::take(&mut operations));
                     }
-                    Err(trouble) => moved.push(Moved::Written { token, trouble: Some(trouble) }),
+                    Err(trouble) => reports.push(Report::WriteEnded { token, trouble: Some(trouble) }),
                 },
                 Job::Describe { extents, trial } => self.describe(&extents, trial, &mut operations),
-                Job::Grow => moved.push(self.grow()),
-                Job::Erase(extents) => moved.push(self.erase(extents)),
+                Job::Grow => reports.push(self.grow()),
+                Job::Erase(extents) => reports.push(self.erase(extents)),
                 Job::Done(completion) => {
                     // Reads that were ordered before go to the disk before time is spent on this
                     // one.
                     if !operations.is_empty() {
                         self.disk.submit(std::mem::take(&mut operations));
                     }
-                    moved.extend(self.done(completion));
+                    reports.extend(self.done(completion));
                 }
             }
         }
         if !operations.is_empty() {
             self.disk.submit(operations);
         }
-        moved
+        reports
     }
 
     fn operation(&self, token: u64, kind: Kind, extent: ExtentIndex, buffer: Buffer) -> Operation {
@@ -247,20 +253,27 @@ impl Desk {
         self.described.insert(group, Described { waiting, found: Vec::with_capacity(waiting), trial });
     }
 
-    fn done(&mut self, completion: Completion) -> Option<Moved> {
+    fn done(&mut self, completion: Completion) -> Option<Report> {
         let Completion { token, buffer, outcome, .. } = completion;
-        match self.under.remove(&token)? {
-            Under::Write => Some(Moved::Written { token, trouble: outcome.err().map(|_| Trouble::Device) }),
+        let Some(under) = self.under.remove(&token) else {
+            violated!("transfer {token} ended but is not under way");
+            return None;
+        };
+        match under {
+            Under::Write => Some(Report::WriteEnded { token, trouble: outcome.err().map(|_| Trouble::Device) }),
             Under::Read { expected, slot, cache_generation } => {
                 let outcomes = match outcome {
                     Ok(()) => self.compare(buffer, slot, &expected, cache_generation),
                     Err(_) => expected.iter().map(|_| Err(Trouble::Device)).collect(),
                 };
-                Some(Moved::Read { token, outcomes })
+                Some(Report::ReadEnded { token, outcomes })
             }
             Under::Describe(extent) => {
                 let group = token >> GROUP_SHIFT << GROUP_SHIFT;
-                let described = self.described.get_mut(&group)?;
+                let Some(described) = self.described.get_mut(&group) else {
+                    violated!("the descriptor of {extent:?} was read for nobody");
+                    return None;
+                };
                 let ranks = self.pool.geometry().parts.len();
                 let whole = || {
                     let (key, seal, _) = descriptor::unseal(buffer.bytes(), ranks).ok()?;
@@ -274,7 +287,7 @@ impl Desk {
                     return None;
                 }
                 let Described { found, trial, .. } = self.described.remove(&group)?;
-                Some(Moved::Described { found, trial })
+                Some(Report::Described { found, trial })
             }
         }
     }
@@ -322,7 +335,7 @@ impl Desk {
         checked.into_iter().enumerate().map(accept).collect()
     }
 
-    fn grow(&self) -> Moved {
+    fn grow(&self) -> Report {
         let mut store = lock(&self.store);
         let last = match store.grow() {
             Ok(Some(file)) => match self.disk.add_segment(file) {
@@ -338,10 +351,10 @@ impl Desk {
                 true
             }
         };
-        Moved::Grown { ready: store.extents_ready(), last }
+        Report::Grown { ready: store.extents_ready(), last }
     }
 
-    fn erase(&self, extents: Vec<ExtentIndex>) -> Moved {
+    fn erase(&self, extents: Vec<ExtentIndex>) -> Report {
         let store = lock(&self.store);
         let erased = extents.into_iter().filter(|extent| match store.erase(*extent) {
             Ok(()) => true,
@@ -351,15 +364,15 @@ impl Desk {
                 false
             }
         });
-        Moved::Erased(erased.collect())
+        Report::Erased(erased.collect())
     }
 
-    fn check_place(&mut self) -> Option<Moved> {
+    fn check_place(&mut self) -> Option<Report> {
         if self.checked.elapsed() < PLACE_CHECK {
             return None;
         }
         self.checked = Instant::now();
-        (!lock(&self.store).still_there()).then_some(Moved::Gone)
+        (!lock(&self.store).still_there()).then_some(Report::StoreRemoved)
     }
 }
 

@@ -1,15 +1,22 @@
 //! The way of a block from vLLM's KV cache into a slot.
 
+use std::collections::VecDeque;
+
+use hashbrown::HashMap;
 use serde_json::Value;
 
-use super::engine::TierEngine;
+use super::requests::Request;
+use super::residency::Residency;
+use super::session::Session;
+use super::tiers::Tiers;
 use super::trace::{self, names};
 use crate::limits;
 use crate::metrics::DropReason;
 use crate::pool::slot_table::Fill;
+use crate::violated;
 use kvcellar_block::descriptor::Lineage;
-use kvcellar_block::plan::BlockCopy;
-use kvcellar_block::{BlockKey, ExtentIndex, GroupIndex, SlotIndex};
+use kvcellar_block::plan::{BlockCopy, StepPlan};
+use kvcellar_block::{BlockHash, BlockKey, ExtentIndex, Generation, GroupIndex, Grouping, SlotIndex};
 
 /// Blocks of one group that a step completes.
 #[derive(Debug, Clone, Default)]
@@ -46,14 +53,22 @@ pub enum Start {
 
 /// One request's offloads of one step, which become visible together.
 #[derive(Debug)]
-pub struct Batch {
+struct Batch {
     number: u64,
     request: String,
     slots: Vec<SlotIndex>,
     copies: Vec<BlockCopy>,
     lineages: Vec<Lineage>,
     /// A reset came in between: the slots are freed and nothing becomes visible.
-    pub(super) stale: bool,
+    stale: bool,
+}
+
+impl Batch {
+    /// Whether every writing rank has copied every block, or failed to.
+    fn is_answered(&self, dram: &Residency) -> bool {
+        let writers = dram.memory().writers();
+        self.slots.iter().all(|slot| dram.memory().line(*slot).fill(writers) != Fill::Pending)
+    }
 }
 
 /// Offered blocks by where they are.
@@ -67,81 +82,82 @@ struct Sorted {
 /// A block that may be kept.
 struct Candidate {
     key: BlockKey,
-    parent: Option<kvcellar_block::BlockHash>,
+    parent: Option<BlockHash>,
     block: u32,
     group: usize,
     index: usize,
 }
 
-impl TierEngine {
+/// Copies into slots that were ordered and have not been answered.
+#[derive(Default)]
+pub(super) struct Offloads {
+    /// Batches in the order in which they were planned; they become visible in this order.
+    batches: VecDeque<Batch>,
+    /// Blocks of all batches.
+    blocks: usize,
+    /// vLLM block -> the offload that still reads it.
+    fences: HashMap<u32, BlockCopy>,
+    /// The number of the batch that was planned last.
+    last_number: u64,
+}
+
+impl Offloads {
+    /// Nothing is being copied.
+    pub(super) fn is_empty(&self) -> bool {
+        self.batches.is_empty()
+    }
+
+    /// vLLM blocks that must not be overwritten before they were copied.
+    pub(super) fn fences(&self) -> usize {
+        self.fences.len()
+    }
+
+    /// The number of the batch that was planned last.
+    pub(super) fn last_number(&self) -> u64 {
+        self.last_number
+    }
+
+    /// A reset came: what is being copied is worthless.
+    pub(super) fn on_reset(&mut self) {
+        for batch in &mut self.batches {
+            batch.stale = true;
+        }
+    }
+
+    /// Somebody will write this vLLM block in this step: the workers wait for whoever still reads
+    /// it. `flags`: added to those of the copy that is waited for.
+    pub(super) fn wait_for(&self, block: u32, flags: u16, plan: &mut StepPlan) {
+        if let Some(copy) = self.fences.get(&block) {
+            plan.waits.push(BlockCopy { flags: copy.flags | flags, ..*copy });
+        }
+    }
+
     /// Offers complete blocks. Those the tier holds are touched; the others get slots, as far as
     /// there are any, and copy orders.
-    pub fn offer(&mut self, offer: &Offer<'_>, start: Start) {
-        let Some(request) = self.requests.get(offer.request) else { return };
-        if self.residency.is_none()
-            || request.tainted
-            || !request.controls.store
-            || self.leases.contains_key(offer.request)
-        {
+    pub(super) fn offer(&mut self, tiers: &mut Tiers, session: &mut Session, offer: &Offer<'_>, start: Start) {
+        // A request that is not known was left out.
+        let Some(request) = session.requests.get(offer.request) else { return };
+        if request.tainted || !request.controls.store {
             return;
         }
         let serial = request.serial;
-        let Sorted { resident, on_disk, missing } = self.sort_out(offer);
-        if let Some(disk) = &mut self.disk {
-            on_disk.iter().rev().for_each(|extent| disk.extents.touch(*extent));
-        }
-        if resident.is_empty() && missing.is_empty() {
+        let sorted = sort_out(tiers, session.requests.grouping(), request, offer);
+        tiers.touch_on_disk(&sorted.on_disk);
+        if sorted.resident.is_empty() && sorted.missing.is_empty() {
             return;
         }
-        let Some(residency) = &mut self.residency else { return };
-        residency.touch(&resident, serial);
-        self.store(offer, &resident, &missing, serial, start);
+        tiers.dram.touch(&sorted.resident, serial);
+        self.store(&mut tiers.dram, session, offer, &sorted, start);
     }
 
-    /// Splits the offered blocks into those the dram tier holds, those that only the disk holds
-    /// (they are not copied again: vLLM has them now, and the disk when it has not), and those
-    /// nobody holds; blocks that are being filled are none of them.
-    fn sort_out(&self, offer: &Offer<'_>) -> Sorted {
-        let mut sorted = Sorted::default();
-        let (Some(residency), Some(request)) = (&self.residency, self.requests.get(offer.request)) else {
-            return sorted;
+    fn store(&mut self, dram: &mut Residency, session: &mut Session, offer: &Offer<'_>, sorted: &Sorted, start: Start) {
+        let Some(request) = session.requests.get_mut(offer.request) else {
+            violated!("{} offers blocks but is not known", offer.request);
+            return;
         };
-        let mut found = Vec::new();
-        for (group, blocks) in offer.groups.iter().enumerate().take(self.grouping.groups.len()) {
-            let step = (self.grouping.groups[group].block_tokens / self.grouping.hash_tokens) as usize;
-            let start = self.grouping.hash_index(group, blocks.first);
-            let end = request.hashes.len().min(start + blocks.blocks.len().saturating_sub(1) * step + 1);
-            if blocks.blocks.is_empty() || start >= end {
-                continue;
-            }
-            found.clear();
-            residency.find_all(&request.hashes[start..end], step, GroupIndex(group as u16), &mut found);
-            for (index, (held, block)) in found.iter().zip(&blocks.blocks).enumerate() {
-                match held {
-                    // The null block stands for a block that slid out of its window: its bytes are
-                    // not there.
-                    _ if *block == 0 => {}
-                    Some((slot, true)) => sorted.resident.push(*slot),
-                    Some((_, false)) => {}
-                    None => {
-                        let at = start + index * step;
-                        let key = BlockKey { hash: request.hashes[at], group: GroupIndex(group as u16) };
-                        if let Some(extent) = self.disk.as_ref().and_then(|disk| disk.extents.find(&key)) {
-                            sorted.on_disk.push(extent);
-                            continue;
-                        }
-                        let parent = at.checked_sub(step).map(|before| request.hashes[before]);
-                        sorted.missing.push(Candidate { key, parent, block: *block, group, index });
-                    }
-                }
-            }
-        }
-        sorted
-    }
-
-    fn store(&mut self, offer: &Offer<'_>, resident: &[SlotIndex], missing: &[Candidate], serial: u32, start: Start) {
+        let (serial, missing) = (request.serial, &sorted.missing);
         let mut batch = Batch {
-            number: self.batch_number + 1,
+            number: self.last_number + 1,
             request: offer.request.to_owned(),
             slots: Vec::with_capacity(missing.len()),
             copies: Vec::with_capacity(missing.len()),
@@ -149,15 +165,14 @@ impl TierEngine {
             stale: false,
         };
         let mut refused = None;
-        let Some(residency) = &mut self.residency else { return };
-        let wanted = missing.len().min(limits::INFLIGHT_STORES_MAX.saturating_sub(self.inflight_stores));
-        let mut evicted = residency.make_room(wanted, serial);
+        let wanted = missing.len().min(limits::INFLIGHT_STORES_MAX.saturating_sub(self.blocks));
+        let mut evicted = dram.make_room(wanted, serial);
         for candidate in missing {
-            if self.inflight_stores + batch.slots.len() >= limits::INFLIGHT_STORES_MAX {
+            if self.blocks + batch.slots.len() >= limits::INFLIGHT_STORES_MAX {
                 refused = Some(DropReason::QueueFull);
                 break;
             }
-            match residency.reserve(&candidate.key, serial) {
+            match dram.reserve(&candidate.key, serial) {
                 Ok(reserved) => {
                     evicted.extend(reserved.evicted);
                     batch.slots.push(reserved.slot);
@@ -176,185 +191,150 @@ impl TierEngine {
             }
         }
         if let Some(reason) = refused {
-            residency.counters.dropped(reason, (missing.len() - batch.slots.len()) as u64);
+            dram.counters.dropped(reason, (missing.len() - batch.slots.len()) as u64);
         }
+        request.batches += u32::from(!batch.slots.is_empty());
+        let lora = request.lora.clone();
         // A second pass, so that the descriptors' memory has been fetched meanwhile.
-        let lora = self.requests.get(offer.request).map_or_else(Box::default, |request| request.lora.clone());
+        let grouping = session.requests.grouping();
         for (candidate, copy) in missing.iter().zip(&batch.copies) {
-            let lineage = self.grouping.groups.get(candidate.group).map_or_else(Lineage::default, |group| Lineage {
+            let lineage = Lineage {
                 parent: candidate.parent,
-                tokens: tokens_of(offer, candidate, group.block_tokens),
+                tokens: tokens_of(offer, candidate, grouping.groups[candidate.group].block_tokens),
                 lora: lora.clone(),
                 extra: offer.groups[candidate.group].extra.get(candidate.index).cloned().unwrap_or_default(),
-            });
-            let generation = kvcellar_block::Generation(copy.generation);
-            let fits = residency.memory().describe(SlotIndex(copy.slot), &candidate.key, generation, &lineage);
-            residency.counters.undescribed_blocks += u64::from(!fits);
+            };
+            let generation = Generation(copy.generation);
+            let fits = dram.memory().describe(SlotIndex(copy.slot), &candidate.key, generation, &lineage);
+            dram.counters.undescribed_blocks += u64::from(!fits);
             batch.lineages.push(lineage);
             self.fences.insert(copy.block, *copy);
         }
-        if self.trace.is_some() {
-            self.record_store(&batch, resident, missing, evicted, refused);
-        }
+        session.log.record(|| store_line(dram, &batch, sorted, evicted, refused));
         if batch.slots.is_empty() {
             return;
         }
         match start {
-            Start::BeforeStep => self.plan.stores_before.extend_from_slice(&batch.copies),
-            Start::AfterStep => self.plan.stores_after.extend_from_slice(&batch.copies),
+            Start::BeforeStep => session.plan.stores_before.extend_from_slice(&batch.copies),
+            Start::AfterStep => session.plan.stores_after.extend_from_slice(&batch.copies),
         }
-        if let Some(request) = self.requests.get_mut(offer.request) {
-            request.batches += 1;
-        }
-        self.inflight_stores += batch.slots.len();
-        self.batch_number += 1;
+        self.blocks += batch.slots.len();
+        self.last_number += 1;
         self.batches.push_back(batch);
     }
 
-    fn record_store(
-        &mut self,
-        batch: &Batch,
-        resident: &[SlotIndex],
-        missing: &[Candidate],
-        evicted: Vec<BlockKey>,
-        refused: Option<DropReason>,
-    ) {
-        let kept = batch.slots.len();
-        let fields = [
-            ("req", Value::from(batch.request.as_str())),
-            ("batch", batch.number.into()),
-            // Pinned blocks are not in the order of eviction and are not moved in it.
-            (
-                "touch",
-                names(
-                    resident
-                        .iter()
-                        .filter(|slot| self.residency.as_ref().is_some_and(|r| r.pins(**slot) == 0))
-                        .filter_map(|slot| self.key_of(*slot)),
-                ),
-            ),
-            ("keys", names(missing[..kept].iter().map(|candidate| candidate.key))),
-            ("evicted", names(evicted)),
-            ("dropped", names(missing[kept..].iter().map(|candidate| candidate.key))),
-            ("reason", refused.map_or("", DropReason::name).into()),
-        ];
-        self.record(|_| trace::line("store", &fields));
-    }
-
-    pub(super) fn is_answered(&self, batch: &Batch) -> bool {
-        let Some(residency) = &self.residency else { return true };
-        let writers = residency.memory().writers();
-        batch.slots.iter().all(|slot| residency.memory().line(*slot).fill(writers) != Fill::Pending)
-    }
-
-    pub(super) fn complete(&mut self, batch: Batch) {
+    /// Makes the blocks of the oldest batch visible, once all its copies are answered. Returns the
+    /// request that it was of; `None`: it is not answered, or there is none.
+    pub(super) fn complete_next(&mut self, tiers: &mut Tiers, session: &mut Session) -> Option<String> {
+        let batch = self.batches.pop_front_if(|batch| batch.is_answered(&tiers.dram))?;
         let Batch { number, request, slots, copies, lineages, stale } = batch;
-        self.inflight_stores -= slots.len();
+        self.blocks -= slots.len();
         for copy in &copies {
             // The same vLLM block may have been fenced again for a later order.
             if self.fences.get(&copy.block) == Some(copy) {
                 self.fences.remove(&copy.block);
             }
         }
-        let Some(residency) = &mut self.residency else { return };
-        let writers = residency.memory().writers();
-        let (mut filled, mut lost) = (Vec::new(), Vec::new());
-        let mut on_disk = Vec::new();
+        let writers = tiers.dram.memory().writers();
+        let (mut filled, mut filled_lineages) = (Vec::with_capacity(slots.len()), Vec::with_capacity(slots.len()));
         let (mut filled_keys, mut lost_keys) = (Vec::new(), Vec::new());
         for (slot, lineage) in slots.into_iter().zip(lineages) {
-            let key = residency.key(slot);
-            let whole = residency.memory().line(slot).fill(writers) == Fill::Done;
+            let key = tiers.dram.key(slot);
+            let whole = tiers.dram.memory().line(slot).fill(writers) == Fill::Done;
             if whole && !stale {
-                residency.publish(slot, lineage);
-                if let Some(extent) = key.and_then(|key| self.disk.as_ref()?.extents.find(&key)) {
-                    // The disk has the block already.
-                    residency.set_clean(slot, true);
-                    on_disk.push(extent);
-                }
                 filled.push(slot);
+                filled_lineages.push(lineage);
                 filled_keys.extend(key);
             } else {
-                residency.lose(slot);
-                residency.counters.dropped(if stale { DropReason::Reset } else { DropReason::CopyFailed }, 1);
-                lost.push(slot);
+                tiers.dram.lose(slot);
+                tiers.dram.counters.dropped(if stale { DropReason::Reset } else { DropReason::CopyFailed }, 1);
                 lost_keys.extend(key);
             }
         }
-        residency.settle(&filled);
-        if let Some(disk) = &mut self.disk {
-            on_disk.iter().rev().for_each(|extent| disk.extents.touch(*extent));
+        tiers.dram.publish_all(&filled, filled_lineages);
+        let mut on_disk = Vec::new();
+        for slot in &filled {
+            if let Some(extent) = tiers.dram.key(*slot).and_then(|key| tiers.on_disk(&key)) {
+                // The disk has the block already.
+                tiers.dram.set_clean(*slot, true);
+                on_disk.push(extent);
+            }
         }
+        tiers.touch_on_disk(&on_disk);
         if !filled_keys.is_empty() {
-            self.record(|_| trace::line("filled", &[("batch", number.into()), ("keys", names(filled_keys))]));
+            session.log.record(|| trace::line("filled", &[("batch", number.into()), ("keys", names(filled_keys))]));
         }
         if !lost_keys.is_empty() {
-            self.record(|_| trace::line("lost", &[("batch", number.into()), ("keys", names(lost_keys))]));
+            session.log.record(|| trace::line("lost", &[("batch", number.into()), ("keys", names(lost_keys))]));
         }
-        if let Some(known) = self.requests.get_mut(&request) {
+        if let Some(known) = session.requests.get_mut(&request) {
             known.batches = known.batches.saturating_sub(1);
-            self.retire_if_done(&request);
         }
-        if self.batches.is_empty() {
-            self.record_state();
-        }
+        Some(request)
     }
+}
 
-    /// vLLM finished a request of `prompt` and altogether `total` tokens. Its last blocks should
-    /// have been offered before.
-    pub fn finish(&mut self, id: &str, prompt: u32, total: u32) {
-        if let Some(request) = self.requests.get_mut(id) {
-            request.finished = Some((prompt, total));
-            self.retire_if_done(id);
+/// Splits the offered blocks into those the dram tier holds, those that only the disk holds (they
+/// are not copied again: vLLM has them now, and the disk when it has not), and those nobody holds;
+/// blocks that are being filled are none of them.
+fn sort_out(tiers: &Tiers, grouping: &Grouping, request: &Request, offer: &Offer<'_>) -> Sorted {
+    let mut sorted = Sorted::default();
+    let mut found = Vec::new();
+    for (group, blocks) in offer.groups.iter().enumerate().take(grouping.groups.len()) {
+        let step = (grouping.groups[group].block_tokens / grouping.hash_tokens) as usize;
+        let start = grouping.hash_index(group, blocks.first);
+        let end = request.hashes.len().min(start + blocks.blocks.len().saturating_sub(1) * step + 1);
+        if blocks.blocks.is_empty() || start >= end {
+            continue;
         }
-    }
-
-    /// Once nothing of a finished request is under way, its prefix is made to outlive its suffix,
-    /// and what no future hit is likely to need goes first.
-    fn retire_if_done(&mut self, id: &str) {
-        let done = self.requests.get(id).is_some_and(|request| request.finished.is_some() && request.batches == 0);
-        if !done {
-            return;
-        }
-        let Some(request) = self.requests.remove(id) else { return };
-        let (Some(residency), Some((prompt, total))) = (&mut self.residency, request.finished) else { return };
-        let (mut warm, mut cold) = (Vec::new(), Vec::new());
-        let mut found = Vec::new();
-        for (group, spec) in self.grouping.groups.iter().enumerate() {
-            let blocks = total / spec.block_tokens;
-            let step = (spec.block_tokens / self.grouping.hash_tokens) as usize;
-            let start = self.grouping.hash_index(group, 0);
-            let end = request.hashes.len().min(start + (blocks as usize).saturating_sub(1) * step + 1);
-            if blocks == 0 || start >= end {
-                continue;
-            }
-            found.clear();
-            residency.find_all(&request.hashes[start..end], step, GroupIndex(group as u16), &mut found);
-            for (block, held) in found.iter().enumerate() {
-                let Some((slot, true)) = held else { continue };
-                let needed = spec.tail_blocks().is_none_or(|tail| {
-                    // Future prompts most likely continue this one, from the end of its prompt or
-                    // of its answer.
-                    [prompt, total].into_iter().any(|tokens| {
-                        let last = self.grouping.hit_limit(tokens) / spec.block_tokens + u32::from(spec.eagle);
-                        (last.saturating_sub(tail + u32::from(spec.eagle))..last).contains(&(block as u32))
-                    })
-                });
-                if needed { warm.push(*slot) } else { cold.push(*slot) }
+        found.clear();
+        tiers.dram.find_all(&request.hashes[start..end], step, GroupIndex(group as u16), &mut found);
+        for (index, (held, block)) in found.iter().zip(&blocks.blocks).enumerate() {
+            match held {
+                // The null block stands for a block that slid out of its window: its bytes are
+                // not there.
+                _ if *block == 0 => {}
+                Some((slot, true)) => sorted.resident.push(*slot),
+                Some((_, false)) => {}
+                None => {
+                    let at = start + index * step;
+                    let key = BlockKey { hash: request.hashes[at], group: GroupIndex(group as u16) };
+                    if let Some(extent) = tiers.on_disk(&key) {
+                        sorted.on_disk.push(extent);
+                        continue;
+                    }
+                    let parent = at.checked_sub(step).map(|before| request.hashes[before]);
+                    sorted.missing.push(Candidate { key, parent, block: *block, group, index });
+                }
             }
         }
-        let unpinned = |slot: &&SlotIndex| residency.pins(**slot) == 0;
-        let (warm_keys, cold_keys): (Vec<_>, Vec<_>) = (
-            warm.iter().filter(unpinned).filter_map(|slot| residency.key(*slot)).collect(),
-            cold.iter().filter(unpinned).filter_map(|slot| residency.key(*slot)).collect(),
-        );
-        residency.touch(&warm, request.serial);
-        for slot in cold.iter().rev() {
-            residency.cool(*slot);
-        }
-        let fields = [("req", Value::from(id)), ("keys", names(warm_keys)), ("cold", names(cold_keys))];
-        self.record(|_| trace::line("retire", &fields));
-        self.record_state();
     }
+    sorted
+}
+
+/// The operation log's line of a batch.
+fn store_line(
+    dram: &Residency,
+    batch: &Batch,
+    sorted: &Sorted,
+    evicted: Vec<BlockKey>,
+    refused: Option<DropReason>,
+) -> Value {
+    let kept = batch.slots.len();
+    // Pinned blocks are not in the order of eviction and are not moved in it.
+    let touched = sorted.resident.iter().filter(|slot| dram.pins(**slot) == 0).filter_map(|slot| dram.key(*slot));
+    trace::line(
+        "store",
+        &[
+            ("req", Value::from(batch.request.as_str())),
+            ("batch", batch.number.into()),
+            ("touch", names(touched)),
+            ("keys", names(sorted.missing[..kept].iter().map(|candidate| candidate.key))),
+            ("evicted", names(evicted)),
+            ("dropped", names(sorted.missing[kept..].iter().map(|candidate| candidate.key))),
+            ("reason", refused.map_or("", DropReason::name).into()),
+        ],
+    )
 }
 
 fn tokens_of(offer: &Offer<'_>, candidate: &Candidate, block_tokens: u32) -> Box<[u32]> {

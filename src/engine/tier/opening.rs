@@ -3,13 +3,12 @@
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::disk_tier::DiskSettings;
+use super::disk_tier::{DiskParts, DiskSettings};
 use super::engine::TierEngine;
 use super::mover::{Mover, ToMover};
 use crate::config::{Config, NvmeConfig};
 use crate::nvme::buffer::Region;
-use crate::nvme::disk::{Completions, Description, Disk};
-use crate::nvme::snapshot::Entry;
+use crate::nvme::disk::{Completions, Description};
 use crate::nvme::store::{Opened, Recovery, Store, Wish};
 use crate::nvme::{probe, recovery, space};
 use crate::pool::Pool;
@@ -96,6 +95,7 @@ pub fn open_disk(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Option<(Option<Mover>, DiskReport)>> {
     let Some(dir) = &config.nvme.dir else { return Ok(None) };
+    // Where the pool could not be had there is nothing that a disk could lie below.
     let Some(pool) = lock(engine).pool().cloned() else { return Ok(None) };
     match opened(engine, config, (dir, &pool), identity, engines, progress) {
         Err(refused @ (Error::TryLater { .. } | Error::Io { .. })) => Ok(Some((None, DiskReport::none(dir, &refused)))),
@@ -161,7 +161,8 @@ fn opened(
         removed,
         warnings,
     };
-    install(engine, store, disk, jobs, &entries, next_sequence, nvme);
+    let parts = DiskParts { store, disk, jobs, found: &entries, next_sequence };
+    lock(engine).open_disk(parts, settings_of(nvme));
     let mover = Mover::start(engine, inbox).ok_or_else(|| Error::DeviceDead {
         device: "the nvme tier's mover".to_owned(),
         problem: "no thread could be started".to_owned(),
@@ -170,23 +171,14 @@ fn opened(
     Ok((Some(mover), report))
 }
 
-fn install(
-    engine: &Arc<Mutex<TierEngine>>,
-    store: Store,
-    disk: Arc<dyn Disk>,
-    jobs: crossbeam_channel::Sender<super::disk_tier::Job>,
-    entries: &[Entry],
-    next_sequence: u64,
-    nvme: &NvmeConfig,
-) {
-    let settings = DiskSettings {
+fn settings_of(nvme: &NvmeConfig) -> DiskSettings {
+    DiskSettings {
         write_through: nvme.write_through,
         clean_percent: nvme.clean_percent,
         load_policy: nvme.load_policy,
         admission: nvme.admission,
         retention_s: nvme.retention_s,
-    };
-    lock(engine).open_disk(store, disk, jobs, entries, next_sequence, settings);
+    }
 }
 
 fn scan(

@@ -2,8 +2,10 @@
 
 use std::time::Instant;
 
+use hashbrown::HashMap;
+
 use crate::config::Controls;
-use kvcellar_block::{AdapterId, BlockHash, BlockKey, GroupIndex, Grouping, SlotIndex};
+use kvcellar_block::{AdapterId, BlockHash, BlockKey, GroupIndex, Grouping};
 
 /// One request, from its arrival until its last offload is done.
 #[derive(Debug)]
@@ -35,8 +37,17 @@ pub struct Request {
     pub waiting_since: Option<Instant>,
     /// Offload batches under way.
     pub batches: u32,
-    /// vLLM finished it, at this number of prompt and of all tokens.
-    pub finished: Option<(u32, u32)>,
+    /// vLLM finished it.
+    pub finished: Option<Finished>,
+}
+
+/// The length of a request that vLLM finished.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Finished {
+    /// Tokens of its prompt.
+    pub prompt: u32,
+    /// Tokens of prompt and answer.
+    pub total: u32,
 }
 
 impl Request {
@@ -84,17 +95,54 @@ impl Request {
     }
 }
 
-/// A running load and the blocks it holds.
+/// vLLM's requests, by its ids.
 #[derive(Debug)]
-pub struct Lease {
-    /// Tokens vLLM held when it began.
-    pub local: u32,
-    /// Every held slot, with the first token of its block.
-    pub held: Vec<(SlotIndex, u32)>,
-    /// A block was gone when it was planned.
-    pub doomed: bool,
-    /// The first token of the first block that could not be restored.
-    pub lost_at: Option<u32>,
-    /// Loads blocks from disk.
-    pub restores: bool,
+pub struct Requests {
+    grouping: Grouping,
+    by_id: HashMap<String, Request>,
+    last_serial: u32,
+}
+
+impl Requests {
+    /// No requests yet, of a model with these groups.
+    pub fn new(grouping: Grouping) -> Self {
+        Self { grouping, by_id: HashMap::new(), last_serial: 0 }
+    }
+
+    /// The groups of the model.
+    pub fn grouping(&self) -> &Grouping {
+        &self.grouping
+    }
+
+    /// A request arrived. `lora`: name of its adapter, empty for none; `adapter`: what that
+    /// consists of.
+    pub fn add(&mut self, id: &str, controls: Controls, lora: &str, adapter: Option<AdapterId>) {
+        // 0 is nobody's: slots that no request has used carry it.
+        self.last_serial = self.last_serial.wrapping_add(1).max(1);
+        self.by_id.insert(id.to_owned(), Request::new(self.last_serial, controls, lora.into(), adapter));
+    }
+
+    /// A request; `None` for one that was left out, or that has ended.
+    pub fn get(&self, id: &str) -> Option<&Request> {
+        self.by_id.get(id)
+    }
+
+    /// As [`Self::get`], to change it.
+    pub fn get_mut(&mut self, id: &str) -> Option<&mut Request> {
+        self.by_id.get_mut(id)
+    }
+
+    /// A reset came: blocks that the requests computed so far are not kept.
+    pub fn taint_all(&mut self) {
+        for request in self.by_id.values_mut() {
+            request.tainted = true;
+        }
+    }
+
+    /// Takes out a request that vLLM has finished, once none of its offloads is under way.
+    pub fn take_finished(&mut self, id: &str) -> Option<(Request, Finished)> {
+        let request = self.by_id.get(id)?;
+        let finished = request.finished.filter(|_| request.batches == 0)?;
+        self.by_id.remove(id).map(|request| (request, finished))
+    }
 }

@@ -1,10 +1,8 @@
 //! Which block is in the dram tier, in which state: the one place that changes it.
 //!
-//! Legal private states of a slot: `Empty -> Filling -> Filled -> Empty`, `Filling -> Empty`
-//! (lost), and `Filled -> Doomed -> Empty` or `Filling -> Doomed -> Empty` (dropped or lost while
-//! held: no lookup finds it any more, and it is freed with its last hold). Every change goes
-//! through `Residency::transition`, which also appends the event; nothing else may. A slot is in
-//! the policy exactly while it is `Filled` and unpinned.
+//! States and what follows from what are `super::slot_state`'s. Every change goes through
+//! `Residency::transition`, which also keeps the counts and the free list and appends the event;
+//! nothing else may. A slot is in the policy exactly while it is filled and unpinned.
 //!
 //! Beside a disk a filled slot is *clean* while the disk holds the same block, else *dirty*; dirty
 //! slots that may be evicted stand in a second order, so that the coldest of them is found at once.
@@ -12,45 +10,46 @@
 
 use std::sync::Arc;
 
-use super::table::{BlockTable, Record};
+use super::dirty::DirtyOrder;
+use super::slot_state::{Origin, SlotChange, SlotState};
+use super::table::{Record, Table};
 use crate::event_log::EventLog;
 use crate::metrics::{Counters, DropReason};
-use crate::policy::{Eviction, Heat, Lru};
+use crate::policy::{Eviction, Heat};
 use crate::pool::memory::SlotMemory;
+use crate::{invariant, violated};
 use kvcellar_block::descriptor::Lineage;
 use kvcellar_block::{BlockHash, BlockKey, Generation, GroupIndex, SlotIndex, Tier};
 
-const EMPTY: u8 = 0;
-const FILLING: u8 = 1;
-const FILLED: u8 = 2;
-const DOOMED: u8 = 3;
+/// What the tier keeps of a slot, beside the key of its block.
+#[derive(Debug, Clone, Copy, Default)]
+struct SlotFacts {
+    generation: u32,
+    /// Serial of the request that used the slot last.
+    toucher: u32,
+    /// The tier's clock when it was used last.
+    used: u32,
+    state: SlotState,
+    /// The slot's bytes are being written to disk: the kernel reads them.
+    writing: bool,
+    /// More than one request used the block.
+    reused: bool,
+}
 
-/// The slot was adopted and its bytes were not compared with their checksum yet.
-const UNVERIFIED: u8 = 1;
-/// The disk holds the same block.
-const CLEAN: u8 = 2;
-/// The slot's bytes are being written to disk: the kernel reads them.
-const WRITING: u8 = 4;
-/// The slot is being filled from disk; requests may hold it already.
-const RESTORING: u8 = 8;
-/// More than one request used the block.
-const REUSED: u8 = 16;
+impl Record<SlotFacts> {
+    /// Lookups find the block.
+    fn is_visible(&self) -> bool {
+        matches!(self.facts.state, SlotState::Filled { .. })
+    }
 
-/// A change of a slot's state.
-#[derive(Debug)]
-enum Transition {
-    /// Empty -> Filling, under a key.
-    Reserve(BlockKey),
-    /// Filling -> Filled.
-    Publish(Lineage),
-    /// Filling -> Empty.
-    Lose,
-    /// Filled -> Empty, or -> Doomed when pinned.
-    Remove,
-    /// Doomed -> Empty.
-    Free,
-    /// Filling -> Filled, from disk.
-    Restored(Lineage),
+    fn is_clean(&self) -> bool {
+        matches!(self.facts.state, SlotState::Filled { clean: true, .. })
+    }
+
+    /// The slot must not be given away.
+    fn is_held(&self) -> bool {
+        self.pins > 0 || self.facts.writing
+    }
 }
 
 /// A slot that was taken for a new block.
@@ -92,17 +91,31 @@ pub struct Census {
     pub writing: u64,
 }
 
+impl Census {
+    /// The count of slots in this state.
+    fn count_of(&mut self, state: SlotState) -> &mut u64 {
+        match state {
+            SlotState::Empty => &mut self.free,
+            SlotState::Filling { .. } => &mut self.filling,
+            SlotState::Filled { .. } | SlotState::Doomed => &mut self.filled,
+        }
+    }
+
+    fn recount(&mut self, before: SlotState, after: SlotState) {
+        *self.count_of(before) -= 1;
+        *self.count_of(after) += 1;
+        let clean = |state: SlotState| u64::from(matches!(state, SlotState::Filled { clean: true, .. }));
+        self.clean = self.clean + clean(after) - clean(before);
+    }
+}
+
 /// The dram tier's contents.
 pub struct Residency {
     memory: Arc<dyn SlotMemory>,
-    table: BlockTable,
-    policy: Box<dyn Eviction>,
-    /// Dirty slots that may be evicted; `None` without a disk.
-    dirty: Option<Lru>,
-    /// Counts uses: how many there were since a block's last one bounds how far it is from the hot
-    /// end of the order.
-    clock: u32,
-    free: Vec<u32>,
+    table: Table<SlotIndex, SlotFacts>,
+    policy: Box<dyn Eviction<SlotIndex>>,
+    dirty: DirtyOrder,
+    free: Vec<SlotIndex>,
     census: Census,
     /// Events of every transition.
     pub events: EventLog,
@@ -112,15 +125,14 @@ pub struct Residency {
 
 impl Residency {
     /// An empty tier over `memory`. The slots' lines must be empty, or be adopted next.
-    pub fn new(memory: Arc<dyn SlotMemory>, policy: Box<dyn Eviction>, events: EventLog) -> Self {
+    pub fn new(memory: Arc<dyn SlotMemory>, policy: Box<dyn Eviction<SlotIndex>>, events: EventLog) -> Self {
         let slots = memory.slot_count();
         Self {
-            table: BlockTable::new(slots),
+            table: Table::new(slots),
             policy,
-            dirty: None,
-            clock: 0,
+            dirty: DirtyOrder::new(slots),
             // Taken from the end: low slots first.
-            free: (0..slots).rev().collect(),
+            free: (0..slots).rev().map(SlotIndex).collect(),
             census: Census { free: u64::from(slots), ..Census::default() },
             events,
             counters: Counters::default(),
@@ -138,99 +150,69 @@ impl Residency {
         self.census
     }
 
-    fn transition(&mut self, slot: SlotIndex, change: Transition) {
-        let state = self.table.record(slot).state;
-        match (state, change) {
-            (EMPTY, Transition::Reserve(key)) => {
-                let generation = self.memory.line(slot).begin_fill(self.memory.cache_generation());
-                self.table.insert(slot, &key);
-                let record = self.table.record_mut(slot);
-                (record.state, record.generation, record.flags) = (FILLING, generation.0, 0);
-                self.census.free -= 1;
-                self.census.filling += 1;
+    /// Changes a slot's state, and what depends on it. Returns whether that can be.
+    fn transition(&mut self, slot: SlotIndex, change: SlotChange) -> bool {
+        let before = self.table.record(slot).facts.state;
+        let after = match before.apply(change) {
+            Ok(after) => after,
+            Err(refused) => {
+                violated!("{slot:?}: {refused}");
+                return false;
             }
-            (FILLING, Transition::Publish(lineage)) => {
-                self.memory.line(slot).publish();
-                self.table.record_mut(slot).state = FILLED;
-                self.census.filling -= 1;
-                self.census.filled += 1;
-                self.counters.stored_blocks += 1;
-                if let Some(key) = self.table.record(slot).key() {
-                    self.events.stored(Tier::Dram, key, lineage);
-                }
-            }
-            (FILLING, Transition::Restored(lineage)) => {
-                let record = self.table.record_mut(slot);
-                (record.state, record.flags) = (FILLED, CLEAN);
-                self.census.filling -= 1;
-                self.census.filled += 1;
-                self.census.clean += 1;
-                self.counters.restored_blocks += 1;
-                if let Some(key) = self.table.record(slot).key() {
-                    self.events.stored(Tier::Dram, key, lineage);
-                }
-            }
-            (FILLING, Transition::Lose) => {
-                self.table.remove(slot);
-                self.census.filling -= 1;
-                if self.table.record(slot).pins > 0 {
-                    self.table.record_mut(slot).state = DOOMED;
-                    self.census.filled += 1;
-                } else {
-                    self.empty(slot);
-                }
-            }
-            (FILLED, Transition::Remove) => {
-                if let Some(key) = self.table.record(slot).key() {
-                    self.events.removed(Tier::Dram, key);
-                }
-                self.table.remove(slot);
-                self.leave(slot);
-                self.set_clean(slot, false);
-                if self.is_held(slot) {
-                    self.table.record_mut(slot).state = DOOMED;
-                } else {
-                    self.empty(slot);
-                    self.census.filled -= 1;
-                }
-            }
-            (DOOMED, Transition::Free) => {
-                self.empty(slot);
-                self.census.filled -= 1;
-            }
-            (state, change) => debug_assert!(false, "slot {slot:?} in state {state} cannot take {change:?}"),
+        };
+        if matches!(after, SlotState::Empty | SlotState::Doomed) && before != SlotState::Doomed {
+            self.forget_block(slot, before);
         }
+        self.table.record_mut(slot).facts.state = after;
+        self.census.recount(before, after);
+        if after == SlotState::Empty {
+            // Empty in shared memory first: a crash from here on must not find the old block in a
+            // slot that is handed out again.
+            self.memory.line(slot).clear();
+            self.free.push(slot);
+        }
+        true
     }
 
-    fn empty(&mut self, slot: SlotIndex) {
-        // Empty in shared memory first: a crash from here on must not find the old block in a slot
-        // that is handed out again.
-        self.memory.line(slot).clear();
-        self.table.record_mut(slot).state = EMPTY;
-        self.free.push(slot.0);
-        self.census.free += 1;
+    /// The slot's block is gone from the tier.
+    fn forget_block(&mut self, slot: SlotIndex, before: SlotState) {
+        if matches!(before, SlotState::Filled { .. }) {
+            if let Some(key) = self.key(slot) {
+                self.events.removed(Tier::Dram, key);
+            }
+            self.leave(slot);
+        }
+        self.table.remove(slot);
     }
 
-    /// Whether this record is a block that lookups may find.
-    fn visible(record: &Record) -> bool {
-        record.state == FILLED
+    /// Makes the block of a slot visible, by this change.
+    fn show_block(&mut self, slot: SlotIndex, change: SlotChange, lineage: Lineage) -> bool {
+        if !self.transition(slot, change) {
+            return false;
+        }
+        let Some(key) = self.key(slot) else {
+            violated!("{slot:?} is filled but has no key");
+            return false;
+        };
+        self.events.stored(Tier::Dram, key, lineage);
+        true
     }
 
     /// The slot of a visible block.
     pub fn find(&self, key: &BlockKey) -> Option<SlotIndex> {
-        self.table.find(key).filter(|slot| Self::visible(self.table.record(*slot)))
+        self.table.find(key).filter(|slot| self.table.record(*slot).is_visible())
     }
 
     /// The slot that holds a block or is being filled with it.
     pub fn find_any(&self, key: &BlockKey) -> Option<(SlotIndex, bool)> {
-        self.table.find(key).map(|slot| (slot, Self::visible(self.table.record(slot))))
+        self.table.find(key).map(|slot| (slot, self.table.record(slot).is_visible()))
     }
 
     /// Number of consecutive visible blocks: every `step`-th hash, starting with the first.
     pub fn visible_run(&self, hashes: &[BlockHash], step: usize, group: GroupIndex) -> usize {
         let mut run = 0;
         self.table.find_run(hashes, step, group, |found| {
-            let visible = found.is_some_and(|slot| Self::visible(self.table.record(slot)));
+            let visible = found.is_some_and(|slot| self.table.record(slot).is_visible());
             run += usize::from(visible);
             visible
         });
@@ -247,7 +229,7 @@ impl Residency {
         found: &mut Vec<Option<(SlotIndex, bool)>>,
     ) {
         self.table.find_run(hashes, step, group, |slot| {
-            found.push(slot.map(|slot| (slot, Self::visible(self.table.record(slot)))));
+            found.push(slot.map(|slot| (slot, self.table.record(slot).is_visible())));
             true
         });
     }
@@ -258,12 +240,24 @@ impl Residency {
     /// The reason why there is none: [`DropReason::NoSlot`], or [`DropReason::OwnPrefix`] when the
     /// victim was last used by the very request (`toucher`) that asks.
     pub fn reserve(&mut self, key: &BlockKey, toucher: u32) -> std::result::Result<Reserved, DropReason> {
+        self.reserve_for(key, toucher, Origin::Offload)
+    }
+
+    fn reserve_for(
+        &mut self,
+        key: &BlockKey,
+        toucher: u32,
+        origin: Origin,
+    ) -> std::result::Result<Reserved, DropReason> {
         let evicted = if self.free.is_empty() { Some(self.evict(toucher)?) } else { None };
-        let slot = SlotIndex(self.free.pop().ok_or(DropReason::NoSlot)?);
-        self.transition(slot, Transition::Reserve(*key));
-        let record = self.table.record_mut(slot);
-        record.toucher = toucher;
-        let generation = Generation(record.generation);
+        let slot = self.free.pop().ok_or(DropReason::NoSlot)?;
+        if !self.transition(slot, SlotChange::Reserve { origin }) {
+            return Err(DropReason::NoSlot);
+        }
+        let generation = self.memory.line(slot).begin_fill(self.memory.cache_generation());
+        self.table.insert(slot, key);
+        let facts = &mut self.table.record_mut(slot).facts;
+        (facts.generation, facts.toucher, facts.reused) = (generation.0, toucher, false);
         self.memory.prefetch(slot);
         Ok(Reserved { slot, generation, evicted })
     }
@@ -271,18 +265,23 @@ impl Residency {
     /// Empties the slot that the policy chooses. Returns the key of the block that is gone.
     fn evict(&mut self, toucher: u32) -> std::result::Result<BlockKey, DropReason> {
         let table = &self.table;
-        let may = |slot: SlotIndex| table.record(slot).flags & WRITING == 0;
+        let may = |slot: SlotIndex| !table.record(slot).facts.writing;
         let victim = self.policy.victim(&may).ok_or(DropReason::NoSlot)?;
         let record = self.table.record(victim);
         // A clean block of the same prefix stays on disk: it may make room for what follows it.
-        if record.toucher == toucher && record.flags & CLEAN == 0 {
+        if record.facts.toucher == toucher && !record.is_clean() {
             return Err(DropReason::OwnPrefix);
         }
-        let evicted = record.key().ok_or(DropReason::NoSlot)?;
-        if self.dirty.is_some() && record.flags & CLEAN == 0 {
+        let (evicted, clean) = (record.key(), record.is_clean());
+        let Some(evicted) = evicted.filter(|_| self.transition(victim, SlotChange::Remove { held: false })) else {
+            violated!("{victim:?} was to be evicted but holds no block");
+            // Not to be chosen again.
+            self.leave(victim);
+            return Err(DropReason::NoSlot);
+        };
+        if self.dirty.is_tracking() && !clean {
             self.counters.dropped(DropReason::Unspilled, 1);
         }
-        self.transition(victim, Transition::Remove);
         self.counters.evicted_blocks += 1;
         if let Some(next) = self.policy.victim(&|_| true) {
             // The next victim is known now: fetch its record while this one is being filled.
@@ -307,40 +306,43 @@ impl Residency {
         evicted
     }
 
-    /// A block's bytes are all there: lookups find it from now on. It may be evicted after
-    /// [`Self::settle`].
-    pub fn publish(&mut self, slot: SlotIndex, lineage: Lineage) {
-        self.transition(slot, Transition::Publish(lineage));
-    }
-
-    /// Published blocks enter the order of eviction, the first of them as the last to go.
-    pub fn settle(&mut self, slots: &[SlotIndex]) {
+    /// The bytes of these blocks are all there: lookups find them from now on. They enter the order
+    /// of eviction, the first of them as the last to go.
+    pub fn publish_all(&mut self, slots: &[SlotIndex], lineages: impl IntoIterator<Item = Lineage>) {
+        for (slot, lineage) in slots.iter().zip(lineages) {
+            if self.show_block(*slot, SlotChange::Fill, lineage) {
+                self.memory.line(*slot).publish();
+                self.counters.stored_blocks += 1;
+            }
+        }
         for slot in slots.iter().rev() {
-            // A lookup cannot have pinned it in between: both happen under the engine's lock.
-            self.enter(*slot, Heat::Hot);
+            if self.table.record(*slot).is_visible() {
+                self.enter(*slot, Heat::Hot);
+            }
         }
     }
 
     /// A block's bytes did not all arrive.
     pub fn lose(&mut self, slot: SlotIndex) {
-        self.transition(slot, Transition::Lose);
+        self.transition(slot, SlotChange::Lose { held: self.table.record(slot).is_held() });
     }
 
     /// Drops a visible block. Pinned, it stays where it is until its last pin goes, but no lookup
     /// finds it.
     pub fn drop_block(&mut self, slot: SlotIndex, reason: DropReason) {
-        if !Self::visible(self.table.record(slot)) {
-            return;
+        if self.transition(slot, SlotChange::Remove { held: self.table.record(slot).is_held() }) {
+            self.counters.dropped(reason, 1);
         }
-        self.transition(slot, Transition::Remove);
-        self.counters.dropped(reason, 1);
     }
 
     /// Holds a visible block.
     pub fn pin(&mut self, slot: SlotIndex, toucher: u32) {
+        let can_be_held = self.table.record(slot).is_visible() || self.is_restoring(slot);
+        if !invariant!(can_be_held, "{slot:?} is to be held but holds no block") {
+            return;
+        }
         self.used_by(slot, toucher);
         let record = self.table.record_mut(slot);
-        debug_assert!(record.state == FILLED || record.flags & RESTORING != 0);
         record.pins += 1;
         let first = record.pins == 1;
         self.census.pins += 1;
@@ -352,15 +354,16 @@ impl Residency {
     /// Lets go of a held block.
     pub fn unpin(&mut self, slot: SlotIndex) {
         let record = self.table.record_mut(slot);
-        debug_assert!(record.pins > 0, "unpin without pin");
-        record.pins = record.pins.saturating_sub(1);
-        let (last, state) = (record.pins == 0, record.state);
-        self.census.pins -= 1;
-        match state {
-            FILLED if last => self.enter(slot, Heat::Hot),
-            DOOMED if !self.is_held(slot) => self.transition(slot, Transition::Free),
-            _ => {}
+        if !invariant!(record.pins > 0, "{slot:?} is let go but nobody holds it") {
+            return;
         }
+        record.pins -= 1;
+        let record = *record;
+        self.census.pins -= 1;
+        if record.is_visible() && record.pins == 0 {
+            self.enter(slot, Heat::Hot);
+        }
+        self.free_if_doomed(slot);
     }
 
     /// Holds on a block.
@@ -374,12 +377,9 @@ impl Residency {
         for slot in slots.iter().rev() {
             if self.table.record(*slot).pins == 0 {
                 self.used_by(*slot, toucher);
-                self.clock = self.clock.wrapping_add(1);
-                self.table.record_mut(*slot).used = self.clock;
+                self.table.record_mut(*slot).facts.used = self.dirty.stamp(Heat::Hot);
                 self.policy.touch(*slot);
-                if let Some(dirty) = self.dirty.as_mut().filter(|dirty| dirty.holds(*slot)) {
-                    dirty.touch(*slot);
-                }
+                self.dirty.touch(*slot);
             }
         }
     }
@@ -387,7 +387,7 @@ impl Residency {
     /// No future hit is likely to need this block: it goes first.
     pub fn cool(&mut self, slot: SlotIndex) {
         let record = self.table.record(slot);
-        if record.state == FILLED && record.pins == 0 {
+        if record.is_visible() && record.pins == 0 {
             self.leave(slot);
             self.enter(slot, Heat::Cold);
         }
@@ -395,123 +395,115 @@ impl Residency {
 
     /// Takes a slot over as an earlier engine left it.
     pub fn adopt(&mut self, slot: SlotIndex, key: &BlockKey, generation: Generation, lineage: Lineage) {
-        // The line is filled already: it goes through the same states without a new generation.
         self.table.insert(slot, key);
-        let record = self.table.record_mut(slot);
-        (record.state, record.generation, record.flags) = (FILLING, generation.0, UNVERIFIED);
-        self.census.free -= 1;
-        self.census.filling += 1;
-        self.transition(slot, Transition::Publish(lineage));
-        self.counters.stored_blocks -= 1;
-        self.counters.adopted_blocks += 1;
-        self.enter(slot, Heat::Hot);
+        self.table.record_mut(slot).facts.generation = generation.0;
+        // The line is filled already.
+        if self.show_block(slot, SlotChange::Adopt, lineage) {
+            self.counters.adopted_blocks += 1;
+            self.enter(slot, Heat::Hot);
+        }
     }
 
     /// After adoption: the slots that hold nothing, and nothing else, are free.
     pub fn recount_free(&mut self) {
-        let empty = |slot: &u32| self.table.record(SlotIndex(*slot)).state == EMPTY;
-        self.free = (0..self.table.slots()).rev().filter(empty).collect();
+        let empty = |slot: &SlotIndex| self.table.record(*slot).facts.state == SlotState::Empty;
+        self.free = (0..self.table.places()).rev().map(SlotIndex).filter(empty).collect();
         self.census.free = self.free.len() as u64;
     }
 
     fn used_by(&mut self, slot: SlotIndex, toucher: u32) {
-        let record = self.table.record_mut(slot);
-        if record.toucher != toucher {
-            record.toucher = toucher;
-            record.flags |= REUSED;
+        let facts = &mut self.table.record_mut(slot).facts;
+        if facts.toucher != toucher {
+            facts.toucher = toucher;
+            facts.reused = true;
         }
     }
 
-    fn is_held(&self, slot: SlotIndex) -> bool {
+    /// A doomed slot is empty once nobody holds it.
+    fn free_if_doomed(&mut self, slot: SlotIndex) {
         let record = self.table.record(slot);
-        record.pins > 0 || record.flags & WRITING != 0
+        if record.facts.state == SlotState::Doomed && !record.is_held() {
+            self.transition(slot, SlotChange::Free);
+        }
     }
 
     fn enter(&mut self, slot: SlotIndex, heat: Heat) {
-        self.clock = self.clock.wrapping_add(1);
-        let age = if heat == Heat::Hot { 0 } else { self.table.slots() };
-        self.table.record_mut(slot).used = self.clock.wrapping_sub(age);
+        let record = self.table.record_mut(slot);
+        record.facts.used = self.dirty.stamp(heat);
+        let spillable = !record.is_clean() && !record.facts.writing;
         self.policy.insert(slot, heat);
-        let spillable = self.table.record(slot).flags & (CLEAN | WRITING) == 0;
-        if let Some(dirty) = self.dirty.as_mut().filter(|_| spillable) {
-            dirty.insert(slot, heat);
+        if spillable {
+            self.dirty.insert(slot, heat);
         }
     }
 
     fn leave(&mut self, slot: SlotIndex) {
         self.policy.remove(slot);
-        if let Some(dirty) = &mut self.dirty {
-            dirty.remove(slot);
-        }
+        self.dirty.remove(slot);
     }
 
     /// From now on there is a disk: dirty slots are told from clean ones.
     pub fn track_dirty(&mut self) {
-        let mut dirty = Lru::new(self.table.slots());
-        for slot in self.policy.order() {
-            dirty.insert(slot, Heat::Hot);
-        }
-        self.dirty = Some(dirty);
+        self.dirty.track(self.policy.order());
     }
 
-    /// The disk holds the block of this slot too, or does so no longer.
+    /// The disk holds the visible block of this slot too, or does so no longer.
     pub fn set_clean(&mut self, slot: SlotIndex, clean: bool) {
-        let in_order = self.policy.holds(slot);
-        let record = self.table.record_mut(slot);
-        if (record.flags & CLEAN != 0) == clean {
+        let record = self.table.record(slot);
+        let (was_clean, writing) = (record.is_clean(), record.facts.writing);
+        if !self.transition(slot, SlotChange::SetClean(clean)) {
+            // Not to be offered to the cleaner again.
+            self.dirty.remove(slot);
             return;
         }
-        record.flags ^= CLEAN;
-        let writing = record.flags & WRITING != 0;
-        self.census.clean = if clean { self.census.clean + 1 } else { self.census.clean - 1 };
-        let Some(dirty) = &mut self.dirty else { return };
+        if was_clean == clean {
+            return;
+        }
         if clean {
-            dirty.remove(slot);
-        } else if in_order && !writing {
-            dirty.insert(slot, Heat::Cold);
+            self.dirty.remove(slot);
+        } else if self.policy.holds(slot) && !writing {
+            self.dirty.insert(slot, Heat::Cold);
         }
     }
 
     /// The coldest dirty block that may be evicted.
     pub fn coldest_dirty(&self) -> Option<Dirty> {
-        let slot = self.dirty.as_ref()?.victim(&|_| true)?;
-        let record = self.table.record(slot);
-        Some(Dirty { slot, reused: record.flags & REUSED != 0, uses_since: self.clock.wrapping_sub(record.used) })
+        let slot = self.dirty.coldest()?;
+        let SlotFacts { reused, used, .. } = self.table.record(slot).facts;
+        Some(Dirty { slot, reused, uses_since: self.dirty.uses_since(used) })
     }
 
     /// A dirty block will not be written: it is no longer offered for that. It is as dirty as
     /// before, and dropped when evicted.
     pub fn pass_over(&mut self, slot: SlotIndex) {
-        if let Some(dirty) = &mut self.dirty {
-            dirty.remove(slot);
-        }
+        self.dirty.remove(slot);
     }
 
     /// A visible block is being written to disk: until [`Self::end_write`] its slot is not given
     /// away.
     pub fn begin_write(&mut self, slot: SlotIndex) {
-        self.table.record_mut(slot).flags |= WRITING;
+        self.table.record_mut(slot).facts.writing = true;
         self.pass_over(slot);
         self.census.writing += 1;
     }
 
     /// The write has ended. Returns whether the slot still holds that block, visibly.
     pub fn end_write(&mut self, slot: SlotIndex, written: bool) -> bool {
-        self.table.record_mut(slot).flags &= !WRITING;
-        self.census.writing -= 1;
-        match self.table.record(slot).state {
-            FILLED => {
-                // A block that could not be written is not tried again before it is used again: it
-                // is dropped when evicted.
-                self.set_clean(slot, written);
-                true
-            }
-            DOOMED if !self.is_held(slot) => {
-                self.transition(slot, Transition::Free);
-                false
-            }
-            _ => false,
+        let record = self.table.record_mut(slot);
+        if !invariant!(record.facts.writing, "a write of {slot:?} ended that nobody began") {
+            return false;
         }
+        record.facts.writing = false;
+        let visible = record.is_visible();
+        self.census.writing -= 1;
+        if visible {
+            // A block that could not be written is not tried again before it is used again: it is
+            // dropped when evicted.
+            self.set_clean(slot, written);
+        } else {
+            self.free_if_doomed(slot);
+        }
+        visible
     }
 
     /// As [`Self::reserve`], for a block that comes from disk: requests may hold the slot at once.
@@ -519,15 +511,12 @@ impl Residency {
     /// # Errors
     /// As [`Self::reserve`].
     pub fn reserve_restore(&mut self, key: &BlockKey, toucher: u32) -> std::result::Result<Reserved, DropReason> {
-        let reserved = self.reserve(key, toucher)?;
-        self.table.record_mut(reserved.slot).flags |= RESTORING;
-        Ok(reserved)
+        self.reserve_for(key, toucher, Origin::Disk)
     }
 
     /// Whether the slot is being filled from disk.
     pub fn is_restoring(&self, slot: SlotIndex) -> bool {
-        let record = self.table.record(slot);
-        record.state == FILLING && record.flags & RESTORING != 0
+        self.table.record(slot).facts.state == SlotState::Filling { origin: Origin::Disk }
     }
 
     /// A restore has ended. The slot's followers are to be woken by the caller.
@@ -537,12 +526,16 @@ impl Residency {
         let ok = restored.is_some();
         match restored {
             Some(lineage) => {
-                self.transition(slot, Transition::Restored(lineage));
-                if self.table.record(slot).pins == 0 {
-                    self.enter(slot, Heat::Hot);
+                if self.show_block(slot, SlotChange::Fill, lineage) {
+                    self.counters.restored_blocks += 1;
+                    let record = self.table.record_mut(slot);
+                    record.facts.reused = false;
+                    if record.pins == 0 {
+                        self.enter(slot, Heat::Hot);
+                    }
                 }
             }
-            None => self.transition(slot, Transition::Lose),
+            None => self.lose(slot),
         }
         memory.line(slot).end_restore(generation, ok);
     }
@@ -550,29 +543,31 @@ impl Residency {
     /// A restore that was given up before (its followers know) has ended at last: the slot's bytes
     /// are the device's no longer.
     pub fn end_abandoned(&mut self, slot: SlotIndex) {
-        self.transition(slot, Transition::Lose);
+        self.lose(slot);
     }
 
     /// Takes up to `count` free slots out of the tier for good, for the restore window.
     pub fn set_aside(&mut self, count: u32) -> Vec<SlotIndex> {
-        let taken: Vec<SlotIndex> = (0..count).map_while(|_| self.free.pop()).map(SlotIndex).collect();
+        let taken: Vec<SlotIndex> = (0..count).map_while(|_| self.free.pop()).collect();
         self.census.free -= taken.len() as u64;
         taken
     }
 
     /// Whether loads of this slot must compare its checksum first.
     pub fn unverified(&self, slot: SlotIndex) -> bool {
-        self.table.record(slot).flags & UNVERIFIED != 0
+        matches!(self.table.record(slot).facts.state, SlotState::Filled { verified: false, .. })
     }
 
     /// The slot's bytes were compared and are good.
     pub fn verified(&mut self, slot: SlotIndex) {
-        self.table.record_mut(slot).flags &= !UNVERIFIED;
+        if self.unverified(slot) {
+            self.transition(slot, SlotChange::Verify);
+        }
     }
 
     /// The slot's generation.
     pub fn generation(&self, slot: SlotIndex) -> Generation {
-        Generation(self.table.record(slot).generation)
+        Generation(self.table.record(slot).facts.generation)
     }
 
     /// The key of what a slot holds.
@@ -583,13 +578,13 @@ impl Residency {
     /// Blocks that may be evicted, the next one first, each with the serial of the request that
     /// used it last. For inspection.
     pub fn eviction_order(&self) -> Vec<(BlockKey, u32)> {
-        let described = |slot: SlotIndex| self.key(slot).map(|key| (key, self.table.record(slot).toucher));
+        let described = |slot: SlotIndex| self.key(slot).map(|key| (key, self.table.record(slot).facts.toucher));
         self.policy.order().into_iter().filter_map(described).collect()
     }
 
     /// All visible blocks.
     pub fn visible_slots(&self) -> Vec<SlotIndex> {
-        let slots = (0..self.table.slots()).map(SlotIndex);
-        slots.filter(|slot| Self::visible(self.table.record(*slot))).collect()
+        let slots = (0..self.table.places()).map(SlotIndex);
+        slots.filter(|slot| self.table.record(*slot).is_visible()).collect()
     }
 }

@@ -5,302 +5,237 @@
 //! evict next, but never one of its own prefix. A block that gets none streams through the
 //! [`super::window`].
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use hashbrown::HashMap;
 
-use super::disk_tier::{DescriptorRead, Job, Moved, Read, ReadPart, Trouble};
-use super::engine::TierEngine;
-use super::trace::{self, names};
-use crate::limits;
+use super::jobs::Job;
+use super::medium::Medium;
+use super::residency::Residency;
+use super::trace::{self, OperationLog, names};
+use super::transfer::{self, Read, ReadPart, Trouble};
+use super::window::Window;
 use crate::metrics::DropReason;
+use crate::{invariant, limits, violated};
 use kvcellar_block::descriptor::Lineage;
 use kvcellar_block::{BlockKey, ExtentIndex, SlotIndex};
 
-/// Where a load takes a block from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Source {
-    /// A slot that holds it.
-    Slot(SlotIndex),
-    /// A slot that is being filled from disk with it.
-    Restoring(SlotIndex),
-    /// Disk.
-    Extent(ExtentIndex),
+/// A block on disk that a load needs.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Wanted<'a> {
+    /// The block.
+    pub(super) key: BlockKey,
+    /// Where it lies.
+    pub(super) extent: ExtentIndex,
+    /// The first token of the block.
+    pub(super) token: u32,
+    /// The request that loads it.
+    pub(super) request: &'a str,
+    /// The request's serial.
+    pub(super) serial: u32,
 }
 
-impl TierEngine {
-    /// Where a block can be had.
-    pub(super) fn source(&self, key: &BlockKey) -> Option<Source> {
-        let residency = self.residency.as_ref()?;
-        match residency.find_any(key) {
-            Some((slot, true)) => return Some(Source::Slot(slot)),
-            Some((slot, false)) if residency.is_restoring(slot) => return Some(Source::Restoring(slot)),
-            _ => {}
-        }
-        self.disk.as_ref()?.extents.find(key).map(Source::Extent)
+/// A block that a request waits for in vain.
+#[derive(Debug)]
+pub(super) struct LostBlock {
+    /// The request.
+    pub(super) request: String,
+    /// The first token of the block.
+    pub(super) token: u32,
+}
+
+/// What follows for others when reads have ended.
+#[derive(Debug, Default)]
+pub(super) struct Consequences {
+    /// Slots whose followers are to be woken.
+    pub(super) wake: Vec<SlotIndex>,
+    /// Blocks that did not come.
+    pub(super) lost: Vec<LostBlock>,
+}
+
+impl Consequences {
+    fn lose(&mut self, part: &ReadPart) {
+        self.lost.push(LostBlock { request: part.request.clone(), token: part.token });
+    }
+}
+
+/// Reads from disk, under way or waiting for the window.
+pub(super) struct Restores {
+    /// Reads under way, by token.
+    reads: HashMap<u64, Read>,
+    window: Window,
+}
+
+impl Restores {
+    /// No reads yet; what gets no slot streams through `window`.
+    pub(super) fn new(window: Window) -> Self {
+        Self { reads: HashMap::new(), window }
     }
 
-    /// Plans the read of one block, into a free slot if there is one.
+    /// Blocks that are being read.
+    pub(super) fn reading(&self) -> u64 {
+        self.reads.values().map(|read| read.parts.len() as u64).sum()
+    }
+
+    /// Blocks that are being read or wait for it.
+    pub(super) fn queued(&self) -> u64 {
+        self.reading() + self.window.waiting() as u64
+    }
+
+    /// Nothing is being read or waits for it.
+    pub(super) fn is_idle(&self) -> bool {
+        self.reads.is_empty() && self.window.waiting() == 0
+    }
+
+    /// A reset came: what is being read is worthless.
+    pub(super) fn on_reset(&mut self) {
+        for read in self.reads.values_mut() {
+            read.stale = true;
+        }
+    }
+
+    /// Gives a block a slot to be read into: a free one if there is one, which the request holds
+    /// then, else a place in the window. `None`: the window has no slots. A read into a slot of its
+    /// own waits for [`Self::submit`], one into the window for its turn.
     pub(super) fn plan_read(
         &mut self,
-        key: &BlockKey,
-        extent: ExtentIndex,
-        serial: u32,
-        request: &str,
-        token: u32,
+        medium: &mut Medium,
+        dram: &mut Residency,
+        wanted: Wanted<'_>,
     ) -> Option<ReadPart> {
-        let (residency, disk) = (self.residency.as_mut()?, self.disk.as_mut()?);
-        let mut part = ReadPart {
-            slot: SlotIndex(0),
-            generation: kvcellar_block::Generation(0),
-            extent,
-            key: *key,
-            window: false,
-            request: request.to_owned(),
-            token,
-        };
+        let Wanted { key, extent, token, request, serial } = wanted;
         // A block that is being offloaded has its slot already: it cannot have another.
-        let reserved =
-            if residency.find_any(key).is_some() { None } else { residency.reserve_restore(key, serial).ok() };
-        let place = if let Some(reserved) = reserved {
-            debug_assert!(reserved.evicted.is_none(), "room is made before");
-            (part.slot, part.generation) = (reserved.slot, reserved.generation);
-            residency.pin(part.slot, serial);
-            None
+        let reserved = if dram.find_any(&key).is_some() { None } else { dram.reserve_restore(&key, serial).ok() };
+        let (slot, generation, place) = if let Some(reserved) = reserved {
+            invariant!(
+                reserved.evicted.is_none(),
+                "{:?} was evicted for a block that had room made for it",
+                reserved.evicted
+            );
+            dram.pin(reserved.slot, serial);
+            (reserved.slot, reserved.generation, None)
         } else {
-            let (index, slot, generation) = disk.window.promise()?;
-            (part.slot, part.generation, part.window) = (slot, generation, true);
-            Some(index)
+            let (index, slot, generation) = self.window.promise()?;
+            (slot, generation, Some(index))
         };
-        disk.extents.begin_read(extent);
+        let part =
+            ReadPart { slot, generation, extent, key, window: place.is_some(), request: request.to_owned(), token };
+        medium.extents.begin_read(extent);
         if let Some(index) = place {
-            disk.window.enqueue(index, part.clone());
+            self.window.enqueue(index, part.clone());
         }
         Some(part)
     }
 
+    /// Hands reads to the disk, neighbours in one transfer.
+    pub(super) fn submit(&mut self, medium: &mut Medium, parts: Vec<ReadPart>) {
+        let most = medium.transfer_blocks_max();
+        for parts in transfer::runs(parts, medium.layout(), most, |part| (part.slot, part.extent)) {
+            let token = medium.next_token();
+            medium.order(Job::Read {
+                token,
+                slot: parts[0].slot,
+                extent: parts[0].extent,
+                count: parts.len() as u32,
+                expected: parts.iter().map(|part| (part.key, part.generation)).collect(),
+                cache_generation: medium.cache_generation,
+            });
+            self.reads.insert(token, Read { parts, started: Instant::now(), given_up: false, stale: false });
+        }
+    }
+
     /// Starts the reads of the window whose slots are free now.
-    pub(super) fn advance_window(&mut self) {
-        let (Some(residency), Some(disk)) = (&self.residency, &mut self.disk) else { return };
-        if disk.window.waiting() > 0 {
-            let ready = disk.window.advance(residency.memory().as_ref());
-            disk.read(ready);
+    pub(super) fn advance_window(&mut self, medium: &mut Medium, dram: &Residency) {
+        if self.window.waiting() > 0 {
+            let ready = self.window.advance(dram.memory().as_ref());
+            self.submit(medium, ready);
         }
     }
 
-    /// Takes in what the mover found out. Returns the slots whose followers are to be woken.
-    pub fn moved(&mut self, moved: Vec<Moved>) -> Vec<SlotIndex> {
-        let mut wake = Vec::new();
-        for one in moved {
-            match one {
-                Moved::Read { token, outcomes } => self.read_ended(token, outcomes, &mut wake),
-                Moved::Written { token, trouble } => self.written(token, trouble),
-                Moved::Described { found, trial } => self.described(found, trial),
-                Moved::Grown { ready, last } => {
-                    if let Some(disk) = &mut self.disk {
-                        disk.extents.make_ready(ready);
-                        (disk.growing, disk.full_grown) = (false, last);
-                        disk.description = disk.disk.describe();
-                    }
-                }
-                Moved::Erased(extents) => {
-                    if let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) {
-                        let events = &mut residency.events;
-                        for extent in extents {
-                            disk.extents.reinstate(extent, events);
-                        }
-                    }
-                }
-                Moved::Gone => self.store_gone(),
-            }
-        }
-        self.advance_window();
-        self.clean(self.flushing);
-        wake
-    }
-
-    /// What has to be done now and then, also when nothing ended. Returns the slots whose followers
-    /// are to be woken.
-    pub fn tick(&mut self, now: Instant) -> Vec<SlotIndex> {
-        self.poll();
-        let mut wake = Vec::new();
-        for token in self.disk.as_ref().map_or_else(Vec::new, |disk| disk.overdue(now)) {
-            self.give_up(token, &mut wake);
-        }
-        self.try_disk_again(now);
-        self.advance_window();
-        self.announce();
-        self.expire();
-        wake
-    }
-
-    fn read_ended(
+    /// A read has ended: each block with its lineage, or why it is not to be had.
+    pub(super) fn on_read_ended(
         &mut self,
+        medium: &mut Medium,
+        dram: &mut Residency,
+        log: &mut OperationLog,
         token: u64,
         outcomes: Vec<std::result::Result<Lineage, Trouble>>,
-        wake: &mut Vec<SlotIndex>,
-    ) {
-        let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return };
-        let Some(Read { parts, started, given_up, stale }) = disk.reads.remove(&token) else { return };
+    ) -> Consequences {
+        let mut consequences = Consequences::default();
+        let Some(Read { parts, started, given_up, stale }) = self.reads.remove(&token) else {
+            violated!("read {token} ended but is not under way");
+            return consequences;
+        };
+        invariant!(
+            parts.len() == outcomes.len(),
+            "read {token} of {} blocks ended with {} outcomes",
+            parts.len(),
+            outcomes.len()
+        );
         let mut failed_device = false;
         let (mut good, mut bad) = (Vec::new(), Vec::new());
-        let seconds = started.elapsed().as_secs_f64();
-        disk.rates.restored(parts.len() as u64 * disk.layout.extent_bytes, seconds);
+        medium.rates.restored(parts.len() as u64 * medium.extent_bytes(), started.elapsed().as_secs_f64());
         for (part, outcome) in parts.into_iter().zip(outcomes) {
-            residency.counters.restored_bytes += disk.layout.extent_bytes;
+            dram.counters.restored_bytes += medium.extent_bytes();
             match outcome {
                 Ok(_) => {
-                    disk.health.well();
+                    medium.health.well();
                     good.push(part.key);
                 }
                 Err(trouble) => {
-                    if trouble == Trouble::Device {
-                        failed_device = true;
-                    } else {
-                        residency.counters.corrupt_extents += 1;
-                    }
-                    let reason = if trouble == Trouble::Device { DropReason::DiskFailed } else { DropReason::Corrupt };
-                    residency.counters.dropped(reason, 1);
-                    disk.extents.discard(part.extent, trouble == Trouble::Device, &mut residency.events);
+                    let by_device = trouble == Trouble::Device;
+                    failed_device |= by_device;
+                    dram.counters.corrupt_extents += u64::from(!by_device);
+                    dram.counters.dropped(if by_device { DropReason::DiskFailed } else { DropReason::Corrupt }, 1);
+                    medium.extents.discard(part.extent, by_device, &mut dram.events);
                     bad.push(part.key);
                 }
             }
-            disk.extents.end_read(part.extent, &mut residency.events);
+            medium.extents.end_read(part.extent, &mut dram.events);
             let failed = outcome.is_err() || given_up || stale;
-            if failed && let Some(lease) = self.leases.get_mut(&part.request) {
-                lease.lost_at = Some(lease.lost_at.map_or(part.token, |first| first.min(part.token)));
+            if failed {
+                consequences.lose(&part);
             }
-            let line = residency.memory().line(part.slot);
-            if given_up && part.window {
+            match (part.window, given_up) {
                 // Its followers were answered; only now is the slot the window's again.
-                line.release_all(u64::MAX);
-            } else if part.window {
-                line.end_restore(part.generation, !failed);
-            } else if !given_up {
-                residency.end_restore(part.slot, outcome.ok().filter(|_| !stale));
-            } else {
-                residency.end_abandoned(part.slot);
+                (true, true) => dram.memory().line(part.slot).release_all(u64::MAX),
+                (true, false) => dram.memory().line(part.slot).end_restore(part.generation, !failed),
+                (false, true) => dram.end_abandoned(part.slot),
+                (false, false) => dram.end_restore(part.slot, outcome.ok().filter(|_| !stale)),
             }
-            wake.push(part.slot);
+            consequences.wake.push(part.slot);
         }
-        let outage = failed_device && {
+        log.record(|| trace::line("restored", &[("keys", names(good)), ("lost", names(bad))]));
+        if failed_device {
             // One transfer failed, however many blocks it was for.
-            residency.counters.disk_errors += 1;
-            disk.health.failed(Instant::now())
-        };
-        self.record(|_| trace::line("restored", &[("keys", names(good)), ("lost", names(bad))]));
-        if outage {
-            self.outage("reading failed repeatedly");
+            medium.on_device_error(dram, log, "reading failed repeatedly");
         }
+        consequences
     }
 
-    /// A read took longer than any device may: who follows it is told that it failed. Its slots
-    /// stay the device's until it answers.
-    fn give_up(&mut self, token: u64, wake: &mut Vec<SlotIndex>) {
-        let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return };
-        let Some(read) = disk.reads.get_mut(&token) else { return };
-        read.given_up = true;
-        for part in &read.parts {
-            residency.memory().line(part.slot).end_restore(part.generation, false);
-            if let Some(lease) = self.leases.get_mut(&part.request) {
-                lease.lost_at = Some(lease.lost_at.map_or(part.token, |first| first.min(part.token)));
+    /// Gives up reads that took longer than any device may: who follows them is told that they
+    /// failed. Their slots stay the device's until it answers.
+    pub(super) fn give_up_overdue(
+        &mut self,
+        medium: &mut Medium,
+        dram: &mut Residency,
+        log: &mut OperationLog,
+        now: Instant,
+    ) -> Consequences {
+        let mut consequences = Consequences::default();
+        let deadline = Duration::from_millis(limits::DISK_DEADLINE_MS);
+        for read in self.reads.values_mut() {
+            if read.given_up || now.duration_since(read.started) <= deadline {
+                continue;
             }
-            wake.push(part.slot);
-        }
-        residency.counters.disk_errors += 1;
-        if disk.health.failed(Instant::now()) {
-            self.outage("a read took too long, repeatedly");
-        }
-    }
-
-    fn try_disk_again(&mut self, now: Instant) {
-        let Some(disk) = &mut self.disk else { return };
-        if disk.health.wants_trial(now) {
-            disk.order(Job::Describe { extents: vec![ExtentIndex(0)], trial: true });
-        }
-    }
-
-    /// Orders the descriptors of some more blocks that a reopened store holds, while few events
-    /// wait.
-    fn announce(&mut self) {
-        let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return };
-        let (Some(from), true) = (disk.announce_from, disk.health.is_in()) else { return };
-        if disk.describing || residency.events.len() >= limits::EVENTS_PER_STEP_MAX {
-            return;
-        }
-        if !residency.events.enabled() {
-            disk.announce_from = None;
-            return;
-        }
-        let mut next = from;
-        let mut batch = Vec::with_capacity(limits::ANNOUNCE_BATCH);
-        while batch.len() < limits::ANNOUNCE_BATCH
-            && let Some(extent) = disk.extents.unannounced(next)
-        {
-            batch.push(extent);
-            next = extent.0 + 1;
-        }
-        if batch.is_empty() {
-            disk.announce_from = None;
-            return;
-        }
-        disk.announce_from = Some(next);
-        disk.describing = true;
-        disk.order(Job::Describe { extents: batch, trial: false });
-    }
-
-    fn described(&mut self, found: Vec<(ExtentIndex, DescriptorRead)>, trial: bool) {
-        let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return };
-        disk.describing &= trial;
-        let failed = found.iter().any(|(_, read)| matches!(read, Err(Trouble::Device)));
-        for (extent, read) in found.into_iter().filter(|_| !trial) {
-            match read {
-                Ok((key, lineage)) => disk.extents.announce(extent, &key, lineage, &mut residency.events),
-                Err(Trouble::Device) => {
-                    residency.counters.dropped(DropReason::DiskFailed, 1);
-                    disk.extents.discard(extent, true, &mut residency.events);
-                }
-                // What cannot describe itself is not what the directory says, unless it was written
-                // anew meanwhile.
-                Err(_) if disk.extents.is_unannounced(extent) => {
-                    residency.counters.corrupt_extents += 1;
-                    residency.counters.dropped(DropReason::Corrupt, 1);
-                    disk.extents.discard(extent, false, &mut residency.events);
-                }
-                Err(_) => {}
+            read.given_up = true;
+            for part in &read.parts {
+                dram.memory().line(part.slot).end_restore(part.generation, false);
+                consequences.lose(part);
+                consequences.wake.push(part.slot);
             }
+            medium.on_device_error(dram, log, "a read took too long, repeatedly");
         }
-        if failed {
-            residency.counters.disk_errors += 1;
-            if disk.health.failed(Instant::now()) {
-                self.outage("reading failed repeatedly");
-            }
-        } else if disk.health.well() {
-            disk.extents.in_service = true;
-            disk.announce_from = Some(0);
-            log::info!("the nvme tier is in service again");
-        }
-        self.announce();
-    }
-
-    /// The store's directory was removed under us: nothing on it can be kept.
-    fn store_gone(&mut self) {
-        let Some(disk) = &mut self.disk else { return };
-        if disk.health.lost() {
-            self.out_of_service("its directory is gone", "a restart makes a new one");
-        }
-    }
-
-    /// Fields of the operation log about where a load's blocks come from.
-    pub(super) fn restore_fields(
-        own: &[BlockKey],
-        window: &[BlockKey],
-        evicted: Vec<BlockKey>,
-    ) -> [(&'static str, Value); 3] {
-        [
-            ("restore", names(own.iter().copied())),
-            ("window", names(window.iter().copied())),
-            ("evicted", names(evicted)),
-        ]
+        consequences
     }
 }

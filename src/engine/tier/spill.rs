@@ -4,253 +4,258 @@
 //! order of eviction, counted from its cold end: what must be evicted next can be, without waiting
 //! for a write.
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
-
+use hashbrown::HashMap;
 use serde_json::Value;
 
-use super::disk_tier::{Job, SealOrder, Trouble, Write, same_segment};
-use super::engine::TierEngine;
+use super::clock::now_s;
 use super::extents::Stamp;
-use super::residency::Dirty;
-use super::trace::{self, names};
-use crate::limits;
+use super::jobs::Job;
+use super::medium::Medium;
+use super::residency::{Dirty, Residency};
+use super::trace::{self, OperationLog, names};
+use super::transfer::{self, SealOrder, Trouble, Write, WritePart};
 use crate::metrics::DropReason;
 use crate::policy::admission::Candidate;
+use crate::violated;
 use kvcellar_block::descriptor::{self, Lineage, Seal};
-use kvcellar_block::{BlockKey, ExtentIndex, SlotIndex};
+use kvcellar_block::{BlockKey, SlotIndex};
 
-/// Seconds since 1970.
-pub(super) fn now_s() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+/// Whether the store can become larger.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Growth {
+    /// It can, when it is asked to.
+    Possible,
+    /// It was asked to, and has not answered.
+    Ordered,
+    /// It has its full size, or the system gives it no more.
+    Ended,
 }
 
-impl TierEngine {
-    /// The cleaner: orders writes of the coldest dirty blocks until enough slots are free or clean,
-    /// or enough writes are under way.
-    ///
-    /// `all`: every dirty block, because the engine stops.
-    pub(super) fn clean(&mut self, all: bool) {
+/// Writes dirty blocks to disk, ahead of their eviction.
+pub(super) struct Cleaner {
+    /// Writes under way, by token.
+    writes: HashMap<u64, Write>,
+    growth: Growth,
+    /// The number of the next extent written.
+    next_sequence: u64,
+    /// The engine stops: every dirty block is written.
+    flushing: bool,
+}
+
+impl Cleaner {
+    /// A cleaner that numbers its writes from `next_sequence` on.
+    pub(super) fn new(next_sequence: u64) -> Self {
+        Self { writes: HashMap::new(), growth: Growth::Possible, next_sequence, flushing: false }
+    }
+
+    /// The number of the next extent written.
+    pub(super) fn next_sequence(&self) -> u64 {
+        self.next_sequence
+    }
+
+    /// No write is under way.
+    pub(super) fn has_no_writes(&self) -> bool {
+        self.writes.is_empty()
+    }
+
+    /// The store is being made larger.
+    pub(super) fn is_growing(&self) -> bool {
+        self.growth == Growth::Ordered
+    }
+
+    /// From now on every dirty block is written, because the engine stops.
+    pub(super) fn write_everything(&mut self) {
+        self.flushing = true;
+    }
+
+    /// A reset came: what is being written is worthless.
+    pub(super) fn on_reset(&mut self) {
+        for write in self.writes.values_mut() {
+            write.stale = true;
+        }
+    }
+
+    /// Orders writes of the coldest dirty blocks until enough slots are free or clean, or enough
+    /// writes are under way.
+    pub(super) fn clean(&mut self, medium: &mut Medium, dram: &mut Residency, log: &mut OperationLog) {
         let mut chosen: Vec<(SlotIndex, BlockKey)> = Vec::new();
         let mut evicted: Vec<BlockKey> = Vec::new();
-        while let Some(Dirty { slot, reused, .. }) = self.next_dirty(all, chosen.len() as u64) {
-            let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return };
-            let Some(key) = residency.key(slot) else { return };
-            if let Some(extent) = disk.extents.find(&key) {
-                disk.extents.touch(extent);
-                residency.set_clean(slot, true);
+        while let Some(Dirty { slot, reused, .. }) = self.next_dirty(medium, dram, chosen.len() as u64) {
+            let Some(key) = dram.key(slot) else {
+                violated!("dirty {slot:?} has no key");
+                dram.pass_over(slot);
+                continue;
+            };
+            if let Some(extent) = medium.extents.find(&key) {
+                medium.extents.touch(extent);
+                dram.set_clean(slot, true);
                 continue;
             }
-            let room = disk.extents.free() > chosen.len() as u64;
-            if disk.extents.knows(&key) || !disk.settings.admission.admits(Candidate { reused, room }) {
-                residency.pass_over(slot);
+            let room = medium.extents.free() > chosen.len() as u64;
+            if medium.extents.knows(&key) || !medium.settings.admission.admits(Candidate { reused, room }) {
+                dram.pass_over(slot);
                 continue;
             }
-            if !room && !disk.full_grown {
-                self.grow();
+            if !room && self.growth != Growth::Ended {
+                self.grow(medium);
                 break;
             }
             if !room {
-                let Some(gone) = disk.extents.evict(&mut residency.events) else { break };
-                residency.counters.nvme_evicted_blocks += 1;
-                if let Some(held) = residency.find(&gone) {
-                    residency.set_clean(held, false);
+                // Where all extents are being read or written, the block waits for its turn.
+                let Some(gone) = medium.extents.evict(&mut dram.events) else { break };
+                dram.counters.nvme_evicted_blocks += 1;
+                if let Some(held) = dram.find(&gone) {
+                    dram.set_clean(held, false);
                 }
                 evicted.push(gone);
             }
-            residency.begin_write(slot);
+            dram.begin_write(slot);
             chosen.push((slot, key));
         }
         if chosen.is_empty() {
             return;
         }
-        self.record(|_| {
+        log.record(|| {
             let keys = names(chosen.iter().map(|(_, key)| *key));
             trace::line("spill", &[("keys", keys), ("evicted", names(evicted))])
         });
         // Chosen coldest first, but laid out as they lie in memory: neighbours there become
         // neighbours on disk, and go in one transfer.
         chosen.sort_by_key(|(slot, _)| slot.0);
-        let planned = self.place(chosen);
-        self.write(planned);
-        self.grow_ahead();
+        let parts = self.place(medium, dram, chosen);
+        self.write(medium, dram, parts);
+        if medium.extents.free() < medium.writes_max() {
+            // The next segment is made before the last free extent is gone.
+            self.grow(medium);
+        }
     }
 
     /// Gives every chosen block its extent. As many are free.
-    fn place(&mut self, chosen: Vec<(SlotIndex, BlockKey)>) -> Vec<(SlotIndex, ExtentIndex, BlockKey)> {
-        let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return Vec::new() };
-        disk.extents.line_up(chosen.len());
-        let mut planned = Vec::with_capacity(chosen.len());
+    fn place(
+        &mut self,
+        medium: &mut Medium,
+        dram: &mut Residency,
+        chosen: Vec<(SlotIndex, BlockKey)>,
+    ) -> Vec<WritePart> {
+        medium.extents.line_up(chosen.len());
+        let mut placed = Vec::with_capacity(chosen.len());
         for (slot, key) in chosen {
-            let stamp = Stamp { sequence: disk.sequence, written_s: now_s() };
-            let Some(extent) = disk.extents.reserve(&key, stamp, &mut residency.events) else {
-                debug_assert!(false, "more blocks were chosen than extents are free");
-                residency.end_write(slot, false);
+            let stamp = Stamp { sequence: self.next_sequence, written_s: now_s() };
+            let Some(extent) = medium.extents.reserve(&key, stamp, &mut dram.events) else {
+                violated!("more blocks were chosen to be written than extents are free");
+                dram.end_write(slot, false);
                 continue;
             };
-            disk.sequence += 1;
-            planned.push((slot, extent, key));
+            self.next_sequence += 1;
+            placed.push(WritePart { slot, extent, key });
         }
-        planned
+        placed
     }
 
     /// The next dirty block to be written, if one has to be.
     /// `chosen`: blocks that will be written beside those that are being written.
-    fn next_dirty(&self, all: bool, chosen: u64) -> Option<Dirty> {
-        let (residency, disk) = (self.residency.as_ref()?, self.disk.as_ref()?);
-        if !disk.health.is_in() || disk.extents.writing() + chosen >= disk.writes_max() {
+    fn next_dirty(&self, medium: &Medium, dram: &Residency, chosen: u64) -> Option<Dirty> {
+        if !medium.health.is_in() || medium.extents.writing() + chosen >= medium.writes_max() {
             return None;
         }
-        let census = residency.census();
+        let census = dram.census();
         let slots = census.free + census.filling + census.filled;
-        let wanted = slots * disk.settings.clean_percent / 100;
-        let dirty = residency.coldest_dirty()?;
+        let wanted = slots * medium.settings.clean_percent / 100;
+        let dirty = dram.coldest_dirty()?;
         // The share counts from the cold end: hot clean blocks do not help when cold dirty ones
         // must go.
         let cold = u64::from(dirty.uses_since) >= slots - wanted;
         let few = census.free + census.clean + census.writing < wanted;
-        (all || disk.settings.write_through || (wanted > 0 && (few || cold))).then_some(dirty)
+        (self.flushing || medium.settings.write_through || (wanted > 0 && (few || cold))).then_some(dirty)
     }
 
     /// Hands blocks to the mover, neighbours in memory and on disk in one transfer.
-    fn write(&mut self, planned: Vec<(SlotIndex, ExtentIndex, BlockKey)>) {
-        let (Some(residency), Some(disk)) = (&self.residency, &mut self.disk) else { return };
-        let most = (limits::TRANSFER_BYTES_MAX / disk.layout.extent_bytes).max(1) as usize;
-        let mut rest = planned.into_iter().peekable();
-        while let Some(first) = rest.next() {
-            let mut parts = vec![first];
-            while let (Some(last), Some(next)) = (parts.last(), rest.peek()) {
-                let adjacent =
-                    next.0.0 == last.0.0 + 1 && next.1.0 == last.1.0 + 1 && same_segment(disk.layout, last.1, next.1);
-                if !adjacent || parts.len() >= most {
-                    break;
-                }
-                parts.extend(rest.next());
-            }
-            let token = disk.token();
-            let orders = parts.iter().map(|(slot, extent, key)| {
-                let stamp = disk.extents.stamp(*extent);
+    fn write(&mut self, medium: &mut Medium, dram: &Residency, parts: Vec<WritePart>) {
+        let most = medium.transfer_blocks_max();
+        for parts in transfer::runs(parts, medium.layout(), most, |part| (part.slot, part.extent)) {
+            let orders = parts.iter().map(|part| {
+                let stamp = medium.extents.stamp(part.extent);
                 SealOrder {
-                    slot: *slot,
-                    generation: residency.generation(*slot),
-                    key: *key,
+                    slot: part.slot,
+                    generation: dram.generation(part.slot),
+                    key: part.key,
                     seal: Seal {
-                        store: disk.store_id,
+                        store: medium.store_id(),
                         sequence: stamp.sequence,
-                        cache_generation: disk.cache_generation,
+                        cache_generation: medium.cache_generation,
                         written_s: stamp.written_s,
-                        stored_bytes: disk.pool.geometry().payload_bytes[key.group.0 as usize],
+                        stored_bytes: medium.pool().geometry().payload_bytes[part.key.group.0 as usize],
                         encoding: 0,
                     },
                 }
             });
-            disk.order(Job::Write { token, orders: orders.collect(), extent: parts[0].1 });
-            disk.writes.insert(token, Write { parts, started: Instant::now(), stale: false });
+            let (orders, extent) = (orders.collect(), parts[0].extent);
+            let token = medium.next_token();
+            medium.order(Job::Write { token, orders, extent });
+            self.writes.insert(token, Write { parts, stale: false });
         }
     }
 
-    fn grow(&mut self) {
-        let Some(disk) = &mut self.disk else { return };
-        if !disk.growing && !disk.full_grown {
-            disk.growing = true;
-            disk.order(Job::Grow);
+    fn grow(&mut self, medium: &Medium) {
+        if self.growth == Growth::Possible {
+            self.growth = Growth::Ordered;
+            medium.order(Job::Grow);
         }
     }
 
-    /// Makes the next segment before the last free extent is gone.
-    fn grow_ahead(&mut self) {
-        let few = self.disk.as_ref().is_some_and(|disk| disk.extents.free() < disk.writes_max());
-        if few {
-            self.grow();
-        }
+    /// The store was made larger, or cannot be when `last`.
+    pub(super) fn on_grown(&mut self, last: bool) {
+        self.growth = if last { Growth::Ended } else { Growth::Possible };
     }
 
-    /// A write has ended.
-    pub(super) fn written(&mut self, token: u64, trouble: Option<Trouble>) {
-        let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return };
-        let Some(Write { parts, stale, .. }) = disk.writes.remove(&token) else { return };
+    /// A write has ended, well or not.
+    pub(super) fn on_write_ended(
+        &mut self,
+        medium: &mut Medium,
+        dram: &mut Residency,
+        log: &mut OperationLog,
+        token: u64,
+        trouble: Option<Trouble>,
+    ) {
+        let Some(Write { parts, stale }) = self.writes.remove(&token) else {
+            violated!("write {token} ended but is not under way");
+            return;
+        };
         let well = trouble.is_none() && !stale;
-        let mut outage = false;
-        match trouble {
-            None => {
-                disk.health.well();
-            }
-            Some(Trouble::Device) => {
-                residency.counters.disk_errors += 1;
-                outage = disk.health.failed(Instant::now());
-            }
-            Some(Trouble::Corrupt | Trouble::Undescribed) => {}
+        if trouble.is_none() {
+            medium.health.well();
         }
-        for (slot, extent, key) in &parts {
+        for WritePart { slot, extent, key } in &parts {
             // Before the slot may be given away.
-            let lineage =
-                if residency.events.enabled() && well { lineage_of(&disk.pool, *slot) } else { Lineage::default() };
-            let held = residency.end_write(*slot, well);
+            let lineage = if dram.events.enabled() && well { lineage_of(medium, *slot) } else { Lineage::default() };
+            let held = dram.end_write(*slot, well);
             if well {
-                residency.counters.spilled_blocks += 1;
-                residency.counters.spilled_bytes += disk.layout.extent_bytes;
-                disk.extents.commit(*extent, lineage, &mut residency.events);
+                dram.counters.spilled_blocks += 1;
+                dram.counters.spilled_bytes += medium.extent_bytes();
+                medium.extents.commit(*extent, lineage, &mut dram.events);
                 // The same block may have been dropped and computed again meanwhile.
-                if !held && let Some(again) = residency.find(key) {
-                    residency.set_clean(again, true);
+                if !held && let Some(again) = dram.find(key) {
+                    dram.set_clean(again, true);
                 }
             } else {
                 if trouble.is_some() && trouble != Some(Trouble::Undescribed) {
-                    residency.counters.dropped(DropReason::DiskFailed, 1);
+                    dram.counters.dropped(DropReason::DiskFailed, 1);
                 }
-                disk.extents.fail(*extent, trouble == Some(Trouble::Device), &mut residency.events);
+                medium.extents.fail(*extent, trouble == Some(Trouble::Device), &mut dram.events);
             }
         }
-        let keys: Vec<BlockKey> = parts.iter().map(|(_, _, key)| *key).collect();
-        self.record(|_| trace::line("spilled", &[("keys", names(keys)), ("ok", Value::from(well))]));
-        if outage {
-            self.outage("writing failed repeatedly");
+        log.record(|| {
+            let keys = names(parts.iter().map(|part| part.key));
+            trace::line("spilled", &[("keys", keys), ("ok", Value::from(well))])
+        });
+        if trouble == Some(Trouble::Device) {
+            medium.on_device_error(dram, log, "writing failed repeatedly");
         }
-    }
-
-    /// The disk goes out of service: its blocks are not to be had, and everybody is told.
-    pub(super) fn outage(&mut self, why: &str) {
-        self.out_of_service(why, "the disk is tried again");
-    }
-
-    /// As [`Self::outage`]; `then`: what will become of the disk.
-    pub(super) fn out_of_service(&mut self, why: &str, then: &str) {
-        let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return };
-        disk.extents.withdraw(&mut residency.events);
-        residency.counters.nvme_outages += 1;
-        log::warn!("the nvme tier is out of service: {why}. The dram tier goes on; {then}");
-        self.record(|_| trace::line("outage", &[]));
-    }
-
-    /// Erases blocks that have lain on disk for too long; looks at some of them a round.
-    pub(super) fn expire(&mut self) {
-        let (Some(residency), Some(disk)) = (&mut self.residency, &mut self.disk) else { return };
-        let Some(retention) = disk.settings.retention_s else { return };
-        let (from, to) = (disk.retention_from, disk.retention_from.saturating_add(limits::RETENTION_BATCH));
-        disk.retention_from = if to >= disk.extents.ready() { 0 } else { to };
-        let oldest = now_s().saturating_sub(retention);
-        let old = |stamp: Stamp| stamp.written_s < oldest;
-        let expired: Vec<(ExtentIndex, BlockKey)> = disk
-            .extents
-            .committed_in(from, to)
-            .filter(|(extent, _, stamp)| old(*stamp) && !disk.extents.is_read(*extent))
-            .map(|(extent, key, _)| (extent, key))
-            .collect();
-        if expired.is_empty() {
-            return;
-        }
-        for (extent, key) in &expired {
-            // Kept out of use until it has been erased.
-            disk.extents.discard(*extent, true, &mut residency.events);
-            residency.counters.dropped(DropReason::Expired, 1);
-            if let Some(held) = residency.find(key) {
-                residency.drop_block(held, DropReason::Expired);
-            }
-        }
-        disk.order(Job::Erase(expired.into_iter().map(|(extent, _)| extent).collect()));
     }
 }
 
-pub(super) fn lineage_of(pool: &crate::pool::Pool, slot: SlotIndex) -> Lineage {
+fn lineage_of(medium: &Medium, slot: SlotIndex) -> Lineage {
+    let pool = medium.pool();
     let read = descriptor::read(&pool.descriptor(slot), pool.geometry().parts.len());
     // It was whole when it was sealed; a block without tokens is what consumers know otherwise.
     read.map(|(_, _, lineage)| lineage).unwrap_or_default()

@@ -1,92 +1,95 @@
-//! The block table: which slot holds which block.
+//! The block table: which place (slot or extent) holds which block.
 //!
-//! Open addressing with linear probing over 64-bit entries (32 bits of the hash, 32 bits of slot
-//! number), at most half full, fixed in size because the pool is: nothing is ever allocated or
-//! rehashed. The key itself lies in the slot's record, so a hit touches one cache line of the index
-//! and one record, and a run of lookups prefetches both ahead.
+//! Open addressing with linear probing over 64-bit entries (32 bits of the hash, 32 bits of the
+//! place's number), at most half full, fixed in size because the tier is: nothing is ever allocated
+//! or rehashed. The key itself lies in the place's record, so a hit touches one cache line of the
+//! index and one record, and a run of lookups prefetches both ahead.
 
 use std::hash::{BuildHasher, RandomState};
+use std::marker::PhantomData;
 
-use kvcellar_block::{BlockHash, BlockKey, GroupIndex, SlotIndex, prefetch};
+use crate::policy::Index;
+use crate::violated;
+use kvcellar_block::{BlockHash, BlockKey, GroupIndex, prefetch};
 
-/// How far ahead index entries and slot records are fetched. Records wait for their entry, so they
+/// How far ahead index entries and records are fetched. Records wait for their entry, so they
 /// are fetched later.
 const ENTRY_AHEAD: usize = 16;
 const RECORD_AHEAD: usize = 8;
 
-/// The key of what a slot holds, in one cache line with the engine's private state of the slot.
+/// The key of what a place holds, in one cache line with the state that its tier keeps of it.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
-pub struct Record {
+pub struct Record<S> {
     hash: [u8; 32],
     hash_len: u8,
-    /// Private state; see [`super::residency`].
-    pub(super) state: u8,
     group: u16,
-    pub(super) generation: u32,
+    /// Holds on the place: loads of a slot, reads of an extent.
     pub(super) pins: u32,
-    /// Serial of the request that used the slot last.
-    pub(super) toucher: u32,
-    /// The tier's clock when it was used last.
-    pub(super) used: u32,
-    pub(super) flags: u8,
+    /// What else the tier keeps of the place.
+    pub(super) facts: S,
 }
 
-const _: () = assert!(size_of::<Record>() == 64);
+impl<S: Default> Default for Record<S> {
+    fn default() -> Self {
+        Self { hash: [0; 32], hash_len: 0, group: 0, pins: 0, facts: S::default() }
+    }
+}
 
-impl Record {
-    const EMPTY: Self =
-        Self { hash: [0; 32], hash_len: 0, state: 0, group: 0, generation: 0, pins: 0, toucher: 0, used: 0, flags: 0 };
-
+impl<S> Record<S> {
     #[inline]
     fn is(&self, hash: &BlockHash, group: GroupIndex) -> bool {
         self.hash == *hash.padded() && self.group == group.0 && usize::from(self.hash_len) == hash.as_bytes().len()
     }
 
-    /// The key, if the slot has one.
+    /// The key, if the place has one.
     pub fn key(&self) -> Option<BlockKey> {
         let hash = BlockHash::new(self.hash.get(..usize::from(self.hash_len))?)?;
         Some(BlockKey { hash, group: GroupIndex(self.group) })
     }
 }
 
-/// Records of all slots and the index over their keys.
+/// Records of all places of a tier and the index over their keys.
 #[derive(Debug)]
-pub struct BlockTable {
-    records: Box<[Record]>,
+pub struct Table<I, S> {
+    records: Box<[Record<S>]>,
     entries: Box<[u64]>,
     shift: u32,
     seeds: [u64; 2],
+    places: PhantomData<I>,
 }
 
-impl BlockTable {
-    /// A table for `slots` slots, all without key.
-    pub fn new(slots: u32) -> Self {
-        let size = (u64::from(slots.max(8)) * 2).next_power_of_two();
+impl<I: Index, S: Copy + Default> Table<I, S> {
+    /// A table for `places` places, all without key.
+    pub fn new(places: u32) -> Self {
+        // A tier's record fills exactly one cache line.
+        const { assert!(size_of::<Record<S>>() == 64) };
+        let size = (u64::from(places.max(8)) * 2).next_power_of_two();
         let random = RandomState::new();
         Self {
-            records: vec![Record::EMPTY; slots as usize].into_boxed_slice(),
+            records: vec![Record::default(); places as usize].into_boxed_slice(),
             entries: vec![0; size as usize].into_boxed_slice(),
             shift: 32 - size.trailing_zeros(),
             // Seeded, so that nobody who chooses prompts can choose where their hashes fall.
             seeds: [random.hash_one(1_u8), random.hash_one(2_u8) | 1],
+            places: PhantomData,
         }
     }
 
-    /// Number of slots.
-    pub fn slots(&self) -> u32 {
+    /// Number of places.
+    pub fn places(&self) -> u32 {
         self.records.len() as u32
     }
 
-    /// A slot's record.
+    /// A place's record.
     #[inline]
-    pub fn record(&self, slot: SlotIndex) -> &Record {
-        &self.records[slot.0 as usize]
+    pub fn record(&self, place: I) -> &Record<S> {
+        &self.records[place.number() as usize]
     }
 
     #[inline]
-    pub(super) fn record_mut(&mut self, slot: SlotIndex) -> &mut Record {
-        &mut self.records[slot.0 as usize]
+    pub(super) fn record_mut(&mut self, place: I) -> &mut Record<S> {
+        &mut self.records[place.number() as usize]
     }
 
     /// 32 bits that place a key and tell most others from it. Block hashes are uniform already;
@@ -123,7 +126,7 @@ impl BlockTable {
     }
 
     #[inline]
-    fn find_tagged(&self, tag: u32, hash: &BlockHash, group: GroupIndex) -> Option<SlotIndex> {
+    fn find_tagged(&self, tag: u32, hash: &BlockHash, group: GroupIndex) -> Option<I> {
         let mut at = self.home(tag);
         loop {
             let entry = self.entries[at];
@@ -131,18 +134,18 @@ impl BlockTable {
                 return None;
             }
             if (entry >> 32) as u32 == tag {
-                let slot = SlotIndex(entry as u32 - 1);
-                if self.record(slot).is(hash, group) {
-                    return Some(slot);
+                let place = I::from_number(entry as u32 - 1);
+                if self.record(place).is(hash, group) {
+                    return Some(place);
                 }
             }
             at = (at + 1) & self.mask();
         }
     }
 
-    /// The slot that has this key.
+    /// The place that has this key.
     #[inline]
-    pub fn find(&self, key: &BlockKey) -> Option<SlotIndex> {
+    pub fn find(&self, key: &BlockKey) -> Option<I> {
         self.find_tagged(self.tag(&key.hash, key.group), &key.hash, key.group)
     }
 
@@ -154,7 +157,7 @@ impl BlockTable {
         hashes: &[BlockHash],
         step: usize,
         group: GroupIndex,
-        mut visit: impl FnMut(Option<SlotIndex>) -> bool,
+        mut visit: impl FnMut(Option<I>) -> bool,
     ) {
         let count = hashes.len().div_ceil(step);
         let mut tags = [0_u32; ENTRY_AHEAD];
@@ -169,7 +172,7 @@ impl BlockTable {
             if index < count {
                 let entry = self.entries[self.home(tags[index % ENTRY_AHEAD])];
                 if entry != 0 {
-                    prefetch(self.record(SlotIndex(entry as u32 - 1)));
+                    prefetch(self.record(I::from_number(entry as u32 - 1)));
                 }
             }
         };
@@ -190,9 +193,9 @@ impl BlockTable {
         }
     }
 
-    /// Gives a slot a key. The slot has none and no other slot has this one.
-    pub(super) fn insert(&mut self, slot: SlotIndex, key: &BlockKey) {
-        let record = self.record_mut(slot);
+    /// Gives a place a key. The place has none and no other place has this one.
+    pub(super) fn insert(&mut self, place: I, key: &BlockKey) {
+        let record = self.record_mut(place);
         record.hash = *key.hash.padded();
         record.hash_len = key.hash.as_bytes().len() as u8;
         record.group = key.group.0;
@@ -201,24 +204,27 @@ impl BlockTable {
         while self.entries[at] != 0 {
             at = (at + 1) & self.mask();
         }
-        self.entries[at] = u64::from(tag) << 32 | u64::from(slot.0 + 1);
+        self.entries[at] = u64::from(tag) << 32 | u64::from(place.number() + 1);
     }
 
-    /// Fetches what taking a slot's key away will read.
-    pub(super) fn prefetch(&self, slot: SlotIndex) {
-        prefetch(self.record(slot));
+    /// Fetches what taking a place's key away will read.
+    pub(super) fn prefetch(&self, place: I) {
+        prefetch(self.record(place));
     }
 
-    /// Takes a slot's key away. Entries behind it move up, so that no gap ends another key's search
-    /// early.
-    pub(super) fn remove(&mut self, slot: SlotIndex) {
-        let Some(key) = self.record(slot).key() else { return };
-        self.record_mut(slot).hash_len = 0;
-        let wanted = slot.0 + 1;
+    /// Takes a place's key away. Entries behind it move up, so that no gap ends another key's
+    /// search early.
+    pub(super) fn remove(&mut self, place: I) {
+        let Some(key) = self.record(place).key() else {
+            violated!("{place:?} has no key that could be taken away");
+            return;
+        };
+        self.record_mut(place).hash_len = 0;
+        let wanted = place.number() + 1;
         let mut gap = self.home(self.tag(&key.hash, key.group));
         while self.entries[gap] as u32 != wanted {
             if self.entries[gap] == 0 {
-                debug_assert!(false, "slot {slot:?} has a key but no entry");
+                violated!("{place:?} has a key but no entry in the index");
                 return;
             }
             gap = (gap + 1) & self.mask();
@@ -246,6 +252,7 @@ impl BlockTable {
 mod tests {
     use std::collections::HashMap;
 
+    use kvcellar_block::SlotIndex;
     use proptest::prelude::*;
 
     use super::*;
@@ -261,7 +268,7 @@ mod tests {
     proptest! {
         #[test]
         fn behaves_like_a_map(steps in prop::collection::vec((any::<bool>(), 0_u16..40), 0..300)) {
-            let mut table = BlockTable::new(64);
+            let mut table: Table<SlotIndex, ()> = Table::new(64);
             let mut model: HashMap<u16, SlotIndex> = HashMap::new();
             let mut free: Vec<u32> = (0..64).collect();
             for (insert, number) in steps {

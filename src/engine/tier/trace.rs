@@ -14,22 +14,17 @@ use serde_json::{Value, json};
 use kvcellar_block::BlockKey;
 use kvcellar_block::error::{Error, Result};
 
-/// An open log.
+/// An open log file.
 #[derive(Debug)]
-pub struct Trace {
+struct Trace {
     file: File,
     path: PathBuf,
     failed: Option<std::io::Error>,
-    /// Writing failed and the caller knows: nothing more is written.
-    told: bool,
 }
 
 impl Trace {
     /// Opens (and empties) the log at `path`.
-    ///
-    /// # Errors
-    /// [`Error::Io`] naming the path.
-    pub fn open(path: &Path) -> Result<Self> {
+    fn open(path: &Path) -> Result<Self> {
         let file = OpenOptions::new()
             .write(true)
             .create(true)
@@ -40,12 +35,12 @@ impl Trace {
             .map_err(|error| {
                 Error::io("opening trace_file", path, error, "Write the path of a file this user may write")
             })?;
-        Ok(Self { file, path: path.to_owned(), failed: None, told: false })
+        Ok(Self { file, path: path.to_owned(), failed: None })
     }
 
-    /// Writes one operation.
-    pub fn write(&mut self, op: &Value) {
-        if self.told || self.failed.is_some() {
+    /// Writes one operation; none after one that could not be written.
+    fn write(&mut self, op: &Value) {
+        if self.failed.is_some() {
             return;
         }
         let mut line = op.to_string();
@@ -53,11 +48,46 @@ impl Trace {
         self.failed = self.file.write_all(line.as_bytes()).err();
     }
 
-    /// Why the log ends early, if it does. Told once.
-    pub fn take_failure(&mut self) -> Option<Error> {
+    /// Why the log ends early, if it does.
+    fn take_failure(&mut self) -> Option<Error> {
         let error = self.failed.take()?;
-        self.told = true;
         Some(Error::io("writing trace_file", &self.path, error, "The log ends here; the engine goes on"))
+    }
+}
+
+/// The operation log of an engine, if the user wants one.
+#[derive(Debug)]
+pub struct OperationLog {
+    trace: Option<Trace>,
+}
+
+impl OperationLog {
+    /// Opens the log at `path`; without one nothing is logged.
+    ///
+    /// # Errors
+    /// [`Error::Io`] naming the path.
+    pub fn open(path: Option<&Path>) -> Result<Self> {
+        Ok(Self { trace: path.map(Trace::open).transpose()? })
+    }
+
+    /// Whether operations are logged.
+    pub fn is_open(&self) -> bool {
+        self.trace.is_some()
+    }
+
+    /// Logs one operation. `line` is called only when there is a log.
+    pub fn record(&mut self, line: impl FnOnce() -> Value) {
+        if let Some(trace) = &mut self.trace {
+            trace.write(&line());
+        }
+    }
+
+    /// Ends the log, with a warning, once it could not be written.
+    pub fn end_if_failed(&mut self) {
+        if let Some(error) = self.trace.as_mut().and_then(Trace::take_failure) {
+            self.trace = None;
+            log::warn!("{error}");
+        }
     }
 }
 

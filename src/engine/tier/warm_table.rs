@@ -51,10 +51,7 @@ impl WarmTable {
                 slots.push(reserved.slot);
             }
         }
-        for slot in &slots {
-            self.residency.publish(*slot, Lineage::default());
-        }
-        self.residency.settle(&slots);
+        self.residency.publish_all(&slots, std::iter::repeat_with(Lineage::default));
         evicted
     }
 }

@@ -8,7 +8,8 @@
 
 use std::collections::VecDeque;
 
-use super::disk_tier::ReadPart;
+use super::transfer::ReadPart;
+use crate::invariant;
 use crate::pool::memory::SlotMemory;
 use kvcellar_block::{Generation, SlotIndex};
 
@@ -70,7 +71,11 @@ impl Window {
             place.busy = true;
             let generation = line.begin_fill(memory.cache_generation());
             if let Some((_, part)) = self.waiting.pop_front() {
-                debug_assert_eq!(generation, part.generation);
+                invariant!(
+                    generation == part.generation,
+                    "the window promised {:?} and gave {generation:?}",
+                    part.generation
+                );
                 ready.push(part);
             }
         }

@@ -22,6 +22,7 @@ use crate::gpu::fragments::{self, Fragment};
 use crate::gpu::sides::{Admitted, Sides};
 use crate::gpu::{Answers, ComputeStream, CopyError, Direction, Order};
 use crate::limits::{COMMANDS_IN_FLIGHT_MAX, JOB_BYTES, JOB_FRAGMENTS_MAX, JOBS_IN_FLIGHT_MAX};
+use crate::violated;
 use kvcellar_block::SlotIndex;
 use kvcellar_block::plan::BlockCopy;
 
@@ -277,7 +278,10 @@ impl Lane {
                 Ok(true) => true,
                 Err(refused) => self.wait_for_stream(common, &refused),
             };
-            let Some(job) = self.jobs.pop_front() else { return };
+            let Some(job) = self.jobs.pop_front() else {
+                violated!("the job that ended is gone from its queue");
+                return;
+            };
             self.answer(common, job, over);
         }
     }

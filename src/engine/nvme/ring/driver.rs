@@ -19,6 +19,7 @@ use super::kernel::{Kernel, WAKE};
 use crate::limits::{RING_FAILED_WAIT_MS, RING_PAUSE_MS, TRANSFER_RETRIES_MAX};
 use crate::nvme::disk::{Completion, DiskError, Kind, Operation};
 use crate::nvme::queue::{completion, outcome};
+use crate::violated;
 
 /// The thread's state.
 pub(super) struct RingDriver {
@@ -114,7 +115,10 @@ impl RingDriver {
 
     /// Pushes the entry of a slot that is listed as pushed already.
     fn push(&mut self, slot: usize) -> Result<(), i32> {
-        let Some(flying) = self.flight.get_mut(slot) else { return Ok(()) };
+        let Some(flying) = self.flight.get_mut(slot) else {
+            violated!("entry {slot} of the ring is pushed but no transfer is in flight there");
+            return Ok(());
+        };
         // SAFETY: the flight owns the operation until its completion was read or its entry was
         // found unsubmitted, and gives it up otherwise.
         unsafe { self.kernel.push_transfer(&flying.operation, slot) }.map_err(|error| errno_of(&error))
@@ -173,7 +177,10 @@ impl RingDriver {
     }
 
     fn is_to_retry(&mut self, slot: usize, result: i32) -> bool {
-        let Some(flying) = self.flight.get_mut(slot) else { return false };
+        let Some(flying) = self.flight.get_mut(slot) else {
+            violated!("entry {slot} of the ring ended but no transfer is in flight there");
+            return false;
+        };
         let again = matches!(-result, libc::EINTR | libc::EAGAIN) && flying.retries < TRANSFER_RETRIES_MAX;
         flying.retries += u32::from(again);
         again

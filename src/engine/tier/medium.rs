@@ -1,0 +1,174 @@
+//! The disk itself: store, device, what lies in which extent, and whether the device is well.
+//!
+//! Everything here happens under the engine's lock and takes no time: bytes are hashed, compared,
+//! read and written by the mover and the disk, which are given their work as [`Job`]s.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use crossbeam_channel::Sender;
+
+use super::extents::Extents;
+use super::health::Health;
+use super::jobs::Job;
+use super::residency::Residency;
+use super::trace::{self, OperationLog};
+use crate::limits;
+use crate::nvme::disk::{Description, Disk};
+use crate::nvme::space::Layout;
+use crate::nvme::store::Store;
+use crate::policy::load::Rates;
+use crate::policy::{Admission, LoadPolicy};
+use crate::pool::Pool;
+
+/// What the user decided about the nvme tier.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct DiskSettings {
+    /// Write every block at once, not only the coldest.
+    pub write_through: bool,
+    /// Share of the slots, in percent, that are kept free or clean.
+    pub clean_percent: u64,
+    /// See [`LoadPolicy`].
+    pub load_policy: LoadPolicy,
+    /// See [`Admission`].
+    pub admission: Admission,
+    /// Seconds after which a block is erased from disk.
+    pub retention_s: Option<u64>,
+}
+
+/// The disk of one engine, as cleaner and restores use it.
+pub(super) struct Medium {
+    /// What is where.
+    pub(super) extents: Extents,
+    /// The device's health.
+    pub(super) health: Health,
+    /// How fast restore and prefill are.
+    pub(super) rates: Rates,
+    /// What the user decided.
+    pub(super) settings: DiskSettings,
+    /// The generation of contents.
+    pub(super) cache_generation: u64,
+    store: Arc<Mutex<Store>>,
+    store_id: u64,
+    layout: Layout,
+    device: Arc<dyn Disk>,
+    description: Description,
+    pool: Arc<Pool>,
+    jobs: Sender<Job>,
+    last_token: u64,
+}
+
+impl Medium {
+    /// A store that is open, of which nothing is taken over yet.
+    pub(super) fn new(
+        store: Store,
+        device: Arc<dyn Disk>,
+        pool: Arc<Pool>,
+        jobs: Sender<Job>,
+        settings: DiskSettings,
+    ) -> Self {
+        let mut extents = Extents::new(store.extents_max());
+        extents.make_ready(store.extents_ready());
+        Self {
+            extents,
+            health: Health::default(),
+            rates: Rates::default(),
+            settings,
+            cache_generation: store.cache_generation(),
+            store_id: store.id(),
+            layout: store.layout(),
+            store: Arc::new(Mutex::new(store)),
+            description: device.describe(),
+            device,
+            pool,
+            jobs,
+            last_token: 0,
+        }
+    }
+
+    /// The store; the mover grows it without the engine's lock.
+    pub(super) fn store(&self) -> &Arc<Mutex<Store>> {
+        &self.store
+    }
+
+    /// The store, locked.
+    pub(super) fn lock_store(&self) -> MutexGuard<'_, Store> {
+        self.store.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The store's id, for seals.
+    pub(super) fn store_id(&self) -> u64 {
+        self.store_id
+    }
+
+    /// Where extents lie.
+    pub(super) fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// Bytes of an extent.
+    pub(super) fn extent_bytes(&self) -> u64 {
+        self.layout.extent_bytes
+    }
+
+    /// The device.
+    pub(super) fn device(&self) -> &Arc<dyn Disk> {
+        &self.device
+    }
+
+    /// How the device is used.
+    pub(super) fn description(&self) -> &Description {
+        &self.description
+    }
+
+    /// The slots that are read into and written from.
+    pub(super) fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+
+    /// Blocks that one transfer may cover.
+    pub(super) fn transfer_blocks_max(&self) -> usize {
+        (limits::TRANSFER_BYTES_MAX / self.extent_bytes()).max(1) as usize
+    }
+
+    /// Blocks that may be written at once.
+    pub(super) fn writes_max(&self) -> u64 {
+        (limits::SPILL_BYTES_IN_FLIGHT_MAX / self.extent_bytes()).max(limits::SPILLS_IN_FLIGHT_MIN)
+    }
+
+    /// A name for a transfer that no other one has.
+    pub(super) fn next_token(&mut self) -> u64 {
+        self.last_token += 1;
+        self.last_token
+    }
+
+    /// Hands work to the mover, and wakes it.
+    pub(super) fn order(&self, job: Job) {
+        // The channel closes only when the mover has ended, with the engine.
+        let _mover_gone = self.jobs.send(job);
+        self.pool.header().ring();
+    }
+
+    /// The store has grown to this many extents.
+    pub(super) fn on_grown(&mut self, ready: u32) {
+        self.extents.make_ready(ready);
+        self.description = self.device.describe();
+    }
+
+    /// A transfer failed. The device goes out of service when it is one too many in a row.
+    pub(super) fn on_device_error(&mut self, dram: &mut Residency, log: &mut OperationLog, what: &str) {
+        dram.counters.disk_errors += 1;
+        if self.health.failed(Instant::now()) {
+            self.leave_service(dram, log, what, "the disk is tried again");
+        }
+    }
+
+    /// The disk is out of service: its blocks are not to be had, and everybody is told. `then`:
+    /// what will become of the disk.
+    pub(super) fn leave_service(&mut self, dram: &mut Residency, log: &mut OperationLog, why: &str, then: &str) {
+        self.extents.withdraw(&mut dram.events);
+        dram.counters.nvme_outages += 1;
+        log::warn!("the nvme tier is out of service: {why}. The dram tier goes on; {then}");
+        log.record(|| trace::line("outage", &[]));
+    }
+}

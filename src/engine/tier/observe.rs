@@ -1,0 +1,56 @@
+//! What the engine's counters and gauges were when they were last collected.
+
+use crate::metrics::{Counters, DropReason, Gauges, Samples};
+
+/// What changed since the last collection.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct StatsDelta {
+    /// Growth of each counter that grew: name and amount.
+    pub counters: Vec<(&'static str, u64)>,
+    /// Dropped blocks by reason.
+    pub dropped: Vec<(&'static str, u64)>,
+    /// Gauges that changed.
+    pub gauges: Vec<(&'static str, u64)>,
+    /// Durations of lookups, in seconds.
+    pub lookup_seconds: Vec<f64>,
+}
+
+/// Collects statistics as differences.
+#[derive(Debug, Default)]
+pub(super) struct Collector {
+    lookup_seconds: Samples,
+    collected: (Counters, Gauges),
+}
+
+impl Collector {
+    /// How long a lookup took.
+    pub(super) fn sample_lookup(&mut self, seconds: f64) {
+        self.lookup_seconds.add(seconds);
+    }
+
+    /// What changed since the last call; `None` when nothing did.
+    pub(super) fn collect(&mut self, counters: &Counters, gauges: &Gauges) -> Option<StatsDelta> {
+        let now = (*counters, *gauges);
+        if now == self.collected && self.lookup_seconds.is_empty() {
+            return None;
+        }
+        let before = std::mem::replace(&mut self.collected, now);
+        let grown = now
+            .0
+            .plain()
+            .into_iter()
+            .zip(before.0.plain())
+            .map(|((name, now), (_, before))| (name, now.saturating_sub(before)));
+        let changed =
+            now.1.all().into_iter().zip(before.1.all()).filter(|(now, before)| now != before).map(|(now, _)| now);
+        let dropped = DropReason::ALL.iter().enumerate().map(|(index, reason)| {
+            (reason.name(), now.0.dropped_blocks[index].saturating_sub(before.0.dropped_blocks[index]))
+        });
+        Some(StatsDelta {
+            counters: grown.filter(|(_, amount)| *amount > 0).collect(),
+            dropped: dropped.filter(|(_, amount)| *amount > 0).collect(),
+            gauges: changed.collect(),
+            lookup_seconds: self.lookup_seconds.take(),
+        })
+    }
+}

@@ -1,0 +1,55 @@
+//! The end of a request: its prefix is made to outlive its suffix.
+
+use serde_json::Value;
+
+use super::requests::{Finished, Request};
+use super::residency::Residency;
+use super::trace::{self, OperationLog, names};
+use kvcellar_block::{GroupIndex, Grouping, SlotIndex};
+
+/// Orders the blocks of a request that has ended, once none of its offloads is under way: its
+/// prefix outlives its suffix, and what no future hit is likely to need goes first.
+pub(super) fn retire(
+    dram: &mut Residency,
+    log: &mut OperationLog,
+    grouping: &Grouping,
+    id: &str,
+    request: &Request,
+    Finished { prompt, total }: Finished,
+) {
+    let (mut warm, mut cold) = (Vec::new(), Vec::new());
+    let mut found = Vec::new();
+    for (group, spec) in grouping.groups.iter().enumerate() {
+        let blocks = total / spec.block_tokens;
+        let step = (spec.block_tokens / grouping.hash_tokens) as usize;
+        let start = grouping.hash_index(group, 0);
+        let end = request.hashes.len().min(start + (blocks as usize).saturating_sub(1) * step + 1);
+        if blocks == 0 || start >= end {
+            continue;
+        }
+        found.clear();
+        dram.find_all(&request.hashes[start..end], step, GroupIndex(group as u16), &mut found);
+        for (block, held) in found.iter().enumerate() {
+            let Some((slot, true)) = held else { continue };
+            let needed = spec.tail_blocks().is_none_or(|tail| {
+                // Future prompts most likely continue this one, from the end of its prompt or of
+                // its answer.
+                [prompt, total].into_iter().any(|tokens| {
+                    let last = grouping.hit_limit(tokens) / spec.block_tokens + u32::from(spec.eagle);
+                    (last.saturating_sub(tail + u32::from(spec.eagle))..last).contains(&(block as u32))
+                })
+            });
+            if needed { warm.push(*slot) } else { cold.push(*slot) }
+        }
+    }
+    log.record(|| {
+        let unpinned = |slots: &[SlotIndex]| {
+            names(slots.iter().filter(|slot| dram.pins(**slot) == 0).filter_map(|slot| dram.key(*slot)))
+        };
+        trace::line("retire", &[("req", Value::from(id)), ("keys", unpinned(&warm)), ("cold", unpinned(&cold))])
+    });
+    dram.touch(&warm, request.serial);
+    for slot in cold.iter().rev() {
+        dram.cool(*slot);
+    }
+}

@@ -1,0 +1,61 @@
+//! Both tiers as one: where a block can be had.
+
+use std::sync::Arc;
+
+use super::disk_tier::DiskTier;
+use super::residency::Residency;
+use crate::pool::Pool;
+use kvcellar_block::{BlockKey, ExtentIndex, SlotIndex, Tier};
+
+/// Where a load takes a block from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Source {
+    /// A slot that holds it.
+    Slot(SlotIndex),
+    /// A slot that is being filled from disk with it.
+    Restoring(SlotIndex),
+    /// Disk.
+    Extent(ExtentIndex),
+}
+
+/// The dram tier, and the nvme tier if the user wants one.
+pub(super) struct Tiers {
+    /// Blocks in memory.
+    pub(super) dram: Residency,
+    /// Blocks on disk.
+    pub(super) disk: Option<DiskTier>,
+    /// The shared memory below the dram tier; `None` over a test's plain memory.
+    pub(super) pool: Option<Arc<Pool>>,
+}
+
+impl Tiers {
+    /// Where a block can be had.
+    pub(super) fn source(&self, key: &BlockKey) -> Option<Source> {
+        match self.dram.find_any(key) {
+            Some((slot, true)) => return Some(Source::Slot(slot)),
+            Some((slot, false)) if self.dram.is_restoring(slot) => return Some(Source::Restoring(slot)),
+            _ => {}
+        }
+        self.on_disk(key).map(Source::Extent)
+    }
+
+    /// The extent of a block that the disk can give now.
+    pub(super) fn on_disk(&self, key: &BlockKey) -> Option<ExtentIndex> {
+        self.disk.as_ref()?.medium.extents.find(key)
+    }
+
+    /// Blocks on disk were used, the first of them last of all.
+    pub(super) fn touch_on_disk(&mut self, extents: &[ExtentIndex]) {
+        if let Some(disk) = &mut self.disk {
+            extents.iter().rev().for_each(|extent| disk.medium.extents.touch(*extent));
+        }
+    }
+
+    /// Every block that a request could have now.
+    pub(super) fn blocks(&self) -> impl Iterator<Item = (Tier, BlockKey)> + '_ {
+        let slots = self.dram.visible_slots().into_iter();
+        let in_memory = slots.filter_map(|slot| Some((Tier::Dram, self.dram.key(slot)?)));
+        let on_disk = self.disk.iter().flat_map(DiskTier::blocks).map(|key| (Tier::Nvme, key));
+        in_memory.chain(on_disk)
+    }
+}
