@@ -67,7 +67,7 @@ def _fleet(seeds: int) -> list[Run]:
 
 def _kubernetes(seeds: int) -> list[Run]:
     return [
-        Run((*CARGO_TEST, "--package", "kvcellar-index", "--features", "kubernetes", "--lib", "kubernetes"), {})
+        Run((*CARGO_TEST, "--package", "kvcellar-discovery", "--features", "kubernetes", "--lib", "pods"), {})
     ] * seeds
 
 

@@ -197,10 +197,10 @@ async fn until(seconds: Option<f64>) {
     }
 }
 
-async fn engines(sources: &Sources) -> Result<Vec<kvcellar_index::fleet::sources::Source>> {
+async fn engines(sources: &Sources) -> Result<Vec<kvcellar_index::fleet::Source>> {
     let found = sources.look().await?;
     if found.is_empty() {
-        return Err(super::discovery::nobody());
+        return Err(kvcellar_discovery::nobody());
     }
     Ok(found)
 }
@@ -209,8 +209,9 @@ async fn tail(options: &TailOptions) -> Result<()> {
     let board = RateBoard::default();
     let mut tasks = JoinSet::new();
     for source in engines(&options.sources).await? {
+        let address = source.address();
         let counter = Counter { source: source.name, board: Arc::clone(&board), arena: BatchArena::default() };
-        tasks.spawn(follow(source.address, Vec::new(), counter));
+        tasks.spawn(follow(address, Vec::new(), counter));
     }
     let lines = options.json || !std::io::stdout().is_terminal();
     let show = async {
@@ -337,6 +338,7 @@ async fn record(options: &RecordOptions) -> Result<()> {
     let mut tasks = JoinSet::new();
     let started = Instant::now();
     for source in engines(&options.sources).await? {
+        let address = source.address();
         let recorder = Recorder {
             source: source.name,
             started,
@@ -344,7 +346,7 @@ async fn record(options: &RecordOptions) -> Result<()> {
             failed: Arc::clone(&failed),
             arena: BatchArena::default(),
         };
-        tasks.spawn(follow(source.address, Vec::new(), recorder));
+        tasks.spawn(follow(address, Vec::new(), recorder));
     }
     until(options.seconds).await;
     tasks.shutdown().await;

@@ -8,38 +8,20 @@ use std::time::Duration;
 use clap::Args;
 
 use kvcellar_block::error::{Error, Result};
+use kvcellar_discovery::Places;
 use kvcellar_engine::config::size;
-#[cfg(feature = "kubernetes")]
-use kvcellar_events::subscriber::Address;
 use kvcellar_index::Index;
 use kvcellar_index::api::serving;
 use kvcellar_index::api::{self, Service, ServiceLimits};
-use kvcellar_index::fleet::Fleet;
-use kvcellar_index::fleet::sources::{self, Source};
+use kvcellar_index::fleet::{Fleet, Source};
 use kvcellar_index::tiers::Weights;
 
 /// Where engines are found.
 #[derive(Debug, Clone, Args)]
 pub struct Sources {
-    /// An engine: an address like `tcp://10.0.0.1:5557`, or
-    /// endpoint=...,replay=...,name=...,model=...[,bind=true]. May be repeated.
-    #[arg(long = "engine", value_name = "ENGINE")]
-    pub engines: Vec<String>,
-    /// A JSON file with a list of engines, read again when it changes.
-    #[arg(long)]
-    pub engines_file: Option<PathBuf>,
-    /// A name that resolves to every engine (a headless service): host:port or
-    /// host:port:replay-port. Resolved again every few seconds.
-    #[arg(long)]
-    pub dns: Option<String>,
-    /// Engines as pods.
-    #[cfg(feature = "kubernetes")]
+    /// The places.
     #[command(flatten)]
-    pub pods: Option<kvcellar_index::fleet::kubernetes::Pods>,
-    /// Ports of their sockets: `port` or `port:replay-port`.
-    #[cfg(feature = "kubernetes")]
-    #[arg(long, default_value = "5557:5558")]
-    pub kubernetes_ports: String,
+    pub places: Places<Source>,
     /// The model of engines that do not name theirs.
     #[arg(long)]
     pub model: Option<String>,
@@ -51,60 +33,19 @@ impl Sources {
     /// # Errors
     /// [`Error::Config`], [`Error::Io`], [`Error::TryLater`].
     pub async fn look(&self) -> Result<Vec<Source>> {
-        let mut found = self.engines.iter().map(|text| sources::parse(text)).collect::<Result<Vec<_>>>()?;
-        if let Some(path) = &self.engines_file {
-            found.extend(sources::read(path)?);
-        }
-        if let Some(name) = &self.dns {
-            found.extend(sources::resolve(name, self.model.as_deref()).await?);
-        }
-        #[cfg(feature = "kubernetes")]
-        found.extend(self.pods().await?);
-        for source in &mut found {
-            source.model = source.model.take().or_else(|| self.model.clone());
-        }
-        Ok(found)
-    }
-
-    #[cfg(feature = "kubernetes")]
-    async fn pods(&self) -> Result<Vec<Source>> {
-        let Some(pods) = &self.pods else { return Ok(Vec::new()) };
-        let number = |text: &str| {
-            text.parse::<u16>().map_err(|_| {
-                let problem = format!("`{}` is no port", self.kubernetes_ports);
-                Error::config("kubernetes-ports", problem, "Write e.g. 5557:5558 (port:replay port)")
-            })
-        };
-        let (port, replay) = match self.kubernetes_ports.split_once(':') {
-            Some((port, replay)) => (number(port)?, Some(number(replay)?)),
-            None => (number(&self.kubernetes_ports)?, None),
-        };
-        let at = |address, port| format!("tcp://{}", SocketAddr::new(address, port));
-        let source = |(name, address)| Source {
-            name,
-            model: None,
-            address: Address { endpoint: at(address, port), replay: replay.map(|port| at(address, port)), bind: false },
-        };
-        Ok(pods.look().await?.into_iter().map(source).collect())
-    }
-
-    /// Some engines are found anew every time.
-    fn is_asked_for(&self) -> bool {
-        #[cfg(feature = "kubernetes")]
-        let pods = self.pods.is_some();
-        #[cfg(not(feature = "kubernetes"))]
-        let pods = false;
-        self.dns.is_some() || pods
-    }
-
-    fn may_change(&self) -> bool {
-        self.engines_file.is_some() || self.is_asked_for()
+        Ok(self.with_models(self.places.look().await?))
     }
 
     /// Keeps a fleet as it is found, for ever.
     pub async fn keep(&self, fleet: &mut Fleet) {
-        let look = async || self.look().await;
-        super::discovery::keep(self.engines_file.as_deref(), self.is_asked_for(), look, |found| fleet.set(found)).await;
+        self.places.keep(|found| fleet.set(self.with_models(found))).await;
+    }
+
+    fn with_models(&self, mut found: Vec<Source>) -> Vec<Source> {
+        for source in &mut found {
+            source.model = source.model.take().or_else(|| self.model.clone());
+        }
+        found
     }
 }
 
@@ -161,8 +102,8 @@ async fn run(options: &Options) -> Result<()> {
     let token = token.transpose()?;
     let index = Arc::new(Index::new(options.block_tokens, memory as usize)?);
     let found = options.sources.look().await?;
-    if found.is_empty() && !options.sources.may_change() {
-        return Err(super::discovery::nobody());
+    if found.is_empty() && !options.sources.places.may_change() {
+        return Err(kvcellar_discovery::nobody());
     }
     if token.is_none() && !options.listen.ip().is_loopback() {
         log::warn!("{} can be reached from elsewhere and asks for no token: see --token-file", options.listen);

@@ -1,6 +1,5 @@
 //! The `kvcellar` command: options, and what is printed. The work is the other crates'.
 
-pub mod discovery;
 pub mod doctor;
 pub mod events;
 pub mod index;

@@ -11,22 +11,23 @@ use axum::http::HeaderName;
 use clap::{Args, ValueEnum};
 
 use kvcellar_block::error::{Error, Result};
+use kvcellar_discovery::Places;
 use kvcellar_engine::config::size;
 use kvcellar_index::Index;
 use kvcellar_index::api::serving;
 use kvcellar_index::fleet::Fleet;
 use kvcellar_index::tiers::Weights;
 use kvcellar_route::choose::Policy;
-use kvcellar_route::engine::Spec;
 use kvcellar_route::engines::Engines;
 use kvcellar_route::picker_config::PickerConfig;
 use kvcellar_route::prompt::{Checked, Models};
 use kvcellar_route::proxy::{self, Limits};
 use kvcellar_route::router::{Mode, Router, Setup};
 use kvcellar_route::scorers::Scorer;
+use kvcellar_route::spec::Spec;
 use kvcellar_route::tokens::TokenModel;
 use kvcellar_route::traces::Traces;
-use kvcellar_route::{admin, ext_proc, scrape, self_check, sources};
+use kvcellar_route::{admin, ext_proc, scrape, self_check};
 
 /// How engines are weighed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -63,25 +64,9 @@ pub struct Options {
     /// Address of metrics, health and /debug.
     #[arg(long, default_value = "127.0.0.1:8092")]
     pub admin: SocketAddr,
-    /// An engine: a URL like `http://10.0.0.1:8000`, or
-    /// `url=...[,events=tcp://...][,replay=tcp://...][,name=...][,draining=true]`. May be repeated.
-    #[arg(long = "engine", value_name = "ENGINE")]
-    pub engines: Vec<String>,
-    /// A JSON file with a list of engines, read again when it changes.
-    #[arg(long)]
-    pub engines_file: Option<PathBuf>,
-    /// A name that resolves to every engine (a headless service): host:port, or
-    /// host:port:events-port:replay-port. Resolved again every few seconds.
-    #[arg(long)]
-    pub dns: Option<String>,
-    /// Engines as pods.
-    #[cfg(feature = "kubernetes")]
+    /// Where engines are found.
     #[command(flatten)]
-    pub pods: Option<kvcellar_index::fleet::kubernetes::Pods>,
-    /// Ports of their engines: `port` or `port:events-port:replay-port`.
-    #[cfg(feature = "kubernetes")]
-    #[arg(long, default_value = "8000:5557:5558")]
-    pub kubernetes_ports: String,
+    pub places: Places<Spec>,
     /// Where prefixes are looked up. Precise needs engines' events, and a tokenizer for prompts
     /// that come as text.
     #[arg(long, value_enum, default_value = "approximate")]
@@ -142,39 +127,6 @@ pub fn serve(options: &Options) -> i32 {
 }
 
 impl Options {
-    /// All engines there are now.
-    async fn look(&self) -> Result<Vec<Spec>> {
-        let mut found = self.engines.iter().map(|text| Spec::parse(text)).collect::<Result<Vec<_>>>()?;
-        if let Some(path) = &self.engines_file {
-            found.extend(sources::read(path)?);
-        }
-        if let Some(name) = &self.dns {
-            found.extend(sources::resolve(name).await?);
-        }
-        #[cfg(feature = "kubernetes")]
-        if let Some(pods) = &self.pods {
-            let ports = sources::Ports::parse("kubernetes-ports", &self.kubernetes_ports)?;
-            found.extend(pods.look().await?.into_iter().map(|(name, address)| ports.engine(Some(name), address)));
-        }
-        Ok(found)
-    }
-
-    /// Keeps the engines as they are found, for ever.
-    async fn keep(&self, engines: &Engines, fleet: &mut Option<Fleet>) {
-        let look = async || self.look().await;
-        let set = |found| settle(engines, fleet, found);
-        super::discovery::keep(self.engines_file.as_deref(), self.is_asked_for(), look, set).await;
-    }
-
-    /// Some engines are found anew every time.
-    fn is_asked_for(&self) -> bool {
-        #[cfg(feature = "kubernetes")]
-        let pods = self.pods.is_some();
-        #[cfg(not(feature = "kubernetes"))]
-        let pods = false;
-        self.dns.is_some() || pods
-    }
-
     fn policy(&self) -> Result<Policy> {
         let weights = self.scorers.iter().map(|text| weight(text)).collect::<Result<Vec<_>>>()?;
         if !weights.is_empty() && self.policy != Weighing::Scorers {
@@ -242,9 +194,9 @@ fn weighing(options: &Options) -> Result<PickerConfig> {
 
 async fn run(options: &Options) -> Result<()> {
     let weighing = weighing(options)?;
-    let found = options.look().await?;
-    if found.is_empty() && options.engines_file.is_none() && !options.is_asked_for() {
-        return Err(super::discovery::nobody());
+    let found = options.places.look().await?;
+    if found.is_empty() && !options.places.may_change() {
+        return Err(kvcellar_discovery::nobody());
     }
     if options.http.is_none() && options.ext_proc.is_none() {
         return Err(Error::config(
@@ -294,7 +246,7 @@ async fn run(options: &Options) -> Result<()> {
     let outcome = tokio::select! {
         ended = fronts(options, &router, limits, pick) => ended,
         ended = back => ended.map_err(|error| Error::io("serving", "admin", error, "Look at the log")),
-        () = options.keep(&engines, &mut fleet) => Ok(()),
+        () = options.places.keep(|found| settle(&engines, &mut fleet, found)) => Ok(()),
         () = scrape::keep(Arc::clone(&engines), Duration::from_millis(options.scrape_ms.max(10))) => Ok(()),
     };
     checks.abort();

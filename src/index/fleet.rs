@@ -1,9 +1,7 @@
 //! Bringing a fleet's events into the index: which engines there are, a subscription for each, and
 //! what is known of their state.
 
-#[cfg(feature = "kubernetes")]
-pub mod kubernetes;
-pub mod sources;
+mod source;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,7 +18,8 @@ use kvcellar_events::decode::decode;
 use kvcellar_events::follow::{BatchCounts, Position, Why};
 use kvcellar_events::subscriber::{self, PublisherStream, Sink};
 use kvcellar_events::wire::BatchArena;
-use sources::Source;
+
+pub use source::Source;
 
 /// What is known of one stream.
 #[derive(Debug, Clone, Serialize)]
@@ -116,7 +115,7 @@ impl Fleet {
                 continue;
             }
             let state = SourceState {
-                endpoint: source.address.endpoint.clone(),
+                endpoint: source.endpoint.clone(),
                 connected: false,
                 garbage: 0,
                 streams: Vec::new(),
@@ -131,7 +130,7 @@ impl Fleet {
                 arena: BatchArena::default(),
             };
             let known = self.known(&source);
-            let task = tokio::spawn(subscriber::follow(source.address.clone(), known, sink));
+            let task = tokio::spawn(subscriber::follow(source.address(), known, sink));
             self.tasks.insert(name, (source, task));
         }
         // A snapshot's engines that nobody follows here would never change again.
@@ -181,7 +180,7 @@ impl FleetView {
 
 /// A stream's engine.
 fn engine_name(source: &Source, stream: &PublisherStream) -> String {
-    let base = match (source.address.bind, stream.topic.as_str()) {
+    let base = match (source.bind, stream.topic.as_str()) {
         (true, topic) if !topic.is_empty() => topic,
         _ => &source.name,
     };

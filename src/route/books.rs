@@ -205,7 +205,6 @@ impl Drop for Booking {
 
 #[cfg(test)]
 mod tests {
-    use super::super::engine::Spec;
     use super::*;
 
     const PREFILL: f64 = 8000.0;
@@ -221,7 +220,7 @@ mod tests {
 
     #[test]
     fn everything_is_given_back() {
-        let engine = Arc::new(Engine::new(Spec::parse("http://127.0.0.1:1").expect("an engine")));
+        let engine = Arc::new(Engine::new(kvcellar_discovery::parse("http://127.0.0.1:1").expect("an engine")));
         let read = || {
             let books = engine.books();
             (books.requests(), books.unanswered.len(), books.tokens())

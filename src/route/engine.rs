@@ -10,101 +10,8 @@ use serde::Deserialize;
 use super::approximate::Recent;
 use super::books::Books;
 use super::estimate;
+use super::spec::Spec;
 use super::view::{Adapter, Held, Look, Rates};
-use kvcellar_block::error::{Error, Result};
-use kvcellar_events::subscriber::Address;
-use kvcellar_index::fleet::sources::{self, Source};
-
-/// An engine as it is named in options and files.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Spec {
-    /// Its name.
-    #[serde(default)]
-    pub name: String,
-    /// Where it answers, e.g. `http://10.0.0.1:8000`.
-    pub url: String,
-    /// Where it publishes its events, e.g. `tcp://10.0.0.1:5557`.
-    pub events: Option<String>,
-    /// Where it replays them.
-    pub replay: Option<String>,
-    /// It gets no new requests. A state of an engine, not a part of what tells it apart: see
-    /// [`Spec::is_same`].
-    #[serde(default)]
-    pub draining: bool,
-}
-
-const REMEDY: &str = "Write e.g. url=http://10.0.0.1:8000,events=tcp://10.0.0.1:5557,replay=tcp://10.0.0.1:5558,name=a";
-
-impl Spec {
-    /// An engine as on the command line:
-    /// `url=...[,events=...][,replay=...][,name=...][,draining=true]`, or a URL alone.
-    ///
-    /// # Errors
-    /// [`Error::Config`].
-    pub fn parse(text: &str) -> Result<Self> {
-        if !text.contains('=') {
-            let bare = Self { name: String::new(), url: text.to_owned(), events: None, replay: None, draining: false };
-            return bare.checked();
-        }
-        let mut fields = sources::fields(text, REMEDY)?;
-        let mut take = |name: &str| fields.remove(name).map(str::to_owned);
-        let spec = Self {
-            name: take("name").unwrap_or_default(),
-            url: take("url").ok_or_else(|| Error::config("engine", "`url` is missing", REMEDY))?,
-            events: take("events"),
-            replay: take("replay"),
-            draining: take("draining").is_some_and(|value| value == "true"),
-        };
-        sources::none_left(&fields, REMEDY)?;
-        spec.checked()
-    }
-
-    /// With its name filled in.
-    ///
-    /// # Errors
-    /// [`Error::Config`].
-    pub fn checked(mut self) -> Result<Self> {
-        let Some(authority) = self.url.strip_prefix("http://") else {
-            return Err(Error::config("url", format!("`{}` does not begin with http://", self.url), REMEDY));
-        };
-        let authority = authority.trim_end_matches('/').to_owned();
-        let has_port =
-            authority.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
-        if !has_port || authority.contains('/') {
-            return Err(Error::config("url", format!("`{}` is no http://host:port", self.url), REMEDY));
-        }
-        for (name, address) in [("events", &self.events), ("replay", &self.replay)] {
-            let told = address.as_ref().is_none_or(|it| it.starts_with("tcp://") || it.starts_with("ipc://"));
-            if !told {
-                return Err(Error::config(name, "it has no scheme", REMEDY));
-            }
-        }
-        if self.name.is_empty() {
-            self.name.clone_from(&authority);
-        }
-        self.url = format!("http://{authority}");
-        Ok(self)
-    }
-
-    /// The same engine, draining or not.
-    pub fn is_same(&self, other: &Self) -> bool {
-        (&self.name, &self.url, &self.events, &self.replay) == (&other.name, &other.url, &other.events, &other.replay)
-    }
-
-    /// Host and port.
-    pub fn authority(&self) -> &str {
-        self.url.strip_prefix("http://").unwrap_or(&self.url)
-    }
-
-    /// Its events, for the index.
-    pub fn source(&self) -> Option<Source> {
-        let endpoint = self.events.clone()?;
-        let address = Address { endpoint, replay: self.replay.clone(), bind: false };
-        // Keys do not name the model: an engine is only asked about requests for what it serves.
-        Some(Source { name: self.name.clone(), model: None, address })
-    }
-}
 
 /// A model that an engine serves.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -314,30 +221,11 @@ impl Told {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn engines_as_they_are_written() {
-        let spec = Spec::parse("http://h:8000/").expect("an engine");
-        assert_eq!((spec.name.as_str(), spec.authority()), ("h:8000", "h:8000"));
-        let spec = Spec::parse("url=http://h:1, name=a,events=tcp://h:2,replay=tcp://h:3").expect("an engine");
-        let source = spec.source().expect("events");
-        assert_eq!((source.name.as_str(), source.address.replay.as_deref()), ("a", Some("tcp://h:3")));
-        for wrong in [
-            "h:8000",
-            "https://h:1",
-            "http://h",
-            "url=http://h:1,x=1",
-            "name=a",
-            "url=http://h:1,url=http://h:2",
-            "url=http://h:1,events=h:2",
-        ] {
-            assert!(Spec::parse(wrong).is_err(), "{wrong}");
-        }
-    }
+    use kvcellar_discovery::parse;
 
     #[test]
     fn health_follows_scrapes() {
-        let engine = Engine::new(Spec::parse("http://h:1").expect("an engine"));
+        let engine = Engine::new(parse("http://h:1").expect("an engine"));
         assert!(!engine.is_usable(), "not seen yet");
         assert!(!engine.failed() && !engine.is_usable());
         assert!(engine.heard(Told::default()) && engine.is_usable());
@@ -351,7 +239,7 @@ mod tests {
 
     #[test]
     fn a_restarted_engine_holds_nothing() {
-        let engine = Engine::new(Spec::parse("http://h:1").expect("an engine"));
+        let engine = Engine::new(parse("http://h:1").expect("an engine"));
         engine.heard(Told { started_s: 100.0, ..Told::default() });
         engine.recent().used(&[1, 2, 3]);
         engine.heard(Told { started_s: 100.0, ..Told::default() });

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 
-use super::engine::{Engine, Spec};
+use super::engine::Engine;
+use super::spec::Spec;
 
 /// All engines.
 #[derive(Debug, Default)]
@@ -49,7 +50,7 @@ mod tests {
     #[test]
     fn what_is_known_of_an_engine_stays() {
         let engines = Engines::default();
-        let spec = |text| Spec::parse(text).expect("an engine");
+        let spec = |text| kvcellar_discovery::parse(text).expect("an engine");
         engines.set(vec![spec("url=http://h:2,name=b"), spec("url=http://h:1,name=a")]);
         let a = engines.find("a").expect("a");
         a.heard(super::super::engine::Told::default());
@@ -63,7 +64,7 @@ mod tests {
     #[test]
     fn an_engine_that_drains_keeps_its_books_and_comes_back_as_it_was() {
         let engines = Engines::default();
-        let spec = |more: &str| Spec::parse(&format!("url=http://h:1,name=a{more}")).expect("an engine");
+        let spec = |more: &str| kvcellar_discovery::parse(&format!("url=http://h:1,name=a{more}")).expect("an engine");
         engines.set(vec![spec("")]);
         let a = engines.find("a").expect("a");
         a.heard(super::super::engine::Told::default());

@@ -35,7 +35,7 @@ pub mod scrape;
 pub mod see;
 pub mod self_check;
 pub mod simulation;
-pub mod sources;
+pub mod spec;
 pub mod speed;
 pub mod tokens;
 pub mod traces;

@@ -19,10 +19,11 @@ const CRATES: &[(&str, &[&str])] = &[
     ("events", &["block"]),
     // What vLLM's processes load, through `python`: nothing here or below talks to a network.
     ("engine", &["block"]),
-    ("index", &["block", "events"]),
-    ("route", &["block", "events", "index"]),
+    ("discovery", &["block"]),
+    ("index", &["block", "discovery", "events"]),
+    ("route", &["block", "discovery", "events", "index"]),
     ("bench", &["block", "engine", "events", "index", "route"]),
-    ("command", &["bench", "block", "engine", "events", "index", "route"]),
+    ("command", &["bench", "block", "discovery", "engine", "events", "index", "route"]),
     ("python", &["block", "engine"]),
     ("testkit", &["block", "engine"]),
 ];

@@ -14,11 +14,12 @@ use kvcellar_events::wire::{Batch, BatchArena, Event, Hashes, Stored};
 use kvcellar_index::Index;
 use kvcellar_index::tiers::Weights;
 use kvcellar_route::choose::Policy;
-use kvcellar_route::engine::{Spec, Told};
+use kvcellar_route::engine::Told;
 use kvcellar_route::engines::Engines;
 use kvcellar_route::prompt::{Checked, Models, Prompt};
 use kvcellar_route::request::{Kind, Request};
 use kvcellar_route::router::{Mode, Router, Setup};
+use kvcellar_route::spec::Spec;
 use kvcellar_route::tokens::TokenModel;
 
 /// What prompts are like, and how prefixes are looked up.

@@ -13,14 +13,14 @@ use kvcellar_block::error::{Error, Result};
 
 /// Which pods are engines.
 #[derive(Debug, Clone, clap::Args)]
-pub struct Pods {
+pub(crate) struct Pods {
     /// Running pods with these labels, e.g. `app=vllm`: every one is an engine. Listed again every
     /// few seconds.
     #[arg(long = "kubernetes-labels", value_name = "LABELS", required = false)]
-    pub labels: String,
+    pub(crate) labels: String,
     /// Their namespace, if it is not our own.
     #[arg(long = "kubernetes-namespace", value_name = "NAMESPACE", requires = "labels")]
-    pub namespace: Option<String>,
+    pub(crate) namespace: Option<String>,
 }
 
 fn later(problem: impl std::fmt::Display) -> Error {
@@ -32,7 +32,7 @@ impl Pods {
     ///
     /// # Errors
     /// [`Error::TryLater`] when the API cannot be reached or refuses.
-    pub async fn look(&self) -> Result<Vec<(String, IpAddr)>> {
+    pub(crate) async fn look(&self) -> Result<Vec<(String, IpAddr)>> {
         let config = Config::infer().await.map_err(later)?;
         self.list(config).await
     }

@@ -1,0 +1,149 @@
+//! An engine as the router is told of it.
+
+use std::net::{IpAddr, SocketAddr};
+
+use serde::Deserialize;
+
+use kvcellar_block::error::{Error, Result};
+use kvcellar_discovery::{EngineSpec, events_address, name_or_empty};
+use kvcellar_index::fleet::Source;
+
+/// An engine as it is named in options and files.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spec {
+    /// Its name.
+    #[serde(default, deserialize_with = "name_or_empty")]
+    pub name: String,
+    /// Where it answers, e.g. `http://10.0.0.1:8000`.
+    pub url: String,
+    /// Where it publishes its events, e.g. `tcp://10.0.0.1:5557`.
+    pub events: Option<String>,
+    /// Where it replays them.
+    pub replay: Option<String>,
+    /// It gets no new requests. A state of an engine, not a part of what tells it apart: see
+    /// [`Spec::is_same`].
+    #[serde(default)]
+    pub draining: bool,
+}
+
+impl EngineSpec for Spec {
+    const ADDRESS: &'static str = "url";
+    const FLAGS: &'static [&'static str] = &["draining"];
+    const HELP: &'static str = "An engine: a URL like `http://10.0.0.1:8000`, or \
+        `url=...[,events=tcp://...][,replay=tcp://...][,name=...][,draining=true]`. May be repeated";
+    const EXAMPLE: &'static str =
+        "url=http://10.0.0.1:8000,events=tcp://10.0.0.1:5557,replay=tcp://10.0.0.1:5558,name=a";
+    const FILE_EXAMPLE: &'static str = r#"[{"name": "a", "url": "http://10.0.0.1:8000"}]"#;
+    const PORTS: &'static str = "port[:events-port:replay-port]";
+    const PORTS_DEFAULT: &'static str = "8000:5557:5558";
+
+    fn checked(mut self) -> Result<Self> {
+        let wrong = |problem: String| Error::config("url", problem, format!("Write e.g. {}", Self::EXAMPLE));
+        let Some(authority) = self.url.strip_prefix("http://") else {
+            return Err(wrong(format!("`{}` does not begin with http://", self.url)));
+        };
+        let authority = authority.trim_end_matches('/').to_owned();
+        let has_port =
+            authority.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
+        if !has_port || authority.contains('/') {
+            return Err(wrong(format!("`{}` is no http://host:port", self.url)));
+        }
+        for (name, address) in [("events", &self.events), ("replay", &self.replay)] {
+            if let Some(address) = address {
+                events_address::<Self>(name, address)?;
+            }
+        }
+        if self.name.is_empty() {
+            self.name.clone_from(&authority);
+        }
+        self.url = format!("http://{authority}");
+        Ok(self)
+    }
+
+    fn at(name: String, ip: IpAddr, ports: &[u16]) -> Option<Self> {
+        let (http, events) = match ports {
+            [http] => (http, None),
+            [http, events, replay] => (http, Some((events, replay))),
+            _ => return None,
+        };
+        let at = |port: &u16| format!("tcp://{}", SocketAddr::new(ip, *port));
+        Some(Self {
+            name,
+            url: format!("http://{}", SocketAddr::new(ip, *http)),
+            events: events.map(|(port, _)| at(port)),
+            replay: events.map(|(_, port)| at(port)),
+            draining: false,
+        })
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+impl Spec {
+    /// The same engine, draining or not.
+    pub fn is_same(&self, other: &Self) -> bool {
+        (&self.name, &self.url, &self.events, &self.replay) == (&other.name, &other.url, &other.events, &other.replay)
+    }
+
+    /// Host and port.
+    pub fn authority(&self) -> &str {
+        self.url.strip_prefix("http://").unwrap_or(&self.url)
+    }
+
+    /// Its events, for the index.
+    pub fn source(&self) -> Option<Source> {
+        let endpoint = self.events.clone()?;
+        // Keys do not name the model: an engine is only asked about requests for what it serves.
+        Some(Source { name: self.name.clone(), endpoint, replay: self.replay.clone(), model: None, bind: false })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvcellar_discovery::{parse, read_file};
+
+    #[test]
+    fn engines_as_they_are_written() {
+        let spec: Spec = parse("http://h:8000/").expect("an engine");
+        assert_eq!((spec.name.as_str(), spec.authority()), ("h:8000", "h:8000"));
+        let spec: Spec = parse("url=http://h:1, name=a,events=tcp://h:2,replay=tcp://h:3").expect("an engine");
+        let source = spec.source().expect("events");
+        assert_eq!((source.name.as_str(), source.replay.as_deref()), ("a", Some("tcp://h:3")));
+        for wrong in [
+            "h:8000",
+            "https://h:1",
+            "http://h",
+            "url=http://h:1,x=1",
+            "name=a",
+            "url=http://h:1,url=http://h:2",
+            "url=http://h:1,events=h:2",
+        ] {
+            assert!(parse::<Spec>(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn engines_at_an_address() {
+        let ip = "fd00::1".parse().expect("an address");
+        let spec = Spec::at("a".to_owned(), ip, &[8000, 5557, 5558]).expect("an engine");
+        assert_eq!((spec.name.as_str(), spec.url.as_str()), ("a", "http://[fd00::1]:8000"));
+        assert_eq!(spec.replay.as_deref(), Some("tcp://[fd00::1]:5558"));
+        assert_eq!(Spec::at("a".to_owned(), ip, &[1]).expect("an engine").events, None);
+        assert!(Spec::at("a".to_owned(), ip, &[1, 2]).is_none() && Spec::at("a".to_owned(), ip, &[1; 4]).is_none());
+    }
+
+    #[test]
+    fn a_file_of_engines() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), r#"[{"url": "http://h:1/"}, {"url": "http://h:2", "draining": true}]"#)
+            .expect("written");
+        let found: Vec<Spec> = read_file(file.path()).expect("two engines");
+        assert_eq!((found[0].name.as_str(), found[1].draining), ("h:1", true));
+        std::fs::write(file.path(), r#"[{"url": "http://h:1", "colour": 1}]"#).expect("written");
+        assert!(read_file::<Spec>(file.path()).expect_err("an unknown field").to_string().contains("colour"));
+    }
+}
