@@ -18,7 +18,7 @@ use kvcellar_events::decode::decode;
 use kvcellar_events::encode::encode;
 use kvcellar_events::follow::{BatchCounts, Why};
 use kvcellar_events::publisher::Publisher;
-use kvcellar_events::recording::{Entry, RecordedBatch};
+use kvcellar_events::recording::{RecordedBatch, RecordingEntry};
 use kvcellar_events::subscriber::{PublisherStream, Sink, follow};
 use kvcellar_events::wire::{Batch, BatchArena, Event, Hashes, Parent, Removed, Stored};
 use kvcellar_index::api::serving;
@@ -322,7 +322,12 @@ impl Sink for Recorder {
 
     fn forget(&mut self, stream: &PublisherStream, _why: Why) {
         let engine = stream.engine(&self.source);
-        self.write(&RecordedBatch { at_ms: self.now_ms(), engine, rank: stream.rank, events: vec![Entry::Forgotten] });
+        self.write(&RecordedBatch {
+            at_ms: self.now_ms(),
+            engine,
+            rank: stream.rank,
+            events: vec![RecordingEntry::Forgotten],
+        });
     }
 
     fn state(&mut self, _stream: &PublisherStream, _counts: BatchCounts, _next: Option<u64>, _live: bool) {}

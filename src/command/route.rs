@@ -21,7 +21,7 @@ use kvcellar_route::choose::Policy;
 use kvcellar_route::engines::Engines;
 use kvcellar_route::picker_config::PickerConfig;
 use kvcellar_route::prompt::{Checked, Models};
-use kvcellar_route::proxy::{self, Limits};
+use kvcellar_route::proxy::{self, ProxyLimits};
 use kvcellar_route::router::{Mode, Router, Setup};
 use kvcellar_route::scorers::Scorer;
 use kvcellar_route::spec::Spec;
@@ -231,14 +231,14 @@ async fn run(options: &Options) -> Result<()> {
         traces: options.otlp.as_deref().map(Traces::open).transpose()?,
     };
     let router = Router::new(Arc::clone(&engines), setup)?;
-    let limits = Limits {
+    let limits = ProxyLimits {
         body_bytes_max: body,
         connect: Duration::from_secs(2),
         silence: Duration::from_secs(options.silence_s.max(1)),
         tries: options.tries.max(1),
         session_header: named_header,
     };
-    let pick = ext_proc::Limits { body_bytes_max: body, fallbacks: weighing.fallbacks, session_header };
+    let pick = ext_proc::PickerLimits { body_bytes_max: body, fallbacks: weighing.fallbacks, session_header };
     let shown = serving::listen("admin", options.admin, "admin at http://").await?;
     settle(&engines, &mut fleet, found);
     let checks = tokio::spawn(self_check::run(Arc::clone(&router)));
@@ -259,7 +259,12 @@ async fn run(options: &Options) -> Result<()> {
 }
 
 /// The front ends that were asked for, until the process is told to stop.
-async fn fronts(options: &Options, router: &Arc<Router>, limits: Limits, pick: ext_proc::Limits) -> Result<()> {
+async fn fronts(
+    options: &Options,
+    router: &Arc<Router>,
+    limits: ProxyLimits,
+    pick: ext_proc::PickerLimits,
+) -> Result<()> {
     let http = async {
         let Some(address) = options.http else { return std::future::pending().await };
         let listener = serving::listen("http", address, "router at http://").await?;

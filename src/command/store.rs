@@ -18,7 +18,7 @@ const SHOWN_MAX: usize = 20;
 
 /// A store and what lies in it.
 #[derive(Serialize)]
-struct Report<'a> {
+struct StoreReport<'a> {
     #[serde(flatten)]
     store: &'a Entry,
     contents: Option<Inspected>,
@@ -86,7 +86,7 @@ fn examine(
     };
     let mut reports = Vec::new();
     for store in &entries {
-        let mut report = Report { store, contents: None, error: None, skipped: None };
+        let mut report = StoreReport { store, contents: None, error: None, skipped: None };
         match look(store) {
             Ok(contents) => report.contents = Some(contents),
             // A store that was not asked for by name and serves an engine is as it should be.
@@ -115,7 +115,7 @@ fn chosen(dir: &Path, names: &[String]) -> kvcellar_block::error::Result<(Vec<En
     Ok((entries, code))
 }
 
-fn print_table(reports: &[Report<'_>], code: i32) -> i32 {
+fn print_table(reports: &[StoreReport<'_>], code: i32) -> i32 {
     println!(
         "{:<36} {:>10} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>8} {:>8}",
         "name", "held", "extents", "used", "empty", "stale", "damaged", "dropped", "oldest", "newest"

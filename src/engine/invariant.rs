@@ -18,13 +18,13 @@ pub fn violations() -> u64 {
 
 /// One place in the code that found something impossible, at most once in the log.
 #[derive(Debug)]
-pub struct Place {
+pub struct LoggedPlace {
     file: &'static str,
     line: u32,
     is_logged: AtomicBool,
 }
 
-impl Place {
+impl LoggedPlace {
     /// The place at this line of this file.
     pub const fn new(file: &'static str, line: u32) -> Self {
         Self { file, line, is_logged: AtomicBool::new(false) }
@@ -60,7 +60,7 @@ impl Place {
 #[macro_export]
 macro_rules! violated {
     ($($what:tt)+) => {{
-        static PLACE: $crate::invariant::Place = $crate::invariant::Place::new(file!(), line!());
+        static PLACE: $crate::invariant::LoggedPlace = $crate::invariant::LoggedPlace::new(file!(), line!());
         PLACE.on_violation(format_args!($($what)+));
     }};
 }
@@ -84,7 +84,7 @@ mod tests {
 
     #[test]
     fn a_release_build_counts_every_violation_and_logs_a_place_once() {
-        let place = Place::new("here.rs", 1);
+        let place = LoggedPlace::new("here.rs", 1);
         let before = violations();
         place.count(format_args!("slot {} is free twice", 7));
         assert!(place.is_logged.load(Ordering::Relaxed));

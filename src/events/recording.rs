@@ -25,13 +25,13 @@ pub struct RecordedBatch {
     /// Its data-parallel rank.
     pub rank: Option<u32>,
     /// What happened.
-    pub events: Vec<Entry>,
+    pub events: Vec<RecordingEntry>,
 }
 
 /// One event.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
-pub enum Entry {
+pub enum RecordingEntry {
     /// Blocks were stored.
     Stored {
         /// Their hashes.
@@ -75,7 +75,7 @@ impl RecordedBatch {
     pub fn of(at_ms: u64, engine: &str, batch: &Batch<'_>, arena: &BatchArena) -> Self {
         let text = |value: Option<&str>| value.map(str::to_owned);
         let entry = |event: &Event<'_>| match event {
-            Event::Stored(it) => Entry::Stored {
+            Event::Stored(it) => RecordingEntry::Stored {
                 hashes: arena.hashes[it.hashes.range.clone()].to_vec(),
                 parent: it.parent.map(|parent| parent.name()),
                 block_size: (!it.tokens.is_empty()).then_some(it.block_size),
@@ -86,13 +86,13 @@ impl RecordedBatch {
                 window: it.window,
                 lora: it.lora_name.map(|name| xxh3_64(name.as_bytes())),
             },
-            Event::Removed(it) => Entry::Removed {
+            Event::Removed(it) => RecordingEntry::Removed {
                 hashes: arena.hashes[it.hashes.range.clone()].to_vec(),
                 medium: text(it.medium),
                 locality: text(it.locality),
                 group: it.group,
             },
-            Event::Cleared { .. } => Entry::Cleared,
+            Event::Cleared { .. } => RecordingEntry::Cleared,
         };
         Self { at_ms, engine: engine.to_owned(), rank: batch.rank, events: batch.events.iter().map(entry).collect() }
     }
@@ -104,14 +104,16 @@ impl RecordedBatch {
             .events
             .iter()
             .map(|entry| match entry {
-                Entry::Stored { lora, .. } => lora.map(|lora| format!("{lora:016x}")),
+                RecordingEntry::Stored { lora, .. } => lora.map(|lora| format!("{lora:016x}")),
                 _ => None,
             })
             .collect();
         let events = self.events.iter().zip(&adapters).filter_map(|(entry, adapter)| {
             let start = arena.hashes.len();
             Some(match entry {
-                Entry::Stored { hashes, parent, block_size, medium, locality, group, kind, window, .. } => {
+                RecordingEntry::Stored {
+                    hashes, parent, block_size, medium, locality, group, kind, window, ..
+                } => {
                     let tokens = arena.tokens.len();
                     let size = block_size.unwrap_or(0).min(BLOCK_TOKENS_MAX);
                     arena.hashes.extend_from_slice(hashes);
@@ -132,7 +134,7 @@ impl RecordedBatch {
                         ..Stored::default()
                     }))
                 }
-                Entry::Removed { hashes, medium, locality, group } => {
+                RecordingEntry::Removed { hashes, medium, locality, group } => {
                     arena.hashes.extend_from_slice(hashes);
                     Event::Removed(Removed {
                         hashes: Hashes { range: start..arena.hashes.len(), digests: None },
@@ -142,8 +144,8 @@ impl RecordedBatch {
                         ownership: None,
                     })
                 }
-                Entry::Cleared => Event::Cleared { map_form: true },
-                Entry::Forgotten => return None,
+                RecordingEntry::Cleared => Event::Cleared { map_form: true },
+                RecordingEntry::Forgotten => return None,
             })
         });
         let events = events.collect();

@@ -125,7 +125,7 @@ pub struct TableWriter {
 
 /// Where a key is, or would go.
 #[derive(Debug, Clone, Copy)]
-pub struct Spot {
+pub struct TableSpot {
     shard: usize,
     at: usize,
     /// The set that is there.
@@ -179,7 +179,7 @@ impl TableWriter {
 
     /// Finds a key.
     #[inline]
-    pub fn spot(&self, key: u64) -> Spot {
+    pub fn spot(&self, key: u64) -> TableSpot {
         let shard = shard_of(key);
         let cells = &self.shards[shard].cells;
         let mask = cells.0.len() - 1;
@@ -187,10 +187,10 @@ impl TableWriter {
         let mut free = None;
         loop {
             match cells.0[at].key.load(Ordering::Relaxed) {
-                EMPTY => return Spot { shard, at: free.unwrap_or(at), found: None },
+                EMPTY => return TableSpot { shard, at: free.unwrap_or(at), found: None },
                 GONE => free = free.or(Some(at)),
                 found if found == key => {
-                    return Spot { shard, at, found: Some(SetRef(cells.0[at].value.load(Ordering::Relaxed))) };
+                    return TableSpot { shard, at, found: Some(SetRef(cells.0[at].value.load(Ordering::Relaxed))) };
                 }
                 _ => {}
             }
@@ -200,7 +200,7 @@ impl TableWriter {
 
     /// Writes the set of a key whose spot was found just now; [`SetRef::NONE`] removes it.
     #[inline]
-    pub fn put(&mut self, key: u64, spot: Spot, value: SetRef) {
+    pub fn put(&mut self, key: u64, spot: TableSpot, value: SetRef) {
         let shard = &mut self.shards[spot.shard];
         let cell = &shard.cells.0[spot.at];
         match (spot.found, value) {

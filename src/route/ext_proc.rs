@@ -21,11 +21,11 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::router::Router;
-use session::Session;
+use session::PickerSession;
 
 /// Bounds and options of the picker.
 #[derive(Debug, Clone)]
-pub struct Limits {
+pub struct PickerLimits {
     /// Bytes of a request's body.
     pub body_bytes_max: usize,
     /// Engines beside the chosen one in the header that names it.
@@ -44,11 +44,11 @@ const DRAIN: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Picker {
     router: Arc<Router>,
-    limits: Arc<Limits>,
+    limits: Arc<PickerLimits>,
 }
 
 /// The picker as a gRPC service.
-pub fn service(router: Arc<Router>, limits: Limits) -> ExternalProcessorServer<Picker> {
+pub fn service(router: Arc<Router>, limits: PickerLimits) -> ExternalProcessorServer<Picker> {
     // Room for a body over the limit, so that it is refused by name; a gateway that buffers more
     // has its own limit.
     let most = limits.body_bytes_max.saturating_mul(2).saturating_add(32 << 20);
@@ -56,16 +56,16 @@ pub fn service(router: Arc<Router>, limits: Limits) -> ExternalProcessorServer<P
     ExternalProcessorServer::new(picker).max_decoding_message_size(most).max_encoding_message_size(most)
 }
 
-type Answers = Pin<Box<dyn Stream<Item = Result<ProcessingResponse, Status>> + Send>>;
+type PickerAnswers = Pin<Box<dyn Stream<Item = Result<ProcessingResponse, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl ExternalProcessor for Picker {
-    type ProcessStream = Answers;
+    type ProcessStream = PickerAnswers;
 
-    async fn process(&self, request: Request<Streaming<ProcessingRequest>>) -> Result<Response<Answers>, Status> {
+    async fn process(&self, request: Request<Streaming<ProcessingRequest>>) -> Result<Response<PickerAnswers>, Status> {
         let mut messages = request.into_inner();
         let (sender, receiver) = mpsc::channel(ANSWERS);
-        let mut session = Session::new(Arc::clone(&self.router), Arc::clone(&self.limits));
+        let mut session = PickerSession::new(Arc::clone(&self.router), Arc::clone(&self.limits));
         tokio::spawn(async move {
             // An error here is Envoy hanging up.
             while let Ok(Some(message)) = messages.message().await {

@@ -14,7 +14,7 @@ use super::answer::Usage;
 use super::engines::Engines;
 
 type Counts = Family<Vec<(String, String)>, Counter>;
-type Gauges = Family<Vec<(String, String)>, Gauge<f64, AtomicU64>>;
+type RouterGauges = Family<Vec<(String, String)>, Gauge<f64, AtomicU64>>;
 
 /// Everything that is counted.
 #[derive(Debug)]
@@ -32,7 +32,7 @@ pub struct Metrics {
     dropped: Counter,
     decide_seconds: Histogram,
     ttft_seconds: Histogram,
-    engines: [Gauges; 5],
+    engines: [RouterGauges; 5],
 }
 
 fn labels<const N: usize>(pairs: [(&str, &str); N]) -> Vec<(String, String)> {
@@ -46,11 +46,16 @@ impl Default for Metrics {
         let decide = [2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.5, 2.0];
         let ttft = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0];
         let engines = [
-            add(registry, "engine_usable", "The engine may get requests", Gauges::default()),
-            add(registry, "engine_in_flight", "Requests of ours that have not ended", Gauges::default()),
-            add(registry, "engine_in_flight_tokens", "Their prompts' tokens", Gauges::default()),
-            add(registry, "engine_prefill_rate", "Prompt tokens a second, as measured", Gauges::default()),
-            add(registry, "engine_remembered_blocks", "Blocks that the engine is guessed to hold", Gauges::default()),
+            add(registry, "engine_usable", "The engine may get requests", RouterGauges::default()),
+            add(registry, "engine_in_flight", "Requests of ours that have not ended", RouterGauges::default()),
+            add(registry, "engine_in_flight_tokens", "Their prompts' tokens", RouterGauges::default()),
+            add(registry, "engine_prefill_rate", "Prompt tokens a second, as measured", RouterGauges::default()),
+            add(
+                registry,
+                "engine_remembered_blocks",
+                "Blocks that the engine is guessed to hold",
+                RouterGauges::default(),
+            ),
         ];
         Self {
             engines,
@@ -182,7 +187,7 @@ impl Metrics {
 
     /// All numbers as text.
     pub fn text(&self, engines: &Engines) -> Option<String> {
-        self.engines.iter().for_each(Gauges::clear);
+        self.engines.iter().for_each(RouterGauges::clear);
         for engine in engines.all().iter() {
             let (requests, tokens) = {
                 let books = engine.books();

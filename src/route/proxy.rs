@@ -29,7 +29,7 @@ use super::traces;
 
 /// Bounds of the front end.
 #[derive(Debug, Clone)]
-pub struct Limits {
+pub struct ProxyLimits {
     /// Bytes of a body.
     pub body_bytes_max: usize,
     /// How long a connection to an engine may take.
@@ -47,7 +47,7 @@ pub struct Limits {
 pub struct Proxy {
     router: Arc<Router>,
     client: Client<HttpConnector, Full<Bytes>>,
-    limits: Limits,
+    limits: ProxyLimits,
 }
 
 /// Headers that belong to one connection.
@@ -66,7 +66,7 @@ const HOP_BY_HOP: [HeaderName; 8] = [
 pub const DEBUG: HeaderName = HeaderName::from_static("x-kvcellar-debug");
 
 /// The routes.
-pub fn routes(router: Arc<Router>, limits: Limits) -> axum::Router {
+pub fn routes(router: Arc<Router>, limits: ProxyLimits) -> axum::Router {
     let mut connector = HttpConnector::new();
     connector.set_connect_timeout(Some(limits.connect));
     connector.set_nodelay(true);

@@ -2,7 +2,7 @@
 
 use kvcellar_block::{ExtentIndex, SlotGeometry};
 use kvcellar_engine::nvme::extent::{self, Expected};
-use kvcellar_engine::nvme::snapshot::{self, Entry, Subject};
+use kvcellar_engine::nvme::snapshot::{self, SnapshotEntry, Subject};
 use kvcellar_engine::nvme::superblock::{Clean, Superblock};
 
 use kvcellar_testkit::stores::blocks::{geometry, image, key};
@@ -76,8 +76,8 @@ fn sizes_that_contradict_each_other_are_refused() {
     }
 }
 
-fn entries(count: u64) -> Vec<Entry> {
-    let entry = |number: u64| Entry {
+fn entries(count: u64) -> Vec<SnapshotEntry> {
+    let entry = |number: u64| SnapshotEntry {
         extent: ExtentIndex(number as u32 * 2),
         key: key(number),
         sequence: number * 3,

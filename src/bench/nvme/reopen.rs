@@ -24,7 +24,7 @@ use kvcellar_engine::limits;
 use kvcellar_engine::nvme::buffer::Buffer;
 use kvcellar_engine::nvme::disk::{Disk, Kind, Operation};
 use kvcellar_engine::nvme::recovery::{self, Arrivals};
-use kvcellar_engine::nvme::snapshot::{self, Entry};
+use kvcellar_engine::nvme::snapshot::{self, SnapshotEntry};
 use kvcellar_engine::nvme::store::{Opened, Recovery, Store, Wish};
 use kvcellar_engine::nvme::{extent, probe, space};
 
@@ -59,7 +59,7 @@ fn key(number: u32) -> BlockKey {
 }
 
 /// Makes the image of block `number` and returns its entry.
-fn seal(image: &mut [u8], store: &Store, number: u32) -> Result<Entry> {
+fn seal(image: &mut [u8], store: &Store, number: u32) -> Result<SnapshotEntry> {
     let geometry = store.geometry();
     let key = key(number);
     let lineage = Lineage { tokens: (number..number + super::TOKENS).collect(), ..Lineage::default() };
@@ -75,11 +75,11 @@ fn seal(image: &mut [u8], store: &Store, number: u32) -> Result<Entry> {
     let page = &mut image[..geometry.descriptor_bytes as usize];
     descriptor::write(page, &key, Generation(1), geometry.parts.len(), &lineage);
     descriptor::seal(page, &given, &sums)?;
-    Ok(Entry { extent: ExtentIndex(number), key, sequence: given.sequence, written_s: given.written_s })
+    Ok(SnapshotEntry { extent: ExtentIndex(number), key, sequence: given.sequence, written_s: given.written_s })
 }
 
 /// Fills a new store with `blocks` blocks, segment after segment.
-fn build(store: &mut Store, blocks: u32) -> Result<Vec<Entry>> {
+fn build(store: &mut Store, blocks: u32) -> Result<Vec<SnapshotEntry>> {
     let mut entries = Vec::with_capacity(blocks as usize);
     let mut buffer = Buffer::pages(PIECE as usize * EXTENT_BYTES as usize);
     while (entries.len() as u32) < blocks {
@@ -122,7 +122,7 @@ fn read_bare(store: &Store, disk: &dyn Disk, arrivals: &Arrivals, mut buffers: V
 }
 
 /// Seconds to open the store by its snapshot, which is then there again.
-fn reopen(wish: &Wish<'_>, entries: &[Entry]) -> Result<f64> {
+fn reopen(wish: &Wish<'_>, entries: &[SnapshotEntry]) -> Result<f64> {
     let (opened, reading) = metered(|| Store::open(wish))?;
     let Opened { mut store, recovery, .. } = opened;
     match recovery {

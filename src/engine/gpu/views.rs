@@ -26,7 +26,7 @@ pub struct LayerView {
 
 /// A contiguous piece of every block of a group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Run {
+pub struct BlockRun {
     /// Address of the piece in block 0.
     pub address: u64,
     /// Bytes from one block to the next.
@@ -38,7 +38,7 @@ pub struct Run {
 /// All pieces of a group's blocks, in the order in which they lie in a slot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GroupRuns {
-    runs: Vec<Run>,
+    runs: Vec<BlockRun>,
     blocks: u64,
     block_bytes: u64,
 }
@@ -56,7 +56,7 @@ impl GroupRuns {
             remedy: "Set \"unsupported_groups\": \"bypass\" to serve without KV Cellar".to_owned(),
         };
         let mut seen: Vec<LayerView> = Vec::with_capacity(layers.len());
-        let mut runs: Vec<Run> = Vec::new();
+        let mut runs: Vec<BlockRun> = Vec::new();
         let mut blocks = None;
         for layer in layers {
             // Layers that share KV show the same bytes twice.
@@ -76,7 +76,7 @@ impl GroupRuns {
             }
             for page in 0..ratio {
                 let address = layer.address + page * layer.stride_bytes;
-                push(&mut runs, Run { address, block_stride: ratio * layer.stride_bytes, len: layer.page_bytes });
+                push(&mut runs, BlockRun { address, block_stride: ratio * layer.stride_bytes, len: layer.page_bytes });
             }
         }
         let blocks = blocks.ok_or_else(|| refuse("it has no layers on this rank"))?;
@@ -103,7 +103,7 @@ impl GroupRuns {
 }
 
 /// Appends a run, growing the last one when they are neighbours in every block.
-fn push(runs: &mut Vec<Run>, run: Run) {
+fn push(runs: &mut Vec<BlockRun>, run: BlockRun) {
     if let Some(last) = runs.last_mut()
         && last.block_stride == run.block_stride
         && last.address + last.len == run.address

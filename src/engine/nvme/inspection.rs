@@ -55,13 +55,13 @@ pub struct Inspected {
 }
 
 /// Hears of extents done and in all.
-pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
+pub type InspectionProgress<'a> = &'a mut dyn FnMut(u64, u64);
 
 /// Says what a store holds: by its snapshot if it was closed cleanly, else by its descriptors.
 ///
 /// # Errors
 /// [`Error::DataLost`] without a whole superblock; [`Error::Io`].
-pub fn stat(path: &Path, progress: Progress<'_>) -> Result<Inspected> {
+pub fn stat(path: &Path, progress: InspectionProgress<'_>) -> Result<Inspected> {
     let superblock = Superblock::load(path)?;
     match by_snapshot(path, &superblock)? {
         Some(inspected) => Ok(inspected),
@@ -92,7 +92,7 @@ fn by_snapshot(path: &Path, superblock: &Superblock) -> Result<Option<Inspected>
 /// # Errors
 /// [`Error::TryLater`] when an engine owns it; [`Error::DataLost`] without a whole superblock;
 /// [`Error::Io`].
-pub fn verify(path: &Path, repair: bool, progress: Progress<'_>) -> Result<Inspected> {
+pub fn verify(path: &Path, repair: bool, progress: InspectionProgress<'_>) -> Result<Inspected> {
     let _owned = registry::own(path)?;
     let superblock = Superblock::load(path)?;
     let found = Inspection::new(path, superblock.clone(), true, repair)?.run(progress)?;
@@ -173,7 +173,7 @@ impl Inspection {
         Ok(Self { superblock, files, whole, repair, found: Inspected { read, extents, ..Inspected::default() } })
     }
 
-    fn run(mut self, progress: Progress<'_>) -> Result<Inspected> {
+    fn run(mut self, progress: InspectionProgress<'_>) -> Result<Inspected> {
         let geometry = &self.superblock.geometry;
         let bytes = if self.whole { geometry.slot_bytes } else { geometry.descriptor_bytes };
         let (slot_bytes, descriptor_bytes) = (geometry.slot_bytes, geometry.descriptor_bytes);

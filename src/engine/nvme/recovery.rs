@@ -12,7 +12,7 @@ use hashbrown::hash_map::Entry as Slot;
 
 use super::buffer::Buffer;
 use super::disk::{Completion, Completions, Disk, Kind, Operation};
-use super::snapshot::Entry;
+use super::snapshot::SnapshotEntry;
 use super::store::Store;
 use crate::limits;
 use kvcellar_block::descriptor::{self, Seal};
@@ -41,7 +41,7 @@ pub fn channel() -> (Arc<dyn Completions>, Arrivals) {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Scanned {
     /// Whole descriptors of this store and generation, one a key, by extent.
-    pub entries: Vec<Entry>,
+    pub entries: Vec<SnapshotEntry>,
     /// Larger than every sequence number in the store.
     pub next_sequence: u64,
     /// Extents that could not be read, or whose descriptor is not whole or not this store's.
@@ -110,7 +110,7 @@ pub fn scan(
 /// What is known so far.
 struct Findings<'a> {
     store: &'a Store,
-    newest: HashMap<BlockKey, Entry>,
+    newest: HashMap<BlockKey, SnapshotEntry>,
     found: Scanned,
 }
 
@@ -145,7 +145,7 @@ impl<'a> Findings<'a> {
             self.found.empty += 1;
             return;
         }
-        let entry = Entry { extent, key, sequence: seal.sequence, written_s: seal.written_s };
+        let entry = SnapshotEntry { extent, key, sequence: seal.sequence, written_s: seal.written_s };
         match self.newest.entry(key) {
             Slot::Vacant(slot) => {
                 slot.insert(entry);
@@ -162,7 +162,7 @@ impl<'a> Findings<'a> {
     }
 
     fn finish(self) -> Scanned {
-        let mut entries: Vec<Entry> = self.newest.into_values().collect();
+        let mut entries: Vec<SnapshotEntry> = self.newest.into_values().collect();
         entries.sort_unstable_by_key(|entry| entry.extent);
         Scanned { entries, ..self.found }
     }

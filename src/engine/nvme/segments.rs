@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::directory::{self, How, REMEDY};
-use super::space::{self, Layout};
+use super::space::{self, SegmentLayout};
 use kvcellar_block::ExtentIndex;
 use kvcellar_block::error::{Error, Result};
 
@@ -25,7 +25,7 @@ static ZEROS: [u8; 65_536] = [0; 65_536];
 #[derive(Debug)]
 pub struct Segments {
     dir: PathBuf,
-    layout: Layout,
+    layout: SegmentLayout,
     held: Vec<Segment>,
 }
 
@@ -76,7 +76,7 @@ impl Segments {
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Config`] for files that are not ours alone.
-    pub fn adopt(dir: &Path, layout: Layout, reserve_bytes: u64) -> Result<Self> {
+    pub fn adopt(dir: &Path, layout: SegmentLayout, reserve_bytes: u64) -> Result<Self> {
         let mut segments = Self { dir: dir.to_owned(), layout, held: Vec::new() };
         // First what is too much goes, then what is missing is made: at no moment there is more
         // than the capacity.

@@ -29,7 +29,7 @@ const VERSION: u32 = 1;
 
 /// What lies in one extent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Entry {
+pub struct SnapshotEntry {
     /// Where.
     pub extent: ExtentIndex,
     /// Which block.
@@ -86,7 +86,7 @@ fn damaged(problem: impl Into<String>) -> Error {
 }
 
 /// The file's bytes, and its checksum.
-pub fn encode(subject: &Subject, entries: &[Entry]) -> (Vec<u8>, u64) {
+pub fn encode(subject: &Subject, entries: &[SnapshotEntry]) -> (Vec<u8>, u64) {
     let mut header = SnapshotHeader {
         magic: MAGIC,
         version: VERSION,
@@ -124,7 +124,7 @@ pub fn encode(subject: &Subject, entries: &[Entry]) -> (Vec<u8>, u64) {
 ///
 /// # Errors
 /// [`Error::DataLost`] when it is not a whole snapshot of this version.
-pub fn decode(bytes: &[u8]) -> Result<(Subject, Vec<Entry>, u64)> {
+pub fn decode(bytes: &[u8]) -> Result<(Subject, Vec<SnapshotEntry>, u64)> {
     let (head, body) = bytes.split_at_checked(size_of::<SnapshotHeader>()).ok_or_else(|| damaged("it is too short"))?;
     let header: SnapshotHeader = bytemuck::pod_read_unaligned(head);
     if header.magic != MAGIC || header.version != VERSION || u64::from(header.record_bytes) != RECORD_BYTES {
@@ -138,18 +138,18 @@ pub fn decode(bytes: &[u8]) -> Result<(Subject, Vec<Entry>, u64)> {
     }
     let subject =
         Subject { store: header.store, cache_generation: header.cache_generation, next_sequence: header.next_sequence };
-    let entries: Result<Vec<Entry>> = body.chunks_exact(size_of::<SnapshotRecord>()).map(entry).collect();
+    let entries: Result<Vec<SnapshotEntry>> = body.chunks_exact(size_of::<SnapshotRecord>()).map(entry).collect();
     Ok((subject, entries?, header.checksum))
 }
 
-fn entry(bytes: &[u8]) -> Result<Entry> {
+fn entry(bytes: &[u8]) -> Result<SnapshotEntry> {
     let record: SnapshotRecord = bytemuck::pod_read_unaligned(bytes);
     if record_sum(&record) != record.checksum {
         return Err(damaged("a record's checksum does not match"));
     }
     let hash = record.hash.get(..usize::from(record.hash_len)).and_then(BlockHash::new);
     let hash = hash.ok_or_else(|| damaged("hash length"))?;
-    Ok(Entry {
+    Ok(SnapshotEntry {
         extent: ExtentIndex(record.extent),
         key: BlockKey { hash, group: GroupIndex(record.group) },
         sequence: record.sequence,
@@ -161,7 +161,7 @@ fn entry(bytes: &[u8]) -> Result<Entry> {
 ///
 /// # Errors
 /// [`Error::DataLost`], [`Error::Io`], or [`Error::Config`] when others may write it.
-pub fn load(dir: &Path, entries_max: u32) -> Result<(Subject, Vec<Entry>, u64)> {
+pub fn load(dir: &Path, entries_max: u32) -> Result<(Subject, Vec<SnapshotEntry>, u64)> {
     let path = dir.join(NAME);
     let fail = |error| Error::io("reading", &path, error, directory::REMEDY);
     let file = directory::open(&path, How::Existing)?;

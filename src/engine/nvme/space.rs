@@ -26,7 +26,7 @@ const FIXED_PAGES: u64 = 5 * SLOT_ALIGN;
 
 /// How a capacity is divided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Layout {
+pub struct SegmentLayout {
     /// Bytes of an extent.
     pub extent_bytes: u64,
     /// Extents of every segment but the last one.
@@ -50,8 +50,8 @@ pub fn segment_cost(extents: u32, extent_bytes: u64) -> u64 {
     u64::from(extents) * extent_bytes + bookkeeping(extents.into())
 }
 
-impl Layout {
-    /// Divides a capacity. `segment_bytes` is a wish for a new store; [`Layout::with`] takes what
+impl SegmentLayout {
+    /// Divides a capacity. `segment_bytes` is a wish for a new store; [`SegmentLayout::with`] takes what
     /// an existing one has.
     pub fn new(capacity_bytes: u64, superblock_bytes: u64, extent_bytes: u64, segment_bytes: u64) -> Self {
         let available = available(capacity_bytes, superblock_bytes);
@@ -117,7 +117,7 @@ mod tests {
         for extent_bytes in [8192, 12_288, 1 << 20, 5 << 20] {
             for capacity in (0..400).map(|step| step * 77_777) {
                 for segment_bytes in [1, 20_000, 1 << 21, 1 << 30] {
-                    let layout = Layout::new(capacity, 5000, extent_bytes, segment_bytes);
+                    let layout = SegmentLayout::new(capacity, 5000, extent_bytes, segment_bytes);
                     let segments = (0..layout.segments()).map(|segment| layout.extents_in(segment));
                     assert_eq!(segments.clone().sum::<u32>(), layout.extents_max);
                     let cost: u64 = segments.map(|extents| segment_cost(extents, extent_bytes)).sum();
@@ -133,7 +133,7 @@ mod tests {
     fn little_of_a_capacity_is_lost() {
         for capacity in [1_u64 << 30, 100 << 30, 7 << 40] {
             for extent_bytes in [65_536, 1 << 20, 20 << 20] {
-                let layout = Layout::new(capacity, 5000, extent_bytes, segment_bytes(capacity, None));
+                let layout = SegmentLayout::new(capacity, 5000, extent_bytes, segment_bytes(capacity, None));
                 let used = u64::from(layout.extents_max) * extent_bytes;
                 assert!(used + 2 * extent_bytes > capacity / 1000 * 995, "{layout:?} in {capacity}");
             }
@@ -146,7 +146,7 @@ mod tests {
         assert_eq!(segment_bytes(64 << 30, None), 1 << 30);
         assert_eq!(segment_bytes(1 << 50, None), limits::SEGMENT_BYTES_MAX);
         assert_eq!(segment_bytes(64 << 30, Some(5)), 5);
-        let layout = Layout { extent_bytes: 4096, per_segment: 3, extents_max: 7 };
+        let layout = SegmentLayout { extent_bytes: 4096, per_segment: 3, extents_max: 7 };
         assert_eq!((layout.segments(), layout.extents_in(2), layout.extents_in(3)), (3, 1, 0));
         assert_eq!(layout.place(ExtentIndex(5)), (1, 8192));
     }

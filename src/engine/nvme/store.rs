@@ -16,7 +16,7 @@ use super::directory::{self, How, REMEDY};
 use super::ledger::{Ledger, Room};
 use super::segments::{self, Segments};
 use super::snapshot::{self, Subject};
-use super::space::{self, Layout};
+use super::space::{self, SegmentLayout};
 use super::superblock::{self, Clean, Superblock};
 use crate::limits;
 use crate::pool::lock::PoolLocks;
@@ -25,7 +25,7 @@ use kvcellar_block::error::{Error, Result};
 use kvcellar_block::size::show;
 use kvcellar_block::{ExtentIndex, SlotGeometry};
 
-pub use super::snapshot::Entry;
+pub use super::snapshot::SnapshotEntry;
 
 /// Name of the file that the owner locks and writes its process id into.
 pub const LOCK_NAME: &str = "lock";
@@ -60,7 +60,7 @@ pub enum Recovery {
     /// There are none.
     Fresh,
     /// It was closed cleanly: what lies in which extent, and the next sequence number.
-    Snapshot(Vec<Entry>, u64),
+    Snapshot(Vec<SnapshotEntry>, u64),
     /// The descriptors say, see [`super::recovery::scan`].
     Scan,
 }
@@ -99,7 +99,7 @@ pub struct Store {
     dir: File,
     superblock: Superblock,
     superblock_file: File,
-    layout: Layout,
+    layout: SegmentLayout,
     segments: Segments,
     reserve_bytes: u64,
     // Last, so that everything else is closed before another engine may own the store.
@@ -184,7 +184,7 @@ impl Store {
     }
 
     /// Where extents lie.
-    pub fn layout(&self) -> Layout {
+    pub fn layout(&self) -> SegmentLayout {
         self.layout
     }
 
@@ -237,7 +237,7 @@ impl Store {
     ///
     /// # Errors
     /// [`Error::Io`]; the next start scans then.
-    pub fn close_clean(&mut self, entries: &[Entry], next_sequence: u64) -> Result<()> {
+    pub fn close_clean(&mut self, entries: &[SnapshotEntry], next_sequence: u64) -> Result<()> {
         let subject = Subject { store: self.id(), cache_generation: self.cache_generation(), next_sequence };
         let (bytes, snapshot_sum) = snapshot::encode(&subject, entries);
         self.segments.sync()?;
@@ -329,9 +329,9 @@ fn blank(wish: &Wish<'_>) -> Result<Superblock> {
 }
 
 /// How a capacity is divided in a store made anew.
-fn layout(wish: &Wish<'_>, capacity_bytes: u64, new: &Superblock) -> Result<Layout> {
+fn layout(wish: &Wish<'_>, capacity_bytes: u64, new: &Superblock) -> Result<SegmentLayout> {
     let segment_bytes = space::segment_bytes(capacity_bytes, wish.segment_bytes_max);
-    Ok(Layout::new(capacity_bytes, new.encode()?.len() as u64, wish.geometry.slot_bytes, segment_bytes))
+    Ok(SegmentLayout::new(capacity_bytes, new.encode()?.len() as u64, wish.geometry.slot_bytes, segment_bytes))
 }
 
 fn take(wish: &Wish<'_>, path: PathBuf, lock: PoolLocks, new: Superblock, room: Room) -> Result<Opened> {
@@ -344,7 +344,7 @@ fn take(wish: &Wish<'_>, path: PathBuf, lock: PoolLocks, new: Superblock, room: 
     let (superblock_bytes, extent_bytes) = (new.encode()?.len() as u64, wish.geometry.slot_bytes);
     let reused = reusable(wish, &path)?.and_then(|found| {
         let per_segment = (found.segment_bytes / extent_bytes) as u32;
-        let layout = Layout::with(capacity_bytes, superblock_bytes, extent_bytes, per_segment);
+        let layout = SegmentLayout::with(capacity_bytes, superblock_bytes, extent_bytes, per_segment);
         let grown_out = layout.extents_max < fresh.extents_max / 2;
         if grown_out { Err("its segments are too small for its new capacity".to_owned()) } else { Ok((found, layout)) }
     });
@@ -369,7 +369,7 @@ fn create(
     path: PathBuf,
     lock: PoolLocks,
     superblock: Superblock,
-    layout: Layout,
+    layout: SegmentLayout,
     why: String,
 ) -> Result<Opened> {
     clear(&path)?;
@@ -378,14 +378,14 @@ fn create(
     Ok(Opened::of(store, Vec::new(), Recovery::Fresh, why))
 }
 
-fn reopen(wish: &Wish<'_>, path: PathBuf, lock: PoolLocks, found: Superblock, layout: Layout) -> Result<Opened> {
+fn reopen(wish: &Wish<'_>, path: PathBuf, lock: PoolLocks, found: Superblock, layout: SegmentLayout) -> Result<Opened> {
     let listed = entries(&path, &found, layout.extent_bytes);
     let superblock =
         Superblock { clean: None, capacity_bytes: wish.capacity_bytes, facts: wish.facts.to_owned(), ..found };
     let store = assemble(wish, path, lock, superblock, layout)?;
     directory::remove(&store.path.join(snapshot::NAME))?;
     let (ready, groups) = (store.extents_ready(), store.geometry().payload_bytes.len());
-    let there = |entry: &Entry| entry.extent.0 < ready && usize::from(entry.key.group.0) < groups;
+    let there = |entry: &SnapshotEntry| entry.extent.0 < ready && usize::from(entry.key.group.0) < groups;
     let (recovery, why) = match listed {
         Ok((mut entries, next_sequence)) => {
             entries.retain(there);
@@ -398,11 +398,15 @@ fn reopen(wish: &Wish<'_>, path: PathBuf, lock: PoolLocks, found: Superblock, la
 }
 
 /// What a clean close left, or why it cannot be used.
-fn entries(path: &Path, found: &Superblock, extent_bytes: u64) -> std::result::Result<(Vec<Entry>, u64), String> {
+fn entries(
+    path: &Path,
+    found: &Superblock,
+    extent_bytes: u64,
+) -> std::result::Result<(Vec<SnapshotEntry>, u64), String> {
     let clean = found.clean.ok_or_else(|| "it was not closed".to_owned())?;
     let superblock_bytes = found.encode().map_err(|error| error.to_string())?.len() as u64;
     let per_segment = (found.segment_bytes / extent_bytes) as u32;
-    let layout = Layout::with(found.capacity_bytes, superblock_bytes, extent_bytes, per_segment);
+    let layout = SegmentLayout::with(found.capacity_bytes, superblock_bytes, extent_bytes, per_segment);
     let (subject, entries, sum) = snapshot::load(path, layout.extents_max).map_err(|error| error.to_string())?;
     let wanted =
         Subject { store: found.store, cache_generation: found.cache_generation, next_sequence: clean.next_sequence };
@@ -413,7 +417,13 @@ fn entries(path: &Path, found: &Superblock, extent_bytes: u64) -> std::result::R
 }
 
 /// Marks the store as not closed, then looks after its segments.
-fn assemble(wish: &Wish<'_>, path: PathBuf, lock: PoolLocks, superblock: Superblock, layout: Layout) -> Result<Store> {
+fn assemble(
+    wish: &Wish<'_>,
+    path: PathBuf,
+    lock: PoolLocks,
+    superblock: Superblock,
+    layout: SegmentLayout,
+) -> Result<Store> {
     let superblock_file = directory::replace(&path, superblock::NAME, &superblock.encode()?)?;
     let segments = Segments::adopt(&path, layout, wish.reserve_bytes)?;
     Ok(Store {

@@ -21,7 +21,7 @@ use super::window::Window;
 use crate::limits;
 use crate::metrics::{DropReason, Gauges};
 use crate::nvme::disk::Disk;
-use crate::nvme::snapshot::Entry;
+use crate::nvme::snapshot::SnapshotEntry;
 use crate::nvme::store::Store;
 use crate::pool::Pool;
 use kvcellar_block::{BlockKey, ExtentIndex};
@@ -37,7 +37,7 @@ pub struct DiskParts<'a> {
     /// Where the mover's work goes.
     pub jobs: Sender<Job>,
     /// What a reopened store holds.
-    pub found: &'a [Entry],
+    pub found: &'a [SnapshotEntry],
     /// The number of the next extent.
     pub next_sequence: u64,
 }
@@ -191,7 +191,7 @@ impl DiskTier {
 
     /// Leaves a snapshot of what lies where, for the next start.
     pub(super) fn close(self) {
-        let entry = |(extent, key, stamp): (ExtentIndex, BlockKey, Stamp)| Entry {
+        let entry = |(extent, key, stamp): (ExtentIndex, BlockKey, Stamp)| SnapshotEntry {
             extent,
             key,
             sequence: stamp.sequence,
@@ -201,7 +201,7 @@ impl DiskTier {
         if !self.cleaner.has_no_writes() {
             return;
         }
-        let entries: Vec<Entry> = self.medium.extents.committed_in(0, u32::MAX).map(entry).collect();
+        let entries: Vec<SnapshotEntry> = self.medium.extents.committed_in(0, u32::MAX).map(entry).collect();
         if let Err(error) = self.medium.lock_store().close_clean(&entries, self.cleaner.next_sequence()) {
             log::warn!("no snapshot of the nvme tier, the next start reads the descriptors instead: {error}");
         }

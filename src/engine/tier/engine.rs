@@ -194,11 +194,6 @@ impl TierEngine {
         self.session.requests.add(id, controls, lora, adapter);
     }
 
-    /// Block hashes the engine already has of a request; `None` for an unknown request.
-    pub fn known_hashes(&self, id: &str) -> Option<usize> {
-        self.session.requests.get(id).map(|request| request.hashes.len())
-    }
-
     /// Appends block hashes of a request; those of one that was left out are not needed.
     pub fn add_hashes(&mut self, id: &str, hashes: &[BlockHash]) {
         if let Some(request) = self.session.requests.get_mut(id) {

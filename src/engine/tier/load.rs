@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::hit::{self, Sources};
 use super::offload::Offloads;
-use super::requests::{Request, Requests};
+use super::requests::{RequestState, Requests};
 use super::restore::{LostBlock, Wanted};
 use super::session::Session;
 use super::tiers::{Source, Tiers};
@@ -153,7 +153,13 @@ impl Loads {
     }
 
     /// Is the hit's last block held by another request's running load?
-    fn is_being_loaded(&self, tiers: &Tiers, grouping: &Grouping, request: &Request, (id, end): (&str, u32)) -> bool {
+    fn is_being_loaded(
+        &self,
+        tiers: &Tiers,
+        grouping: &Grouping,
+        request: &RequestState,
+        (id, end): (&str, u32),
+    ) -> bool {
         if self.leases.is_empty() || self.leases.contains_key(id) {
             return false;
         }
@@ -241,7 +247,7 @@ pub(super) fn doomed(id: &str) -> Load {
 }
 
 /// Where a hit ends, and whether its part on disk is to be loaded; `None`: it has none.
-fn reach(tiers: &Tiers, grouping: &Grouping, request: &Request, local: u32, limit: u32) -> (u32, Option<bool>) {
+fn reach(tiers: &Tiers, grouping: &Grouping, request: &RequestState, local: u32, limit: u32) -> (u32, Option<bool>) {
     let residency = &tiers.dram;
     let below = tiers.disk.as_ref().filter(|disk| disk.medium.settings.load_policy != LoadPolicy::Never);
     let both = Sources { residency, extents: below.map(|disk| &disk.medium.extents) };
@@ -259,7 +265,7 @@ fn reach(tiers: &Tiers, grouping: &Grouping, request: &Request, local: u32, limi
 }
 
 /// Decides where each block of an admitted request comes from. Reads only.
-fn plan(tiers: &Tiers, grouping: &Grouping, request: &Request, admission: Admission<'_>) -> LoadPlan {
+fn plan(tiers: &Tiers, grouping: &Grouping, request: &RequestState, admission: Admission<'_>) -> LoadPlan {
     let (local, external) = (request.local, admission.external);
     let (mut blocks, mut doomed) = (Vec::new(), false);
     for (group, spec) in grouping.groups.iter().enumerate() {

@@ -15,7 +15,7 @@ use super::residency::Residency;
 use super::trace::{self, OperationLog};
 use crate::limits;
 use crate::nvme::disk::{Description, Disk};
-use crate::nvme::space::Layout;
+use crate::nvme::space::SegmentLayout;
 use crate::nvme::store::Store;
 use crate::policy::load::Rates;
 use crate::policy::{Admission, LoadPolicy};
@@ -50,7 +50,7 @@ pub(super) struct Medium {
     pub(super) cache_generation: u64,
     store: Arc<Mutex<Store>>,
     store_id: u64,
-    layout: Layout,
+    layout: SegmentLayout,
     device: Arc<dyn Disk>,
     description: Description,
     pool: Arc<Pool>,
@@ -102,7 +102,7 @@ impl Medium {
     }
 
     /// Where extents lie.
-    pub(super) fn layout(&self) -> Layout {
+    pub(super) fn layout(&self) -> SegmentLayout {
         self.layout
     }
 

@@ -20,7 +20,7 @@ use crate::limits;
 use crate::nvme::buffer::Buffer;
 use crate::nvme::disk::{Completion, Completions, Disk, Kind, Operation};
 use crate::nvme::extent::{self, Expected};
-use crate::nvme::space::Layout;
+use crate::nvme::space::SegmentLayout;
 use crate::nvme::store::Store;
 use crate::pool::{Pool, futex};
 use crate::violated;
@@ -67,7 +67,7 @@ struct Desk {
     disk: Arc<dyn Disk>,
     store: Arc<Mutex<Store>>,
     store_id: u64,
-    layout: Layout,
+    layout: SegmentLayout,
     under: HashMap<u64, Under>,
     /// Descriptor reads of one `Describe` that have not ended, with what was found.
     described: HashMap<u64, Described>,

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use hashbrown::HashMap;
 use serde_json::Value;
 
-use super::requests::Request;
+use super::requests::RequestState;
 use super::residency::Residency;
 use super::session::Session;
 use super::tiers::Tiers;
@@ -277,7 +277,7 @@ impl Offloads {
 /// Splits the offered blocks into those the dram tier holds, those that only the disk holds (they
 /// are not copied again: vLLM has them now, and the disk when it has not), and those nobody holds;
 /// blocks that are being filled are none of them.
-fn sort_out(tiers: &Tiers, grouping: &Grouping, request: &Request, offer: &Offer<'_>) -> Sorted {
+fn sort_out(tiers: &Tiers, grouping: &Grouping, request: &RequestState, offer: &Offer<'_>) -> Sorted {
     let mut sorted = Sorted::default();
     let mut found = Vec::new();
     for (group, blocks) in offer.groups.iter().enumerate().take(grouping.groups.len()) {

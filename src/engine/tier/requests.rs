@@ -9,7 +9,7 @@ use kvcellar_block::{AdapterId, BlockHash, BlockKey, GroupIndex, Grouping};
 
 /// One request, from its arrival until its last offload is done.
 #[derive(Debug)]
-pub struct Request {
+pub struct RequestState {
     /// Tells this request's touches from others'.
     pub serial: u32,
     /// What the user asked of the cache.
@@ -50,7 +50,7 @@ pub struct Finished {
     pub total: u32,
 }
 
-impl Request {
+impl RequestState {
     /// A request that just arrived.
     pub fn new(serial: u32, controls: Controls, lora: Box<str>, adapter: Option<AdapterId>) -> Self {
         Self {
@@ -99,7 +99,7 @@ impl Request {
 #[derive(Debug)]
 pub struct Requests {
     grouping: Grouping,
-    by_id: HashMap<String, Request>,
+    by_id: HashMap<String, RequestState>,
     last_serial: u32,
 }
 
@@ -119,16 +119,16 @@ impl Requests {
     pub fn add(&mut self, id: &str, controls: Controls, lora: &str, adapter: Option<AdapterId>) {
         // 0 is nobody's: slots that no request has used carry it.
         self.last_serial = self.last_serial.wrapping_add(1).max(1);
-        self.by_id.insert(id.to_owned(), Request::new(self.last_serial, controls, lora.into(), adapter));
+        self.by_id.insert(id.to_owned(), RequestState::new(self.last_serial, controls, lora.into(), adapter));
     }
 
     /// A request; `None` for one that was left out, or that has ended.
-    pub fn get(&self, id: &str) -> Option<&Request> {
+    pub fn get(&self, id: &str) -> Option<&RequestState> {
         self.by_id.get(id)
     }
 
     /// As [`Self::get`], to change it.
-    pub fn get_mut(&mut self, id: &str) -> Option<&mut Request> {
+    pub fn get_mut(&mut self, id: &str) -> Option<&mut RequestState> {
         self.by_id.get_mut(id)
     }
 
@@ -140,7 +140,7 @@ impl Requests {
     }
 
     /// Takes out a request that vLLM has finished, once none of its offloads is under way.
-    pub fn take_finished(&mut self, id: &str) -> Option<(Request, Finished)> {
+    pub fn take_finished(&mut self, id: &str) -> Option<(RequestState, Finished)> {
         let request = self.by_id.get(id)?;
         let finished = request.finished.filter(|_| request.batches == 0)?;
         self.by_id.remove(id).map(|request| (request, finished))

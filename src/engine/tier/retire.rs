@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::requests::{Finished, Request};
+use super::requests::{Finished, RequestState};
 use super::residency::Residency;
 use super::trace::{self, OperationLog, names};
 use kvcellar_block::{GroupIndex, Grouping, SlotIndex};
@@ -14,7 +14,7 @@ pub(super) fn retire(
     log: &mut OperationLog,
     grouping: &Grouping,
     id: &str,
-    request: &Request,
+    request: &RequestState,
     Finished { prompt, total }: Finished,
 ) {
     let (mut warm, mut cold) = (Vec::new(), Vec::new());

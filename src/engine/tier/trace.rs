@@ -16,13 +16,13 @@ use kvcellar_block::error::{Error, Result};
 
 /// An open log file.
 #[derive(Debug)]
-struct Trace {
+struct TraceFile {
     file: File,
     path: PathBuf,
     failed: Option<std::io::Error>,
 }
 
-impl Trace {
+impl TraceFile {
     /// Opens (and empties) the log at `path`.
     fn open(path: &Path) -> Result<Self> {
         let file = OpenOptions::new()
@@ -58,7 +58,7 @@ impl Trace {
 /// The operation log of an engine, if the user wants one.
 #[derive(Debug)]
 pub struct OperationLog {
-    trace: Option<Trace>,
+    trace: Option<TraceFile>,
 }
 
 impl OperationLog {
@@ -67,12 +67,7 @@ impl OperationLog {
     /// # Errors
     /// [`Error::Io`] naming the path.
     pub fn open(path: Option<&Path>) -> Result<Self> {
-        Ok(Self { trace: path.map(Trace::open).transpose()? })
-    }
-
-    /// Whether operations are logged.
-    pub fn is_open(&self) -> bool {
-        self.trace.is_some()
+        Ok(Self { trace: path.map(TraceFile::open).transpose()? })
     }
 
     /// Logs one operation. `line` is called only when there is a log.
@@ -84,7 +79,7 @@ impl OperationLog {
 
     /// Ends the log, with a warning, once it could not be written.
     pub fn end_if_failed(&mut self) {
-        if let Some(error) = self.trace.as_mut().and_then(Trace::take_failure) {
+        if let Some(error) = self.trace.as_mut().and_then(TraceFile::take_failure) {
             self.trace = None;
             log::warn!("{error}");
         }

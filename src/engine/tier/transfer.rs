@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use crate::nvme::space::Layout;
+use crate::nvme::space::SegmentLayout;
 use kvcellar_block::descriptor::{Lineage, Seal};
 use kvcellar_block::{BlockKey, ExtentIndex, Generation, SlotIndex};
 
@@ -90,7 +90,7 @@ type Spot = (SlotIndex, ExtentIndex);
 
 /// Cuts `parts` into runs that one transfer each can cover: neighbours in memory and on disk, in
 /// one file, at most `most` of them.
-pub(super) fn runs<T>(parts: Vec<T>, layout: Layout, most: usize, spot: impl Fn(&T) -> Spot) -> Vec<Vec<T>> {
+pub(super) fn runs<T>(parts: Vec<T>, layout: SegmentLayout, most: usize, spot: impl Fn(&T) -> Spot) -> Vec<Vec<T>> {
     let follows = |(slot, extent): Spot, (next_slot, next_extent): Spot| {
         next_slot.0 == slot.0 + 1
             && next_extent.0 == extent.0 + 1

@@ -17,7 +17,7 @@ use envoy_types::pb::envoy::r#type::v3::HttpStatus;
 use envoy_types::pb::google::protobuf::value::Kind as ValueKind;
 use envoy_types::pb::google::protobuf::{Struct, Value};
 
-use super::Limits;
+use super::PickerLimits;
 use crate::answer::Tail;
 use crate::request::{Kind, Refusal, Request};
 use crate::router::{Router, Ticket};
@@ -33,9 +33,9 @@ const CHUNK_BYTES: usize = 62_000;
 
 /// A request's state: headers, then body, then the answer's headers and body, then over.
 #[derive(Debug)]
-pub(super) struct Session {
+pub(super) struct PickerSession {
     router: Arc<Router>,
-    limits: Arc<Limits>,
+    limits: Arc<PickerLimits>,
     request_mode: BodySendMode,
     response_mode: BodySendMode,
     kind: Kind,
@@ -50,8 +50,8 @@ pub(super) struct Session {
     over: bool,
 }
 
-impl Session {
-    pub(super) fn new(router: Arc<Router>, limits: Arc<Limits>) -> Self {
+impl PickerSession {
+    pub(super) fn new(router: Arc<Router>, limits: Arc<PickerLimits>) -> Self {
         Self {
             router,
             limits,

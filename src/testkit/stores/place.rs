@@ -9,7 +9,7 @@ use kvcellar_engine::nvme::buffer::Buffer;
 use kvcellar_engine::nvme::disk::{Completion, Disk, Kind, Operation};
 use kvcellar_engine::nvme::extent::{self, Expected};
 use kvcellar_engine::nvme::recovery::{self, Arrivals, Scanned};
-use kvcellar_engine::nvme::store::{Entry, Opened, Recovery, Store, Wish};
+use kvcellar_engine::nvme::store::{Opened, Recovery, SnapshotEntry, Store, Wish};
 
 use crate::stores::blocks::{geometry, image, key};
 use crate::stores::disk::PlainDisk;
@@ -75,7 +75,7 @@ pub struct Engine {
     pub removed: Vec<String>,
     pub warnings: Vec<String>,
     pub sequence: u64,
-    pub entries: Vec<Entry>,
+    pub entries: Vec<SnapshotEntry>,
 }
 
 impl Engine {
@@ -112,7 +112,7 @@ impl Engine {
         self.entries.retain(|entry| entry.extent.0 != extent);
         let extent = ExtentIndex(extent);
         let written_s = 1000 + self.sequence;
-        self.entries.push(Entry { extent, key: key(number), sequence: self.sequence, written_s });
+        self.entries.push(SnapshotEntry { extent, key: key(number), sequence: self.sequence, written_s });
         self.sequence += 1;
     }
 
