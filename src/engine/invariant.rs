@@ -65,8 +65,8 @@ macro_rules! violated {
     }};
 }
 
-/// Whether a condition holds that cannot fail. A failure is reported as by [`violated`], so that
-/// `if !invariant!(..) { return }` is never silent.
+/// Whether a condition holds that cannot fail. A failure is reported as by
+/// [`violated`](crate::violated), so that `if !invariant!(..) { return }` is never silent.
 #[macro_export]
 macro_rules! invariant {
     ($holds:expr, $($what:tt)+) => {{
