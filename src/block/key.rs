@@ -62,11 +62,6 @@ impl BlockHash {
         Some(Self { bytes, len: hash.len() as u8 })
     }
 
-    /// A hash of 32 bytes.
-    pub fn of_digest(bytes: [u8; 32]) -> Self {
-        Self { bytes, len: 32 }
-    }
-
     /// The hash under which KV is kept that was computed with this adapter.
     ///
     /// vLLM's hash names an adapter by name and path only; what lies there may have been exchanged.

@@ -10,7 +10,6 @@
 //! certain is a miss. Knows nothing of sockets: [`fleet`] brings the events, [`api`] the questions.
 
 pub mod api;
-pub mod chains;
 pub mod chunked;
 pub mod column;
 pub mod expected;

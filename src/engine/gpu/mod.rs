@@ -119,6 +119,3 @@ pub trait Copier: Send + Sync {
         Vec::new()
     }
 }
-
-/// Makes a copier that answers to `answers`.
-pub type MakeCopier = dyn Fn(Arc<crate::pool::Pool>, Arc<dyn Answers>) -> Result<Box<dyn Copier>> + Send + Sync;

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::follower::{Follower, Ledger};
 use super::hasher::{BusyProbe, HashGuard, IdleHasher};
-use super::{After, Answers, ComputeStream, Copier, CopyError, Direction, MakeCopier, Order};
+use super::{After, Answers, ComputeStream, Copier, CopyError, Direction, Order};
 use crate::pool::{Pool, Ticket};
 use kvcellar_block::SlotIndex;
 use kvcellar_block::error::Result;
@@ -233,7 +233,7 @@ pub struct CopyWorker {
     compute: Option<ComputeStream>,
 }
 
-/// A [`MakeCopier`] that also gets the guard it must respect before it writes a slot.
+/// Makes a copier that answers to the given one, and respects the guard before it writes a slot.
 pub type MakeCopierGuarded =
     dyn Fn(Arc<Pool>, Arc<dyn Answers>, Arc<HashGuard>) -> Result<Box<dyn Copier>> + Send + Sync;
 
@@ -258,11 +258,6 @@ impl CopyWorker {
     /// in host memory.
     pub fn set_compute(&mut self, compute: Option<ComputeStream>) {
         self.compute = compute;
-    }
-
-    /// As [`Self::new`], for a copier that writes no slot while it is hashed.
-    pub fn with_copier(rank: usize, verify_loads: bool, make_copier: Box<MakeCopier>) -> Self {
-        Self::new(rank, verify_loads, Box::new(move |pool, answers, _guard| make_copier(pool, answers)))
     }
 
     /// Maps the pool that `ticket` names and starts the copier. Does nothing when attached already,
