@@ -35,9 +35,10 @@ const MODULES: &[(&str, &[&str])] = &[
     ("metrics", &["limits"]),
     ("config", &["limits"]),
     ("event_log", &["limits"]),
-    ("pool", &["config", "limits"]),
+    ("owned", &["limits"]),
+    ("pool", &["config", "limits", "owned"]),
     ("gpu", &["pool", "limits"]),
-    ("nvme", &["pool", "config", "limits"]),
+    ("nvme", &["pool", "config", "limits", "owned"]),
     // `config` for the names of the rules that users choose.
     ("policy", &["config", "limits"]),
     ("tier", &["config", "event_log", "gpu", "limits", "metrics", "nvme", "policy", "pool"]),
