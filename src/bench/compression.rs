@@ -116,7 +116,7 @@ fn measure(options: &CompressionBench) -> Result<Vec<Measured>> {
     let mut left = options.blocks;
     kvcellar_engine::pool::directory::present("DIR", &options.dir)?;
     for store in registry::list(&options.dir)? {
-        if store.state == "used" {
+        if store.state == kvcellar_engine::owned::listing::Ownership::InUse {
             eprintln!("kvcellar: {} is skipped: an engine uses it", store.name);
             continue;
         }

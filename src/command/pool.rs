@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use kvcellar_block::size::show;
+use kvcellar_engine::owned::listing::Ownership;
 use kvcellar_engine::pool::directory::present;
 use kvcellar_engine::pool::registry::{self, Entry};
 
@@ -56,7 +57,7 @@ pub fn remove(pool_dir: &Path, names: &[String], all: bool) -> i32 {
         eprintln!("kvcellar: there is no pool {name} below {}", pool_dir.display());
         code = 1;
     }
-    let wanted = |entry: &&Entry| if all { entry.state != "used" } else { names.contains(&entry.name) };
+    let wanted = |entry: &&Entry| if all { entry.state != Ownership::InUse } else { names.contains(&entry.name) };
     for entry in entries.iter().filter(wanted) {
         match registry::remove(entry) {
             Ok(()) => println!("removed {} ({})", entry.name, show(entry.bytes)),

@@ -11,6 +11,7 @@ use kvcellar_block::error::Error;
 use kvcellar_block::size::show;
 use kvcellar_engine::nvme::inspection::{self, Inspected};
 use kvcellar_engine::nvme::registry::{self, Entry};
+use kvcellar_engine::owned::listing::Ownership;
 use kvcellar_engine::pool::directory::present;
 
 /// Damaged extents that are printed one by one; JSON has them all.
@@ -158,7 +159,8 @@ pub fn remove(dir: &Path, names: &[String], yes: bool) -> i32 {
         Err(error) => return super::refused(&error),
     };
     // Named stores that are in use are refused one by one; without names they are simply left.
-    let wanted = entries.iter().filter(|entry| !names.is_empty() || entry.state != "used").collect::<Vec<_>>();
+    let wanted =
+        entries.iter().filter(|entry| !names.is_empty() || entry.state != Ownership::InUse).collect::<Vec<_>>();
     if wanted.is_empty() {
         println!("nothing to remove below {}", dir.display());
         return code;

@@ -30,6 +30,7 @@ pub mod limits;
 pub mod log_queue;
 pub mod metrics;
 pub mod nvme;
+pub mod owned;
 pub mod policy;
 pub mod pool;
 pub mod tier;

@@ -62,8 +62,15 @@ impl Recent {
         }
     }
 
+    /// The engine gets this prompt. Returns its age until now, for [`Self::learn`].
+    pub fn give(&mut self, hashes: &[u64]) -> u64 {
+        let age = self.age(hashes);
+        self.used(hashes);
+        age
+    }
+
     /// The engine said how much of a prompt it had, of which `expected` blocks were taken to be
-    /// held. `age`: what [`Self::age`] said at the decision.
+    /// held. `age`: what [`Self::give`] said at the decision.
     pub fn learn(&mut self, expected: usize, found: usize, age: u64) {
         if found < expected && age >= BLOCKS_MIN {
             // It had evicted what was that old.

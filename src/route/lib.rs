@@ -3,7 +3,7 @@
 //! A request's way: a front end ([`proxy`] or [`ext_proc`]) reads it and hands it to
 //! [`router::Router::route`]; [`request`] reads the body, [`tokens`] finds the ids vLLM will see,
 //! [`prefix`] says what each engine has of them (the [`kvcellar_index`], or its own guess,
-//! [`approximate`]), [`choose`] weighs that against load with the [`scorers`] or the [`cost`]
+//! [`approximate`]), [`decider`] weighs that against load with the [`scorers`] or the [`cost`]
 //! model, and the [`books`] keep what was promised until the answer has ended ([`answer`]).
 //!
 //! Promises: deciding takes no lock that a writer of the index holds; every table is bounded; a
@@ -17,6 +17,7 @@ pub mod books;
 pub mod choose;
 pub mod cost;
 pub mod credit;
+pub mod decider;
 pub mod engine;
 pub mod engines;
 pub mod estimate;

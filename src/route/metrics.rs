@@ -12,6 +12,8 @@ use prometheus_client::registry::{Metric, Registry};
 
 use super::answer::Usage;
 use super::engines::Engines;
+use super::prefix::PrefixSource;
+use super::see::Outcome;
 
 type Counts = Family<Vec<(String, String)>, Counter>;
 type RouterGauges = Family<Vec<(String, String)>, Gauge<f64, AtomicU64>>;
@@ -134,8 +136,8 @@ fn add<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metri
 
 impl Metrics {
     /// A decision was made.
-    pub fn decided(&self, engine: &str, prefix: &str, took: Duration) {
-        self.decisions.get_or_create(&labels([("engine", engine), ("prefix", prefix)])).inc();
+    pub fn decided(&self, engine: &str, prefix: PrefixSource, took: Duration) {
+        self.decisions.get_or_create(&labels([("engine", engine), ("prefix", prefix.as_str())])).inc();
         self.decide_seconds.observe(took.as_secs_f64());
     }
 
@@ -165,12 +167,12 @@ impl Metrics {
     }
 
     /// A request has ended.
-    pub fn ended(&self, engine: &str, outcome: &str) {
-        self.outcomes.get_or_create(&labels([("engine", engine), ("outcome", outcome)])).inc();
+    pub fn ended(&self, engine: &str, outcome: Outcome) {
+        self.outcomes.get_or_create(&labels([("engine", engine), ("outcome", outcome.as_str())])).inc();
     }
 
     /// An engine has reported its usage. `exact`: the prompt's tokens were known.
-    pub fn reported(&self, prefix: &str, exact: bool, prompt: u32, predicted: u32, usage: Usage) {
+    pub fn reported(&self, prefix: PrefixSource, exact: bool, prompt: u32, predicted: u32, usage: Usage) {
         if exact && usage.prompt != prompt {
             self.mismatched.inc();
         }
@@ -180,7 +182,7 @@ impl Metrics {
             std::cmp::Ordering::Less => "less_than_predicted",
             std::cmp::Ordering::Greater => "more_than_predicted",
         };
-        self.predictions.get_or_create(&labels([("prefix", prefix), ("reported", how)])).inc();
+        self.predictions.get_or_create(&labels([("prefix", prefix.as_str()), ("reported", how)])).inc();
         self.predicted.inc_by(predicted.into());
         self.reported.inc_by(cached.into());
     }

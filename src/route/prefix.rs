@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use serde::{Serialize, Serializer};
+
 use super::approximate::Recent;
 use super::engine::Engine;
 use super::estimate::BLOCK_TOKENS;
@@ -13,6 +15,34 @@ use kvcellar_index::Index;
 use kvcellar_index::query::PrefixScorer;
 use kvcellar_index::roster::EngineId;
 use kvcellar_index::tiers::{TIERS, Weights};
+
+/// Where it is known from what engines have of a prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PrefixSource {
+    /// The index.
+    Index,
+    /// The guess from earlier decisions.
+    Guess,
+    /// Nobody was asked.
+    None,
+}
+
+impl PrefixSource {
+    /// As metrics, traces and shown decisions name it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Index => "precise",
+            Self::Guess => "approximate",
+            Self::None => "none",
+        }
+    }
+}
+
+impl Serialize for PrefixSource {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.as_str())
+    }
+}
 
 /// What one engine has, and which of its data-parallel ranks.
 #[derive(Debug, Clone, Copy, Default)]
@@ -73,10 +103,10 @@ fn split_rank(name: &str) -> (&str, Option<u32>) {
 
 /// The key of the longest prefix that any engine has of a prompt, in the terms in which it was
 /// found. `block`: tokens of a block of the index.
-pub fn longest(prompt: &Prompt, from: &str, found: &[Found], block: u32) -> Option<u64> {
+pub fn longest(prompt: &Prompt, from: PrefixSource, found: &[Found], block: u32) -> Option<u64> {
     let (keys, block) = match from {
-        "precise" => (&prompt.keys, block.max(1)),
-        _ => (&prompt.hashes, BLOCK_TOKENS as u32),
+        PrefixSource::Index => (&prompt.keys, block.max(1)),
+        PrefixSource::Guess | PrefixSource::None => (&prompt.hashes, BLOCK_TOKENS as u32),
     };
     let tokens = found.iter().map(|it| it.held.tokens).max()?;
     let last = (tokens / block).checked_sub(1)?;
@@ -106,9 +136,9 @@ mod tests {
     fn the_longest_prefix_has_a_key() {
         let prompt = Prompt { keys: vec![1, 2, 3, 4], hashes: vec![9], ..Prompt::default() };
         let found = [0, 32, 16].map(|tokens| Found { held: Held { tokens, ..Held::default() }, ..Found::default() });
-        assert_eq!(longest(&prompt, "precise", &found, 16), Some(2));
-        assert_eq!(longest(&prompt, "precise", &found[..1], 16), None);
-        assert_eq!(longest(&prompt, "approximate", &found, 16), None);
+        assert_eq!(longest(&prompt, PrefixSource::Index, &found, 16), Some(2));
+        assert_eq!(longest(&prompt, PrefixSource::Index, &found[..1], 16), None);
+        assert_eq!(longest(&prompt, PrefixSource::Guess, &found, 16), None);
     }
 
     #[test]

@@ -25,6 +25,7 @@ use tokio::time::{Instant, Sleep};
 use super::answer::Tail;
 use super::request::{Kind, Refusal, Request};
 use super::router::{Router, Ticket};
+use super::see::Outcome;
 use super::traces;
 
 /// Bounds of the front end.
@@ -130,13 +131,13 @@ impl Proxy {
                     }
                     if tries_left == 0 || !ticket.move_on() {
                         log::warn!("{name}: {error}: no other engine is tried");
-                        ticket.end("failed", None);
+                        ticket.end(Outcome::Failed, None);
                         return Err(Refusal::Upstream(format!("{name}: {error}")));
                     }
                     log::warn!("{name}: {error}: trying another engine");
                 }
                 Err(_) => {
-                    ticket.end("timeout", None);
+                    ticket.end(Outcome::Timeout, None);
                     return Err(Refusal::Timeout(self.limits.silence.as_secs()));
                 }
             }
@@ -214,7 +215,7 @@ impl Proxy {
                 out.headers_mut().insert("x-kvcellar-engine", name);
             }
         }
-        let outcome = if parts.status.is_server_error() { "engine_error" } else { "done" };
+        let outcome = if parts.status.is_server_error() { Outcome::EngineError } else { Outcome::Done };
         let silence = self.limits.silence;
         let observed = Observed {
             inner: body,
@@ -240,7 +241,7 @@ struct Observed {
     inner: hyper::body::Incoming,
     ticket: Option<Ticket>,
     tail: Tail,
-    outcome: &'static str,
+    outcome: Outcome,
     silence: Duration,
     alarm: Pin<Box<Sleep>>,
 }
@@ -267,7 +268,7 @@ impl http_body::Body for Observed {
                 Poll::Ready(Some(Ok(frame)))
             }
             Poll::Ready(Some(Err(error))) => {
-                this.end("broken");
+                this.end(Outcome::Broken);
                 Poll::Ready(Some(Err(error.into())))
             }
             Poll::Ready(None) => {
@@ -276,7 +277,7 @@ impl http_body::Body for Observed {
             }
             Poll::Pending => match this.alarm.as_mut().poll(context) {
                 Poll::Ready(()) => {
-                    this.end("timeout");
+                    this.end(Outcome::Timeout);
                     Poll::Ready(Some(Err("the engine fell silent".into())))
                 }
                 Poll::Pending => Poll::Pending,
@@ -294,7 +295,7 @@ impl http_body::Body for Observed {
 }
 
 impl Observed {
-    fn end(&mut self, outcome: &'static str) {
+    fn end(&mut self, outcome: Outcome) {
         if let Some(ticket) = self.ticket.take() {
             ticket.end(outcome, self.tail.usage());
         }

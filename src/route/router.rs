@@ -2,7 +2,7 @@
 //! it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use lru::LruCache;
@@ -10,20 +10,19 @@ use tokio::sync::mpsc;
 
 use super::answer::Usage;
 use super::books::{Booking, Promise};
-use super::choose::{Choice, Policy, choose};
-use super::credit::Credits;
+use super::choose::{Choice, Policy};
+use super::decider::Decider;
 use super::engine::Engine;
 use super::engines::Engines;
 use super::estimate;
 use super::metrics::Metrics;
-use super::prefix::{self, Found};
+use super::prefix::{self, Found, PrefixSource};
 use super::prompt::{Models, Prompt};
 use super::remote::Remote;
 use super::request::{Kind, Refusal, Request};
-use super::see::{Considered, Decision, Ring};
+use super::see::{Considered, Decision, Outcome, Ring};
 use super::tokens::Inexact;
 use super::traces::{Trace, Traces};
-use super::view::View;
 use crate::limits;
 use kvcellar_block::error::Result;
 use kvcellar_index::Index;
@@ -78,9 +77,7 @@ pub struct Router {
     /// Asks engines for ids.
     pub remote: Remote,
     sessions: Mutex<LruCache<String, String>>,
-    credits: Mutex<Credits>,
-    random: Mutex<fastrand::Rng>,
-    turn: AtomicU64,
+    decider: Mutex<(Decider, fastrand::Rng)>,
     in_flight: AtomicU64,
     expect: Option<mpsc::Sender<Expectation>>,
 }
@@ -104,9 +101,7 @@ impl Router {
             ring: Ring::default(),
             remote: Remote::new()?,
             sessions: Mutex::new(LruCache::new(sessions)),
-            credits: Mutex::default(),
-            random: Mutex::new(fastrand::Rng::with_seed(setup.seed)),
-            turn: AtomicU64::new(0),
+            decider: Mutex::new((Decider::new(setup.policy.clone()), fastrand::Rng::with_seed(setup.seed))),
             in_flight: AtomicU64::new(0),
             expect,
             setup,
@@ -150,30 +145,23 @@ impl Router {
             .zip(&found)
             .map(|(engine, found)| engine.look(found.held, adapter, session.as_deref() == Some(&engine.spec.name)))
             .collect();
-        let has_credits = matches!(self.setup.policy, Policy::Cost);
-        let prefix =
-            if has_credits { prefix::longest(&prompt, prefix_from, &found, self.block_tokens()) } else { None };
-        let credit_s = prefix.map_or(0.0, |prefix| self.lock_credits().of(prefix));
-        let view = View { prompt_tokens: prompt.tokens, credit_s, engines: &looks };
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        let choice = {
-            let mut random = self.random.lock().unwrap_or_else(PoisonError::into_inner);
-            choose(&self.setup.policy, &view, turn, &mut random)
+        let prefix = prefix::longest(&prompt, prefix_from, &found, self.block_tokens());
+        let decided = {
+            let (decider, random) = &mut *self.decider.lock().unwrap_or_else(PoisonError::into_inner);
+            decider.decide(prompt.tokens, prefix, &looks, random)
         };
-        let choice = choice.ok_or(Refusal::NoEngine("none is known"))?;
-        if let Some(prefix) = prefix {
-            self.lock_credits().settle(prefix, choice.credit_s);
-        }
+        let decided = decided.ok_or(Refusal::NoEngine("none is known"))?;
+        let choice = decided.choice;
         let chosen = &engines[choice.chosen];
-        if found.iter().all(|it| it.held.tokens == 0) && prompt.tokens > 0 {
-            chosen.cold_turn.store(turn + 1, Ordering::Relaxed);
+        if let Some(turn) = decided.cold_turn {
+            chosen.cold_turn.store(turn, Ordering::Relaxed);
         }
         if let Some(name) = &request.session {
             self.lock_sessions().put(name.clone(), chosen.spec.name.clone());
         }
         let took = started.elapsed();
         self.metrics.decided(&chosen.spec.name, prefix_from, took);
-        let decision = describe(turn, request, &prompt, prefix_from, &engines, &found, &choice, took);
+        let decision = describe(decided.number, request, &prompt, prefix_from, &engines, &found, &choice, took);
         let order = choice.order.iter().map(|at| (Arc::clone(&engines[*at]), found[*at])).collect();
         self.in_flight.fetch_add(1, Ordering::Relaxed);
         let mut ticket = Ticket {
@@ -193,16 +181,12 @@ impl Router {
         Ok(ticket)
     }
 
-    fn lock_credits(&self) -> std::sync::MutexGuard<'_, Credits> {
-        self.credits.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Tokens of the index's blocks.
     fn block_tokens(&self) -> u32 {
         self.setup.index.as_ref().map_or(0, |index| index.roster().block_tokens)
     }
 
-    fn lock_sessions(&self) -> std::sync::MutexGuard<'_, LruCache<String, String>> {
+    fn lock_sessions(&self) -> MutexGuard<'_, LruCache<String, String>> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -259,16 +243,16 @@ impl Router {
     }
 
     /// What every engine has of a prompt.
-    fn found(&self, prompt: &Prompt, engines: &[Arc<Engine>]) -> (Vec<Found>, &'static str) {
+    fn found(&self, prompt: &Prompt, engines: &[Arc<Engine>]) -> (Vec<Found>, PrefixSource) {
         match (&self.setup.index, self.setup.mode) {
-            (_, Mode::None) => (vec![Found::default(); engines.len()], "none"),
-            _ if prompt.tokens == 0 => (vec![Found::default(); engines.len()], "none"),
+            (_, Mode::None) => (vec![Found::default(); engines.len()], PrefixSource::None),
+            _ if prompt.tokens == 0 => (vec![Found::default(); engines.len()], PrefixSource::None),
             (Some(index), Mode::Precise) if prompt.is_exact => {
-                (prefix::precise(index, &prompt.keys, prompt.tokens, engines, &self.setup.weights), "precise")
+                (prefix::precise(index, &prompt.keys, prompt.tokens, engines, &self.setup.weights), PrefixSource::Index)
             }
             _ => {
                 let guess = |engine: &Arc<Engine>| prefix::approximate(&engine.recent(), &prompt.hashes, prompt.tokens);
-                (engines.iter().map(guess).collect(), "approximate")
+                (engines.iter().map(guess).collect(), PrefixSource::Guess)
             }
         }
     }
@@ -295,7 +279,7 @@ fn describe(
     id: u64,
     request: &Request,
     prompt: &Prompt,
-    prefix_from: &'static str,
+    prefix_from: PrefixSource,
     engines: &[Arc<Engine>],
     found: &[Found],
     choice: &Choice,
@@ -321,7 +305,7 @@ fn describe(
         predicted_cached: found[choice.chosen].held.tokens,
         considered: considered.collect(),
         took_us: took.as_micros() as u64,
-        outcome: "open",
+        outcome: Outcome::Open,
         reported_prompt: None,
         reported_cached: None,
     }
@@ -379,9 +363,7 @@ impl Ticket {
         let promise = Promise { tokens: self.prompt.tokens, held: found.held.tokens, streams: self.streams };
         self.booking = Some(Booking::new(Arc::clone(engine), promise));
         if !self.prompt.hashes.is_empty() {
-            let mut recent = engine.recent();
-            self.age = recent.age(&self.prompt.hashes);
-            recent.used(&self.prompt.hashes);
+            self.age = engine.recent().give(&self.prompt.hashes);
         }
         let (Some(index), Some(expect)) = (&self.router.setup.index, &self.router.expect) else { return };
         let stream = found.stream.or_else(|| prefix::stream_of(index, engine, found.rank));
@@ -431,7 +413,7 @@ impl Ticket {
     }
 
     /// It has ended.
-    pub fn end(mut self, outcome: &'static str, usage: Option<Usage>) {
+    pub fn end(mut self, outcome: Outcome, usage: Option<Usage>) {
         self.decision.outcome = outcome;
         let Some(usage) = usage else { return };
         self.decision.reported_prompt = Some(usage.prompt);
@@ -444,7 +426,7 @@ impl Ticket {
             predicted,
             usage,
         );
-        if let (Some(cached), "approximate") = (usage.cached, self.decision.prefix_from) {
+        if let (Some(cached), PrefixSource::Guess) = (usage.cached, self.decision.prefix_from) {
             let blocks = |tokens: u32| tokens as usize / estimate::BLOCK_TOKENS;
             // The estimate of tokens is off by some; a third less is an eviction.
             let expected = blocks(predicted);
@@ -456,8 +438,8 @@ impl Ticket {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        if self.decision.outcome == "open" {
-            self.decision.outcome = "aborted";
+        if self.decision.outcome == Outcome::Open {
+            self.decision.outcome = Outcome::Aborted;
         }
         self.router.in_flight.fetch_sub(1, Ordering::Relaxed);
         self.router.metrics.ended(&self.decision.engine, self.decision.outcome);

@@ -4,9 +4,50 @@
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
+use super::prefix::PrefixSource;
 use crate::limits::DECISIONS_SHOWN;
+
+/// What became of a request that was decided on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It has not ended.
+    Open,
+    /// It was answered.
+    Done,
+    /// Its client left, or nobody said how it ended.
+    Aborted,
+    /// No engine could be reached.
+    Failed,
+    /// The engine said nothing for too long.
+    Timeout,
+    /// The answer broke off.
+    Broken,
+    /// The engine answered with an error of its own.
+    EngineError,
+}
+
+impl Outcome {
+    /// As metrics, traces and shown decisions name it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Open => "open",
+            Self::Done => "done",
+            Self::Aborted => "aborted",
+            Self::Failed => "failed",
+            Self::Timeout => "timeout",
+            Self::Broken => "broken",
+            Self::EngineError => "engine_error",
+        }
+    }
+}
+
+impl Serialize for Outcome {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.as_str())
+    }
+}
 
 /// One engine within a decision.
 #[derive(Debug, Clone, Serialize)]
@@ -36,8 +77,8 @@ pub struct Decision {
     pub tokens_from: &'static str,
     /// Why not `local`.
     pub inexact: Option<&'static str>,
-    /// How prefixes were looked up: `precise`, `approximate` or `none`.
-    pub prefix_from: &'static str,
+    /// How prefixes were looked up.
+    pub prefix_from: PrefixSource,
     /// The engine it went to (after retries: the last one).
     pub engine: String,
     /// Tokens that it was expected not to compute.
@@ -47,7 +88,7 @@ pub struct Decision {
     /// Microseconds from the whole request to the decision.
     pub took_us: u64,
     /// What became of it.
-    pub outcome: &'static str,
+    pub outcome: Outcome,
     /// Tokens of the prompt, as the engine counted.
     pub reported_prompt: Option<u32>,
     /// Tokens that it did not compute, as it said.

@@ -16,7 +16,7 @@ use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{SdkTracer, SdkTracerProvider, Span as SdkSpan};
 
-use super::see::Decision;
+use super::see::{Decision, Outcome};
 use kvcellar_block::error::{Error, Result};
 
 /// Headers that carry a trace from process to process (W3C Trace Context).
@@ -98,9 +98,9 @@ impl Trace {
         let count = |name: &'static str, count: u32| KeyValue::new(name, i64::from(count));
         let mut attributes = vec![
             KeyValue::new("kvcellar.engine", decision.engine.clone()),
-            KeyValue::new("kvcellar.prefix_from", decision.prefix_from),
+            KeyValue::new("kvcellar.prefix_from", decision.prefix_from.as_str()),
             KeyValue::new("kvcellar.tokens_from", decision.tokens_from),
-            KeyValue::new("kvcellar.outcome", decision.outcome),
+            KeyValue::new("kvcellar.outcome", decision.outcome.as_str()),
             KeyValue::new("kvcellar.decided_us", i64::try_from(decision.took_us).unwrap_or(i64::MAX)),
             count("kvcellar.prompt_tokens", decision.prompt_tokens),
             count("kvcellar.predicted_cached_tokens", decision.predicted_cached),
@@ -113,7 +113,10 @@ impl Trace {
         if let Some(at) = first_byte {
             self.span.add_event_with_timestamp("first byte", at, Vec::new());
         }
-        self.span.set_status(if decision.outcome == "done" { Status::Ok } else { Status::error(decision.outcome) });
+        self.span.set_status(match decision.outcome {
+            Outcome::Done => Status::Ok,
+            other => Status::error(other.as_str()),
+        });
         self.span.end();
     }
 }
@@ -126,6 +129,7 @@ mod tests {
     use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
     use opentelemetry_proto::tonic::trace::v1::Span as Sent;
 
+    use super::super::prefix::PrefixSource;
     use super::*;
 
     /// A collector that keeps what it gets.
@@ -152,12 +156,12 @@ mod tests {
             prompt_tokens: 100,
             tokens_from: "local",
             inexact: None,
-            prefix_from: "precise",
+            prefix_from: PrefixSource::Index,
             engine: "a".to_owned(),
             predicted_cached: 64,
             considered: Vec::new(),
             took_us: 12,
-            outcome: "done",
+            outcome: Outcome::Done,
             reported_prompt: Some(100),
             reported_cached: Some(48),
         }

@@ -36,9 +36,10 @@ const MODULES: &[(&str, &[&str])] = &[
     ("metrics", &["limits"]),
     ("config", &["limits"]),
     ("event_log", &["limits"]),
-    ("pool", &["config", "invariant", "limits"]),
+    ("owned", &["limits"]),
+    ("pool", &["config", "invariant", "limits", "owned"]),
     ("gpu", &["pool", "invariant", "limits"]),
-    ("nvme", &["pool", "config", "invariant", "limits"]),
+    ("nvme", &["pool", "config", "invariant", "limits", "owned"]),
     // `config` for the names of the rules that users choose.
     ("policy", &["config", "invariant", "limits"]),
     ("tier", &["config", "event_log", "gpu", "invariant", "limits", "metrics", "nvme", "policy", "pool"]),

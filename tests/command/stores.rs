@@ -10,7 +10,11 @@ use kvcellar_engine::nvme::registry::{list, remove};
 use kvcellar_testkit::stores::place::{Engine, Place};
 
 fn states(place: &Place) -> Vec<(String, &'static str)> {
-    list(place.path()).expect("listed").into_iter().map(|entry| (entry.name[32..].to_owned(), entry.state)).collect()
+    list(place.path())
+        .expect("listed")
+        .into_iter()
+        .map(|entry| (entry.name[32..].to_owned(), entry.state.as_str()))
+        .collect()
 }
 
 fn wanted(entries: &[(&str, &'static str)]) -> Vec<(String, &'static str)> {

@@ -4,15 +4,19 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 
 use kvcellar_block::error::Error;
+use kvcellar_engine::owned::listing::namespace_name;
 use kvcellar_engine::pool::Pool;
-use kvcellar_engine::pool::open::namespace_name;
 use kvcellar_engine::pool::registry::{list, remove};
 
 use crate::place::{Place, Purpose};
 use crate::stock::Stock;
 
 fn states(place: &Place) -> Vec<(String, &'static str)> {
-    list(place.path()).expect("listed").into_iter().map(|entry| (entry.name[32..].to_owned(), entry.state)).collect()
+    list(place.path())
+        .expect("listed")
+        .into_iter()
+        .map(|entry| (entry.name[32..].to_owned(), entry.state.as_str()))
+        .collect()
 }
 
 fn wanted(entries: &[(&str, &'static str)]) -> Vec<(String, &'static str)> {

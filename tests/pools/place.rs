@@ -8,8 +8,9 @@ use kvcellar_block::error::Result;
 use kvcellar_block::geometry::RankBytes;
 use kvcellar_block::{GroupKind, GroupSpec, Grouping, SlotGeometry};
 use kvcellar_engine::limits;
+use kvcellar_engine::owned::listing::namespace_name;
 use kvcellar_engine::pool::directory;
-use kvcellar_engine::pool::open::{Opened, Wish, namespace_name, open};
+use kvcellar_engine::pool::open::{Opened, Wish, open};
 
 use crate::blocks::TOKENS;
 

@@ -236,7 +236,7 @@ fn a_pool_without_a_name_still_counts() {
     first.pool.hide().expect("hidden");
     assert!(!first.pool.path().exists());
     let claims = entries(place.path());
-    assert_eq!((claims.len(), claims[0].state, claims[0].file_bytes), (1, "used", first.pool.bytes()));
+    assert_eq!((claims.len(), claims[0].state.as_str(), claims[0].file_bytes), (1, "used", first.pool.bytes()));
     assert!(claims[0].bytes < first.pool.bytes() / 2, "a claim takes memory: {}", claims[0].bytes);
     assert_eq!((claims[0].slots, claims[0].owner_pid), (Some(50), Some(std::process::id())));
     purpose.open(place.path()).expect_err("nothing is left");

@@ -13,7 +13,7 @@ use kvcellar_engine::nvme::directory;
 use kvcellar_engine::nvme::ledger::Ledger;
 use kvcellar_engine::nvme::registry::list;
 use kvcellar_engine::nvme::store::{Recovery, Store, Wish};
-use kvcellar_engine::pool::open::namespace_name;
+use kvcellar_engine::owned::listing::namespace_name;
 
 use kvcellar_testkit::stores::place::{Engine, Place, SMALL};
 

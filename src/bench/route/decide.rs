@@ -19,6 +19,7 @@ use kvcellar_route::engines::Engines;
 use kvcellar_route::prompt::{Checked, Models, Prompt};
 use kvcellar_route::request::{Kind, Request};
 use kvcellar_route::router::{Mode, Router, Setup};
+use kvcellar_route::see::Outcome;
 use kvcellar_route::spec::Spec;
 use kvcellar_route::tokens::TokenModel;
 
@@ -96,7 +97,7 @@ impl KnownPrefix {
                 let request = Request::read(Kind::Completion, body).map_err(refused)?;
                 let ticket = router.route(&request).await.map_err(refused)?;
                 took.push(started.elapsed().as_secs_f64() * 1e3);
-                ticket.end("done", None);
+                ticket.end(Outcome::Done, None);
             }
             cpu.push((thread_cpu_s()? - before) / decisions as f64 * 1e3);
             took.sort_by(f64::total_cmp);

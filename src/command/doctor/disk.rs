@@ -11,6 +11,7 @@ use kvcellar_engine::limits::SLOT_ALIGN;
 use kvcellar_engine::nvme::buffer::Buffer;
 use kvcellar_engine::nvme::directory::{self, How};
 use kvcellar_engine::nvme::space;
+use kvcellar_engine::owned::private_dir::is_ours;
 
 /// Less free space than this holds few blocks.
 const FREE_MIN: u64 = 10 << 30;
@@ -32,7 +33,7 @@ fn rights(dir: &Path) -> Finding {
     let name = "nvme_dir";
     let own = directory::path(dir);
     match std::fs::symlink_metadata(&own) {
-        Ok(found) if !found.is_dir() || !directory::is_ours(&found) => Finding::new(
+        Ok(found) if !found.is_dir() || !is_ours(&found) => Finding::new(
             Status::Problem,
             name,
             format!("{} is not a private directory of this user", own.display()),

@@ -237,8 +237,8 @@ pub struct CopyWorker {
     compute: Option<ComputeStream>,
 }
 
-/// Makes a rank's copier: the pool, the guard it must respect before it writes a slot, and where
-/// its answers go.
+/// Makes a rank's copier: the pool, where its answers go, and the guard it must respect before it
+/// writes a slot.
 pub type MakeCopierGuarded =
     dyn Fn(Arc<Pool>, Arc<dyn Answers>, Arc<HashGuard>) -> Result<Box<dyn Copier>> + Send + Sync;
 

@@ -5,17 +5,17 @@
 //! `kvcellar doctor` alike. Promises: a file that is open with `O_DIRECT` lies on a filesystem that
 //! means it. Does not know what is in them.
 
-use std::fs::{DirBuilder, File, Metadata, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::statfs::{FsType, OVERLAYFS_SUPER_MAGIC, TMPFS_MAGIC, fstatfs};
-use nix::unistd::Uid;
 
 use super::buffer::Buffer;
 use crate::limits::SLOT_ALIGN;
+use crate::owned::private_dir::{self, Role};
 use kvcellar_block::error::{Error, Result};
 
 /// Filesystems in memory, or on top of others, that take `O_DIRECT` without meaning it.
@@ -24,6 +24,14 @@ const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 
 /// What a user can do when the system refuses something in a store.
 pub const REMEDY: &str = "Give this user the rights, or set nvme_dir to a directory it may write to";
+
+/// How errors speak of stores.
+pub(super) const STORES: Role = Role {
+    setting: "nvme_dir",
+    creating: "creating the store's directory",
+    remedy: REMEDY,
+    instead: "Remove it, or set nvme_dir to another directory",
+};
 
 /// How to open a file of a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,7 +58,7 @@ pub fn ensure(nvme_dir: &Path) -> Result<PathBuf> {
 
 /// Where this user's stores lie below `nvme_dir`.
 pub fn path(nvme_dir: &Path) -> PathBuf {
-    nvme_dir.join(format!("kvcellar-{}", Uid::effective()))
+    private_dir::below(nvme_dir)
 }
 
 /// Makes a directory for this user alone, or checks the one that is there.
@@ -58,12 +66,7 @@ pub fn path(nvme_dir: &Path) -> PathBuf {
 /// # Errors
 /// [`Error::Io`] when it cannot be made; [`Error::Config`] when something else stands in its place.
 pub fn private(dir: &Path) -> Result<()> {
-    match DirBuilder::new().mode(0o700).create(dir) {
-        Ok(()) => return Ok(()),
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-        Err(error) => return Err(Error::io("creating the store's directory", dir, error, REMEDY)),
-    }
-    check(dir)
+    private_dir::ensure(dir, &STORES)
 }
 
 /// Refuses what stands in the place of this user's directory below `nvme_dir`, if something does.
@@ -71,20 +74,7 @@ pub fn private(dir: &Path) -> Result<()> {
 /// # Errors
 /// [`Error::Config`] when it is not a private directory of this user; [`Error::Io`].
 pub fn check_present(nvme_dir: &Path) -> Result<()> {
-    let dir = path(nvme_dir);
-    if dir.symlink_metadata().is_ok() { check(&dir) } else { Ok(()) }
-}
-
-fn check(dir: &Path) -> Result<()> {
-    let found = std::fs::symlink_metadata(dir).map_err(|error| Error::io("reading", dir, error, REMEDY))?;
-    if found.is_dir() && is_ours(&found) {
-        return Ok(());
-    }
-    Err(Error::config(
-        "nvme_dir",
-        format!("{} is not a private directory of this user", dir.display()),
-        "Remove it, or set nvme_dir to another directory",
-    ))
+    private_dir::check_present(nvme_dir, &STORES)
 }
 
 /// Opens a file of a store, following no link, refusing files of other users or open to them.
@@ -98,27 +88,16 @@ pub fn open(path: &Path, how: How) -> Result<File> {
         other => other,
     }
     .map_err(|error| Error::io("opening", path, error, REMEDY))?;
-    let found = file.metadata().map_err(|error| Error::io("reading", path, error, REMEDY))?;
-    if found.is_file() && is_ours(&found) {
-        if is_direct(&file) && !means_direct(&file) {
-            make_buffered(&file).map_err(|error| Error::io("opening", path, error, REMEDY))?;
-        }
-        return Ok(file);
+    private_dir::refuse_strangers(&file, path, &STORES)?;
+    if is_direct(&file) && !means_direct(&file) {
+        make_buffered(&file).map_err(|error| Error::io("opening", path, error, REMEDY))?;
     }
-    Err(Error::config("nvme_dir", format!("{} is not a private file of this user", path.display()), "Remove it"))
+    Ok(file)
 }
 
 fn attempt(path: &Path, how: How, direct: i32) -> std::io::Result<File> {
     let direct = if how == How::Direct { direct } else { 0 };
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(how == How::OrNew)
-        .create_new(how == How::New)
-        .truncate(false)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC | direct)
-        .open(path)
+    private_dir::open(path, OpenOptions::new().create(how == How::OrNew).create_new(how == How::New), direct)
 }
 
 /// Whether transfers of this file pass the page cache by.
@@ -143,12 +122,6 @@ fn make_buffered(file: &File) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Whether it belongs to this user alone.
-pub fn is_ours(found: &Metadata) -> bool {
-    // Six low bits clear: nothing for group and others.
-    found.uid() == Uid::effective().as_raw() && found.mode().trailing_zeros() >= 6
-}
-
 /// Opens a directory itself, so that its entries can be made durable and its identity kept.
 ///
 /// # Errors
@@ -159,12 +132,6 @@ pub fn handle(dir: &Path) -> Result<File> {
         .custom_flags(libc::O_NOFOLLOW | libc::O_DIRECTORY | libc::O_CLOEXEC)
         .open(dir)
         .map_err(|error| Error::io("opening", dir, error, REMEDY))
-}
-
-/// Does `path` still name the file behind `file`?
-pub fn names(path: &Path, file: &File) -> bool {
-    let (Ok(there), Ok(here)) = (std::fs::symlink_metadata(path), file.metadata()) else { return false };
-    (there.dev(), there.ino()) == (here.dev(), here.ino())
 }
 
 /// Removes a file if it is there.

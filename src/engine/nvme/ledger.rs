@@ -10,9 +10,11 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::directory;
 use super::registry::{self, Entry};
 use crate::limits;
-use crate::pool::lock::Turn;
+use crate::owned::listing::Ownership;
+use crate::owned::lock::Turn;
 use kvcellar_block::error::{Error, Result};
 use kvcellar_block::size::show;
 
@@ -46,7 +48,7 @@ impl Ledger {
     /// [`Error::TryLater`] when it is held for longer than a start may take; [`Error::Io`];
     /// [`Error::Config`].
     pub fn lock(dir: &Path) -> Result<Self> {
-        let turn = Turn::wait(&dir.join(LOCK_NAME), Duration::from_millis(limits::LEDGER_WAIT_MS))?;
+        let turn = Turn::wait(&dir.join(LOCK_NAME), &directory::STORES, Duration::from_millis(limits::LEDGER_WAIT_MS))?;
         Ok(Self { dir: dir.to_owned(), _turn: turn })
     }
 
@@ -59,7 +61,8 @@ impl Ledger {
     pub fn make_room(&self, own: &Path, wanted: u64, total: u64) -> Result<Room> {
         let mut others = registry::list_in(&self.dir)?;
         others.retain(|entry| entry.path != own);
-        let (used, mut left): (Vec<Entry>, Vec<Entry>) = others.into_iter().partition(|entry| entry.state == "used");
+        let (used, mut left): (Vec<Entry>, Vec<Entry>) =
+            others.into_iter().partition(|entry| entry.state == Ownership::InUse);
         sort(&mut left, own);
         let available = total.saturating_sub(limits::LEDGER_BYTES);
         let free = available.saturating_sub(used.iter().map(charge).sum());
@@ -137,6 +140,6 @@ fn sort(left: &mut [Entry], own: &Path) {
 
 /// Where an entry stands among those that go when room is needed, whatever needs it.
 pub fn order(entry: &Entry) -> (bool, Option<std::time::SystemTime>, String) {
-    let usable = entry.state == "left" && !entry.private;
+    let usable = entry.state == Ownership::Orphaned && !entry.private;
     (usable, entry.last_use, entry.name.clone())
 }

@@ -16,7 +16,8 @@ use super::ledger;
 use super::segments;
 use super::store::{self, LOCK_NAME};
 use super::superblock::{self, Superblock};
-use crate::pool::lock::{self, PoolLocks};
+use crate::owned::listing::Ownership;
+use crate::owned::lock::{self, FileLocks};
 use kvcellar_block::error::{Error, Result};
 
 /// One store, as people see it.
@@ -28,9 +29,8 @@ pub struct Entry {
     pub path: PathBuf,
     /// Bytes on disk.
     pub bytes: u64,
-    /// `used`: an engine owns it; `left`: nobody does; `damaged`: nobody does, and there is no
-    /// whole superblock.
-    pub state: &'static str,
+    /// Who has it; damaged: no whole superblock.
+    pub state: Ownership,
     /// The last owner's process id.
     pub owner_pid: Option<u32>,
     /// Its bound, in bytes on disk.
@@ -61,7 +61,7 @@ pub struct Entry {
 /// [`Error::Io`] when the directory is there but cannot be read.
 pub fn list(nvme_dir: &Path) -> Result<Vec<Entry>> {
     let mut entries = list_in(&directory::path(nvme_dir))?;
-    let mut turns: Vec<usize> = (0..entries.len()).filter(|at| entries[*at].state != "used").collect();
+    let mut turns: Vec<usize> = (0..entries.len()).filter(|at| entries[*at].state != Ownership::InUse).collect();
     turns.sort_by_cached_key(|at| ledger::order(&entries[*at]));
     for (turn, at) in turns.into_iter().enumerate() {
         entries[at].goes = Some(turn + 1);
@@ -101,11 +101,8 @@ fn describe(path: PathBuf) -> Result<Entry> {
     let bytes = bytes_on_disk(&path)?;
     let superblock = Superblock::load(&path).ok();
     let lock = directory::open(&path.join(LOCK_NAME), How::Existing).ok();
-    let state = match (lock.is_some_and(|file| lock::holders(&file).0), &superblock) {
-        (true, _) => "used",
-        (false, Some(_)) => "left",
-        (false, None) => "damaged",
-    };
+    let is_owned = lock.is_some_and(|file| lock::holders(&file).0);
+    let state = Ownership::of((is_owned, false), superblock.is_some());
     let last_use = last_use(&path);
     let extents = superblock.as_ref().map(|found| extents(&path, found.geometry.slot_bytes)).transpose()?;
     Ok(Entry {
@@ -156,7 +153,7 @@ fn extents(dir: &Path, extent_bytes: u64) -> Result<u64> {
 /// # Errors
 /// [`Error::TryLater`] when an engine owns it; [`Error::Io`]; [`Error::Config`] when it is not
 /// private.
-pub fn own(path: &Path) -> Result<PoolLocks> {
+pub fn own(path: &Path) -> Result<FileLocks> {
     fs::symlink_metadata(path).map_err(|error| Error::io("reading", path, error, "See `kvcellar store ls`"))?;
     let busy = || match store::owner_pid(path) {
         Some(pid) => format!("process {pid} uses it"),

@@ -19,8 +19,9 @@ use super::snapshot::{self, Subject};
 use super::space::{self, SegmentLayout};
 use super::superblock::{self, Clean, Superblock};
 use crate::limits;
-use crate::pool::lock::PoolLocks;
-use crate::pool::open::namespace_name;
+use crate::owned::listing::{name_with_owner, namespace_name};
+use crate::owned::lock::FileLocks;
+use crate::owned::private_dir::names;
 use kvcellar_block::error::{Error, Result};
 use kvcellar_block::size::show;
 use kvcellar_block::{ExtentIndex, SlotGeometry};
@@ -103,7 +104,7 @@ pub struct Store {
     segments: Segments,
     reserve_bytes: u64,
     // Last, so that everything else is closed before another engine may own the store.
-    _lock: PoolLocks,
+    _lock: FileLocks,
 }
 
 impl Store {
@@ -130,7 +131,7 @@ impl Store {
         for index in 0..limits::STORE_INDEX_MAX {
             let path = dir.join(format!("{}-{index}", namespace_name(&wish.namespace)));
             match claim(&path)? {
-                None => taken.push(holder(&path)),
+                None => taken.push(name_with_owner(&path, owner_pid(&path))),
                 Some(lock) => {
                     let room = ledger.make_room(&path, wish.capacity_bytes, wish.total_bytes)?;
                     return take(wish, path, lock, new, room).map(|opened| Opened { taken, ..opened });
@@ -219,8 +220,7 @@ impl Store {
 
     /// Whether the store's names still lead to this store: nobody removed or replaced it.
     pub fn still_there(&self) -> bool {
-        directory::names(&self.path, &self.dir)
-            && directory::names(&self.path.join(superblock::NAME), &self.superblock_file)
+        names(&self.path, &self.dir) && names(&self.path.join(superblock::NAME), &self.superblock_file)
     }
 
     /// Overwrites an extent with zeros; its room stays allocated. Nobody may be reading or writing
@@ -254,7 +254,7 @@ impl Store {
 }
 
 /// Becomes the owner of the store at `path`, if nobody is. Makes its directory.
-pub(super) fn claim(path: &Path) -> Result<Option<PoolLocks>> {
+pub(super) fn claim(path: &Path) -> Result<Option<FileLocks>> {
     let lock_path = path.join(LOCK_NAME);
     for _ in 0..limits::STORE_CLAIM_TRIES {
         directory::private(path)?;
@@ -265,7 +265,7 @@ pub(super) fn claim(path: &Path) -> Result<Option<PoolLocks>> {
         };
         let fail = |error| Error::io("locking", &lock_path, error, REMEDY);
         let mut note = file.try_clone().map_err(fail)?;
-        if let Some(lock) = PoolLocks::own(file, &lock_path) {
+        if let Some(lock) = FileLocks::own(file, &lock_path) {
             note.set_len(0).and_then(|()| write!(note, "{}", std::process::id())).map_err(fail)?;
             return Ok(Some(lock));
         }
@@ -279,14 +279,6 @@ pub(super) fn owner_pid(path: &Path) -> Option<u32> {
     let file = directory::open(&path.join(LOCK_NAME), How::Existing).ok()?;
     file.take(16).read_to_string(&mut text).ok()?;
     text.parse().ok()
-}
-
-fn holder(path: &Path) -> String {
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    match owner_pid(path) {
-        Some(pid) => format!("{name} (process {pid})"),
-        None => name,
-    }
 }
 
 /// A superblock that may be used, or why there is none.
@@ -334,7 +326,7 @@ fn layout(wish: &Wish<'_>, capacity_bytes: u64, new: &Superblock) -> Result<Segm
     Ok(SegmentLayout::new(capacity_bytes, new.encode()?.len() as u64, wish.geometry.slot_bytes, segment_bytes))
 }
 
-fn take(wish: &Wish<'_>, path: PathBuf, lock: PoolLocks, new: Superblock, room: Room) -> Result<Opened> {
+fn take(wish: &Wish<'_>, path: PathBuf, lock: FileLocks, new: Superblock, room: Room) -> Result<Opened> {
     let Room { capacity_bytes, removed, warnings, used } = room;
     let fresh = layout(wish, capacity_bytes, &new)?;
     if fresh.extents_max == 0 {
@@ -356,7 +348,7 @@ fn take(wish: &Wish<'_>, path: PathBuf, lock: PoolLocks, new: Superblock, room: 
 }
 
 /// Others leave no room for one block: what the claim made goes again, with whatever lay there.
-fn no_room(wish: &Wish<'_>, path: &Path, lock: &PoolLocks, used: &[String]) -> Result<Error> {
+fn no_room(wish: &Wish<'_>, path: &Path, lock: &FileLocks, used: &[String]) -> Result<Error> {
     clear(path)?;
     lock.unlink(&path.join(LOCK_NAME))?;
     // Files of others may lie there: they stay.
@@ -367,7 +359,7 @@ fn no_room(wish: &Wish<'_>, path: &Path, lock: &PoolLocks, used: &[String]) -> R
 fn create(
     wish: &Wish<'_>,
     path: PathBuf,
-    lock: PoolLocks,
+    lock: FileLocks,
     superblock: Superblock,
     layout: SegmentLayout,
     why: String,
@@ -378,7 +370,7 @@ fn create(
     Ok(Opened::of(store, Vec::new(), Recovery::Fresh, why))
 }
 
-fn reopen(wish: &Wish<'_>, path: PathBuf, lock: PoolLocks, found: Superblock, layout: SegmentLayout) -> Result<Opened> {
+fn reopen(wish: &Wish<'_>, path: PathBuf, lock: FileLocks, found: Superblock, layout: SegmentLayout) -> Result<Opened> {
     let listed = entries(&path, &found, layout.extent_bytes);
     let superblock =
         Superblock { clean: None, capacity_bytes: wish.capacity_bytes, facts: wish.facts.to_owned(), ..found };
@@ -420,7 +412,7 @@ fn entries(
 fn assemble(
     wish: &Wish<'_>,
     path: PathBuf,
-    lock: PoolLocks,
+    lock: FileLocks,
     superblock: Superblock,
     layout: SegmentLayout,
 ) -> Result<Store> {

@@ -9,10 +9,10 @@ use std::path::Path;
 
 use super::header::{Header, Purpose};
 use super::layout::Layout;
-use super::lock::PoolLocks;
 use super::mapping::Mapping;
 use super::open::{Wish, new_epoch};
 use super::{Pool, io, pages};
+use crate::owned::lock::FileLocks;
 use kvcellar_block::SlotIndex;
 use kvcellar_block::error::{Error, Result};
 
@@ -82,7 +82,7 @@ pub(super) fn adopt(
     file: &File,
     left: Left,
     fate: Fate,
-    locks: &PoolLocks,
+    locks: &FileLocks,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(Pool, u64)> {
     let slots = match fate {
@@ -94,7 +94,7 @@ pub(super) fn adopt(
     locks.mark_used();
     // The assembled pool gets the caller's locks; these stand in until then and hold nothing the
     // caller does not.
-    let stand_in = PoolLocks::attach(file.try_clone().map_err(|error| io(path, error))?, path)?;
+    let stand_in = FileLocks::attach(file.try_clone().map_err(|error| io(path, error))?, path)?;
     let count = |slots: u64| u32::try_from(slots).map_err(|_| Error::lost("pool header", "slot count"));
     let counts = (count(slots)?, count(left.layout.table_slots)?);
     let map = Mapping::of(file, path)?;

@@ -7,8 +7,8 @@
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::lock::PoolLocks;
 use super::{directory, io, open};
+use crate::owned::lock::FileLocks;
 use kvcellar_block::error::{Error, Result};
 
 /// The ending of claims' names.
@@ -18,7 +18,7 @@ pub(super) const ENDING: &str = "claim";
 #[derive(Debug)]
 pub struct Claim {
     path: PathBuf,
-    locks: PoolLocks,
+    locks: FileLocks,
 }
 
 impl Claim {
@@ -31,7 +31,7 @@ impl Claim {
         let path = pool.with_extension(format!("{epoch:016x}.{ENDING}"));
         let file = directory::open_or_create(&path)?;
         let again = file.try_clone().map_err(|error| io(&path, error))?;
-        let locks = PoolLocks::own(again, &path).ok_or_else(|| Error::TryLater {
+        let locks = FileLocks::own(again, &path).ok_or_else(|| Error::TryLater {
             what: path.display().to_string(),
             holder: "somebody else has it".to_owned(),
         })?;

@@ -3,7 +3,7 @@
 //!
 //! A pool that an engine owns, or that processes of a dead one still map, counts with its file's
 //! length. What nobody uses is room that a start takes when it needs it, longest out of use first.
-//! Read under [`super::lock::Turn`] only.
+//! Read under [`crate::owned::lock::Turn`] only.
 
 use std::path::Path;
 use std::thread::sleep;
@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::budget::{Bound, Budget, Machine};
 use super::registry::{self, Entry};
+use crate::owned::listing::Ownership;
 use kvcellar_block::error::{Error, Result};
 use kvcellar_block::size::show;
 
@@ -84,7 +85,7 @@ impl Ledger {
     }
 
     fn is_held(&self) -> bool {
-        self.used.iter().any(|entry| entry.state == "held")
+        self.used.iter().any(|entry| entry.state == Ownership::Mapped)
     }
 
     /// Who has it, for people.

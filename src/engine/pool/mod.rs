@@ -21,7 +21,6 @@ pub mod futex;
 pub mod header;
 pub mod layout;
 pub mod ledger;
-pub mod lock;
 pub mod mapping;
 pub mod memory;
 pub mod open;
@@ -40,6 +39,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde::{Deserialize, Serialize};
 
 use crate::limits;
+use crate::owned::lock::FileLocks;
 use kvcellar_block::descriptor;
 use kvcellar_block::error::{Error, Result};
 use kvcellar_block::{SlotGeometry, SlotIndex};
@@ -47,7 +47,6 @@ use kvcellar_block::{SlotGeometry, SlotIndex};
 use claim::Claim;
 use header::Header;
 use layout::Layout;
-use lock::PoolLocks;
 use mapping::Mapping;
 use slot_table::SlotLine;
 
@@ -77,7 +76,7 @@ pub struct Pool {
     geometry: SlotGeometry,
     // Fields drop in this order: the memory is unmapped before others may take it over.
     claim: OnceLock<Claim>,
-    locks: PoolLocks,
+    locks: FileLocks,
 }
 
 /// The system's page, in bytes: 4 KiB, or more on some ARM64 systems.
@@ -93,7 +92,7 @@ impl Pool {
         path: PathBuf,
         (slot_count, table_slots): (u32, u32),
         geometry: SlotGeometry,
-        locks: PoolLocks,
+        locks: FileLocks,
     ) -> Result<Self> {
         let (slots, lines) = (u64::from(slot_count), u64::from(table_slots));
         let layout = Layout { slots, table_slots: lines, slot_bytes: geometry.slot_bytes };
@@ -112,7 +111,7 @@ impl Pool {
     /// the ticket means, [`Error::TryLater`] when somebody is replacing it.
     pub fn attach(ticket: &Ticket) -> Result<Self> {
         let file = directory::open_private(&ticket.path)?;
-        let locks = PoolLocks::attach(file.try_clone().map_err(|error| io(&ticket.path, error))?, &ticket.path)?;
+        let locks = FileLocks::attach(file.try_clone().map_err(|error| io(&ticket.path, error))?, &ticket.path)?;
         let map = Mapping::of(&file, &ticket.path)?;
         let counts = (ticket.slot_count, ticket.table_slots);
         let pool = Self::assemble(map, ticket.path.clone(), counts, ticket.geometry.clone(), locks)?;

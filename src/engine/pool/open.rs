@@ -1,6 +1,6 @@
 //! Opening a pool as its owner: adopt what a dead engine left, or make a new one.
 //!
-//! One start at a time in a directory ([`lock::Turn`]): what it finds free is still free when it
+//! One start at a time in a directory ([`Turn`]): what it finds free is still free when it
 //! takes it.
 
 use std::fs::{self, File};
@@ -14,10 +14,11 @@ use super::file_system::FileSystem;
 use super::header::{self, Purpose};
 use super::layout::Layout;
 use super::ledger::{self, Room, Share};
-use super::lock::{self, PoolLocks};
 use super::mapping::Mapping;
 use super::{Pool, directory, io, pages, system_page_bytes};
 use crate::limits;
+use crate::owned::listing::{name_with_owner, namespace_name};
+use crate::owned::lock::{FileLocks, Turn};
 use kvcellar_block::SlotGeometry;
 use kvcellar_block::error::{Error, Result};
 use kvcellar_block::size::show;
@@ -62,16 +63,6 @@ pub struct Opened {
     pub removed: Vec<String>,
 }
 
-/// Hex form of a namespace, as in file names.
-pub fn namespace_name(namespace: &[u8; 16]) -> String {
-    use std::fmt::Write;
-    namespace.iter().fold(String::new(), |mut name, byte| {
-        // Writing to a String cannot fail.
-        let _infallible = write!(name, "{byte:02x}");
-        name
-    })
-}
-
 /// Opens the first pool of the namespace that no living engine owns.
 ///
 /// # Errors
@@ -79,7 +70,8 @@ pub fn namespace_name(namespace: &[u8; 16]) -> String {
 /// when not even one slot fits, or other engines have all of the configured size; [`Error::Io`].
 pub fn open(wish: &Wish<'_>, progress: &mut dyn FnMut(u64, u64)) -> Result<Opened> {
     let dir = directory::ensure(wish.pool_dir)?;
-    let _turn = lock::Turn::wait(&dir.join(lock::TURN_NAME), Duration::from_millis(limits::POOL_TURN_WAIT_MS))?;
+    let patience = Duration::from_millis(limits::POOL_TURN_WAIT_MS);
+    let _turn = Turn::wait(&dir.join(directory::TURN_NAME), &directory::POOLS, patience)?;
     let mut taken = Vec::new();
     for index in 0..limits::POOL_INDEX_MAX {
         let path = dir.join(format!("{}-{index}.pool", namespace_name(&wish.namespace)));
@@ -97,12 +89,12 @@ pub fn open(wish: &Wish<'_>, progress: &mut dyn FnMut(u64, u64)) -> Result<Opene
 }
 
 /// Becomes the owner of the file at `path`, if nobody is.
-fn claim(path: &Path) -> Result<Option<(File, PoolLocks)>> {
+fn claim(path: &Path) -> Result<Option<(File, FileLocks)>> {
     // A few tries: between opening and locking, another start may replace the file.
     for _ in 0..3 {
         let file = directory::open_or_create(path)?;
         let lock_file = file.try_clone().map_err(|error| io(path, error))?;
-        if let Some(locks) = PoolLocks::own(lock_file, path) {
+        if let Some(locks) = FileLocks::own(lock_file, path) {
             return Ok(Some((file, locks)));
         }
     }
@@ -110,11 +102,7 @@ fn claim(path: &Path) -> Result<Option<(File, PoolLocks)>> {
 }
 
 fn holder(path: &Path) -> String {
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    match head(path).ok().and_then(|bytes| header::owner_pid_in(&bytes)) {
-        Some(pid) => format!("{name} (process {pid})"),
-        None => name,
-    }
+    name_with_owner(path, head(path).ok().and_then(|bytes| header::owner_pid_in(&bytes)))
 }
 
 /// The header pages of a pool file.
@@ -133,7 +121,7 @@ fn take(
     wish: &Wish<'_>,
     path: &Path,
     file: File,
-    locks: PoolLocks,
+    locks: FileLocks,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Opened> {
     let wanted = purpose(wish, Layout::within(0, 0, wish.geometry.slot_bytes));
@@ -252,7 +240,7 @@ fn build(
     path: &Path,
     layout: Layout,
     file: &File,
-    locks: &PoolLocks,
+    locks: &FileLocks,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Mapping> {
     locks.share_mapping(path)?;

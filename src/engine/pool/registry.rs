@@ -8,8 +8,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 
 use super::header::{self, Purpose};
-use super::lock::{self, PoolLocks};
 use super::{claim, directory, open};
+use crate::owned::listing::Ownership;
+use crate::owned::lock::{self, FileLocks};
 use kvcellar_block::error::{Error, Result};
 
 /// One pool file, as people see it.
@@ -24,9 +25,8 @@ pub struct Entry {
     /// Length of the file: the memory it takes once all of it exists, or that a pool without a name
     /// has.
     pub file_bytes: u64,
-    /// `used`: an engine owns it; `held`: processes of a dead engine still map it; `left`: nobody
-    /// does; `damaged`: no valid header.
-    pub state: &'static str,
+    /// Who has it; damaged: no valid header.
+    pub state: Ownership,
     /// The last owner's process id.
     pub owner_pid: Option<u32>,
     /// Slots, when the header is valid.
@@ -71,7 +71,7 @@ pub fn list(pool_dir: &Path) -> Result<Vec<Entry>> {
 impl Entry {
     /// Whether an engine owns it, or processes of a dead one still map it.
     pub fn is_in_use(&self) -> bool {
-        matches!(self.state, "used" | "held")
+        matches!(self.state, Ownership::InUse | Ownership::Mapped)
     }
 }
 
@@ -79,12 +79,7 @@ fn describe(path: PathBuf) -> Result<(SystemTime, Entry)> {
     let file = directory::open_private(&path)?;
     let head = open::head(&path).map_err(|error| Error::io("reading", &path, error, "Check its rights"))?;
     let purpose = Purpose::read(&head).ok();
-    let state = match (lock::holders(&file), purpose.is_some()) {
-        ((true, _), _) => "used",
-        ((false, true), _) => "held",
-        ((false, false), true) => "left",
-        ((false, false), false) => "damaged",
-    };
+    let state = Ownership::of(lock::holders(&file), purpose.is_some());
     let found = file.metadata().map_err(|error| Error::io("reading", &path, error, "Check its rights"))?;
     let used = found.modified().unwrap_or(UNIX_EPOCH);
     let entry = Entry {
@@ -110,7 +105,7 @@ fn describe(path: PathBuf) -> Result<(SystemTime, Entry)> {
 /// [`Error::TryLater`] when an engine owns it, [`Error::Io`].
 pub fn remove(entry: &Entry) -> Result<()> {
     let file = directory::open_private(&entry.path)?;
-    let Some(locks) = PoolLocks::own(file, &entry.path) else {
+    let Some(locks) = FileLocks::own(file, &entry.path) else {
         let holder = entry.owner_pid.map_or("an engine uses it".to_owned(), |pid| format!("process {pid} uses it"));
         return Err(Error::TryLater { what: entry.name.clone(), holder });
     };

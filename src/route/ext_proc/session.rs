@@ -21,6 +21,7 @@ use super::PickerLimits;
 use crate::answer::Tail;
 use crate::request::{Kind, Refusal, Request};
 use crate::router::{Router, Ticket};
+use crate::see::Outcome;
 use crate::traces;
 
 /// Where the gateway reads the address.
@@ -201,7 +202,7 @@ impl PickerSession {
             }
         }
         if places.is_empty() {
-            ticket.end("failed", None);
+            ticket.end(Outcome::Failed, None);
             return Err(Refusal::NoEngine("the chosen engine's name cannot be resolved"));
         }
         let places = places.join(",");
@@ -272,7 +273,7 @@ impl PickerSession {
 
     fn end(&mut self) {
         if let Some(ticket) = self.ticket.take() {
-            ticket.end(if self.failed { "engine_error" } else { "done" }, self.tail.usage());
+            ticket.end(if self.failed { Outcome::EngineError } else { Outcome::Done }, self.tail.usage());
         }
     }
 }

@@ -15,10 +15,9 @@ use super::schedule::Schedule;
 use super::{Plan, Way};
 use crate::approximate::Recent;
 use crate::books::{Books, Promise};
-use crate::choose::{Policy, choose};
-use crate::credit::Credits;
+use crate::decider::Decider;
 use crate::limits;
-use crate::view::{Held, Look, View};
+use crate::view::{Held, Look};
 use kvcellar_block::error::Result;
 use kvcellar_events::wire::{Batch, BatchArena, Event as Told, Hashes, Parent, Removed, Stored};
 use kvcellar_index::Index;
@@ -70,7 +69,6 @@ struct Known {
 pub(super) struct World {
     plan: Plan,
     way: Way,
-    policy: Policy,
     schedule: Schedule<Happening>,
     engines: Vec<SimEngine>,
     known: Vec<Known>,
@@ -82,8 +80,7 @@ pub(super) struct World {
     traffic: fastrand::Rng,
     ties: fastrand::Rng,
     open: Vec<Open>,
-    turn: u64,
-    credits: Credits,
+    decider: Decider,
 }
 
 impl World {
@@ -98,7 +95,6 @@ impl World {
         Ok(Self {
             plan,
             way,
-            policy: way.policy(),
             schedule: Schedule::new(),
             engines: (0..plan.engines).map(|_| SimEngine::new(model)).collect(),
             known: (0..plan.engines).map(|_| known()).collect(),
@@ -110,8 +106,7 @@ impl World {
             traffic: fastrand::Rng::with_seed(plan.seed),
             ties: fastrand::Rng::with_seed(plan.seed ^ 0x7e5),
             open: Vec::new(),
-            turn: 0,
-            credits: Credits::default(),
+            decider: Decider::new(way.policy()),
         })
     }
 
@@ -176,21 +171,12 @@ impl World {
         let looks: Vec<Look> = self.known.iter().zip(&held).map(look).collect();
         let best = held.iter().map(|e| e.tokens).max().unwrap_or(0);
         let prefix = (best / BLOCK).checked_sub(1).map(|last| hashes[last as usize]);
-        let credit_s = prefix.map_or(0.0, |prefix| self.credits.of(prefix));
-        let view = View { prompt_tokens: tokens, engines: &looks, credit_s };
-        let Some(choice) = choose(&self.policy, &view, self.turn, &mut self.ties) else { return };
-        self.turn += 1;
-        let at = choice.chosen;
-        if let Some(prefix) = prefix {
-            self.credits.settle(prefix, choice.credit_s);
-        }
+        let Some(decided) = self.decider.decide(tokens, prefix, &looks, &mut self.ties) else { return };
+        let at = decided.choice.chosen;
         let known = &mut self.known[at];
-        if held.iter().all(|it| it.tokens == 0) {
-            known.told.cold_turn = self.turn;
-        }
+        known.told.cold_turn = decided.cold_turn.unwrap_or(known.told.cold_turn);
         let number = known.books.book(now_s, Promise { tokens, held: held[at].tokens, streams: true });
-        let age = known.recent.age(&hashes);
-        known.recent.used(&hashes[..prompt]);
+        let age = known.recent.give(&hashes[..prompt]);
         if self.way.asks_index() {
             self.index.write().expect(self.ids[at], &keys, (now_s * 1e3) as u64 + limits::EXPECT_MS);
         }

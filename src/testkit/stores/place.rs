@@ -45,7 +45,7 @@ impl Place {
     /// A file of the store with this index.
     pub fn file(&self, index: u32, name: &str) -> PathBuf {
         let dir = kvcellar_engine::nvme::directory::path(self.path());
-        let namespace = kvcellar_engine::pool::open::namespace_name(&NAMESPACE);
+        let namespace = kvcellar_engine::owned::listing::namespace_name(&NAMESPACE);
         dir.join(format!("{namespace}-{index}")).join(name)
     }
 }

@@ -1,7 +1,10 @@
-//! Who may touch a pool file: two open-file-description locks on it; and whose turn it is to make
-//! one: [`Turn`].
+//! Who may touch a pool or a store: two open-file-description locks on its file; and whose turn it
+//! is to make one: [`Turn`].
 //!
-//! Byte 0 is the *owner* lock: exclusive, held by one `EngineCore` for as long as it uses the pool.
+//! A store has only the owner lock, on a file of its own: nobody maps it.
+//!
+//! Byte 0 is the *owner* lock: exclusive, held by one `EngineCore` for as long as it uses the
+//! pool.
 //! Byte 1 is the *mappers* lock: shared, held by every process that maps the file, `EngineCore`
 //! included. Taking a pool over needs both exclusively: a dead owner does not prove that its
 //! workers have stopped writing. The kernel drops the locks with the last descriptor, also after
@@ -14,7 +17,7 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime};
@@ -22,25 +25,22 @@ use std::time::{Duration, Instant, SystemTime};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
-use super::directory;
+use super::private_dir::{self, Role, names};
 use kvcellar_block::error::{Error, Result};
 
 const OWNER: i64 = 0;
 const MAPPERS: i64 = 1;
 
-/// Name of the file in a pool directory whose lock is the turn there.
-pub const TURN_NAME: &str = "lock";
-
-/// Locks held on one pool file.
+/// Locks held on one file.
 #[derive(Debug)]
-pub struct PoolLocks {
+pub struct FileLocks {
     file: File,
     /// The process that became the owner by these: a forked child that drops its copy must not give
     /// back what its parent holds.
     owned_by: Option<u32>,
 }
 
-impl Drop for PoolLocks {
+impl Drop for FileLocks {
     fn drop(&mut self) {
         if self.is_owner() {
             self.mark_used();
@@ -64,10 +64,10 @@ impl Turn {
     /// # Errors
     /// [`Error::TryLater`] when others have it for longer than `patience`; [`Error::Io`] and
     /// [`Error::Config`] when its file cannot be had.
-    pub fn wait(path: &Path, patience: Duration) -> Result<Self> {
+    pub fn wait(path: &Path, role: &Role, patience: Duration) -> Result<Self> {
         let deadline = Instant::now() + patience;
         loop {
-            let file = directory::open_or_create(path)?;
+            let file = private_dir::open_or_create(path, role)?;
             // Whoever locks a file that was removed meanwhile has a turn in nothing.
             if lock_byte(&file, OWNER, libc::F_WRLCK).is_ok() && names(path, &file) {
                 // For people only; some file systems for huge pages take no writes.
@@ -117,13 +117,7 @@ fn is_held(file: &File, byte: i64) -> bool {
     fcntl(file, FcntlArg::F_OFD_GETLK(&mut range)).is_ok() && range.l_type != libc::F_UNLCK as libc::c_short
 }
 
-/// Does `path` still name the file behind `file`?
-fn names(path: &Path, file: &File) -> bool {
-    let (Ok(there), Ok(here)) = (std::fs::symlink_metadata(path), file.metadata()) else { return false };
-    (there.dev(), there.ino()) == (here.dev(), here.ino())
-}
-
-impl PoolLocks {
+impl FileLocks {
     /// Tries to become the owner. `None`: another engine is, or the file was replaced meanwhile.
     pub fn own(file: File, path: &Path) -> Option<Self> {
         lock_byte(&file, OWNER, libc::F_WRLCK).ok()?;
@@ -186,11 +180,11 @@ impl PoolLocks {
         if !names(path, &self.file) {
             return Ok(());
         }
-        std::fs::remove_file(path).map_err(|error| Error::io("removing the pool", path, error, "Remove it by hand"))
+        std::fs::remove_file(path).map_err(|error| Error::io("removing", path, error, "Remove it by hand"))
     }
 }
 
-/// Who holds a pool file, for people: (an engine owns it, processes map it).
+/// Who holds a file, for people: (an engine owns it, processes map it).
 pub fn holders(file: &File) -> (bool, bool) {
     debug_assert!(file.as_raw_fd() >= 0);
     (is_held(file, OWNER), is_held(file, MAPPERS))
@@ -200,30 +194,32 @@ pub fn holders(file: &File) -> (bool, bool) {
 mod tests {
     use super::*;
 
+    const ROLE: Role = Role { setting: "pool_dir", creating: "making", remedy: "", instead: "" };
+
     #[test]
     fn an_owner_that_goes_leaves_nothing_locked_in_a_forked_child() {
         let file = tempfile::NamedTempFile::new().expect("a file");
         let open = || File::options().write(true).open(file.path()).expect("opened");
-        let owner = PoolLocks::own(open(), file.path()).expect("nobody else does");
+        let owner = FileLocks::own(open(), file.path()).expect("nobody else does");
         // What a child holds between fork and exec.
         let shared = owner.file.try_clone().expect("cloned");
-        assert!(PoolLocks::own(open(), file.path()).is_none());
+        assert!(FileLocks::own(open(), file.path()).is_none());
         drop(owner);
-        let next = PoolLocks::own(open(), file.path()).expect("given back");
+        let next = FileLocks::own(open(), file.path()).expect("given back");
         drop(shared);
-        assert!(PoolLocks::own(open(), file.path()).is_none(), "the next owner's lock went with the child");
+        assert!(FileLocks::own(open(), file.path()).is_none(), "the next owner's lock went with the child");
         drop(next);
     }
 
     #[test]
     fn starts_take_turns_and_the_patient_learn_who_has_it() {
         let dir = tempfile::tempdir().expect("a directory");
-        let path = dir.path().join(TURN_NAME);
-        let turn = Turn::wait(&path, Duration::ZERO).expect("nobody has it");
-        let error = Turn::wait(&path, Duration::from_millis(30)).expect_err("it is taken").to_string();
+        let path = dir.path().join("turn");
+        let turn = Turn::wait(&path, &ROLE, Duration::ZERO).expect("nobody has it");
+        let error = Turn::wait(&path, &ROLE, Duration::from_millis(30)).expect_err("it is taken").to_string();
         assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
         std::thread::scope(|scope| {
-            let next = scope.spawn(|| Turn::wait(&path, Duration::from_mins(1)));
+            let next = scope.spawn(|| Turn::wait(&path, &ROLE, Duration::from_mins(1)));
             drop(turn);
             assert!(next.join().expect("no panic").is_ok());
         });
@@ -233,9 +229,9 @@ mod tests {
     fn a_copy_in_another_process_gives_nothing_back() {
         let file = tempfile::NamedTempFile::new().expect("a file");
         let open = || File::options().write(true).open(file.path()).expect("opened");
-        let owner = PoolLocks::own(open(), file.path()).expect("nobody else does");
-        let copy = PoolLocks { file: owner.file.try_clone().expect("cloned"), owned_by: Some(std::process::id() + 1) };
+        let owner = FileLocks::own(open(), file.path()).expect("nobody else does");
+        let copy = FileLocks { file: owner.file.try_clone().expect("cloned"), owned_by: Some(std::process::id() + 1) };
         drop(copy);
-        assert!(PoolLocks::own(open(), file.path()).is_none());
+        assert!(FileLocks::own(open(), file.path()).is_none());
     }
 }
