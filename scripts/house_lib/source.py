@@ -84,7 +84,9 @@ class Source:
     @cached_property
     def public(self) -> list[str]:
         """Names of functions, types and constants that others may use."""
-        pattern = r"\bpub\s+(?:async\s+|const\s+|unsafe\s+)*(?:fn|struct|enum|trait|type|const|static)\s+(\w+)"
+        pattern = (
+            r"(?<!\])\n\s*pub\s+(?:async\s+|const\s+|unsafe\s+)*(?:fn|struct|enum|trait|type|const|static)\s+(\w+)"
+        )
         return [name for name in re.findall(pattern, self.code) if name not in {"fn", "unsafe"}]
 
 

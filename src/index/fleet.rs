@@ -11,7 +11,7 @@ use serde::Serialize;
 use tokio::task::JoinHandle;
 
 use super::Index;
-use super::registry::EventMark;
+use super::indexed_engine::EventMark;
 use super::roster::EngineId;
 use kvcellar_block::error::Result;
 use kvcellar_events::decode::decode;

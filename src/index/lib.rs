@@ -3,8 +3,8 @@
 //! An event's way: a subscriber hands a decoded batch to [`writer::IndexWriter::apply`]; the
 //! [`writer`] finds the request keys ([`keys`]) of the engine's hashes ([`links`]), waits for
 //! parents that have not come ([`orphans`]), bridges block sizes ([`joined`]), and changes the
-//! block's holder set ([`sets`]) in the [`table`]. A question's way: [`Index::score`] turns tokens into keys and
-//! walks the table once ([`query`]), beside the writer and never behind it.
+//! block's holder set ([`sets`]) in the [`table`]. A question's way: [`Index::score`] turns tokens
+//! into keys and walks the table once ([`query`]), beside the writer and never behind it.
 //!
 //! Promises: no answer waits for a writer; every structure is bounded; what cannot be placed for
 //! certain is a miss. Knows nothing of sockets: [`fleet`] brings the events, [`api`] the questions.
@@ -14,6 +14,7 @@ pub mod chunked;
 pub mod column;
 pub mod expected;
 pub mod fleet;
+pub mod indexed_engine;
 pub mod joined;
 pub mod keys;
 pub mod limits;

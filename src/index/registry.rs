@@ -4,37 +4,16 @@
 use std::sync::Arc;
 
 use hashbrown::HashMap;
-use serde::{Deserialize, Serialize};
 
 use super::column::{ColumnState, Ratio};
+use super::indexed_engine::{EventMark, IndexedEngine};
 use super::keys;
 use super::roster::{EngineId, EngineView, Need, Roster};
 use super::tiers::Column;
 use super::writer::IndexWriter;
 use crate::limits;
 use kvcellar_block::error::{Error, Result};
-use kvcellar_events::follow::Position;
 use kvcellar_events::wire::Stored;
-
-/// Where an engine's events stand: the stream and its last batch.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct EventMark {
-    /// The stream's topic.
-    pub topic: String,
-    /// Its data-parallel rank.
-    pub rank: Option<u32>,
-    /// The last batch applied.
-    pub last: Position,
-}
-
-/// An engine: what readers see of it, and its columns by group.
-#[derive(Debug)]
-pub(super) struct IndexedEngine {
-    pub(super) view: EngineView,
-    /// The last batch applied, as its follower wants it to be kept.
-    pub(super) mark: Option<EventMark>,
-    by_group: HashMap<u32, Column>,
-}
 
 impl IndexWriter {
     /// Registers an engine, or finds it.

@@ -10,8 +10,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::column::Ratio;
+use super::indexed_engine::EventMark;
 use super::links::UNKNOWN;
-use super::registry::EventMark;
 use super::roster::{EngineId, Need};
 use super::tiers::{Column, TOLD_TIERS};
 use super::writer::IndexWriter;

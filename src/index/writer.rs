@@ -7,11 +7,11 @@
 use std::sync::Arc;
 
 use super::column::{ColumnState, Ratio};
+use super::indexed_engine::IndexedEngine;
 use super::joined::{Before, Piece};
 use super::keys;
 use super::links::UNKNOWN;
 use super::orphans::Orphans;
-use super::registry::IndexedEngine;
 use super::roster::{EngineId, Roster};
 use super::sets::SetWriter;
 use super::table::TableWriter;

@@ -6,17 +6,15 @@
 //! between two answers, too. An answer that comes as a whole does not tell when its prompt was
 //! computed; such a prompt is taken to be after its time.
 //!
-//! Pure: times are arguments, in seconds since any moment. The [`Booking`] of a real engine gives
-//! its promise back whatever happens.
+//! Pure: times are arguments, in seconds since any moment. A real engine's promises are given back
+//! whatever happens ([`super::engine::Booking`]).
 
 #![expect(clippy::cast_sign_loss, reason = "times since a moment and tokens are never below zero")]
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 
 use hashbrown::HashMap;
 
-use super::engine::Engine;
 use super::speed::Speed;
 use super::view::Look;
 
@@ -177,35 +175,11 @@ impl Books {
     }
 }
 
-/// One promise of a real engine. Given back when it is dropped.
-#[derive(Debug)]
-pub struct Booking {
-    engine: Arc<Engine>,
-    number: u64,
-}
-
-impl Booking {
-    /// Books a request.
-    pub fn new(engine: Arc<Engine>, promise: Promise) -> Self {
-        let number = engine.books().book(engine.now_s(), promise);
-        Self { engine, number }
-    }
-
-    /// The first token has come. Said once or often.
-    pub fn answered(&self) {
-        self.engine.books().answered(self.engine.now_s(), self.number);
-    }
-}
-
-impl Drop for Booking {
-    fn drop(&mut self) {
-        self.engine.books().end(self.engine.now_s(), self.number);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::{Booking, Engine};
+    use std::sync::Arc;
 
     const PREFILL: f64 = 8000.0;
 

@@ -1,5 +1,6 @@
 //! One engine: where it is, what it said last, what was promised to it.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -8,7 +9,7 @@ use arc_swap::ArcSwap;
 use serde::Deserialize;
 
 use super::approximate::Recent;
-use super::books::Books;
+use super::books::{Books, Promise};
 use super::estimate;
 use super::spec::Spec;
 use super::view::{Adapter, Held, Look, Rates};
@@ -215,6 +216,32 @@ impl Told {
         } else {
             Adapter::Full
         }
+    }
+}
+
+/// One promise of a real engine. Given back when it is dropped.
+#[derive(Debug)]
+pub struct Booking {
+    engine: Arc<Engine>,
+    number: u64,
+}
+
+impl Booking {
+    /// Books a request.
+    pub fn new(engine: Arc<Engine>, promise: Promise) -> Self {
+        let number = engine.books().book(engine.now_s(), promise);
+        Self { engine, number }
+    }
+
+    /// The first token has come. Said once or often.
+    pub fn answered(&self) {
+        self.engine.books().answered(self.engine.now_s(), self.number);
+    }
+}
+
+impl Drop for Booking {
+    fn drop(&mut self) {
+        self.engine.books().end(self.engine.now_s(), self.number);
     }
 }
 

@@ -16,7 +16,7 @@ use super::prefix::PrefixSource;
 use super::see::Outcome;
 
 type Counts = Family<Vec<(String, String)>, Counter>;
-type RouterGauges = Family<Vec<(String, String)>, Gauge<f64, AtomicU64>>;
+type PerEngine = Family<Vec<(String, String)>, Gauge<f64, AtomicU64>>;
 
 /// Everything that is counted.
 #[derive(Debug)]
@@ -34,7 +34,7 @@ pub struct Metrics {
     dropped: Counter,
     decide_seconds: Histogram,
     ttft_seconds: Histogram,
-    engines: [RouterGauges; 5],
+    engines: [PerEngine; 5],
 }
 
 fn labels<const N: usize>(pairs: [(&str, &str); N]) -> Vec<(String, String)> {
@@ -47,20 +47,8 @@ impl Default for Metrics {
         let registry = &mut all;
         let decide = [2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.5, 2.0];
         let ttft = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0];
-        let engines = [
-            add(registry, "engine_usable", "The engine may get requests", RouterGauges::default()),
-            add(registry, "engine_in_flight", "Requests of ours that have not ended", RouterGauges::default()),
-            add(registry, "engine_in_flight_tokens", "Their prompts' tokens", RouterGauges::default()),
-            add(registry, "engine_prefill_rate", "Prompt tokens a second, as measured", RouterGauges::default()),
-            add(
-                registry,
-                "engine_remembered_blocks",
-                "Blocks that the engine is guessed to hold",
-                RouterGauges::default(),
-            ),
-        ];
         Self {
-            engines,
+            engines: of_engines(registry),
             decisions: add(
                 registry,
                 "decisions",
@@ -128,6 +116,17 @@ impl Default for Metrics {
     }
 }
 
+/// What is told of each engine.
+fn of_engines(registry: &mut Registry) -> [PerEngine; 5] {
+    [
+        add(registry, "engine_usable", "The engine may get requests", PerEngine::default()),
+        add(registry, "engine_in_flight", "Requests of ours that have not ended", PerEngine::default()),
+        add(registry, "engine_in_flight_tokens", "Their prompts' tokens", PerEngine::default()),
+        add(registry, "engine_prefill_rate", "Prompt tokens a second, as measured", PerEngine::default()),
+        add(registry, "engine_remembered_blocks", "Blocks that the engine is guessed to hold", PerEngine::default()),
+    ]
+}
+
 /// A metric that the registry knows, too.
 fn add<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metric: M) -> M {
     registry.register(name, help, metric.clone());
@@ -189,7 +188,7 @@ impl Metrics {
 
     /// All numbers as text.
     pub fn text(&self, engines: &Engines) -> Option<String> {
-        self.engines.iter().for_each(RouterGauges::clear);
+        self.engines.iter().for_each(PerEngine::clear);
         for engine in engines.all().iter() {
             let (requests, tokens) = {
                 let books = engine.books();

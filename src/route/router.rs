@@ -9,9 +9,10 @@ use lru::LruCache;
 use tokio::sync::mpsc;
 
 use super::answer::Usage;
-use super::books::{Booking, Promise};
+use super::books::Promise;
 use super::choose::{Choice, Policy};
 use super::decider::Decider;
+use super::engine::Booking;
 use super::engine::Engine;
 use super::engines::Engines;
 use super::estimate;

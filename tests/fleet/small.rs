@@ -3,10 +3,10 @@
 use kvcellar_events::follow::Position;
 use kvcellar_events::wire::{Batch, BatchArena, Event, Hashes, Parent, Removed, Stored};
 use kvcellar_index::Index;
+use kvcellar_index::indexed_engine::EventMark;
 use kvcellar_index::keys::{self, Extras};
 use kvcellar_index::limits::INDEX_BYTES_MIN;
 use kvcellar_index::query::PrefixScorer;
-use kvcellar_index::registry::EventMark;
 use kvcellar_index::roster::EngineId;
 use kvcellar_index::tiers::{FleetTier, Weights};
 

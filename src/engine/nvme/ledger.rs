@@ -135,11 +135,5 @@ fn named(entry: &Entry) -> String {
 fn sort(left: &mut [Entry], own: &Path) {
     let namespace = |path: &Path| registry::name(path).split_once('-').map(|(namespace, _)| namespace.to_owned());
     let wanted = namespace(own);
-    left.sort_by_cached_key(|entry| (namespace(&entry.path) == wanted, order(entry)));
-}
-
-/// Where an entry stands among those that go when room is needed, whatever needs it.
-pub fn order(entry: &Entry) -> (bool, Option<std::time::SystemTime>, String) {
-    let usable = entry.state == Ownership::Orphaned && !entry.private;
-    (usable, entry.last_use, entry.name.clone())
+    left.sort_by_cached_key(|entry| (namespace(&entry.path) == wanted, registry::order(entry)));
 }

@@ -11,6 +11,7 @@ pub mod disk;
 pub mod extent;
 pub mod inspection;
 pub mod ledger;
+mod ownership;
 pub mod probe;
 mod queue;
 pub mod recovery;

@@ -12,9 +12,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 
 use super::directory::{self, How, REMEDY};
-use super::ledger;
+use super::ownership::{self, LOCK_NAME};
 use super::segments;
-use super::store::{self, LOCK_NAME};
 use super::superblock::{self, Superblock};
 use crate::owned::listing::Ownership;
 use crate::owned::lock::{self, FileLocks};
@@ -62,7 +61,7 @@ pub struct Entry {
 pub fn list(nvme_dir: &Path) -> Result<Vec<Entry>> {
     let mut entries = list_in(&directory::path(nvme_dir))?;
     let mut turns: Vec<usize> = (0..entries.len()).filter(|at| entries[*at].state != Ownership::InUse).collect();
-    turns.sort_by_cached_key(|at| ledger::order(&entries[*at]));
+    turns.sort_by_cached_key(|at| order(&entries[*at]));
     for (turn, at) in turns.into_iter().enumerate() {
         entries[at].goes = Some(turn + 1);
     }
@@ -109,7 +108,7 @@ fn describe(path: PathBuf) -> Result<Entry> {
         name: name(&path),
         bytes,
         state,
-        owner_pid: store::owner_pid(&path),
+        owner_pid: ownership::owner_pid(&path),
         capacity_bytes: superblock.as_ref().map(|found| found.capacity_bytes),
         extent_bytes: superblock.as_ref().map(|found| found.geometry.slot_bytes),
         extents,
@@ -155,11 +154,11 @@ fn extents(dir: &Path, extent_bytes: u64) -> Result<u64> {
 /// private.
 pub fn own(path: &Path) -> Result<FileLocks> {
     fs::symlink_metadata(path).map_err(|error| Error::io("reading", path, error, "See `kvcellar store ls`"))?;
-    let busy = || match store::owner_pid(path) {
+    let busy = || match ownership::owner_pid(path) {
         Some(pid) => format!("process {pid} uses it"),
         None => "an engine uses it".to_owned(),
     };
-    store::claim(path)?.ok_or_else(|| Error::TryLater { what: name(path), holder: busy() })
+    ownership::claim(path)?.ok_or_else(|| Error::TryLater { what: name(path), holder: busy() })
 }
 
 /// Removes a store that no engine uses.
@@ -169,8 +168,14 @@ pub fn own(path: &Path) -> Result<FileLocks> {
 /// that are not a store's: they stay.
 pub fn remove(entry: &Entry) -> Result<()> {
     let owned = own(&entry.path)?;
-    store::clear(&entry.path)?;
+    ownership::clear(&entry.path)?;
     owned.unlink(&entry.path.join(LOCK_NAME))?;
     fs::remove_dir(&entry.path)
         .map_err(|error| Error::io("removing", &entry.path, error, "Look what else lies there and remove it by hand"))
+}
+
+/// Where an entry stands among those that go when room is needed, whatever needs it.
+pub fn order(entry: &Entry) -> (bool, Option<std::time::SystemTime>, String) {
+    let usable = entry.state == Ownership::Orphaned && !entry.private;
+    (usable, entry.last_use, entry.name.clone())
 }

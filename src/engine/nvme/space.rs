@@ -51,8 +51,8 @@ pub fn segment_cost(extents: u32, extent_bytes: u64) -> u64 {
 }
 
 impl SegmentLayout {
-    /// Divides a capacity. `segment_bytes` is a wish for a new store; [`SegmentLayout::with`] takes what
-    /// an existing one has.
+    /// Divides a capacity. `segment_bytes` is a wish for a new store; [`SegmentLayout::with`] takes
+    /// what an existing one has.
     pub fn new(capacity_bytes: u64, superblock_bytes: u64, extent_bytes: u64, segment_bytes: u64) -> Self {
         let available = available(capacity_bytes, superblock_bytes);
         let wanted = (segment_bytes / extent_bytes).clamp(1, limits::EXTENTS_MAX.into());

@@ -8,12 +8,13 @@
 //! are true is [`super::extent::check`]'s.
 
 use std::fs::File;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::directory::{self, How, REMEDY};
+use super::directory::{self, REMEDY};
 use super::ledger::{Ledger, Room};
+use super::ownership::{LOCK_NAME, claim, clear, owner_pid};
 use super::segments::{self, Segments};
 use super::snapshot::{self, Subject};
 use super::space::{self, SegmentLayout};
@@ -27,9 +28,6 @@ use kvcellar_block::size::show;
 use kvcellar_block::{ExtentIndex, SlotGeometry};
 
 pub use super::snapshot::SnapshotEntry;
-
-/// Name of the file that the owner locks and writes its process id into.
-pub const LOCK_NAME: &str = "lock";
 
 /// What kind of store a start wants.
 #[derive(Debug, Clone)]
@@ -253,34 +251,6 @@ impl Store {
     }
 }
 
-/// Becomes the owner of the store at `path`, if nobody is. Makes its directory.
-pub(super) fn claim(path: &Path) -> Result<Option<FileLocks>> {
-    let lock_path = path.join(LOCK_NAME);
-    for _ in 0..limits::STORE_CLAIM_TRIES {
-        directory::private(path)?;
-        let file = match directory::open(&lock_path, How::OrNew) {
-            // The directory was removed at this moment.
-            Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => continue,
-            other => other?,
-        };
-        let fail = |error| Error::io("locking", &lock_path, error, REMEDY);
-        let mut note = file.try_clone().map_err(fail)?;
-        if let Some(lock) = FileLocks::own(file, &lock_path) {
-            note.set_len(0).and_then(|()| write!(note, "{}", std::process::id())).map_err(fail)?;
-            return Ok(Some(lock));
-        }
-    }
-    Ok(None)
-}
-
-/// Process id of the last owner of the store at `path`.
-pub(super) fn owner_pid(path: &Path) -> Option<u32> {
-    let mut text = String::new();
-    let file = directory::open(&path.join(LOCK_NAME), How::Existing).ok()?;
-    file.take(16).read_to_string(&mut text).ok()?;
-    text.parse().ok()
-}
-
 /// A superblock that may be used, or why there is none.
 fn reusable(wish: &Wish<'_>, path: &Path) -> Result<std::result::Result<Superblock, String>> {
     let found = match Superblock::load(path) {
@@ -428,16 +398,6 @@ fn assemble(
         reserve_bytes: wish.reserve_bytes,
         _lock: lock,
     })
-}
-
-/// Removes a store's contents, superblock first: half of them are no store. The lock and what is
-/// not a store's stay.
-pub(super) fn clear(path: &Path) -> Result<()> {
-    for name in [superblock::NAME, snapshot::NAME] {
-        directory::remove(&path.join(name))?;
-        directory::remove(&path.join(format!("{name}.new")))?;
-    }
-    segments::remove_from(path, 0)
 }
 
 fn random() -> Result<u64> {

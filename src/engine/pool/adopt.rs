@@ -10,7 +10,7 @@ use std::path::Path;
 use super::header::{Header, Purpose};
 use super::layout::Layout;
 use super::mapping::Mapping;
-use super::open::{Wish, new_epoch};
+use super::wish::{Wish, new_epoch};
 use super::{Pool, io, pages};
 use crate::owned::lock::FileLocks;
 use kvcellar_block::SlotIndex;

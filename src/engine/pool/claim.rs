@@ -7,7 +7,7 @@
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::{directory, io, open};
+use super::{directory, header, io};
 use crate::owned::lock::FileLocks;
 use kvcellar_block::error::{Error, Result};
 
@@ -38,7 +38,7 @@ impl Claim {
         let claim = Self { path, locks };
         file.set_len(bytes).map_err(|error| io(&claim.path, error))?;
         // For people only; some file systems for huge pages take no writes.
-        drop(open::head(pool).and_then(|head| file.write_all_at(&head, 0)));
+        drop(header::head(pool).and_then(|head| file.write_all_at(&head, 0)));
         Ok(claim)
     }
 }

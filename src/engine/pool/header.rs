@@ -1,5 +1,9 @@
 //! The header of a pool file: what it was made for, and who owns it now.
 
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -223,4 +227,11 @@ pub fn is_private_in(bytes: &[u8]) -> bool {
 pub fn owner_pid_in(bytes: &[u8]) -> Option<u32> {
     let at = OWNER_OFFSET + std::mem::offset_of!(Owner, pid);
     bytes.get(at..at + 4).map(bytemuck::pod_read_unaligned)
+}
+
+/// The header pages of a pool file.
+pub(super) fn head(path: &Path) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(limits::HEADER_BYTES).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }

@@ -30,6 +30,7 @@ pub mod registry;
 pub mod slot_table;
 mod sync;
 pub mod watch;
+mod wish;
 
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;

@@ -4,7 +4,6 @@
 //! takes it.
 
 use std::fs::{self, File};
-use std::io::Read;
 use std::path::Path;
 use std::time::Duration;
 
@@ -15,36 +14,14 @@ use super::header::{self, Purpose};
 use super::layout::Layout;
 use super::ledger::{self, Room, Share};
 use super::mapping::Mapping;
+pub use super::wish::Wish;
+use super::wish::new_epoch;
 use super::{Pool, directory, io, pages, system_page_bytes};
 use crate::limits;
 use crate::owned::listing::{name_with_owner, namespace_name};
 use crate::owned::lock::{FileLocks, Turn};
-use kvcellar_block::SlotGeometry;
 use kvcellar_block::error::{Error, Result};
 use kvcellar_block::size::show;
-
-/// What kind of pool a start wants.
-#[derive(Debug, Clone)]
-pub struct Wish<'a> {
-    /// Shared-memory directory.
-    pub pool_dir: &'a Path,
-    /// Fingerprint of everything that makes bytes interchangeable.
-    pub namespace: [u8; 16],
-    /// The facts behind the fingerprint, as JSON.
-    pub facts: &'a str,
-    /// This engine's part of the configured size.
-    pub bytes: u64,
-    /// The configured size, for all engines of this user below `pool_dir`.
-    pub total: u64,
-    /// The size was written by the user, not a default.
-    pub explicit: bool,
-    /// Whether contents of an earlier engine may be adopted.
-    pub adopt: bool,
-    /// Sizes of a slot.
-    pub geometry: &'a SlotGeometry,
-    /// Memory nodes next to the devices that copy; empty: not known.
-    pub near: &'a [u32],
-}
 
 /// A pool that this process owns.
 #[derive(Debug)]
@@ -102,14 +79,7 @@ fn claim(path: &Path) -> Result<Option<(File, FileLocks)>> {
 }
 
 fn holder(path: &Path) -> String {
-    name_with_owner(path, head(path).ok().and_then(|bytes| header::owner_pid_in(&bytes)))
-}
-
-/// The header pages of a pool file.
-pub(super) fn head(path: &Path) -> std::io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    File::open(path)?.take(limits::HEADER_BYTES).read_to_end(&mut bytes)?;
-    Ok(bytes)
+    name_with_owner(path, header::head(path).ok().and_then(|bytes| header::owner_pid_in(&bytes)))
 }
 
 /// Files below the pool directory are multiples of this.
@@ -125,7 +95,7 @@ fn take(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Opened> {
     let wanted = purpose(wish, Layout::within(0, 0, wish.geometry.slot_bytes));
-    let head = head(path).ok().filter(|bytes| !header::is_private_in(bytes));
+    let head = header::head(path).ok().filter(|bytes| !header::is_private_in(bytes));
     let found = head.and_then(|bytes| Purpose::read(&bytes).ok()).filter(|found| found.fits(&wanted));
     let patience = Duration::from_millis(limits::ADOPTION_WAIT_MS);
     let quiet = locks.drain_mappers(if found.is_some() { patience } else { Duration::ZERO });
@@ -265,10 +235,4 @@ fn too_small(wish: &Wish<'_>, machine: &Machine, budget: Budget) -> Error {
         format!("{} (bounded by {}) does not hold one block", show(budget.bytes), budget.bound),
         format!("Give it at least {}{remedy}", show(smallest(wish))),
     )
-}
-
-/// A number that no earlier owner of a pool used: time and process id, mixed.
-pub(super) fn new_epoch() -> u64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    xxhash_rust::xxh3::xxh3_64_with_seed(&now.as_nanos().to_le_bytes(), u64::from(std::process::id())).max(1)
 }

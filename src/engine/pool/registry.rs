@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 
 use super::header::{self, Purpose};
-use super::{claim, directory, open};
+use super::{claim, directory};
 use crate::owned::listing::Ownership;
 use crate::owned::lock::{self, FileLocks};
 use kvcellar_block::error::{Error, Result};
@@ -77,7 +77,7 @@ impl Entry {
 
 fn describe(path: PathBuf) -> Result<(SystemTime, Entry)> {
     let file = directory::open_private(&path)?;
-    let head = open::head(&path).map_err(|error| Error::io("reading", &path, error, "Check its rights"))?;
+    let head = header::head(&path).map_err(|error| Error::io("reading", &path, error, "Check its rights"))?;
     let purpose = Purpose::read(&head).ok();
     let state = Ownership::of(lock::holders(&file), purpose.is_some());
     let found = file.metadata().map_err(|error| Error::io("reading", &path, error, "Check its rights"))?;
