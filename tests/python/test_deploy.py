@@ -81,7 +81,9 @@ def check_arguments(workload: dict[str, Any]) -> None:
         assert settings(workload).keys() <= known
         return
     command = container(workload)["args"][0]
-    source = (ROOT / "src" / "command" / f"{command}.rs").read_text()
+    # Where engines are found is asked in one way by both commands.
+    places = [ROOT / "src" / "command" / f"{command}.rs", *(ROOT / "src" / "discovery").glob("*.rs")]
+    source = "\n".join(path.read_text() for path in places)
     named = re.findall(r'long = "([\w-]+)"', source)
     named += [field.replace("_", "-") for field in re.findall(r"^    pub (\w+):", source, re.MULTILINE)]
     given = [argument.split("=")[0][2:] for argument in container(workload)["args"] if argument.startswith("--")]
