@@ -85,7 +85,7 @@ def check_arguments(workload: dict[str, Any]) -> None:
     places = [ROOT / "src" / "command" / f"{command}.rs", *(ROOT / "src" / "discovery").glob("*.rs")]
     source = "\n".join(path.read_text() for path in places)
     named = re.findall(r'long = "([\w-]+)"', source)
-    named += [field.replace("_", "-") for field in re.findall(r"^    pub (\w+):", source, re.MULTILINE)]
+    named += [field.replace("_", "-") for field in re.findall(r"^    (?:pub )?(\w+): ", source, re.MULTILINE)]
     given = [argument.split("=")[0][2:] for argument in container(workload)["args"] if argument.startswith("--")]
     assert set(given) <= set(named), set(given) - set(named)
 
