@@ -143,7 +143,7 @@ fn measure(options: &CompressionBench) -> Result<Vec<Measured>> {
 /// Runs the measurement and prints it.
 ///
 /// # Errors
-/// As [`measure`].
+/// [`Error`] of a directory that is missing, or has no block that can be read now.
 pub fn run(options: &CompressionBench) -> Result<()> {
     let results = measure(options)?;
     if options.json {

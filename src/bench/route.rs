@@ -120,7 +120,7 @@ fn measure(options: &RouteBench) -> Result<RouteFindings> {
 /// Runs the command.
 ///
 /// # Errors
-/// As [`measure`].
+/// [`Error::Config`] for sizes that cannot be; those of starting the front ends.
 pub fn run(options: &RouteBench) -> Result<()> {
     let found = measure(options)?;
     if options.json {

@@ -53,7 +53,7 @@ impl Ledger {
     }
 
     /// Makes room for `wanted` bytes in the store at `own`, all stores together staying within
-    /// `total`: leftovers go, as many as needed, in [`order`]. `own` is its caller's and does not
+    /// `total`: leftovers go, as many as needed, in [`registry::order`]. `own` is its caller's and does not
     /// count.
     ///
     /// # Errors

@@ -101,7 +101,7 @@ impl Calibration {
     /// the device and `stage_below` to the host.
     ///
     /// # Errors
-    /// [`Refused`] when the driver does not load it.
+    /// [`super::driver::Refused`] when the driver does not load it.
     pub fn with_kernel(device: &Arc<Device>, image: &[u8], gather_below: u64, stage_below: u64) -> Answer<Self> {
         let assumed = Self::assumed(device);
         Ok(match device.with(|| GatherKernel::load(device, image))? {
@@ -118,7 +118,7 @@ impl Calibration {
 /// memory to measure with, a way of copying) is left out, not refused.
 ///
 /// # Errors
-/// [`Refused`] when the device does not work.
+/// [`super::driver::Refused`] when the device does not work.
 pub fn of_device(device: &Arc<Device>, nvrtc: &[PathBuf]) -> Answer<Calibration> {
     device.with(|| {
         let started = Instant::now();

@@ -41,7 +41,7 @@ impl Staging {
     /// To be called with the device's context current.
     ///
     /// # Errors
-    /// [`Refused`], for want of memory too.
+    /// [`super::driver::Refused`], for want of memory too.
     pub(super) fn new(device: &Arc<Device>, kernel: &Arc<GatherKernel>) -> Answer<Self> {
         let stream = device.stream()?;
         let mut memory = Memory { device: Arc::clone(device), start: 0 };
@@ -60,7 +60,7 @@ impl Staging {
     /// has to move: from the buffer to the host. Then [`Self::emptied`] must be called.
     ///
     /// # Errors
-    /// [`Refused`]. Nothing of this call is under way then.
+    /// [`super::driver::Refused`]. Nothing of this call is under way then.
     pub(super) fn fill(
         &mut self,
         fragments: &[Fragment],
