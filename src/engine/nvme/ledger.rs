@@ -53,8 +53,8 @@ impl Ledger {
     }
 
     /// Makes room for `wanted` bytes in the store at `own`, all stores together staying within
-    /// `total`: leftovers go, as many as needed, in [`registry::order`]. `own` is its caller's and does not
-    /// count.
+    /// `total`: leftovers go, as many as needed, in [`registry::order`]. `own` is its caller's and
+    /// does not count.
     ///
     /// # Errors
     /// [`Error::Io`] when the directory cannot be listed. What cannot be removed is a warning.
