@@ -153,9 +153,7 @@ class KVCellarConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker = self.worker_class(vllm_config, kv_cache_config, config, beside_others=outer is not None)
             return
         _recompute_failed_loads(self._kv_transfer_config, outer, config)
-        self._scheduler = self.scheduler_class(
-            vllm_config, kv_cache_config, config, described, beside_others=outer is not None
-        )
+        self._scheduler = self.scheduler_class(vllm_config, config, described, beside_others=outer is not None)
 
     def _hook_failed(self, hook: str, error: Exception) -> None:
         """Take out of service what raised ``error`` in ``hook``. Never raises."""

@@ -1,13 +1,18 @@
 """vLLM's KV cache groups, as the native engine wants to know them."""
 
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 
 from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+from vllm.v1.core.sched import output as scheduler_output
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
     KVCacheConfig,
     KVCacheSpec,
+    MambaSpec,
     SlidingWindowSpec,
     get_kv_cache_spec_kind,
     iter_layer_specs,
@@ -19,6 +24,8 @@ REMEDY = (
     'Serve without KV Cellar, or write "unsupported_groups": "bypass" into kv_connector_extra_config to serve without '
     "its tiers"
 )
+# What the native engine calls a kind: a name, or a name with its figures.
+Rule = str | dict[str, dict[str, int]]
 
 
 @dataclass(frozen=True)
@@ -27,25 +34,27 @@ class Group:
 
     Attributes:
         kind: vLLM's name of the attention kind, as events carry it.
+        rule: which blocks a hit needs, as the native engine writes it.
         block_tokens: tokens of one block.
-        window: sliding window in tokens, or None.
-        extra_tokens: tokens kept below the window for speculative decoding.
         eagle: the group belongs to a draft model whose last block must be left out of a hit.
+        holds_states: a block holds the state at its end. vLLM names each block that has one, because a table does not
+            tell: other blocks of it are null, or hold a state that is still moving.
     """
 
     kind: str
+    rule: Rule
     block_tokens: int
-    window: int | None
-    extra_tokens: int
-    eagle: bool
+    eagle: bool = False
+    holds_states: bool = False
+
+    @property
+    def window(self) -> int | None:
+        """Sliding window in tokens, for events."""
+        return None if isinstance(self.rule, str) else self.rule.get("sliding_window", {}).get("window")
 
     def native(self) -> dict[str, object]:
         """The group in the native engine's JSON."""
-        if self.window is not None:
-            kind: object = {"sliding_window": {"window": self.window, "extra": self.extra_tokens}}
-        else:
-            kind = "mla" if self.kind == "mla_attention" else "full"
-        return {"kind": kind, "kind_name": self.kind, "block_tokens": self.block_tokens, "eagle": self.eagle}
+        return {"kind": self.rule, "kind_name": self.kind, "block_tokens": self.block_tokens, "eagle": self.eagle}
 
 
 @dataclass(frozen=True)
@@ -56,11 +65,14 @@ class Groups:
         groups: in vLLM's order.
         hash_tokens: tokens one element of ``request.block_hashes`` covers.
         hit_tokens: granularity of a hit.
+        written_early: the model runner writes blocks that it was given (zeroes them, moves states) before it lets a
+            connector wait for copies that still read them.
     """
 
     groups: tuple[Group, ...]
     hash_tokens: int
     hit_tokens: int
+    written_early: bool = False
 
     def native(self) -> str:
         """The groups in the native engine's JSON."""
@@ -72,37 +84,119 @@ class Groups:
             }
         )
 
+    @property
+    def hold_states(self) -> bool:
+        """Whether any group holds states."""
+        return any(group.holds_states for group in self.groups)
 
-def _one_spec(index: int, spec: KVCacheSpec) -> KVCacheSpec:
-    """The spec that stands for all layers of a group."""
-    layers = list(iter_layer_specs(spec))
-    if not layers:
-        raise UnsupportedError(f"KV cache group {index} has no layers. {REMEDY}")
-    return layers[0]
+    @property
+    def are_found_in_parts(self) -> bool:
+        """Whether a hit of vLLM's own may end within a block, of which connectors are not told."""
+        return any(group.block_tokens > self.hash_tokens for group in self.groups)
 
 
-def _group(index: int, spec: KVCacheSpec, eagle: bool) -> Group:
-    kind = get_kv_cache_spec_kind(spec).value
-    if kind not in ("full_attention", "mla_attention", "sliding_window"):
-        raise UnsupportedError(f"KV cache group {index} is of kind {kind}, which is not supported. {REMEDY}")
-    layer = _one_spec(index, spec)
-    if kind == "sliding_window":
-        if not isinstance(layer, SlidingWindowSpec):
-            raise UnsupportedError(f"KV cache group {index} of kind {kind} names no window. {REMEDY}")
-        windows = {getattr(other, "sliding_window", None) for other in iter_layer_specs(spec)}
-        if len(windows) != 1:
-            raise UnsupportedError(f"KV cache group {index} mixes windows {windows}. {REMEDY}")
-        return Group(kind, layer.block_size, layer.sliding_window, layer.extra_retained_tokens, eagle)
-    return Group(kind, layer.block_size, None, 0, eagle)
+def _one_value(index: int, what: str, values: Iterable[int]) -> int:
+    """The value that all layers of a group have in common."""
+    different = sorted(set(values))
+    if len(different) != 1:
+        raise UnsupportedError(f"KV cache group {index} mixes {what} {different}. {REMEDY}")
+    return different[0]
+
+
+def _full(_index: int, _layers: list[KVCacheSpec]) -> Rule:
+    return "full"
+
+
+def _sliding_window(index: int, layers: list[KVCacheSpec]) -> Rule:
+    windows = [layer for layer in layers if isinstance(layer, SlidingWindowSpec)]
+    if len(windows) != len(layers):
+        raise UnsupportedError(f"KV cache group {index} has a sliding window and names none. {REMEDY}")
+    window = _one_value(index, "windows", (layer.sliding_window for layer in windows))
+    extra = _one_value(index, "retained tokens", (getattr(layer, "extra_retained_tokens", 0) for layer in windows))
+    return {"sliding_window": {"window": window, "extra": extra}}
+
+
+def _chunked_local(index: int, layers: list[KVCacheSpec]) -> Rule:
+    chunks = (layer.attention_chunk_size for layer in layers if isinstance(layer, ChunkedLocalAttentionSpec))
+    return {"chunked_local": {"chunk": _one_value(index, "chunks", chunks)}}
+
+
+def _state(index: int, layers: list[KVCacheSpec]) -> Rule:
+    modes = {layer.mamba_cache_mode for layer in layers if isinstance(layer, MambaSpec)}
+    if modes != {"align"}:
+        raise UnsupportedError(
+            f"KV cache group {index} holds states, and vLLM keeps none of them at the end of a prefix "
+            f"(mamba_cache_mode {'/'.join(sorted(modes))}). Start vLLM with --enable-prefix-caching "
+            f"--mamba-cache-mode align, or serve without KV Cellar"
+        )
+    if not _tells_of_states():
+        raise UnsupportedError(
+            f"KV cache group {index} holds states, and this vLLM does not tell which blocks have one. Update vLLM to "
+            f"0.32. {REMEDY}"
+        )
+    return "state"
+
+
+def _tells_of_states() -> bool:
+    told = getattr(scheduler_output, "KVConnectorBlockState", None)
+    return told is not None and any(field.name == "boundary_state_offloads" for field in fields(told))
+
+
+# By vLLM's name of a kind. Whatever is not here is served without KV Cellar.
+_RULES: dict[str, Callable[[int, list[KVCacheSpec]], Rule]] = {
+    "full_attention": _full,
+    "mla_attention": _full,
+    "sink_full_attention": _full,
+    "sliding_window": _sliding_window,
+    "sliding_window_mla": _sliding_window,
+    "chunked_local_attention": _chunked_local,
+    "mamba": _state,
+}
+
+
+def replicas(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> tuple[int, ...]:
+    """For each group, how many consecutive tensor-parallel ranks hold the same bytes of every layer.
+
+    To be asked in a worker: in EngineCore, vLLM lets one layer stand for a group of different ones.
+    """
+    ranks: int = vllm_config.parallel_config.tensor_parallel_size
+    shares_tokens = getattr(vllm_config.parallel_config, "decode_context_parallel_size", 1) > 1
+
+    def of_layer(layer: KVCacheSpec) -> int:
+        if isinstance(layer, MambaSpec):
+            return ranks if getattr(layer, "tp_replicated", False) else 1
+        shards = getattr(layer, "max_tp_shards", None)
+        if shards is None or (shares_tokens and getattr(layer, "dcp_sharded", True)):
+            return 1
+        return max(1, ranks // int(shards))
+
+    def of_group(spec: KVCacheSpec) -> int:
+        alike: int = math.gcd(ranks, *map(of_layer, iter_layer_specs(spec)))
+        return alike
+
+    return tuple(of_group(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups)
+
+
+def _eagle(kind: str, drops: bool, is_draft: bool, annotated: bool) -> bool:
+    """Whether a hit leaves out the group's last block. Where no group is marked, vLLM drops it in every one.
+
+    States have no draft: vLLM looks for the one at the hit's end and no other.
+    """
+    return drops and kind != "mamba" and (is_draft or not annotated)
+
+
+def has_states(kv_cache_config: KVCacheConfig) -> bool:
+    """Whether any group holds states."""
+    groups = kv_cache_config.kv_cache_groups
+    return any(isinstance(layer, MambaSpec) for group in groups for layer in iter_layer_specs(group.kv_cache_spec))
 
 
 def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Groups:
     """Describe the model's groups.
 
     Raises:
-        UnsupportedError: for a group of another kind than full attention, MLA or sliding window (named, with its
-        index),
-            context parallelism, a model without KV cache, or one whose blocks are zeroed before we are told.
+        UnsupportedError: for a group of a kind that cannot be kept (named, with its index), context parallelism, or a
+            model without KV cache.
     """
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
@@ -110,24 +204,34 @@ def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Groups:
             raise UnsupportedError(f"{name} of {getattr(parallel, name)} is not supported. {REMEDY}")
     if not kv_cache_config.kv_cache_groups:
         raise UnsupportedError(f"This model has no KV cache. {REMEDY}")
-    zeroes = getattr(kv_cache_config, "needs_kv_cache_zeroing", False)
-    if zeroes and getattr(vllm_config, "use_v2_model_runner", True):
-        # Runner V2 zeroes a step's new blocks before it tells the connector of the step: a copy
-        # that still reads one of them could not be waited for.
-        raise UnsupportedError(
-            f"vLLM's model runner V2 zeroes new blocks of this KV cache (its groups differ in precision) before copies "
-            f"of them can be waited for. Set VLLM_USE_V2_MODEL_RUNNER=0. {REMEDY}"
-        )
     draft = vllm_config.speculative_config
+    if draft is not None and parallel.pipeline_parallel_size > 1 and has_states(kv_cache_config):
+        raise UnsupportedError(
+            "Pipeline parallel ranks of a model with states and speculative decoding write a state after copies of it "
+            f"have begun. {REMEDY}"
+        )
     drops = draft is not None and draft.use_eagle_block_drop()
     annotated = any(group.is_eagle_group for group in kv_cache_config.kv_cache_groups)
     groups = []
     for index, group in enumerate(kv_cache_config.kv_cache_groups):
-        if not group.enable_kv_transfer or not group.kv_cache_spec.prefix_cacheable:
-            kind = get_kv_cache_spec_kind(group.kv_cache_spec).value
+        spec = group.kv_cache_spec
+        kind = get_kv_cache_spec_kind(spec).value
+        if not group.enable_kv_transfer or not spec.prefix_cacheable:
             raise UnsupportedError(f"KV cache group {index} of kind {kind} cannot be kept by its hashes. {REMEDY}")
-        # Where no group is marked, vLLM drops the last block of every group.
-        eagle = drops and (group.is_eagle_group or not annotated)
-        groups.append(_group(index, group.kv_cache_spec, eagle))
+        layers = list(iter_layer_specs(spec))
+        if kind not in _RULES or not layers:
+            raise UnsupportedError(f"KV cache group {index} is of kind {kind}, which is not supported. {REMEDY}")
+        rule = _RULES[kind](index, layers)
+        groups.append(
+            Group(
+                kind,
+                rule,
+                layers[0].block_size,
+                eagle=_eagle(kind, drops, group.is_eagle_group, annotated),
+                holds_states=rule == "state",
+            )
+        )
     hit_tokens, hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
-    return Groups(tuple(groups), hash_tokens, hit_tokens)
+    zeroes = getattr(kv_cache_config, "needs_kv_cache_zeroing", False) or any(group.holds_states for group in groups)
+    written_early = zeroes and getattr(vllm_config, "use_v2_model_runner", True)
+    return Groups(tuple(groups), hash_tokens, hit_tokens, written_early)

@@ -46,6 +46,7 @@ class RankOffer(KVConnectorHandshakeMetadata):
         block_bytes: per KV cache group, bytes of one block on this rank.
         near_node: the memory node next to this rank's GPU; None where that is not known.
         attention: the attention backends that vLLM has chosen for this rank's layers.
+        replicas: per KV cache group, so many consecutive tensor-parallel ranks hold the same bytes.
     """
 
     machine: str
@@ -54,6 +55,7 @@ class RankOffer(KVConnectorHandshakeMetadata):
     block_bytes: tuple[int, ...]
     near_node: int | None = None
     attention: tuple[str, ...] = ()
+    replicas: tuple[int, ...] = ()
 
 
 @dataclass

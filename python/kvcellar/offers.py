@@ -2,6 +2,9 @@
 
 from typing import TypeAlias
 
+# (number of the first block, vLLM's block ids from there on)
+Blocks: TypeAlias = tuple[int, list[int]]
+
 # (number of the first block, vLLM's block ids from there on, encoded extra hash keys of each block
 # or nothing)
 GroupOffer: TypeAlias = tuple[int, list[int], list[bytes]]

@@ -1,12 +1,12 @@
 """Opening the host pool and the store once every rank has told its part of a block; and what the log says of it."""
 
 import json
+import math
 import time
 from collections.abc import Mapping
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from kvcellar import UnsupportedError, facts
 from kvcellar._native import DiskReport, PoolReport, TierEngine
@@ -20,7 +20,6 @@ GIB = 1 << 30
 def open_pool(
     engine: TierEngine,
     vllm_config: VllmConfig,
-    kv_cache_config: KVCacheConfig,
     offers: Mapping[tuple[int, int], RankOffer],
     engines: int,
 ) -> None:
@@ -29,7 +28,6 @@ def open_pool(
     Args:
         engine: gets both.
         vllm_config: vLLM's configuration.
-        kv_cache_config: vLLM's KV cache.
         offers: by (pipeline, tensor) rank, what each rank said; every rank is there.
         engines: engines on this machine that share the configured sizes.
 
@@ -59,11 +57,17 @@ def open_pool(
             vllm_config.cache_config.prefix_caching_hash_algo,
         )
     tensor = vllm_config.parallel_config.tensor_parallel_size
-    replicas = kv_cache_config.kv_tp_replicas
-    native_ranks = []
-    for index, rank in enumerate(ranks):
-        first = index - index % tensor + (index % tensor) // replicas * replicas
-        native_ranks.append({"block_bytes": rank.block_bytes, "replica_of": None if first == index else first})
+
+    def first_twin(index: int, replicas: int) -> int | None:
+        first = index - index % tensor % replicas
+        return None if first == index else first
+
+    # Ranks of one stage hold the same layers; those of another may not have any of a group.
+    alike = [math.gcd(*of_group) for of_group in zip(*(rank.replicas for rank in ranks), strict=True)]
+    native_ranks = [
+        {"block_bytes": rank.block_bytes, "replica_of": [first_twin(index, number) for number in alike]}
+        for index, rank in enumerate(ranks)
+    ]
     near = sorted({rank.near_node for rank in ranks if rank.near_node is not None})
     report = engine.open_pool(
         json.dumps(native_ranks),

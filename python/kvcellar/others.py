@@ -12,6 +12,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import Request
 
 from kvcellar.groups import Groups
+from kvcellar.offers import Blocks
 from kvcellar.requests import KnownRequest
 
 _block_id = attrgetter("block_id")
@@ -67,17 +68,17 @@ class ForeignBlocks:
         self._blocks.update(written)
         return written
 
-    def bound(self, known: KnownRequest, fresh: Sequence[Sequence[int]], ready: int) -> int:
+    def bound(self, known: KnownRequest, fresh: Sequence[Blocks], ready: int) -> int:
         """The first of ``ready`` tokens from which on nothing of a request may be stored.
 
         Args:
             known: the request.
-            fresh: per group, vLLM's ids of the blocks that would be offered.
+            fresh: per group, the blocks that would be offered.
             ready: tokens that vLLM counts as complete.
         """
         bound = ready if known.limit is None else min(ready, known.limit)
-        for index, blocks in enumerate(fresh):
+        for group, (first, blocks) in zip(self._groups.groups, fresh, strict=True):
             if not self._blocks.isdisjoint(blocks):
-                first = next(number for number, block in enumerate(blocks) if block in self._blocks)
-                bound = min(bound, (known.offered[index] + first) * self._groups.groups[index].block_tokens)
+                foreign = next(number for number, block in enumerate(blocks, first) if block in self._blocks)
+                bound = min(bound, foreign * group.block_tokens)
         return bound

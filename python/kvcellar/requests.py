@@ -5,20 +5,26 @@ request whose values cannot be used is *left out*, which means that it is served
 """
 
 import json
+from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
 from kvcellar import ConfigError
 from kvcellar._native import check_controls
 from kvcellar.events import encode_extra_keys
-from kvcellar.groups import Groups
-from kvcellar.offers import GroupOffer
+from kvcellar.groups import Group, Groups
+from kvcellar.offers import Blocks, GroupOffer
 
 logger = init_logger(f"vllm.{__name__}")
 
+_block_id = attrgetter("block_id")
 CONTROLS_KEY = "kvcellar"
+# More tokens than any request has.
+NEVER = 1 << 62
 # A longer id, or one with other characters, gets a name of ours: no id can be too long for the
 # native engine.
 _PLAIN_ID_CHARACTERS = 200
@@ -89,7 +95,7 @@ class KnownRequest:
         self.limit: int | None = None
         self.scheduled = False
         self.offered = [0] * len(groups.groups)
-        self.next_tokens = min(group.block_tokens for group in groups.groups)
+        self.next_tokens = self.tokens_of_next_block(groups)
 
     def new_hashes(self) -> list[bytes]:
         """Block hashes the engine does not have yet."""
@@ -106,20 +112,25 @@ class KnownRequest:
         hashes = self.request.block_hashes
         return self.hashes > 0 and (len(hashes) < self.hashes or hashes[self.hashes - 1] != self.last_hash)
 
-    def take_group(self, index: int, groups: Groups, blocks: list[int], ready: int) -> GroupOffer:
+    def not_offered(self, index: int, group: Group, table: Sequence[KVCacheBlock], ready: int) -> Blocks:
+        """A group's blocks that are complete at ``ready`` tokens and were not offered yet."""
+        first = self.offered[index]
+        return first, list(map(_block_id, table[first : ready // group.block_tokens]))
+
+    def take_group(self, index: int, groups: Groups, fresh: Blocks, ready: int) -> GroupOffer:
         """Take note that a group's blocks are offered up to ``ready`` tokens.
 
         Args:
             index: the group.
             groups: all groups.
-            blocks: vLLM's ids of the blocks from the first one that was not offered yet.
+            fresh: blocks that may be offered.
             ready: complete tokens.
 
         Raises:
             UnusableRequest: what went into the block hashes beside tokens cannot be written down.
         """
         tokens = groups.groups[index].block_tokens
-        first = self.offered[index]
+        first, blocks = fresh
         blocks = blocks[: max(0, ready // tokens - first)]
         try:
             extra = encode_extra_keys(self.request, first * tokens, len(blocks), tokens)
@@ -127,6 +138,12 @@ class KnownRequest:
             raise UnusableRequest(f"its hash keys cannot be written down: {type(error).__name__}") from error
         self.offered[index] = first + len(blocks)
         return first, blocks, extra
+
+    def tokens_of_next_block(self, groups: Groups) -> int:
+        """Complete tokens at which a table has a new block to offer. Groups that hold states are told of."""
+        offered = zip(groups.groups, self.offered, strict=True)
+        ends = [(blocks + 1) * group.block_tokens for group, blocks in offered if not group.holds_states]
+        return min(ends, default=NEVER)
 
 
 def plain(request_id: str) -> bool:

@@ -10,7 +10,7 @@ and once every worker has let go of the pool, so does this side.
 import multiprocessing
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
 
 from vllm.config import VllmConfig
@@ -19,11 +19,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandsha
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
-from kvcellar import KvcellarError, deployment, eligibility, opening, window
+from kvcellar import KvcellarError, deployment, eligibility, opening, states, window
 from kvcellar._native import Config, TierEngine, Watch
 from kvcellar.adapters import NOT_YET, AdapterReport, Adapters
 from kvcellar.events import EventMaker
@@ -31,8 +30,9 @@ from kvcellar.groups import Groups
 from kvcellar.metadata import RankOffer, StepMetadata, WorkerReport
 from kvcellar.offers import GroupOffer, Offer
 from kvcellar.others import ForeignBlocks
-from kvcellar.requests import AskAgain, KnownRequest, LeftOut, UnusableRequest, controls, plain
+from kvcellar.requests import NEVER, AskAgain, KnownRequest, LeftOut, UnusableRequest, controls, plain
 from kvcellar.stats import KVCellarStats, of_engine, of_side, without_tiers
+from kvcellar.steps import handed_out
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -40,7 +40,6 @@ _block_id = attrgetter("block_id")
 _NOTHING = StepMetadata(b"")
 # Steps below that are decode, and say nothing about prefill.
 _PREFILL_TOKENS_MIN = 128
-_NEVER = 1 << 62
 # How long an idle vLLM is kept stepping for the pool to be opened, and after retiring for the
 # workers to let go.
 _START_PATIENCE_S = 300.0
@@ -53,14 +52,12 @@ class SchedulerSide:
     def __init__(
         self,
         vllm_config: VllmConfig,
-        kv_cache_config: KVCacheConfig,
         config: Config,
         groups: Groups,
         *,
         beside_others: bool,
     ) -> None:
         self._vllm_config = vllm_config
-        self._kv_cache_config = kv_cache_config
         self._groups = groups
         events = vllm_config.kv_events_config
         publishes = bool(events and events.enable_kv_cache_events)
@@ -138,7 +135,7 @@ class SchedulerSide:
 
     def _open(self) -> None:
         try:
-            opening.open_pool(self._engine, self._vllm_config, self._kv_cache_config, self._offers, self._engines)
+            opening.open_pool(self._engine, self._vllm_config, self._offers, self._engines)
             self._ticket = self._engine.ticket()
         except KvcellarError as error:
             # A mistake or a machine that has no room: vLLM serves all the same.
@@ -312,7 +309,8 @@ class SchedulerSide:
                 # Neither known nor left out: the next step's reports tell.
                 return 0 if request.request_id in self._left_out_ids else None, False
         self._active = self._counted = True
-        if num_computed_tokens > 0 and self._begins_with_doubt(request):
+        may_have_begun = num_computed_tokens > 0 or self._groups.are_found_in_parts
+        if may_have_begun and self._begins_with_doubt(request):
             self._let_go(known, UnusableRequest("vLLM may have computed its begin with other weights", usual=True))
             return 0, False
         known.looked_up(num_computed_tokens, self._groups)
@@ -399,7 +397,7 @@ class SchedulerSide:
         self._counted = True
         if handed is None:
             handed = handed_out(output, self._groups)
-        plan, quiet = self._engine.step(offers, handed, foreign)
+        plan, quiet = self._engine.step(offers, handed, foreign, self._groups.written_early)
         ticket, self._ticket = self._ticket, None
         if ticket is not None:
             self._attaching = self._vllm_config.max_concurrent_batches + 1
@@ -412,15 +410,21 @@ class SchedulerSide:
     def _offers_of(self, output: SchedulerOutput) -> list[Offer]:
         """What the requests of a step complete in it."""
         offers = []
-        for request_id, scheduled in output.num_scheduled_tokens.items():
+        told = states.told(output, self._groups)
+        # vLLM also tells of requests that this step leaves out.
+        scheduled_tokens = output.num_scheduled_tokens
+        for request_id in [*scheduled_tokens, *(other for other in told if other not in scheduled_tokens)]:
             known = self._requests.get(request_id)
             if known is None:
                 continue
-            known.scheduled = True
-            known.last_step = self._step
+            scheduled = scheduled_tokens.get(request_id, 0)
+            if scheduled:
+                known.scheduled = True
+                known.last_step = self._step
             ready = known.request.num_computed_tokens + scheduled
             # Most decode steps complete no block: nothing else is looked at then.
-            if ready >= known.next_tokens and (offer := self._offer(known, ready)) is not None:
+            fresh = self._states(known.request, scheduled, told[request_id]) if request_id in told else states.NO_STATES
+            if (ready >= known.next_tokens or fresh) and (offer := self._offer(known, ready, fresh)) is not None:
                 offers.append(offer)
         return offers
 
@@ -434,16 +438,29 @@ class SchedulerSide:
             self._engine.prefilled(self._step_tokens, now - self._step_began)
         self._step_tokens, self._step_began = tokens, now
 
-    def _offer(self, known: KnownRequest, ready: int) -> Offer | None:
-        """Blocks that are complete once ``ready`` tokens are, as far as tokens and hashes are known."""
+    def _states(self, request: Request, scheduled: int, told: states.States) -> states.States:
+        if self._manager is None:
+            return states.NO_STATES
+        return states.held(told, request, scheduled, self._groups, self._manager.block_pool.blocks)
+
+    def _offer(self, known: KnownRequest, ready: int, held: states.States = states.NO_STATES) -> Offer | None:
+        """Blocks that are complete once ``ready`` tokens are, as far as tokens and hashes are known.
+
+        Args:
+            known: the request.
+            ready: complete tokens.
+            held: blocks that hold a state, of groups whose tables do not tell.
+        """
         request = known.request
         # Placeholders of async scheduling and rejected speculative tokens have no hash yet.
         ready = min(ready, request.num_tokens, len(request.block_hashes) * self._groups.hash_tokens)
-        if ready < known.next_tokens or self._manager is None:
+        if (ready < known.next_tokens and not held) or self._manager is None:
             return None
         tables = self._manager.get_blocks(request.request_id).blocks
         fresh = [
-            list(map(_block_id, table[known.offered[index] : ready // group.block_tokens]))
+            states.in_a_row(held.get(index, {}))
+            if group.holds_states
+            else known.not_offered(index, group, table, ready)
             for index, (group, table) in enumerate(zip(self._groups.groups, tables, strict=True))
         ]
         next_tokens = None
@@ -451,22 +468,18 @@ class SchedulerSide:
             bound = self._foreign.bound(known, fresh, ready)
             if bound < ready:
                 # Until the next lookup nothing more is offered than what lies before.
-                next_tokens, ready = _NEVER, bound
+                known.limit = bound
+                next_tokens, ready = NEVER, bound
         groups: list[GroupOffer] = []
-        start = ready
         try:
-            for index, group in enumerate(self._groups.groups):
-                start = min(start, known.offered[index] * group.block_tokens)
-                groups.append(known.take_group(index, self._groups, fresh[index], ready))
+            groups = [known.take_group(index, self._groups, part, ready) for index, part in enumerate(fresh)]
         except UnusableRequest as error:
             self._let_go(known, error)
             return None
-        known.next_tokens = next_tokens or min(
-            (offered + 1) * group.block_tokens
-            for offered, group in zip(known.offered, self._groups.groups, strict=True)
-        )
-        tokens = request.all_token_ids[start:ready]
-        return (known.name, known.new_hashes(), start, list(tokens), groups)
+        known.next_tokens = next_tokens or known.tokens_of_next_block(self._groups)
+        offered = zip(self._groups.groups, groups, strict=True)
+        start = min((first * group.block_tokens for group, (first, blocks, _) in offered if blocks), default=ready)
+        return (known.name, known.new_hashes(), start, list(request.all_token_ids[start:ready]), groups)
 
     def output(self, output: KVConnectorOutput) -> None:
         """What the workers reported after a step."""
@@ -591,32 +604,6 @@ class SchedulerSide:
         pool = self._manager.block_pool
         # The null block is always in use.
         return int(pool.num_gpu_blocks - pool.get_num_free_blocks()) > 1
-
-
-def handed_out(output: SchedulerOutput, groups: Groups) -> list[list[int]]:
-    """Blocks that vLLM lets requests write from this step on: whoever still reads one of them has to be waited for.
-
-    A request's table begins with what is computed already: found in vLLM's own cache, or loaded. Requests only read
-    that, beside whoever copies it.
-    """
-    lists: list[list[int]] = []
-
-    def hand_out(tables: Sequence[Sequence[int]], computed_tokens: int) -> None:
-        for group, table in zip(groups.groups, tables, strict=True):
-            lists.append(list(table[computed_tokens // group.block_tokens :]))
-
-    for request in output.scheduled_new_reqs:
-        # A replay writes sliding windows below what is computed.
-        replays = getattr(request, "replay_start", 0) > 0
-        hand_out(request.block_ids, 0 if replays else request.num_computed_tokens)
-    cached = output.scheduled_cached_reqs
-    for request_id, tables, computed_tokens in zip(
-        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-    ):
-        if tables is not None:
-            # A resumed request gets its whole table anew, any other one what is added to it.
-            hand_out(tables, computed_tokens if request_id in cached.resumed_req_ids else 0)
-    return lists
 
 
 def _watch(engine: TierEngine, pid: int) -> Watch | None:

@@ -64,6 +64,7 @@ DROP_REASONS = (
     "unspilled",
     "disk_failed",
     "expired",
+    "overwritten",
 )
 SLOT_STATES = ("total", "free", "filling", "filled", "clean")
 GAUGES: Mapping[str, str] = {

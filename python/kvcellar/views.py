@@ -1,9 +1,9 @@
 """vLLM's KV tensors as the native copy worker wants to know them: addresses, strides and lengths in bytes."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -13,9 +13,13 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 
+# What vLLM hands out for one layer.
+KVCaches: TypeAlias = torch.Tensor | Sequence[torch.Tensor]
+
+
 @dataclass(frozen=True)
 class LayerView:
-    """One layer's KV tensor.
+    """One tensor of a layer's KV cache.
 
     Attributes:
         address: of block 0.
@@ -49,8 +53,13 @@ def _page_elements(name: str, tensor: torch.Tensor) -> int:
     return expected
 
 
+def tensors_of(layer: KVCaches) -> Sequence[torch.Tensor]:
+    """The tensors of a layer: one of attention; of a layer that holds states, one for each of its states."""
+    return (layer,) if isinstance(layer, torch.Tensor) else tuple(layer)
+
+
 def layer_view(name: str, tensor: torch.Tensor, num_blocks: int) -> LayerView:
-    """Describe one layer.
+    """Describe one tensor of a layer.
 
     Args:
         name: the layer, for messages.
@@ -73,13 +82,14 @@ def layer_view(name: str, tensor: torch.Tensor, num_blocks: int) -> LayerView:
     )
 
 
-def group_views(kv_cache_config: "KVCacheConfig", kv_caches: Mapping[str, torch.Tensor]) -> list[list[LayerView]]:
+def group_views(kv_cache_config: "KVCacheConfig", kv_caches: Mapping[str, KVCaches]) -> list[list[LayerView]]:
     """Describe this rank's layers of every group, in the group's order."""
     return [
         [
-            layer_view(name, kv_caches[name], kv_cache_config.num_blocks)
+            layer_view(name, tensor, kv_cache_config.num_blocks)
             for name in group.layer_names
             if name in kv_caches
+            for tensor in tensors_of(kv_caches[name])
         ]
         for group in kv_cache_config.kv_cache_groups
     ]

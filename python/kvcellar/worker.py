@@ -3,6 +3,7 @@
 import multiprocessing
 import platform
 import time
+from collections.abc import Mapping
 
 import torch
 from vllm.config import VllmConfig
@@ -11,7 +12,7 @@ from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from kvcellar import KvcellarError, UnsupportedError, facts, nvrtc, views
+from kvcellar import KvcellarError, UnsupportedError, facts, groups, nvrtc, views
 from kvcellar._native import Config, CopyWorker, Watch
 from kvcellar.adapters import LOADS, Loads
 from kvcellar.metadata import RankOffer, RankReport, StepMetadata, WorkerReport
@@ -51,7 +52,7 @@ class WorkerSide:
             self._adapters = LOADS
             LOADS.observe()
         self._native: CopyWorker | None = None
-        self._kv_caches: dict[str, torch.Tensor] = {}
+        self._kv_caches: dict[str, views.KVCaches] = {}
         self._gpu: int | None = None
         # Loads that were ordered and not reported: the native worker's name of each request, and
         # vLLM's id of it.
@@ -63,18 +64,18 @@ class WorkerSide:
         self._errors = 0
         self._watches: list[Watch] = []
 
-    def _group_views(self, kv_caches: dict[str, torch.Tensor]) -> list[list[views.LayerView]]:
+    def _group_views(self, kv_caches: Mapping[str, views.KVCaches]) -> list[list[views.LayerView]]:
         """This rank's layers of every group."""
         return views.group_views(self._kv_cache_config, kv_caches)
 
     # -- start -------------------------------------------------------------------------------------
 
-    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+    def register(self, kv_caches: Mapping[str, views.KVCaches]) -> None:
         """vLLM allocated its KV cache.
 
         Args:
-            kv_caches: per layer, a view of shape ``[kernel blocks, ...]``. Kept referenced until `shutdown`, because
-                the native side holds their addresses.
+            kv_caches: per layer, a view of shape ``[kernel blocks, ...]``, or several of a layer that holds states.
+                Kept referenced until `shutdown`, because the native side holds their addresses.
 
         A layout that cannot be copied, or a device without a copier, takes this worker out of service.
         """
@@ -83,7 +84,7 @@ class WorkerSide:
         except UnsupportedError as error:
             self._stop(str(error))
 
-    def _register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+    def _register(self, kv_caches: Mapping[str, views.KVCaches]) -> None:
         self._gpu = _gpu_of(kv_caches)
         self._kv_caches = dict(kv_caches)
         layers = views.native(self._group_views(kv_caches))
@@ -123,6 +124,7 @@ class WorkerSide:
             tuple(native.block_bytes),
             native.near_node,
             facts.attention(self._vllm_config),
+            groups.replicas(self._vllm_config, self._kv_cache_config),
         )
 
     # -- one step's way ----------------------------------------------------------------------------
@@ -254,13 +256,14 @@ class WorkerSide:
         self._kv_caches = {}
 
 
-def _gpu_of(kv_caches: dict[str, torch.Tensor]) -> int | None:
+def _gpu_of(kv_caches: Mapping[str, views.KVCaches]) -> int | None:
     """The GPU in whose memory the KV cache is; none: host memory.
 
     Raises:
         UnsupportedError: memory of a device without a copier, or of several devices.
     """
-    devices = {(tensor.device.type, tensor.device.index) for tensor in kv_caches.values()}
+    tensors = (tensor for layer in kv_caches.values() for tensor in views.tensors_of(layer))
+    devices = {(tensor.device.type, tensor.device.index) for tensor in tensors}
     if len(devices) == 1:
         kind, index = devices.pop()
         if kind == "cpu":

@@ -134,7 +134,7 @@ fn grouping() -> Grouping {
 /// The geometry whose slots have `size` bytes, descriptor included.
 fn geometry(size: u64) -> Result<SlotGeometry> {
     let lay_out = |payload: u64| {
-        SlotGeometry::lay_out(&grouping(), &[RankBytes { block_bytes: vec![payload], replica_of: None }])
+        SlotGeometry::lay_out(&grouping(), &[RankBytes { block_bytes: vec![payload], replica_of: vec![None] }])
     };
     let descriptor = lay_out(limits::SLOT_ALIGN)?.descriptor_bytes;
     if !size.is_multiple_of(limits::SLOT_ALIGN) || size <= descriptor {

@@ -5,12 +5,14 @@ pub mod descriptor;
 pub mod error;
 pub mod geometry;
 pub mod key;
+pub mod kinds;
 pub mod limits;
 pub mod log_lines;
 pub mod plan;
 mod prefetch;
 pub mod size;
 
-pub use geometry::{GroupKind, GroupSpec, Grouping, RankPart, SlotGeometry};
+pub use geometry::{GroupSpec, Grouping, RankPart, SlotGeometry};
 pub use key::{AdapterId, BlockHash, BlockKey, ExtentIndex, Generation, GroupIndex, SlotIndex, Tier};
+pub use kinds::GroupKind;
 pub use prefetch::prefetch;

@@ -23,11 +23,13 @@ pub enum DropReason {
     DiskFailed,
     /// It lay on disk for longer than `retention`.
     Expired,
+    /// vLLM wrote over it before it was copied, and could not be told to wait.
+    Overwritten,
 }
 
 impl DropReason {
     /// All reasons, in the order of [`Counters::dropped_blocks`].
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::NoSlot,
         Self::OwnPrefix,
         Self::QueueFull,
@@ -37,6 +39,7 @@ impl DropReason {
         Self::Unspilled,
         Self::DiskFailed,
         Self::Expired,
+        Self::Overwritten,
     ];
 
     /// The label's value.
@@ -51,6 +54,7 @@ impl DropReason {
             Self::Unspilled => "unspilled",
             Self::DiskFailed => "disk_failed",
             Self::Expired => "expired",
+            Self::Overwritten => "overwritten",
         }
     }
 }

@@ -197,22 +197,29 @@ impl PyTierEngine {
     }
 
     /// Plans a step: offered blocks, vLLM blocks that it hands to requests, and those that it hands
-    /// to other connectors. Returns the workers' orders, and whether the engine is quiet: it need
+    /// to other connectors. `written_early`: vLLM's model runner writes handed out blocks before it
+    /// lets workers wait. Returns the workers' orders, and whether the engine is quiet: it need
     /// not be called again before something else is.
-    #[pyo3(signature = (offers, reallocated, foreign=Vec::new()))]
+    #[pyo3(signature = (offers, reallocated, foreign=Vec::new(), written_early=false))]
     fn step<'py>(
         &self,
         py: Python<'py>,
         offers: Vec<PyOffer<'py>>,
         reallocated: Vec<Vec<u32>>,
         foreign: Vec<u32>,
+        written_early: bool,
     ) -> PyResult<(Bound<'py, PyBytes>, bool)> {
         let offers = offers.into_iter().map(inputs::offer).collect::<PyResult<Vec<_>>>()?;
         let (plan, quiet) = self.run(py, |engine| {
             engine.poll();
             // Before this step's own offloads: their sources belong to the requests that offer
             // them.
-            engine.reallocate(reallocated.iter().flatten().copied());
+            let reallocated = reallocated.iter().flatten().copied();
+            if written_early {
+                engine.overwrite(reallocated);
+            } else {
+                engine.reallocate(reallocated);
+            }
             engine.hand_to_others(foreign.into_iter());
             for offer in &offers {
                 apply(engine, offer, Start::AfterStep);

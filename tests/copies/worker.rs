@@ -3,8 +3,8 @@
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use kvcellar_block::SlotIndex;
 use kvcellar_block::plan::{BlockCopy, Load, StepPlan, VERIFY};
+use kvcellar_block::{GroupIndex, SlotIndex};
 use kvcellar_engine::gpu::worker::{CopyWorker, LoadResults};
 use kvcellar_engine::gpu::{CopyError, Direction};
 use kvcellar_engine::pool::slot_table::Fill;
@@ -427,7 +427,7 @@ fn a_replica_loads_but_never_writes() {
     step(&mut replica, &plan);
     assert!(control.started().is_empty(), "a replica wrote");
     step(&mut writer, &plan);
-    assert_eq!(scene.line(0).fill(scene.pool.geometry().writers_mask()), Fill::Done);
+    assert_eq!(scene.line(0).fill(scene.pool.geometry().writers(GroupIndex(0))), Fill::Done);
     scene.line(0).publish();
     until("the writer hashed it", || scene.pool.checksum(SlotIndex(0), 0, copy.generation).is_some());
     let target = BlockCopy { block: 5, flags: VERIFY, ..copy };

@@ -66,6 +66,7 @@ pub(crate) fn with_kernel(gather_below: u64, stage_below: u64) -> CopierOptions 
 pub(crate) fn adopt(groups: &[GroupRuns]) {
     let pieces = groups
         .iter()
+        .filter(|group| group.block_bytes() > 0)
         .flat_map(|group| (0..group.blocks() as u32).flat_map(|block| group.pieces(block).expect("a block")));
     let (start, end) = pieces.fold((u64::MAX, 0), |(start, end), (at, len)| (start.min(at), end.max(at + len as u64)));
     stub_cuda::adopt(start, (end - start) as usize);

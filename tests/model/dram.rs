@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use kvcellar_block::{BlockKey, GroupKind, Grouping};
+use kvcellar_block::kinds::{ChunkedLocal, SlidingWindow};
+use kvcellar_block::{BlockKey, GroupKind, GroupSpec, Grouping};
 
 /// One life of a block in a slot.
 pub(crate) type Life = u64;
@@ -28,6 +29,27 @@ pub(crate) struct Dram {
 
 pub(crate) fn name(key: &BlockKey) -> Name {
     format!("{:?}/{}", &key.hash.as_bytes()[..4], key.group.0)
+}
+
+/// Whether a token at `end` has any use for what a block holds. Written token by token, as the
+/// models' papers define their attention.
+pub(crate) fn is_needed(group: &GroupSpec, block: u32, end: u32) -> bool {
+    let mut tokens = block * group.block_tokens..((block + 1) * group.block_tokens).min(end);
+    match group.kind {
+        GroupKind::Full => !tokens.is_empty(),
+        GroupKind::SlidingWindow(SlidingWindow { window, extra }) => tokens.any(|token| token + window + extra > end),
+        GroupKind::ChunkedLocal(ChunkedLocal { chunk }) => tokens.any(|token| token / chunk == end / chunk),
+        GroupKind::State => tokens.end == end && !tokens.is_empty(),
+    }
+}
+
+/// Whether a hit could ever need a block: no kind of these tests looks back further than 64 tokens.
+pub(crate) fn is_ever_needed(grouping: &Grouping, group: usize, block: u32) -> bool {
+    let (spec, unit) = (&grouping.groups[group], grouping.hit_tokens);
+    let begin = block * spec.block_tokens;
+    let ends = (begin / unit..=(begin + spec.block_tokens + 64) / unit).map(|end| end * unit);
+    ends.filter(|end| *end >= begin + spec.block_tokens).any(|end| is_needed(spec, block, end))
+        || (spec.eagle && begin % unit == 0)
 }
 
 impl Dram {
@@ -71,15 +93,9 @@ impl Dram {
         while end > local {
             let fits = grouping.groups.iter().enumerate().all(|(index, group)| {
                 let last = end / group.block_tokens;
-                let first = match group.kind {
-                    GroupKind::Full | GroupKind::Mla => 0,
-                    GroupKind::SlidingWindow { window, extra } => {
-                        last.saturating_sub((window - 1 + extra).div_ceil(group.block_tokens))
-                    }
-                };
-                let first = first.max(local / group.block_tokens);
-                let wanted = first..last + u32::from(group.eagle);
-                wanted.into_iter().all(|block| keys(index, block).is_some_and(|key| self.visible(&key).is_some()))
+                let held = |block| keys(index, block).is_some_and(|key| self.visible(&key).is_some());
+                (local / group.block_tokens..last).filter(|block| is_needed(group, *block, end)).all(held)
+                    && (!group.eagle || held(last))
             });
             if fits {
                 return end;

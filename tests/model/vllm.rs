@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
+use kvcellar_block::kinds::{ChunkedLocal, SlidingWindow};
 use kvcellar_block::plan::{BlockCopy, StepPlan};
 use kvcellar_block::{BlockHash, BlockKey, GroupIndex, GroupKind, GroupSpec, Grouping, SlotIndex};
 use kvcellar_engine::config::{Config, Controls};
@@ -14,16 +15,9 @@ use kvcellar_engine::tier::load::Hit;
 use kvcellar_engine::tier::offload::{GroupOffer, Offer, Start};
 use proptest::prelude::*;
 
-use super::dram::{Dram, Life, Name, name};
+use super::dram::{Dram, Life, Name, is_ever_needed, is_needed, name};
 
 type Check = Result<(), TestCaseError>;
-
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Shape {
-    Full,
-    Hybrid,
-    Draft,
-}
 
 #[derive(Debug, Clone)]
 pub(crate) enum Op {
@@ -98,24 +92,24 @@ pub(crate) struct Simulation {
     /// Contents that the next forward pass writes.
     writes: Vec<(u32, Name)>,
     announced: BTreeSet<Name>,
+    /// The model runner writes what it was handed before it waits for anybody.
+    writes_early: bool,
 }
 
-fn grouping(shape: Shape) -> Grouping {
-    let group = |kind, block_tokens, eagle| GroupSpec { kind, kind_name: String::new(), block_tokens, eagle };
-    let window = GroupKind::SlidingWindow { window: 10, extra: 0 };
-    match shape {
-        Shape::Full => Grouping { groups: vec![group(GroupKind::Full, 4, false)], hash_tokens: 4, hit_tokens: 4 },
-        Shape::Hybrid => Grouping {
-            groups: vec![group(GroupKind::Full, 8, false), group(window, 4, false)],
-            hash_tokens: 4,
-            hit_tokens: 8,
-        },
-        Shape::Draft => Grouping {
-            groups: vec![group(GroupKind::Full, 4, false), group(GroupKind::Mla, 4, true), group(window, 4, true)],
-            hash_tokens: 4,
-            hit_tokens: 4,
-        },
-    }
+/// What an early write leaves in a block.
+const ZEROES: &str = "zeroes";
+
+/// The first block that vLLM has memory for, when it makes room up to `tokens`. `computed`: tokens
+/// from which it goes on.
+fn first_real(spec: &GroupSpec, computed: u32, tokens: u32) -> u32 {
+    let first_token = match spec.kind {
+        GroupKind::Full => 0,
+        GroupKind::SlidingWindow(SlidingWindow { window, extra }) => (computed + 1).saturating_sub(window + extra),
+        GroupKind::ChunkedLocal(ChunkedLocal { chunk }) => computed - computed % chunk,
+        // The state goes from block to block.
+        GroupKind::State => tokens.saturating_sub(1),
+    };
+    first_token / spec.block_tokens
 }
 
 /// Families share their first hashes in pairs and then go apart.
@@ -129,10 +123,15 @@ fn hash(family: u8, index: u32) -> BlockHash {
 }
 
 impl Simulation {
-    pub(crate) fn new(shape: Shape, slots: u32) -> Self {
-        let grouping = grouping(shape);
+    pub(crate) fn new(grouping: Grouping, slots: u32) -> Self {
+        Self::with_rules(grouping.clone(), grouping, slots)
+    }
+
+    /// With other rules for the engine than for vLLM and the model: to see that wrong ones are
+    /// noticed.
+    pub(crate) fn with_rules(grouping: Grouping, engine_rules: Grouping, slots: u32) -> Self {
         let memory = Arc::new(HeapSlots::new(slots, 1));
-        let mut engine = TierEngine::new(&Config::default(), grouping.clone()).expect("valid groups");
+        let mut engine = TierEngine::new(&Config::default(), engine_rules).expect("valid groups");
         engine.open(Arc::clone(&memory) as Arc<dyn SlotMemory>);
         Self {
             engine,
@@ -151,7 +150,13 @@ impl Simulation {
             handed_out: Vec::new(),
             writes: Vec::new(),
             announced: BTreeSet::new(),
+            writes_early: false,
         }
+    }
+
+    /// With a model runner that writes blocks before copies of them can be waited for.
+    pub(crate) fn writing_early(self) -> Self {
+        Self { writes_early: true, ..self }
     }
 
     fn key(&self, family: u8, group: usize, block: u32) -> BlockKey {
@@ -205,16 +210,9 @@ impl Simulation {
         let mut fresh = Vec::new();
         for group in 0..self.grouping.groups.len() {
             let spec = self.grouping.groups[group].clone();
-            let real_from =
-                match spec.kind {
-                    GroupKind::SlidingWindow { window, extra } => {
-                        let base = self.requests[index]
-                            .computed
-                            .max(if self.requests[index].tables[group].is_empty() { tokens } else { 0 });
-                        (base + 1).saturating_sub(window + extra) / spec.block_tokens
-                    }
-                    _ => 0,
-                };
+            let fresh_table = self.requests[index].tables[group].is_empty();
+            let computed = if fresh_table { tokens } else { self.requests[index].computed };
+            let real_from = first_real(&spec, computed, tokens);
             for block in self.requests[index].tables[group].iter_mut().take(real_from as usize) {
                 if *block != 0 {
                     self.free_blocks.push(std::mem::take(block));
@@ -314,7 +312,7 @@ impl Simulation {
             if self.requests[index].phase != Phase::Running {
                 continue;
             }
-            let ready = (self.requests[index].computed + tokens).min(self.requests[index].tokens);
+            let ready = self.end_of_step(self.requests[index].computed, tokens, self.requests[index].tokens);
             self.extend_tables(index, ready);
             if let Some(offer) = self.offer(index, ready) {
                 offers.push((index, ready, offer));
@@ -325,11 +323,24 @@ impl Simulation {
         self.engine.poll();
         self.poll();
         let handed_out = std::mem::take(&mut self.handed_out);
-        self.engine.reallocate(handed_out.into_iter());
+        if self.writes_early {
+            self.engine.overwrite(handed_out.iter().copied());
+        } else {
+            self.engine.reallocate(handed_out.iter().copied());
+        }
         for (index, _, groups) in offers {
             self.make_offer(index, groups, Start::AfterStep);
         }
-        self.work()
+        self.work(&handed_out)
+    }
+
+    /// Where a step of at most `tokens` tokens ends. With states it ends where a block does, unless
+    /// it stays within one.
+    fn end_of_step(&self, computed: u32, tokens: u32, all: u32) -> u32 {
+        let ready = (computed + tokens).min(all);
+        let unit = self.grouping.hit_tokens;
+        let has_states = self.grouping.groups.iter().any(|group| group.kind == GroupKind::State);
+        if has_states && ready / unit > computed / unit { ready - ready % unit } else { ready }
     }
 
     fn write_computed(&mut self, index: usize, ready: u32) {
@@ -377,6 +388,7 @@ impl Simulation {
                 match self.dram.visible(&key) {
                     Some(life) => touched.push(life),
                     None if self.dram.knows(&key) => {}
+                    None if !is_ever_needed(&self.grouping, group, number) => {}
                     None => missing.push((key, *block)),
                 }
             }
@@ -403,7 +415,7 @@ impl Simulation {
     }
 
     /// The worker's part of a step: early offloads, fences, forward pass, loads, offloads.
-    fn work(&mut self) -> Check {
+    fn work(&mut self, handed_out: &[u32]) -> Check {
         let plan = StepPlan::decode(&self.engine.take_plan()).expect("a plan is readable");
         let mut open = self.batches.iter().position(|batch| batch.order.is_empty()).unwrap_or(self.batches.len());
         for copy in plan.stores_before.iter().chain(&plan.stores_after) {
@@ -422,6 +434,9 @@ impl Simulation {
         for copy in plan.stores_before {
             let content = self.blocks.get(&copy.block).cloned().unwrap_or_default();
             self.stores.push((copy, content));
+        }
+        if self.writes_early {
+            self.write_early(handed_out);
         }
         for wait in plan.waits {
             if let Some(at) = self.stores.iter().position(|(copy, _)| *copy == wait) {
@@ -444,12 +459,29 @@ impl Simulation {
         Ok(())
     }
 
+    /// Whoever still has to read one of these blocks reads zeroes, and must come to nothing.
+    fn write_early(&mut self, handed_out: &[u32]) {
+        for (copy, content) in self.stores.iter_mut().filter(|(copy, _)| handed_out.contains(&copy.block)) {
+            ZEROES.clone_into(content);
+            let order = (copy.slot, copy.generation);
+            let batch = self.batches.iter_mut().find(|batch| batch.waiting.contains(&order));
+            let batch = batch.expect("every order belongs to a batch");
+            batch.failed.insert(batch.order.iter().position(|other| *other == order).expect("in it"));
+        }
+        for block in handed_out {
+            self.blocks.insert(*block, ZEROES.to_owned());
+        }
+    }
+
     fn store(&mut self, at: usize, fail: bool) -> Check {
         let (copy, expected) = self.stores.remove(at);
         let line = self.memory.line(SlotIndex(copy.slot));
         prop_assert!(line.may_write(copy.generation), "an order came too late: its slot is somebody else's");
         let content = self.blocks.get(&copy.block).cloned().unwrap_or_default();
-        prop_assert_eq!(&content, &expected, "block {} was overwritten before it was copied", copy.block);
+        // What was written early may have been written again.
+        if expected != ZEROES {
+            prop_assert_eq!(&content, &expected, "block {} was overwritten before it was copied", copy.block);
+        }
         self.slots.insert(copy.slot, content);
         line.answer(0, !fail);
         let order = (copy.slot, copy.generation);
@@ -482,6 +514,8 @@ impl Simulation {
             prop_assert_eq!(&content, expected, "a block was served under another's key");
             self.blocks.insert(copy.block, content);
         }
+        // What needs no block cannot fail: a hit that ends with a chunk.
+        let fail = fail && !load.copies.is_empty();
         let bad = load.copies.len() / 2;
         if fail {
             self.memory.line(SlotIndex(load.copies[bad].slot)).refuse_load(0);
@@ -580,14 +614,8 @@ impl Simulation {
         for (group, spec) in self.grouping.groups.iter().enumerate() {
             for number in 0..tokens / spec.block_tokens {
                 let Some(life) = self.dram.visible(&self.key(family, group, number)) else { continue };
-                let last = end / spec.block_tokens + u32::from(spec.eagle);
-                let needed = match spec.kind {
-                    GroupKind::Full | GroupKind::Mla => true,
-                    GroupKind::SlidingWindow { window, extra } => {
-                        let tail = (window - 1 + extra).div_ceil(spec.block_tokens) + u32::from(spec.eagle);
-                        number < last && number + tail >= last
-                    }
-                };
+                let is_lookahead = spec.eagle && number == end / spec.block_tokens;
+                let needed = spec.kind == GroupKind::Full || is_needed(spec, number, end) || is_lookahead;
                 if needed { warm.push(life) } else { cold.push(life) }
             }
         }

@@ -38,7 +38,7 @@ pub(crate) struct Purpose {
 impl Purpose {
     /// A pool of `slots` slots, whose blocks have `part` bytes on each of `ranks` ranks.
     pub(crate) fn of(slots: u64, ranks: usize, part: u64) -> Self {
-        let own = RankBytes { block_bytes: vec![part], replica_of: None };
+        let own = RankBytes { block_bytes: vec![part], replica_of: vec![None] };
         let geometry = SlotGeometry::lay_out(&grouping(), &vec![own; ranks]).expect("it fits");
         let bytes = bytes_for(slots, &geometry);
         // Far more than the tests of one directory ever have at once.

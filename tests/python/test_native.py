@@ -49,7 +49,7 @@ def config(pool_dir: Path, /, **more: object) -> Config:
 
 
 def open_pool(engine: TierEngine, block_bytes: int = 2 * PAGE) -> None:
-    ranks = json.dumps([{"block_bytes": [block_bytes], "replica_of": None}])
+    ranks = json.dumps([{"block_bytes": [block_bytes], "replica_of": [None]}])
     engine.open_pool(ranks, '{"model": "test"}', True, lambda done, total: None)
 
 
@@ -163,7 +163,7 @@ def test_directories_without_rights_are_told(pool_dir: Path, disk_dir: Path) -> 
 
 
 def test_engines_share_a_size_and_the_second_model_learns_it(pool_dir: Path) -> None:
-    ranks = json.dumps([{"block_bytes": [2 * PAGE], "replica_of": None}])
+    ranks = json.dumps([{"block_bytes": [2 * PAGE], "replica_of": [None]}])
     first, second, third = (TierEngine(config(pool_dir), GROUPING) for _ in range(3))
     one = first.open_pool(ranks, '{"weights": "a"}', True, lambda done, total: None, engines=2)
     two = second.open_pool(ranks, '{"weights": "b"}', True, lambda done, total: None, engines=2)

@@ -65,7 +65,7 @@ fn grouping() -> Grouping {
 }
 
 fn geometry() -> SlotGeometry {
-    let rank = RankBytes { block_bytes: vec![BLOCK_BYTES as u64], replica_of: None };
+    let rank = RankBytes { block_bytes: vec![BLOCK_BYTES as u64], replica_of: vec![None] };
     SlotGeometry::lay_out(&grouping(), &[rank]).expect("it fits")
 }
 

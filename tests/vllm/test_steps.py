@@ -11,11 +11,11 @@ pytestmark = pytest.mark.usefixtures("vllm_installed")
 def groups(*block_tokens: int) -> Any:
     from kvcellar.groups import Group, Groups
 
-    return Groups(tuple(Group("full_attention", tokens, None, 0, False) for tokens in block_tokens), 16, 16)
+    return Groups(tuple(Group("full_attention", "full", tokens) for tokens in block_tokens), 16, 16)
 
 
-def output(new: list[Any], cached: Any) -> Any:
-    return SimpleNamespace(scheduled_new_reqs=new, scheduled_cached_reqs=cached)
+def output(new: list[Any], cached: Any, **more: Any) -> Any:
+    return SimpleNamespace(scheduled_new_reqs=new, scheduled_cached_reqs=cached, **more)
 
 
 def cached(**fields: Any) -> Any:
@@ -32,7 +32,7 @@ def new(block_ids: tuple[list[int], ...], computed: int, replay_start: int = 0) 
 
 
 def test_only_blocks_that_will_be_written_are_handed_out() -> None:
-    from kvcellar.scheduler import handed_out
+    from kvcellar.steps import handed_out
 
     # 40 computed tokens: two blocks of 16 and a part of the third, one of 32 and a part of the
     # second.
@@ -43,7 +43,7 @@ def test_only_blocks_that_will_be_written_are_handed_out() -> None:
 
 
 def test_a_resumed_request_is_handed_its_whole_table_and_others_what_is_added() -> None:
-    from kvcellar.scheduler import handed_out
+    from kvcellar.steps import handed_out
 
     resumed = cached(
         req_ids=["a", "b", "c"],
@@ -55,12 +55,10 @@ def test_a_resumed_request_is_handed_its_whole_table_and_others_what_is_added() 
     assert handed_out(output([], resumed), groups(16)) == [[3], [7]]
 
 
-def test_blocks_that_are_zeroed_before_we_are_told_are_refused_by_name() -> None:
-    from kvcellar import UnsupportedError
-    from kvcellar.groups import describe
+def test_blocks_that_vllm_zeroes_or_copies_into_are_handed_out() -> None:
+    from kvcellar.steps import handed_out
+    from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 
-    parallel = SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1)
-    model: Any = SimpleNamespace(kv_cache_groups=[object()], needs_kv_cache_zeroing=True)
-    config: Any = SimpleNamespace(parallel_config=parallel, use_v2_model_runner=True)
-    with pytest.raises(UnsupportedError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
-        describe(config, model)
+    copy = KVCacheBlockCopy(src_block_id=3, dst_block_id=4)
+    step = output([], cached(), new_block_ids_to_zero=[8, 9], kv_cache_block_copies=[copy])
+    assert handed_out(step, groups(16)) == [[8, 9], [4]]

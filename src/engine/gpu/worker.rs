@@ -15,9 +15,9 @@ use super::hasher::{BusyProbe, HashGuard, IdleHasher};
 use super::{After, Answers, ComputeStream, Copier, CopyError, Direction, Order};
 use crate::pool::{Pool, Ticket};
 use crate::violated;
-use kvcellar_block::SlotIndex;
 use kvcellar_block::error::Result;
 use kvcellar_block::plan::{ANSWERED, BlockCopy, FOLLOW, Load, StepPlan};
+use kvcellar_block::{GroupIndex, SlotIndex};
 
 /// Work done since the last look, for the metrics.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -293,7 +293,7 @@ impl CopyWorker {
             Arc::clone(&board) as Arc<dyn FollowerLedger>,
         )?;
         touch_in_background(&pool);
-        if pool.geometry().parts[self.rank].writer {
+        if pool.geometry().parts[self.rank].writes_any() {
             let probe = Box::new(CopyQueue(Arc::downgrade(&board)));
             board.lock().hasher = Some(IdleHasher::start(pool, self.rank, guard, probe));
         }
@@ -404,14 +404,18 @@ impl CopyWorker {
         }
     }
 
-    fn writes(&self) -> bool {
-        self.attached.as_ref().is_some_and(|attached| attached.board.pool.geometry().parts[self.rank].writer)
+    /// Of a step's copies, those that this rank has a part in.
+    fn written_here(&self, copies: &[BlockCopy]) -> Option<(&Attached, Vec<BlockCopy>)> {
+        let attached = self.attached.as_ref()?;
+        let part = &attached.board.pool.geometry().parts[self.rank];
+        let ours: Vec<BlockCopy> = copies.iter().filter(|copy| part.writes(GroupIndex(copy.group))).copied().collect();
+        (!ours.is_empty()).then_some((attached, ours))
     }
 
     fn offload(&self, copies: &[BlockCopy]) {
-        let Some(attached) = self.attached.as_ref().filter(|_| !copies.is_empty() && self.writes()) else { return };
+        let Some((attached, copies)) = self.written_here(copies) else { return };
         let orders: Vec<Order> =
-            copies.iter().map(|copy| Order { copy: *copy, direction: Direction::Offload, ticket: 0 }).collect();
+            copies.into_iter().map(|copy| Order { copy, direction: Direction::Offload, ticket: 0 }).collect();
         attached.board.lock().offloading.add(orders.len());
         // The sources were computed by steps that the stream was given before this hook.
         if attached.copier.mark(self.compute).and_then(|after| attached.copier.submit(&orders, &after)).is_err() {
@@ -422,14 +426,14 @@ impl CopyWorker {
     }
 
     fn wait_for(&self, waits: &[BlockCopy]) {
-        let Some(attached) = self.attached.as_ref().filter(|_| self.writes()) else { return };
+        let Some((attached, waits)) = self.written_here(waits) else { return };
         let board = &attached.board;
         let open = |wait: &BlockCopy| {
             wait.slot < board.pool.slot_count()
                 && !board.pool.line(SlotIndex(wait.slot)).answered(self.rank, wait.generation)
         };
         let (mut fenced, by_stream): (Vec<BlockCopy>, Vec<BlockCopy>) =
-            waits.iter().filter(|wait| open(wait)).partition(|wait| wait.flags & ANSWERED != 0);
+            waits.into_iter().filter(open).partition(|wait| wait.flags & ANSWERED != 0);
         if !by_stream.is_empty() && !attached.copier.fence(self.compute, &by_stream) {
             fenced.extend(by_stream);
         }

@@ -26,13 +26,13 @@ pub struct Expected {
 ///
 /// `image` is a whole slot of this geometry, and `group` one of its groups.
 pub fn sums(image: &[u8], geometry: &SlotGeometry, group: GroupIndex) -> Vec<u64> {
-    let sum = |part: &RankPart| if part.writer { xxh3_64(share(image, geometry, part, group)) } else { 0 };
+    let sum = |part: &RankPart| if part.writes(group) { xxh3_64(share(image, geometry, part, group)) } else { 0 };
     geometry.parts.iter().map(sum).collect()
 }
 
 /// What each rank that writes one has put into an image of a block of `group`.
 pub fn parts<'a>(image: &'a [u8], geometry: &'a SlotGeometry, group: GroupIndex) -> impl Iterator<Item = &'a [u8]> {
-    geometry.parts.iter().filter(|part| part.writer).map(move |part| share(image, geometry, part, group))
+    geometry.parts.iter().filter(move |part| part.writes(group)).map(move |part| share(image, geometry, part, group))
 }
 
 fn share<'a>(image: &'a [u8], geometry: &SlotGeometry, part: &RankPart, group: GroupIndex) -> &'a [u8] {

@@ -17,7 +17,7 @@ use kvcellar_block::SlotGeometry;
 use kvcellar_block::error::{Error, Result};
 
 /// Version of everything in a store's directory.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 
 /// The file's name.
 pub const NAME: &str = "superblock";
@@ -204,7 +204,10 @@ fn is_sound(geometry: &SlotGeometry) -> bool {
     (1..=limits::GROUPS_MAX).contains(&groups)
         && geometry.payload_bytes.iter().all(|bytes| *bytes <= room)
         && (1..=limits::RANKS_MAX).contains(&geometry.parts.len())
-        && geometry.parts.iter().all(|part| part.spans.len() == groups && part.spans.iter().all(inside))
+        && geometry
+            .parts
+            .iter()
+            .all(|part| (part.spans.len(), part.writes.len()) == (groups, groups) && part.spans.iter().all(inside))
 }
 
 fn checksum(fixed: &SuperblockFields, rest: &[&[u8]]) -> u64 {

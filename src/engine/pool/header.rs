@@ -16,7 +16,7 @@ use crate::limits;
 use kvcellar_block::error::{Error, Result};
 
 /// Version of everything in a pool file.
-pub const FORMAT_VERSION: u32 = 3;
+pub const FORMAT_VERSION: u32 = 4;
 
 const MAGIC: [u8; 8] = *b"KVCELLAR";
 const OWNER_OFFSET: usize = 1024;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::Pool;
 use super::slot_table::{SlotLine, SlotState};
 use kvcellar_block::descriptor::{self, Lineage};
-use kvcellar_block::{BlockKey, Generation, SlotIndex};
+use kvcellar_block::{BlockKey, Generation, GroupIndex, RankPart, SlotIndex};
 
 /// Slots as the tier engine sees them.
 pub trait SlotMemory: Send + Sync {
@@ -16,7 +16,7 @@ pub trait SlotMemory: Send + Sync {
     /// A slot's line.
     fn line(&self, slot: SlotIndex) -> &SlotLine;
     /// Bits of the ranks that write a block.
-    fn writers(&self) -> u64;
+    fn writers(&self, group: GroupIndex) -> u64;
     /// Writes the descriptor of a slot that is about to be filled. `false`: it did not fit and the
     /// slot is never adopted.
     fn describe(&self, slot: SlotIndex, key: &BlockKey, generation: Generation, lineage: &Lineage) -> bool;
@@ -40,8 +40,8 @@ impl SlotMemory for Arc<Pool> {
         Pool::line(self, slot)
     }
 
-    fn writers(&self) -> u64 {
-        self.geometry().writers_mask()
+    fn writers(&self, group: GroupIndex) -> u64 {
+        self.geometry().writers(group)
     }
 
     fn describe(&self, slot: SlotIndex, key: &BlockKey, generation: Generation, lineage: &Lineage) -> bool {
@@ -67,14 +67,15 @@ impl SlotMemory for Arc<Pool> {
             return None;
         }
         let parts = &self.geometry().parts;
-        let hashed = |rank: usize| !parts[rank].writer || self.checksum(slot, rank, generation.0).is_some();
-        if !(0..parts.len()).all(hashed) {
-            return None;
-        }
         // A damaged descriptor only means that nobody knows what the slot holds: it is not adopted.
         let (key, described, lineage) = descriptor::read(&self.descriptor(slot), parts.len()).ok()?;
-        (described == generation && usize::from(key.group.0) < self.geometry().payload_bytes.len())
-            .then_some((key, generation, lineage))
+        if described != generation || usize::from(key.group.0) >= self.geometry().payload_bytes.len() {
+            return None;
+        }
+        let hashed = |(rank, part): (usize, &RankPart)| {
+            !part.writes(key.group) || self.checksum(slot, rank, generation.0).is_some()
+        };
+        parts.iter().enumerate().all(hashed).then_some((key, generation, lineage))
     }
 }
 
@@ -103,7 +104,7 @@ impl SlotMemory for HeapSlots {
         &self.lines[slot.0 as usize]
     }
 
-    fn writers(&self) -> u64 {
+    fn writers(&self, _group: GroupIndex) -> u64 {
         self.writers
     }
 

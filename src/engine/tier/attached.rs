@@ -159,6 +159,13 @@ impl Attached {
         }
     }
 
+    /// These vLLM blocks are written before anybody can wait.
+    pub(super) fn overwrite(&mut self, blocks: impl Iterator<Item = u32>) {
+        if self.offloads.fences() > 0 {
+            blocks.for_each(|block| self.offloads.overwrite(block, &self.tiers.dram));
+        }
+    }
+
     /// Tells subscribers that nothing is to be had from our tiers any more.
     pub(super) fn withdraw(&mut self) {
         let Tiers { dram, disk, .. } = &mut self.tiers;

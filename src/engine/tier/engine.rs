@@ -300,6 +300,14 @@ impl TierEngine {
         }
     }
 
+    /// As [`Self::reallocate`], where vLLM's model runner writes blocks before it lets the workers
+    /// wait: offloads that still read one of them are given up.
+    pub fn overwrite(&mut self, blocks: impl Iterator<Item = u32>) {
+        if let State::Attached(attached) = &mut self.state {
+            attached.overwrite(blocks);
+        }
+    }
+
     /// vLLM gives these blocks to another connector. Its writes are not on vLLM's compute stream,
     /// so that workers wait for the copies themselves before it is told of the step.
     pub fn hand_to_others(&mut self, blocks: impl Iterator<Item = u32>) {

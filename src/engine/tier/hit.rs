@@ -38,15 +38,14 @@ impl Sources<'_> {
 /// vLLM's own hit.
 ///
 /// `hashes`: the request's block hashes. `local`: tokens vLLM holds itself, a multiple of every
-/// group's block size. Full-attention groups need every block in `[local, n)`, sliding-window
-/// groups the blocks their window before n touches, draft-model groups one block more. Shrinking n
-/// for one group is checked again for all sliding-window groups; full groups stay satisfied when n
-/// shrinks.
+/// group's block size. A group needs the blocks in `[local, n)` that its kind names, and one of a
+/// draft model one block more. Groups that need the whole prefix stay satisfied when n shrinks; all
+/// others are looked at again.
 pub fn resume_at(sources: Sources<'_>, grouping: &Grouping, hashes: &[BlockHash], local: u32, limit: u32) -> u32 {
     let covered = (hashes.len() as u64 * u64::from(grouping.hash_tokens)).min(u64::from(u32::MAX)) as u32;
     let mut end = align(limit.min(covered), grouping);
     for (index, group) in grouping.groups.iter().enumerate() {
-        if group.tail_blocks().is_some() || end <= local {
+        if !group.needs_whole_prefix() || end <= local {
             continue;
         }
         let tokens = group.block_tokens;
@@ -59,8 +58,8 @@ pub fn resume_at(sources: Sources<'_>, grouping: &Grouping, hashes: &[BlockHash]
     loop {
         let before = end;
         for (index, group) in grouping.groups.iter().enumerate() {
-            if let Some(tail) = group.tail_blocks() {
-                end = shrink_to_window(sources, grouping, hashes, index, tail, local, end);
+            if !group.needs_whole_prefix() {
+                end = shrink_to_what_is_there(sources, grouping, hashes, index, local, end);
             }
         }
         if end == before || end <= local {
@@ -90,14 +89,13 @@ fn run_from(
     sources.run(&hashes[start..end], step, GroupIndex(group as u16)) as u32
 }
 
-/// The largest end at or below `end` whose window is there for this group; `local` when there is
+/// The largest end at or below `end` for which this group's blocks are there; `local` when there is
 /// none above it.
-fn shrink_to_window(
+fn shrink_to_what_is_there(
     sources: Sources<'_>,
     grouping: &Grouping,
     hashes: &[BlockHash],
     group: usize,
-    tail: u32,
     local: u32,
     mut end: u32,
 ) -> u32 {
@@ -105,8 +103,8 @@ fn shrink_to_window(
     let tokens = spec.block_tokens;
     while end > local {
         let last = end / tokens + u32::from(spec.eagle);
-        // Blocks below vLLM's own hit are in vLLM's window already.
-        let first = (end / tokens).saturating_sub(tail).max(local / tokens);
+        // What lies below its own hit vLLM has already.
+        let first = spec.first_needed(end).max(local / tokens);
         // From the right: the first gap found is the one that moves the end furthest.
         let gap = (first..last).rev().find(|block| {
             let hash = hashes.get(grouping.hash_index(group, *block));
@@ -114,8 +112,9 @@ fn shrink_to_window(
         });
         match gap {
             None => return end,
-            // The window must not contain the gap; for a draft group neither may the block after
-            // the end.
+            // No end between the gap and this one can do without the block: what a kind needs begins
+            // ever later as ends grow. For a draft group, the block after the end must be there,
+            // too.
             Some(block) => {
                 let below = align((block.saturating_sub(u32::from(spec.eagle))) * tokens, grouping);
                 end = below.min(end - grouping.hit_tokens);

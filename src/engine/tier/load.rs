@@ -20,7 +20,7 @@ use crate::limits;
 use crate::metrics::{Counters, DropReason};
 use crate::policy::LoadPolicy;
 use kvcellar_block::plan::{BlockCopy, FOLLOW, Load, VERIFY};
-use kvcellar_block::{BlockKey, Grouping, SlotIndex};
+use kvcellar_block::{BlockKey, GroupSpec, Grouping, SlotIndex};
 
 /// The answer to a lookup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -258,7 +258,7 @@ fn reach(tiers: &Tiers, grouping: &Grouping, request: &RequestState, local: u32,
         return (end, None);
     }
     let tokens = end - without;
-    let blocks: u64 = grouping.groups.iter().map(|group| u64::from(tokens.div_ceil(group.block_tokens))).sum();
+    let blocks: u64 = grouping.groups.iter().map(|group| u64::from(group.blocks_needed(without, end))).sum();
     let bytes = blocks * disk.medium.extent_bytes();
     let loads = disk.medium.settings.load_policy.loads(&disk.medium.rates, tokens, bytes, disk.queued_bytes());
     (if loads { end } else { without }, Some(loads))
@@ -383,7 +383,7 @@ fn count(counters: &mut Counters, requests: &mut Requests, id: &str, external: u
     let grouping = requests.grouping();
     let on_disk = || committed.own.iter().chain(&committed.window);
     // Tokens are counted in the first group that needs its whole prefix, else in the first.
-    let group = grouping.groups.iter().position(|group| group.tail_blocks().is_none()).unwrap_or(0);
+    let group = grouping.groups.iter().position(GroupSpec::needs_whole_prefix).unwrap_or(0);
     let of_group = on_disk().filter(|key| usize::from(key.group.0) == group).count() as u32;
     let tokens = (of_group * grouping.groups[group].block_tokens).min(external);
     let blocks = on_disk().count() as u64;
@@ -412,17 +412,17 @@ pub(super) fn count_lookup(
     let (decision, reached, hashes) = (request.decision, request.local + external, request.hashes.len() as u64);
     let grouping = requests.grouping();
     let known = (hashes * u64::from(grouping.hash_tokens)) as u32;
-    let missed = (known - known % grouping.hit_tokens).saturating_sub(reached);
-    let blocks = |tokens: u32| grouping.groups.iter().map(|group| u64::from(tokens / group.block_tokens)).sum::<u64>();
+    let whole = (known - known % grouping.hit_tokens).max(reached);
+    let blocks = |from, to| grouping.groups.iter().map(|group| u64::from(group.blocks_needed(from, to))).sum::<u64>();
     match decision {
         Some(true) => counters.load_decisions += 1,
         Some(false) => counters.recompute_decisions += 1,
         None => {}
     }
     counters.hit_tokens += u64::from(external - on_disk.1);
-    counters.hit_blocks += blocks(external).saturating_sub(on_disk.0);
-    counters.miss_tokens += u64::from(missed);
-    counters.miss_blocks += blocks(missed);
+    counters.hit_blocks += blocks(reached - external, reached).saturating_sub(on_disk.0);
+    counters.miss_tokens += u64::from(whole - reached);
+    counters.miss_blocks += blocks(reached, whole);
 }
 
 /// The operation log's line of a lookup.

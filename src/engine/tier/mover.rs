@@ -230,7 +230,7 @@ impl Desk {
                 .parts
                 .iter()
                 .enumerate()
-                .map(|(rank, part)| if part.writer { known(rank) } else { Some(0) })
+                .map(|(rank, part)| if part.writes(order.key.group) { known(rank) } else { Some(0) })
                 .collect();
             let sums = sums.unwrap_or_else(|| extent::sums(image.bytes(), geometry, order.key.group));
             let sealed = self.pool.with_descriptor_mut(order.slot, |page| descriptor::seal(page, &order.seal, &sums));
@@ -327,7 +327,8 @@ impl Desk {
                 descriptor::renew(page, ranks, generation).map(|()| (sums, lineage))
             });
             let (sums, lineage) = taken.map_err(|_| Trouble::Corrupt)?;
-            for (rank, sum) in sums.into_iter().enumerate().filter(|(rank, _)| geometry.parts[*rank].writer) {
+            let group = expected[index].0.group;
+            for (rank, sum) in sums.into_iter().enumerate().filter(|(rank, _)| geometry.parts[*rank].writes(group)) {
                 self.pool.set_checksum(slot, rank, generation.0, sum);
             }
             Ok(lineage)

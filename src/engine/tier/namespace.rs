@@ -52,7 +52,7 @@ mod tests {
         let group =
             GroupSpec { kind: GroupKind::Full, kind_name: "full_attention".into(), block_tokens: 16, eagle: false };
         let grouping = Grouping { groups: vec![group], hash_tokens: 16, hit_tokens: 16 };
-        let rank = RankBytes { block_bytes: vec![1000], replica_of: None };
+        let rank = RankBytes { block_bytes: vec![1000], replica_of: vec![None] };
         let geometry = SlotGeometry::lay_out(&grouping, &[rank]).expect("it fits");
         fingerprint(facts, &grouping, &geometry, &Config::default()).expect("an object")
     }

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use hashbrown::HashMap;
+use hashbrown::{HashMap, HashSet};
 use serde_json::Value;
 
 use super::requests::RequestState;
@@ -66,9 +66,14 @@ struct Batch {
 impl Batch {
     /// Whether every writing rank has copied every block, or failed to.
     fn is_answered(&self, dram: &Residency) -> bool {
-        let writers = dram.memory().writers();
-        self.slots.iter().all(|slot| dram.memory().line(*slot).fill(writers) != Fill::Pending)
+        self.copies.iter().all(|copy| fill(dram, copy) != Fill::Pending)
     }
+}
+
+/// What the ranks that write a block of this group have answered.
+fn fill(dram: &Residency, copy: &BlockCopy) -> Fill {
+    let memory = dram.memory();
+    memory.line(SlotIndex(copy.slot)).fill(memory.writers(GroupIndex(copy.group)))
 }
 
 /// Offered blocks by where they are.
@@ -97,6 +102,8 @@ pub(super) struct Offloads {
     blocks: usize,
     /// vLLM block -> the offload that still reads it.
     fences: HashMap<u32, BlockCopy>,
+    /// Slot and generation of offloads whose source was written over: what they copy is worthless.
+    overwritten: HashSet<(u32, u32)>,
     /// The number of the batch that was planned last.
     last_number: u64,
 }
@@ -129,6 +136,14 @@ impl Offloads {
     pub(super) fn wait_for(&self, block: u32, flags: u16, plan: &mut StepPlan) {
         if let Some(copy) = self.fences.get(&block) {
             plan.waits.push(BlockCopy { flags: copy.flags | flags, ..*copy });
+        }
+    }
+
+    /// Somebody writes this vLLM block before the workers can be told to wait: a copy that has not
+    /// been answered by now may have read something else.
+    pub(super) fn overwrite(&mut self, block: u32, dram: &Residency) {
+        if let Some(copy) = self.fences.get(&block).filter(|copy| fill(dram, copy) == Fill::Pending) {
+            self.overwritten.insert((copy.slot, copy.generation));
         }
     }
 
@@ -235,19 +250,24 @@ impl Offloads {
                 self.fences.remove(&copy.block);
             }
         }
-        let writers = tiers.dram.memory().writers();
         let (mut filled, mut filled_lineages) = (Vec::with_capacity(slots.len()), Vec::with_capacity(slots.len()));
         let (mut filled_keys, mut lost_keys) = (Vec::new(), Vec::new());
-        for (slot, lineage) in slots.into_iter().zip(lineages) {
+        for ((slot, copy), lineage) in slots.into_iter().zip(&copies).zip(lineages) {
             let key = tiers.dram.key(slot);
-            let whole = tiers.dram.memory().line(slot).fill(writers) == Fill::Done;
-            if whole && !stale {
+            let whole = fill(&tiers.dram, copy) == Fill::Done;
+            let overwritten = self.overwritten.remove(&(copy.slot, copy.generation));
+            if whole && !stale && !overwritten {
                 filled.push(slot);
                 filled_lineages.push(lineage);
                 filled_keys.extend(key);
             } else {
                 tiers.dram.lose(slot);
-                tiers.dram.counters.dropped(if stale { DropReason::Reset } else { DropReason::CopyFailed }, 1);
+                let reason = match (stale, whole) {
+                    (true, _) => DropReason::Reset,
+                    (false, true) => DropReason::Overwritten,
+                    (false, false) => DropReason::CopyFailed,
+                };
+                tiers.dram.counters.dropped(reason, 1);
                 lost_keys.extend(key);
             }
         }
@@ -276,12 +296,14 @@ impl Offloads {
 
 /// Splits the offered blocks into those the dram tier holds, those that only the disk holds (they
 /// are not copied again: vLLM has them now, and the disk when it has not), and those nobody holds;
-/// blocks that are being filled are none of them.
+/// blocks that are being filled are none of them, and neither are those that no hit needs.
 fn sort_out(tiers: &Tiers, grouping: &Grouping, request: &RequestState, offer: &Offer<'_>) -> Sorted {
     let mut sorted = Sorted::default();
     let mut found = Vec::new();
     for (group, blocks) in offer.groups.iter().enumerate().take(grouping.groups.len()) {
-        let step = (grouping.groups[group].block_tokens / grouping.hash_tokens) as usize;
+        let spec = &grouping.groups[group];
+        let all_needed = spec.needs_whole_prefix();
+        let step = (spec.block_tokens / grouping.hash_tokens) as usize;
         let start = grouping.hash_index(group, blocks.first);
         let end = request.hashes.len().min(start + blocks.blocks.len().saturating_sub(1) * step + 1);
         if blocks.blocks.is_empty() || start >= end {
@@ -294,6 +316,7 @@ fn sort_out(tiers: &Tiers, grouping: &Grouping, request: &RequestState, offer: &
                 // The null block stands for a block that slid out of its window: its bytes are
                 // not there.
                 _ if *block == 0 => {}
+                None if !all_needed && !spec.is_ever_needed(blocks.first + index as u32, grouping.hit_tokens) => {}
                 Some((slot, true)) => sorted.resident.push(*slot),
                 Some((_, false)) => {}
                 None => {

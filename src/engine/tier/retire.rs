@@ -31,13 +31,12 @@ pub(super) fn retire(
         dram.find_all(&request.hashes[start..end], step, GroupIndex(group as u16), &mut found);
         for (block, held) in found.iter().enumerate() {
             let Some((slot, true)) = held else { continue };
-            let needed = spec.tail_blocks().is_none_or(|tail| {
-                // Future prompts most likely continue this one, from the end of its prompt or of
-                // its answer.
-                [prompt, total].into_iter().any(|tokens| {
-                    let last = grouping.hit_limit(tokens) / spec.block_tokens + u32::from(spec.eagle);
-                    (last.saturating_sub(tail + u32::from(spec.eagle))..last).contains(&(block as u32))
-                })
+            // Future prompts most likely continue this one, from the end of its prompt or of its
+            // answer.
+            let needed = [prompt, total].into_iter().any(|tokens| {
+                let end = grouping.hit_limit(tokens);
+                let last = end / spec.block_tokens + u32::from(spec.eagle);
+                (spec.first_needed(end)..last).contains(&(block as u32)) || spec.needs_whole_prefix()
             });
             if needed { warm.push(*slot) } else { cold.push(*slot) }
         }

@@ -3,8 +3,8 @@
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use kvcellar_block::SlotIndex;
 use kvcellar_block::plan::{BlockCopy, VERIFY};
+use kvcellar_block::{GroupIndex, SlotIndex};
 use kvcellar_engine::gpu::{After, Answers, Copier, CopyError, Direction, Order};
 
 use crate::copies::cache::{Layout, Shape, block_of, put_block};
@@ -20,6 +20,7 @@ macro_rules! copier_conformance {
             every_layout_survives_the_round_trip,
             overlaid_groups_do_not_mix,
             ranks_write_their_parts_and_replicas_only_read,
+            a_rank_without_layers_of_a_group_answers_and_touches_nothing,
             every_order_is_answered_exactly_once,
             submitting_does_not_wait,
             loads_overtake_queued_offloads,
@@ -160,9 +161,39 @@ pub fn ranks_write_their_parts_and_replicas_only_read<M: Maker>() {
         ],
         5,
     );
-    assert_eq!(scene.pool.geometry().writers_mask(), 0b1011);
+    assert_eq!(scene.pool.geometry().writers(GroupIndex(0)), 0b1011);
     for _ in 0..4 {
         round_trip::<M>(&scene, &mut random);
+    }
+}
+
+/// A pipeline stage may hold no layer of a group.
+pub fn a_rank_without_layers_of_a_group_answers_and_touches_nothing<M: Maker>() {
+    let mut random = Random::of_test();
+    let stage = |second| Shape { groups: vec![2, second], ..Shape::plain(2) };
+    let scene = Scene::new(&[(stage(0), None), (stage(1), None)], 4);
+    assert_eq!([0, 1].map(|group| scene.pool.geometry().writers(GroupIndex(group))), [0b11, 0b10]);
+    scene.scramble(&mut random);
+    let copies = [scene.begin(0, 0, 3), scene.begin(1, 1, 5)];
+    carry_out::<M>(&scene, 0, &copies[..1], Direction::Offload);
+    carry_out::<M>(&scene, 1, &copies, Direction::Offload);
+    for slot in 0..2 {
+        scene.line(slot).publish();
+    }
+    for (slot, copy) in (0..).zip(&copies) {
+        for rank in 0..2 {
+            let sum = xxhash_rust::xxh3::xxh3_64(&scene.part(slot, usize::from(copy.group), rank));
+            if scene.pool.geometry().parts[rank].writes(GroupIndex(copy.group)) {
+                scene.pool.set_checksum(SlotIndex(slot), rank, copy.generation, sum);
+            }
+        }
+    }
+    let before: Vec<Vec<u8>> = scene.ranks.iter().map(|rank| rank.cache.bytes()).collect();
+    let adopted = copies.map(|copy| BlockCopy { flags: VERIFY, ..copy });
+    for (rank, before) in before.iter().enumerate() {
+        carry_out::<M>(&scene, rank, &copies, Direction::Load);
+        carry_out::<M>(&scene, rank, &adopted, Direction::Load);
+        assert_eq!(&scene.ranks[rank].cache.bytes(), before, "rank {rank} got back what it had");
     }
 }
 

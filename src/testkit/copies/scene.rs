@@ -155,7 +155,7 @@ fn lay_out(ranks: &[Rank]) -> SlotGeometry {
     let grouping = Grouping { groups: vec![spec; groups], hash_tokens: 16, hit_tokens: 16 };
     let bytes = |rank: &Rank| RankBytes {
         block_bytes: (0..groups).map(|group| rank.cache.shape.block_bytes(group)).collect(),
-        replica_of: rank.replica_of,
+        replica_of: vec![rank.replica_of; groups],
     };
     SlotGeometry::lay_out(&grouping, &ranks.iter().map(bytes).collect::<Vec<_>>()).expect("it fits")
 }

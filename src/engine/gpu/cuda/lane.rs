@@ -201,6 +201,8 @@ impl Lane {
                 && self.fragments.len() < JOB_FRAGMENTS_MAX
         }) {
             match common.sides.admit(&next.order).and_then(|admitted| self.append(&next.order.copy, &admitted)) {
+                // This rank has no layers of the group: there is nothing to give to the stream.
+                Ok(0) => common.answer(&next.order, Ok(())),
                 Ok(len) => {
                     bytes += len;
                     orders.push(next.order);
