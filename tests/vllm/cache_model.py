@@ -18,11 +18,12 @@ The model knows nothing of the engine's code. It states the rules of the tier in
   evicted for its own request.
 - When writes and reads begin and end is the engine's affair; what they concern must be possible.
 
-One full-attention group; several groups are out of this model's scope.
+- With several groups, a hit ends where each group has the blocks that its kind needs there: `Need`.
+- What a finished request used is touched; of it, what no continuation needs goes to the cold end.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tests.vllm.oplog import Op
@@ -30,6 +31,39 @@ from tests.vllm.oplog import Op
 
 class Disagreement(AssertionError):
     """The engine did something else than the model."""
+
+
+# The numbers of a group's blocks that a request needs which resumes at so many tokens, for a number
+# of tokens of a block.
+Need = Callable[[int, int], range]
+
+
+def whole_prefix(end: int, block_tokens: int) -> range:
+    """Full attention."""
+    return range(end // block_tokens)
+
+
+def state_at_the_end(end: int, block_tokens: int) -> range:
+    """A recurrence or convolution: its state after the last token stands for all."""
+    return range(max(0, end // block_tokens - 1), end // block_tokens)
+
+
+def own_chunk(chunk: int) -> Need:
+    """Attention within chunks: the tokens of the next token's chunk."""
+
+    def need(end: int, block_tokens: int) -> range:
+        return range(end // chunk * chunk // block_tokens, end // block_tokens)
+
+    return need
+
+
+def window(tokens: int) -> Need:
+    """A sliding window: a token sees itself and so many tokens less one before it."""
+
+    def need(end: int, block_tokens: int) -> range:
+        return range(max(0, end - tokens + 1) // block_tokens, end // block_tokens)
+
+    return need
 
 
 @dataclass(frozen=True)
@@ -107,6 +141,11 @@ class DramTier:
         for key in reversed(keys):
             self.order.move_to_end(key)
             self.toucher[key] = request
+
+    def cool(self, keys: Sequence[str]) -> None:
+        """Moves resident, unpinned keys to the cold end, the first of them coldest."""
+        for key in reversed(keys):
+            self.order.move_to_end(key, last=False)
 
     def pin(self, keys: Iterable[str], request: str) -> None:
         """Holds resident keys for a load, which counts as a touch."""
@@ -210,6 +249,8 @@ class Replay:
     """Feeds a log to the model and compares every outcome. Raises `Disagreement` at the first difference."""
 
     block_tokens: int
+    # One a group; the groups have blocks of one size.
+    needs: Sequence[Need] = (whole_prefix,)
     tier: DramTier | None = None
     index: int = -1
     op: Op = field(default_factory=dict)
@@ -316,23 +357,39 @@ class Replay:
 
     def _lookup(self, op: Op) -> None:
         tier = self._tier()
-        self._same("number of groups", 1, len(op["keys"]))
-        keys = op["keys"][0]
-        hit = tier.hit(keys, op["local"], op["max_hit"], self.block_tokens)
+        self._same("number of groups", len(self.needs), len(op["keys"]))
+        hit = self._hit(op)
         self.lookups += 1
         if op["hit"] is None:
             self.waits += 1
-            if not any(key in tier.pins for key in keys[op["local"] // self.block_tokens :]):
+            if not any(key in tier.pins for key in op["keys"][0][op["local"] // self.block_tokens :]):
                 raise self._disagreement("the answer 'ask again', though nobody loads this prefix", hit, None)
             return
         self._same("the hit, in tokens", hit, op["hit"])
         self.promised[op["req"]] = hit
 
+    def _hit(self, op: Op) -> int:
+        """Tokens beyond vLLM's own that can be loaded: the largest end is tried first."""
+        tier, local = self._tier(), op["local"]
+        blocks = min(op["max_hit"] // self.block_tokens, *map(len, op["keys"]))
+        for end in range(blocks * self.block_tokens, local, -self.block_tokens):
+            groups = zip(self.needs, op["keys"], strict=True)
+            if all(tier.available(keys[block]) for need, keys in groups for block in self._needed(need, local, end)):
+                return int(end - local)
+        return 0
+
+    def _needed(self, need: Need, local: int, end: int) -> range:
+        """A group's blocks that a load has to bring."""
+        blocks = need(end, self.block_tokens)
+        return range(max(blocks.start, local // self.block_tokens), blocks.stop)
+
     def _load(self, op: Op) -> None:
         tier = self._tier()
         if op["external"] > self.promised.get(op["req"], 0):
             raise self._disagreement("tokens to load", self.promised.get(op["req"], 0), op["external"])
-        self._same("blocks to load", op["external"] // self.block_tokens, len(op["keys"]))
+        local, end = op["local"], op["local"] + op["external"]
+        blocks = sum(len(self._needed(need, local, end)) for need in self.needs) if op["external"] else 0
+        self._same("blocks to load", blocks, len(op["keys"]))
         absent = [key for key in op["keys"] if not tier.available(key)]
         self._same("keys to load that are not resident", [], absent)
         if op["req"] in self.loads:
@@ -442,9 +499,12 @@ class Replay:
         absent = [key for key in op["keys"] if not tier.unpinned(key)]
         self._same("retired keys that are not resident or are pinned", [], absent)
         used = self.used.pop(op["req"], {})
-        forgotten = [key for key in used if tier.unpinned(key) and key not in set(op["keys"])]
+        cold = op.get("cold", [])
+        ended = {*op["keys"], *cold}
+        forgotten = [key for key in used if tier.unpinned(key) and key not in ended]
         self._same("resident keys of the request that its end did not touch", [], forgotten)
         tier.touch(op["keys"], op["req"])
+        tier.cool([key for key in cold if tier.unpinned(key)])
 
     def _uses(self, request: str, keys: Iterable[str]) -> None:
         self.used.setdefault(request, {}).update(dict.fromkeys(keys))

@@ -7,7 +7,7 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
 
 class SwappedGroupsConnector(KVCellarConnector):
-    """Loads the blocks of every sliding-window group into the blocks of the next one.
+    """Loads the blocks of every sliding-window or chunked group into the blocks of the next one.
 
     Offloads are right, so each block lies in the pool under its true key. The mapping is broken between vLLM's block
     tables and us and not between groups and tensors: groups of one layer each share the same tensor, and swapping their
@@ -15,10 +15,11 @@ class SwappedGroupsConnector(KVCellarConnector):
     """
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
-        """Notes which groups have a sliding window."""
+        """Notes which groups have a sliding window, or chunks."""
         super().__init__(vllm_config, role, kv_cache_config)
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-        self._sliding = [index for index, spec in enumerate(specs) if getattr(spec, "sliding_window", None)]
+        local = ("sliding_window", "attention_chunk_size")
+        self._sliding = [i for i, spec in enumerate(specs) if any(getattr(spec, name, None) for name in local)]
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Hands the real connector the tables of the sliding-window groups, one group further on."""
@@ -26,6 +27,25 @@ class SwappedGroupsConnector(KVCellarConnector):
         for index, following in zip(self._sliding, self._sliding[1:] + self._sliding[:1], strict=True):
             tables[index] = blocks.blocks[following]
         super().update_state_after_alloc(request, type(blocks)(tuple(tables)), num_external_tokens)
+
+
+class LateStatesConnector(KVCellarConnector):
+    """Keeps each state under the name of the block before it: what is loaded is one block ahead."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        if self._scheduler is None:
+            return
+        offer = self._scheduler._offer
+
+        def late(known: Any, ready: int, held: Any = None) -> Any:
+            moved = {
+                group: {number - 1: block for number, block in blocks.items() if number > 0}
+                for group, blocks in (held or {}).items()
+            }
+            return offer(known, ready, {group: blocks for group, blocks in moved.items() if blocks})
+
+        self._scheduler._offer = late  # type: ignore[method-assign]
 
 
 class IdleConnector(KVCellarConnector):

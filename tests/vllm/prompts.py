@@ -21,10 +21,12 @@ class Conversation:
     turn_tokens: tuple[int, int]
     limit: int
     tokens: list[int] = field(default_factory=list)
+    # The first and the last token that a turn may have.
+    words: tuple[int, int] = (FIRST_TOKEN, LAST_TOKEN)
 
     def ask(self, answer_tokens: int) -> list[int] | None:
         """The next turn's prompt, or nothing once it and its answer would pass the limit."""
-        turn = prompt(self.rng, self.rng.randint(*self.turn_tokens))
+        turn = prompt(self.rng, self.rng.randint(*self.turn_tokens), *self.words)
         if len(self.tokens) + len(turn) + answer_tokens > self.limit:
             return None
         self.tokens = self.tokens + turn

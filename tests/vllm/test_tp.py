@@ -12,6 +12,7 @@ from tests.vllm import tiny_models
 from tests.vllm.answers import assert_identical
 from tests.vllm.cache_model import Replay
 from tests.vllm.engines import Engine, open_engine
+from tests.vllm.kinds import KINDS
 from tests.vllm.places import temporary_pool_dir
 from tests.vllm.prompts import prompt
 from tests.vllm.server import BLOCK_TOKENS
@@ -87,3 +88,43 @@ def test_two_ranks_give_identical_logprobs_after_a_dram_hit(engine: Engine, seed
     assert final.cellar("load_failures_total") == 0
     assert not final.leftovers()
     Replay(BLOCK_TOKENS).run(engine.trace())
+
+
+@pytest.mark.parametrize("name", ["gated_delta_net", "chunked_local"])
+def test_two_ranks_keep_their_shards_of_states_and_chunks(
+    name: str, vllm_installed: None, tmp_path: Path, seed: int
+) -> None:
+    """As above, with groups of several kinds. A hit ends where vLLM's own ended."""
+    kind = KINDS[name]
+    model = kind.make(tmp_path / "model")
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < RANKS:
+        pytest.skip(f"{RANKS} ranks need {RANKS} cores, this process may use {len(cores)}")
+    cellar = {"dram_size": kv_mib(64), "namespace_salt": name, "verify_loads": True}
+    options = {"model": model, "skip_tokenizer_init": True, "max_num_batched_tokens": 256}
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in cores[:RANKS])}
+    rng = random.Random(seed)
+    prompts = [
+        prompt(rng, blocks * BLOCK_TOKENS + more, 10, tiny_models.VOCABULARY - 1)
+        for blocks in (1, 4, 9)
+        for more in (0, 1, -1)
+    ]
+    with (
+        temporary_pool_dir() as pool_dir,
+        open_engine(tmp_path, pool_dir, cellar=cellar, env=env, tensor_parallel_size=RANKS, **options) as engine,
+    ):
+        for tokens in prompts:
+            engine.complete(tokens, ANSWER_TOKENS)
+        references = [engine.complete(tokens, ANSWER_TOKENS) for tokens in prompts]
+        before = engine.settle()
+        for tokens, reference in zip(prompts, references, strict=True):
+            engine.reset_gpu_cache()
+            assert_identical(
+                reference, engine.complete(tokens, ANSWER_TOKENS), f"{name}, {len(tokens)} tokens, seed {seed}"
+            )
+        final = engine.settle()
+        assert final.hit_tokens - before.hit_tokens == sum(reference.cached_tokens for reference in references) > 0
+        assert final.cellar("verified_loads_total") > 0
+        assert final.cellar("load_failures_total") == 0
+        assert not final.leftovers()
+        Replay(BLOCK_TOKENS, kind.needs).run(engine.trace())

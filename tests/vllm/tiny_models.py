@@ -68,6 +68,113 @@ def llama(path: Path) -> Path:
     return _save(config, LlamaForCausalLM, path)
 
 
+_SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "initializer_range": SPREAD,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def mamba2(path: Path) -> Path:
+    """Granite 4's hybrid without experts: two layers of Mamba-2 and two of attention, in turn."""
+    from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
+
+    config = GraniteMoeHybridConfig(
+        **_SMALL,
+        num_hidden_layers=4,
+        layer_types=["mamba", "attention"] * 2,
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        shared_intermediate_size=256,
+        mamba_n_heads=8,
+        mamba_n_groups=2,
+        mamba_d_state=16,
+        mamba_d_head=32,
+        mamba_d_conv=4,
+        mamba_expand=2,
+        mamba_chunk_size=32,
+        position_embedding_type="rope",
+        attention_multiplier=32**-0.5,
+        residual_multiplier=1.0,
+    )
+    return _save(config, GraniteMoeHybridForCausalLM, path)
+
+
+def gated_delta_net(path: Path) -> Path:
+    """Qwen3-Next with four small experts: two layers of gated delta net and two of gated attention, in turn."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    config = Qwen3NextConfig(
+        **_SMALL,
+        num_hidden_layers=4,
+        head_dim=256,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        linear_conv_kernel_dim=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        decoder_sparse_step=1,
+    )
+    return _save(config, Qwen3NextForCausalLM, path)
+
+
+def short_convolution(path: Path) -> Path:
+    """LFM2: two layers of short convolution and two of attention, in turn."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    config = Lfm2Config(
+        **_SMALL,
+        num_hidden_layers=4,
+        layer_types=["conv", "full_attention"] * 2,
+        conv_L_cache=3,
+        block_auto_adjust_ff_dim=False,
+        conv_dim=128,
+        conv_dim_out=128,
+        block_dim=128,
+        block_ff_dim=256,
+        block_multiple_of=1,
+        block_ffn_dim_multiplier=1.0,
+        block_norm_eps=1e-5,
+    )
+    return _save(config, Lfm2ForCausalLM, path)
+
+
+CHUNK = 64
+
+
+def chunked_local(path: Path) -> Path:
+    """Llama 4 without experts: three layers of chunked local attention and a full one, four groups of a layer each."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        **_SMALL,
+        num_hidden_layers=4,
+        head_dim=32,
+        intermediate_size_mlp=256,
+        attention_chunk_size=CHUNK,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=0,
+        no_rope_layer_interval=4,
+        layer_types=["chunked_attention"] * 3 + ["full_attention"],
+        moe_layers=[],
+    )
+    return _save(config, Llama4ForCausalLM, path)
+
+
 # Longest prompt for which a LongRoPE model that is started for no more uses its short factors.
 SHORT_TOKENS = 256
 
