@@ -9,6 +9,7 @@ pub mod compression;
 pub mod dma;
 pub mod fleet;
 pub mod index;
+pub mod kinds;
 pub mod lookup;
 pub mod nvme;
 pub mod report;
@@ -30,6 +31,8 @@ pub enum Benchmark {
     Dma(dma::DmaBench),
     /// Events into the index and questions to it, beside a naive one.
     Index(index::IndexBench),
+    /// What keeping and finding blocks costs for a hybrid model, beside a plain one.
+    Kinds(kinds::KindsBench),
     /// Ways of routing side by side, over a simulated fleet.
     Fleet(fleet::FleetBench),
     /// Decisions, and the router's front ends beside the same with a fixed target.
@@ -49,6 +52,7 @@ pub fn run(command: Benchmark) -> Result<()> {
         #[cfg(feature = "cuda")]
         Benchmark::Dma(options) => dma::run(&options),
         Benchmark::Index(options) => index::run(&options),
+        Benchmark::Kinds(options) => kinds::run(&options),
         Benchmark::Fleet(options) => fleet::run(&options),
         Benchmark::Route(options) => route::run(&options),
         Benchmark::Compression(options) => compression::run(&options),
