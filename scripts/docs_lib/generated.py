@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from docs_lib import dashboard, declared, keys, layouts
+from docs_lib import dashboard, declared, keys, layouts, slot_sizes
 from docs_lib.pages import DOCS, name, table, with_part
 
 CONFIGURATION = DOCS / "configuration.md"
 METRICS = DOCS / "metrics.md"
 FORMATS = DOCS / "formats.md"
+MODELS = DOCS / "models.md"
 DASHBOARD = DOCS / "grafana" / "kvcellar.json"
 ALERTS = DOCS / "grafana" / "alerts.yaml"
 
@@ -43,6 +44,10 @@ def _versions() -> str:
     return table(("format", "version"), [(name, layouts.constant(file, constant)) for name, file, constant in formats])
 
 
+def _slot_sizes() -> str:
+    return table(("model", "tokens of a block", "slot", "MB per 1,000 tokens", "wasted"), slot_sizes.rows())
+
+
 STRUCTS = {
     "pool header": ("engine/pool/header.rs", "Purpose"),
     "pool owner": ("engine/pool/header.rs", "Owner"),
@@ -63,6 +68,7 @@ PARTS: list[tuple[Path, str, Callable[[], str]]] = [
     (METRICS, "index metrics", lambda: _metrics(declared.index())),
     (METRICS, "route metrics", lambda: _metrics(declared.route())),
     (FORMATS, "versions", _versions),
+    (MODELS, "slot sizes", _slot_sizes),
     *((FORMATS, part, partial(_layout, *place)) for part, place in STRUCTS.items()),
 ]
 
