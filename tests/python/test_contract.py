@@ -2,11 +2,11 @@
 
 | vLLM | how it is covered                                                                  |
 | ---- | ---------------------------------------------------------------------------------- |
-| 0.31 | this contract only: names, signatures, calls and their order, fields                |
-| 0.32 | this contract, and end to end: tests/vllm runs the CPU build of this version        |
-| 0.33 | this contract only, as 0.31                                                         |
+| 0.31 | this contract: names, signatures, calls and their order, fields; and scripts/matrix  |
+| 0.32 | this contract, and end to end: tests/vllm runs the CPU build of this version         |
+| 0.33 | this contract; and scripts/matrix, its Python sources over the CPU build of 0.32     |
 
-What a contract cannot see is behaviour behind equal signatures; only the version run end to end is tested for that.
+What a contract cannot see is behaviour behind equal signatures; only a version run end to end is tested for that.
 """
 
 from importlib.util import find_spec
