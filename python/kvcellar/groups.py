@@ -49,8 +49,11 @@ class Group:
 
     @property
     def window(self) -> int | None:
-        """Sliding window in tokens, for events."""
-        return None if isinstance(self.rule, str) else self.rule.get("sliding_window", {}).get("window")
+        """Sliding window or chunk in tokens, for events."""
+        if isinstance(self.rule, str):
+            return None
+        (figures,) = self.rule.values()
+        return figures.get("window", figures.get("chunk"))
 
     def native(self) -> dict[str, object]:
         """The group in the native engine's JSON."""

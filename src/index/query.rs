@@ -9,7 +9,7 @@
 use super::roster::{EngineId, EngineView, Need, Roster};
 use super::sets::{SetRef, Sets};
 use super::table::{HolderTable, TableView};
-use super::tiers::{FleetTier, TIERS, Weights, unpack};
+use super::tiers::{Column, FleetTier, TIERS, Weights, unpack};
 
 /// Blocks that are looked for ahead of the one looked at.
 const AHEAD: usize = 16;
@@ -77,6 +77,23 @@ pub struct PrefixScorer {
     holders: Vec<u32>,
     usable: Vec<(u32, [u32; TIERS])>,
     scores: Vec<Score>,
+}
+
+/// Can an engine use the prefix up to a point within the run of blocks that ends at `end`?
+fn has_enough(tracks: &[Track], engine: &EngineView, point: u32, end: u32) -> bool {
+    let held = |column: &Column| tracks.get(column.0 as usize).filter(|track| track.seen && track.end == end);
+    // An engine that holds nothing here is none that anything is to be had from.
+    engine.columns.iter().any(|(column, _)| held(column).is_some())
+        && engine.columns.iter().all(|(column, need)| match need {
+            Need::Whole => held(column).is_some_and(|track| track.start == 0),
+            Need::Last(blocks) => {
+                held(column).is_some_and(|track| point.saturating_sub(track.start) >= (*blocks).min(point))
+            }
+            Need::OwnChunk(blocks) => {
+                let first = point - point % (*blocks).max(1);
+                first == point || held(column).is_some_and(|track| track.start <= first)
+            }
+        })
 }
 
 impl PrefixScorer {
@@ -191,14 +208,13 @@ impl PrefixScorer {
             if point <= start {
                 continue;
             }
-            let enough = engine.columns.iter().all(|(column, need)| {
-                let track = self.tracks.get(column.0 as usize).filter(|track| track.seen && track.end == end);
-                track.is_some_and(|track| match need {
-                    Need::Whole => track.start == 0,
-                    Need::Last(blocks) => point.saturating_sub(track.start) >= (*blocks).min(point),
-                })
-            });
-            if enough {
+            // Where a chunk begins, a group of chunks needs nothing.
+            let chunk = engine.columns.iter().find_map(|(_, need)| need.chunk());
+            let begins = chunk
+                .map(|blocks| point - point % blocks.max(1))
+                .filter(|begin| *begin > start && begin % engine.step.max(1) == 0);
+            let usable_at = |point: &u32| has_enough(&self.tracks, engine, *point, end);
+            if let Some(point) = [Some(point), begins].into_iter().flatten().find(usable_at) {
                 let first = engine.columns.first().and_then(|(column, _)| self.tracks.get(column.0 as usize));
                 let mut tiers = first.map_or([0; TIERS], |track| track.tiers);
                 if let Some(track) = first {

@@ -17,6 +17,8 @@ pub enum Need {
     Whole,
     /// So many of its last blocks, in blocks of the index.
     Last(u32),
+    /// Of each so many blocks, those that follow the last multiple: nothing at a multiple.
+    OwnChunk(u32),
 }
 
 impl Need {
@@ -25,12 +27,23 @@ impl Need {
     pub fn of(kind: Option<&str>, window: Option<u32>, block: u32) -> Self {
         match (kind, window) {
             // A token attends to itself and the window - 1 tokens before it.
-            (Some("sliding_window" | "sliding_window_mla" | "chunked_local_attention"), Some(window)) => {
+            (Some("sliding_window" | "sliding_window_mla"), Some(window)) => {
                 Self::Last(window.saturating_sub(1).div_ceil(block.max(1)).max(1))
+            }
+            // Of this kind, engines of ours tell the chunk; vLLM tells nothing.
+            (Some("chunked_local_attention"), Some(chunk)) if block > 0 && chunk > 0 && chunk % block == 0 => {
+                Self::OwnChunk(chunk / block)
             }
             (Some("mamba"), _) => Self::Last(1),
             _ => Self::Whole,
         }
+    }
+}
+
+impl Need {
+    /// Blocks of a chunk.
+    pub(super) fn chunk(self) -> Option<u32> {
+        if let Self::OwnChunk(blocks) = self { Some(blocks) } else { None }
     }
 }
 
@@ -92,5 +105,8 @@ mod tests {
         assert_eq!(Need::of(Some("sliding_window"), Some(128), 16), Need::Last(8));
         assert_eq!(Need::of(Some("sliding_window"), Some(1), 16), Need::Last(1));
         assert_eq!(Need::of(Some("mamba"), None, 16), Need::Last(1));
+        assert_eq!(Need::of(Some("chunked_local_attention"), Some(64), 16), Need::OwnChunk(4));
+        assert_eq!(Need::of(Some("chunked_local_attention"), None, 16), Need::Whole);
+        assert_eq!(Need::of(Some("chunked_local_attention"), Some(40), 16), Need::Whole, "no whole number of blocks");
     }
 }

@@ -18,11 +18,31 @@ pub(crate) const TIERS: [(&str, Option<&str>); 4] =
 pub(crate) type Contents = HashMap<u64, [u32; 4]>;
 
 #[derive(Debug, Clone, Copy)]
+pub(crate) enum Second {
+    /// Tokens of a sliding window.
+    Window(u32),
+    /// Tokens of a chunk.
+    Chunk(u32),
+    State,
+}
+
+impl Second {
+    /// As events say it: kind, and window or chunk.
+    fn words(self) -> (&'static str, Option<u32>) {
+        match self {
+            Self::Window(tokens) => ("sliding_window", Some(tokens)),
+            Self::Chunk(tokens) => ("chunked_local_attention", Some(tokens)),
+            Self::State => ("mamba", None),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct Shape {
     /// Tokens of its blocks.
     pub(crate) block: usize,
-    /// Tokens of a second group's sliding window.
-    pub(crate) window: Option<u32>,
+    /// What a second group is, where there is one.
+    pub(crate) second: Option<Second>,
     /// Batches it keeps for replays; 0: it has no replay endpoint.
     pub(crate) replay: usize,
 }
@@ -45,7 +65,7 @@ impl SimEngine {
     pub(crate) fn new(shape: Shape, life: u64) -> Self {
         Self {
             shape,
-            truth: vec![Contents::new(); 1 + usize::from(shape.window.is_some())],
+            truth: vec![Contents::new(); 1 + usize::from(shape.second.is_some())],
             blind: false,
             life,
             number: 0,
@@ -98,6 +118,7 @@ impl SimEngine {
         }
         let parent = (first > 0).then(|| Parent::Number(hash(self.life, &all, first as usize * size)));
         let (medium, locality) = TIERS[tier];
+        let (kind, window) = self.shape.second.filter(|_| group == 1).map_or(("full_attention", None), Second::words);
         batch.events.push(Event::Stored(Box::new(Stored {
             hashes: Hashes { range: start.0..arena.hashes.len(), digests: None },
             parent,
@@ -106,8 +127,8 @@ impl SimEngine {
             medium: Some(medium),
             locality,
             group: Some(group as u32),
-            kind: Some(if group == 0 { "full_attention" } else { "sliding_window" }),
-            window: self.shape.window.filter(|_| group == 1),
+            kind: Some(kind),
+            window,
             ..Stored::default()
         })));
     }

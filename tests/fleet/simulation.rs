@@ -12,10 +12,13 @@ use kvcellar_index::query::PrefixScorer;
 use kvcellar_index::roster::EngineId;
 use kvcellar_index::tiers::Weights;
 
-use crate::engine::{Shape, SimEngine};
+use crate::engine::{Second, Shape, SimEngine};
 use crate::naive::{Naive, holds, masked};
 use crate::prompts::{BLOCK, MODEL, TOKENS, hash, keys, same_until, tokens};
 use kvcellar_testkit::random::{Random, Seed};
+
+/// Second groups that engines may have.
+const SECONDS: [Second; 4] = [Second::Window(7), Second::Chunk(12), Second::Chunk(32), Second::State];
 
 struct Fleet {
     index: Index,
@@ -33,7 +36,7 @@ impl Fleet {
                 let block = *choices.pick(&[4, 4, 4, 8, 16, 2, 1]);
                 let shape = Shape {
                     block,
-                    window: (block == BLOCK && choices.chance(40)).then_some(7),
+                    second: (block == BLOCK && choices.chance(60)).then(|| *choices.pick(&SECONDS)),
                     replay: *choices.pick(&[0, 3, 1000, 100_000]),
                 };
                 (id, SimEngine::new(shape, number), Naive::new(shape))
@@ -118,8 +121,13 @@ impl Fleet {
 fn usable(masks: &[Vec<u8>], shape: Shape) -> usize {
     let whole = |end: usize| masks[..end].iter().all(|groups| groups[0] != 0);
     let windowed = |end: usize| {
-        let last = shape.window.map_or(0, |window| (window as usize - 1).div_ceil(BLOCK));
-        masks[end.saturating_sub(last)..end].iter().all(|groups| groups.get(1).is_none_or(|mask| *mask != 0))
+        let first = match shape.second {
+            None => end,
+            Some(Second::Window(tokens)) => end.saturating_sub((tokens as usize - 1).div_ceil(BLOCK)),
+            Some(Second::Chunk(tokens)) => end * BLOCK / tokens as usize * tokens as usize / BLOCK,
+            Some(Second::State) => end - 1,
+        };
+        masks[first..end].iter().all(|groups| groups.get(1).is_none_or(|mask| *mask != 0))
     };
     // A group of which nothing was ever told does not exist for the index.
     let second = masks.iter().any(|groups| groups.len() > 1);

@@ -145,6 +145,7 @@ def test_chunks_and_sinks_are_served() -> None:
     groups = described([chunks(48), sinks])
     assert [group.rule for group in groups.groups] == [{"chunked_local": {"chunk": 48}}, "full"]
     assert [group.kind for group in groups.groups] == ["chunked_local_attention", "sink_full_attention"]
+    assert [group.window for group in groups.groups] == [48, None], "events tell the chunk"
 
 
 def test_a_draft_models_last_block_is_left_out_and_states_have_none() -> None:
