@@ -1,9 +1,9 @@
 //! `kvcellar bench kinds`: what keeping and finding blocks costs for a hybrid model of eight KV
 //! cache groups, beside a plain model, in one run.
 //!
-//! Measured: the tier engine with its real slot table and nothing to copy. A request is offered step
-//! by step, as vLLM computes it; its copies are answered at once; then the same prompt is looked up
-//! and loaded. Not measured: copies, the way through Python, vLLM.
+//! Measured: the tier engine with its real slot table and nothing to copy. A request is offered
+//! step by step, as vLLM computes it; its copies are answered at once; then the same prompt is
+//! looked up and loaded. Not measured: copies, the way through Python, vLLM.
 
 use std::hint::black_box;
 use std::sync::Arc;

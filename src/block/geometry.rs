@@ -33,8 +33,8 @@ impl GroupSpec {
         self.kind.rule().needs_whole_prefix()
     }
 
-    /// Whether any hit needs this block. Hits end at multiples of `hit_tokens`, and what a kind needs
-    /// begins ever later as ends grow: the first end that the block lies before decides.
+    /// Whether any hit needs this block. Hits end at multiples of `hit_tokens`, and what a kind
+    /// needs begins ever later as ends grow: the first end that the block lies before decides.
     #[inline]
     pub fn is_ever_needed(&self, block: u32, hit_tokens: u32) -> bool {
         let (start, end) = (block * self.block_tokens, (block + 1) * self.block_tokens);

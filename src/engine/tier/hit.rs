@@ -112,9 +112,9 @@ fn shrink_to_what_is_there(
         });
         match gap {
             None => return end,
-            // No end between the gap and this one can do without the block: what a kind needs begins
-            // ever later as ends grow. For a draft group, the block after the end must be there,
-            // too.
+            // No end between the gap and this one can do without the block: what a kind needs
+            // begins ever later as ends grow. For a draft group, the block after the end must be
+            // there, too.
             Some(block) => {
                 let below = align((block.saturating_sub(u32::from(spec.eagle))) * tokens, grouping);
                 end = below.min(end - grouping.hit_tokens);
