@@ -43,7 +43,7 @@ pub struct KindsBench {
 const BLOCK_TOKENS: u32 = 16;
 const NANOSECONDS: f64 = 1e9;
 
-struct Model {
+struct GroupMix {
     name: &'static str,
     grouping: Grouping,
 }
@@ -58,7 +58,7 @@ fn grouping(kinds: &[GroupKind]) -> Grouping {
     Grouping { groups: kinds.iter().map(spec).collect(), hash_tokens: BLOCK_TOKENS, hit_tokens: BLOCK_TOKENS }
 }
 
-fn models() -> [Model; 2] {
+fn models() -> [GroupMix; 2] {
     let window = GroupKind::SlidingWindow(SlidingWindow { window: 1024, extra: 0 });
     let chunks = GroupKind::ChunkedLocal(ChunkedLocal { chunk: 2048 });
     let hybrid = [
@@ -72,21 +72,21 @@ fn models() -> [Model; 2] {
         GroupKind::State,
     ];
     [
-        Model { name: "plain", grouping: grouping(&[GroupKind::Full]) },
-        Model { name: "hybrid", grouping: grouping(&hybrid) },
+        GroupMix { name: "plain", grouping: grouping(&[GroupKind::Full]) },
+        GroupMix { name: "hybrid", grouping: grouping(&hybrid) },
     ]
 }
 
 /// What one request cost.
 #[derive(Debug, Default, Clone, Copy)]
-struct Cost {
+struct RequestCost {
     offer_ns: f64,
     lookup_ns: f64,
     load_ns: f64,
     slots_per_1000_tokens: f64,
 }
 
-struct Bench {
+struct HybridRun {
     engine: TierEngine,
     memory: Arc<HeapSlots>,
     grouping: Grouping,
@@ -94,8 +94,8 @@ struct Bench {
     next: u64,
 }
 
-impl Bench {
-    fn new(model: &Model, options: &KindsBench) -> Result<Self> {
+impl HybridRun {
+    fn new(model: &GroupMix, options: &KindsBench) -> Result<Self> {
         // Room for three requests: the oldest makes room for the newest, as in a pool that is full.
         let slots = 3 * options.tokens / BLOCK_TOKENS * model.grouping.groups.len() as u32;
         let memory = Arc::new(HeapSlots::new(slots, 1));
@@ -134,7 +134,7 @@ impl Bench {
     }
 
     /// One request from its first step to its last, then the same prompt again.
-    fn once(&mut self) -> Result<Cost> {
+    fn once(&mut self) -> Result<RequestCost> {
         self.next += 1;
         let blocks = self.options.tokens / BLOCK_TOKENS;
         let hashes: Vec<BlockHash> = (0..blocks).map(|block| Self::hash(self.next, block)).collect();
@@ -180,7 +180,7 @@ impl Bench {
         self.engine.load_ended(&id, false);
         self.engine.finish(&id, self.options.tokens, self.options.tokens);
         black_box(self.engine.take_events());
-        Ok(Cost {
+        Ok(RequestCost {
             offer_ns: seconds * NANOSECONDS / stored as f64,
             lookup_ns: lookup * NANOSECONDS / f64::from(blocks),
             load_ns: load * NANOSECONDS / f64::from(loaded),
@@ -199,8 +199,8 @@ pub fn measure(options: &KindsBench) -> Result<(Vec<Measured>, Vec<Goal>)> {
         bar.set_style(style);
     }
     let models = models();
-    let mut benches = models.iter().map(|model| Bench::new(model, options)).collect::<Result<Vec<Bench>>>()?;
-    let mut costs: Vec<Vec<Cost>> = vec![Vec::new(); benches.len()];
+    let mut benches = models.iter().map(|model| HybridRun::new(model, options)).collect::<Result<Vec<HybridRun>>>()?;
+    let mut costs: Vec<Vec<RequestCost>> = vec![Vec::new(); benches.len()];
     for _ in 0..options.repetitions {
         for (bench, costs) in benches.iter_mut().zip(&mut costs) {
             costs.push(bench.once()?);

@@ -1,6 +1,6 @@
 use serde::{Deserialize, Serialize};
 
-use super::Kind;
+use super::HitRule;
 
 /// A token attends to the tokens of its own chunk alone, up to itself (Llama 4).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -9,7 +9,7 @@ pub struct ChunkedLocal {
     pub chunk: u32,
 }
 
-impl Kind for ChunkedLocal {
+impl HitRule for ChunkedLocal {
     /// The block in which the next token's chunk begins; at the end of a chunk, nothing is needed.
     fn first_needed(&self, end: u32, block_tokens: u32) -> u32 {
         (end - end % self.chunk.max(1)) / block_tokens

@@ -13,10 +13,10 @@ pub use chunked_local::ChunkedLocal;
 pub use full::Full;
 use serde::{Deserialize, Serialize};
 pub use sliding_window::SlidingWindow;
-pub use state::State;
+pub use state::StateAtEnd;
 
 /// What a kind says of itself.
-pub trait Kind {
+pub trait HitRule {
     /// The first block that a request needs which resumes at `end` tokens. It needs this block and
     /// all that follow it up to `end`, and none before.
     ///
@@ -45,18 +45,18 @@ pub enum GroupKind {
     SlidingWindow(SlidingWindow),
     /// See [`ChunkedLocal`].
     ChunkedLocal(ChunkedLocal),
-    /// See [`State`].
+    /// See [`StateAtEnd`].
     State,
 }
 
 impl GroupKind {
     /// The kind's own description.
-    pub fn rule(&self) -> &dyn Kind {
+    pub fn rule(&self) -> &dyn HitRule {
         match self {
             Self::Full => &Full,
             Self::SlidingWindow(window) => window,
             Self::ChunkedLocal(chunks) => chunks,
-            Self::State => &State,
+            Self::State => &StateAtEnd,
         }
     }
 }

@@ -1,6 +1,6 @@
 use serde::{Deserialize, Serialize};
 
-use super::Kind;
+use super::HitRule;
 
 /// A token attends to itself and the `window - 1` tokens before it, also with MLA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -11,7 +11,7 @@ pub struct SlidingWindow {
     pub extra: u32,
 }
 
-impl Kind for SlidingWindow {
+impl HitRule for SlidingWindow {
     fn first_needed(&self, end: u32, block_tokens: u32) -> u32 {
         let tail = (self.window.saturating_sub(1) + self.extra).div_ceil(block_tokens);
         (end / block_tokens).saturating_sub(tail)
