@@ -271,11 +271,12 @@ fn plan(tiers: &Tiers, grouping: &Grouping, request: &RequestState, admission: A
     for (group, spec) in grouping.groups.iter().enumerate() {
         let (first, last) = (local / spec.block_tokens, (local + external) / spec.block_tokens);
         let destinations = admission.destinations.get(group).map_or(&[][..], Vec::as_slice);
-        let mut known = 0;
-        for (key, number) in request.keys(grouping, group, first, last).zip(first..) {
+        // vLLM gives no block to what lies before a window: null blocks lead the way.
+        let mut known = destinations.iter().take_while(|block| **block == 0).count().min((last - first) as usize);
+        let from = first + known as u32;
+        for (key, number) in request.keys(grouping, group, from, last).zip(from..) {
             let destination = destinations.get(known);
             known += 1;
-            // vLLM gives no block to what lies before a window.
             let Some(destination) = destination.filter(|block| **block != 0) else { continue };
             match tiers.source(&key) {
                 Some(source) => blocks.push(PlannedBlock {
