@@ -125,7 +125,7 @@ class Rig:
             device.index if device.type == "cuda" else None,
             nvrtc if device.type == "cuda" else [],
         )
-        ranks = [{"block_bytes": self.worker.block_bytes, "replica_of": None}]
+        ranks = [{"block_bytes": self.worker.block_bytes, "replica_of": [None] * len(self.worker.block_bytes)}]
         self.engine.open_pool(json.dumps(ranks), '{"model": "hardware"}', True, lambda _done, _total: None)
         ticket = self.engine.ticket()
         if ticket is None:

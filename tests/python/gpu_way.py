@@ -32,7 +32,7 @@ def main(library: str, pool_dir: str) -> None:
     engine = TierEngine(config, json.dumps({"groups": [group], "hash_tokens": TOKENS, "hit_tokens": TOKENS}))
     view = {"address": start, "stride_bytes": PAGE, "page_bytes": PAGE, "pages_per_block": 1, "pages": BLOCKS}
     worker = CopyWorker(config, 0, json.dumps([[view]]), 0, nvrtc.libraries())
-    ranks = json.dumps([{"block_bytes": worker.block_bytes, "replica_of": None}])
+    ranks = json.dumps([{"block_bytes": worker.block_bytes, "replica_of": [None] * len(worker.block_bytes)}])
     engine.open_pool(ranks, "{}", True, lambda _done, _total: None)
     ticket = engine.ticket()
     assert ticket is not None

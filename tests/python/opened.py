@@ -35,7 +35,7 @@ def main() -> None:
     config = Config.parse(sys.argv[1])
     early = config.check_machine()
     engine = TierEngine(config, GROUPING)
-    ranks = json.dumps([{"block_bytes": [BLOCK_BYTES], "replica_of": None}])
+    ranks = json.dumps([{"block_bytes": [BLOCK_BYTES], "replica_of": [None]}])
     report = engine.open_pool(ranks, '{"model": "test"}', True, lambda done, total: None)
     disk = report.disk
     said = {"early": early, "bytes": report.bytes, "bound": report.bound, "warnings": report.warnings}

@@ -7,12 +7,13 @@ use kvcellar_block::{
 };
 use kvcellar_engine::nvme::extent;
 
-/// Two groups on three ranks. In the second group the last one has the first one's bytes.
+/// Two groups on three ranks: 4 KiB of payload. The last rank has no bytes of the first group, and
+/// those of the first rank of the second.
 pub fn geometry() -> SlotGeometry {
     let group = GroupSpec { kind: GroupKind::Full, kind_name: String::new(), block_tokens: 16, eagle: false };
     let grouping = Grouping { groups: vec![group.clone(), group], hash_tokens: 16, hit_tokens: 16 };
     let own = |first, second| RankBytes { block_bytes: vec![first, second], replica_of: vec![None; 2] };
-    let twin = RankBytes { block_bytes: vec![1500, 700], replica_of: vec![None, Some(0)] };
+    let twin = RankBytes { block_bytes: vec![0, 700], replica_of: vec![None, Some(0)] };
     SlotGeometry::lay_out(&grouping, &[own(1500, 700), own(2500, 900), twin]).expect("a geometry")
 }
 
