@@ -1,3 +1,5 @@
+//! Attention within chunks of tokens.
+
 use serde::{Deserialize, Serialize};
 
 use super::HitRule;

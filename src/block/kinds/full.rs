@@ -1,3 +1,5 @@
+//! Attention over all tokens before: full attention, MLA, attention with sinks.
+
 use super::HitRule;
 
 /// A token attends to all tokens before it: full attention, MLA, attention with sinks.

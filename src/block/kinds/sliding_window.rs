@@ -1,3 +1,5 @@
+//! Attention over the last tokens.
+
 use serde::{Deserialize, Serialize};
 
 use super::HitRule;

@@ -1,3 +1,5 @@
+//! States of recurrences and convolutions.
+
 use super::HitRule;
 
 /// A block holds the state of a recurrence or convolution at its end, which stands for all tokens
