@@ -37,15 +37,21 @@ class Group:
         rule: which blocks a hit needs, as the native engine writes it.
         block_tokens: tokens of one block.
         eagle: the group belongs to a draft model whose last block must be left out of a hit.
-        holds_states: a block holds the state at its end. vLLM names each block that has one, because a table does not
-            tell: other blocks of it are null, or hold a state that is still moving.
     """
 
     kind: str
     rule: Rule
     block_tokens: int
     eagle: bool = False
-    holds_states: bool = False
+
+    @property
+    def holds_states(self) -> bool:
+        """Whether a block holds the state at its end.
+
+        vLLM names each block that has one, because a table does not tell: other blocks of it are null, or hold a state
+        that is still moving.
+        """
+        return self.rule == "state"
 
     @property
     def window(self) -> int | None:
@@ -188,12 +194,6 @@ def _eagle(kind: str, drops: bool, is_draft: bool, annotated: bool) -> bool:
     return drops and kind != "mamba" and (is_draft or not annotated)
 
 
-def has_states(kv_cache_config: KVCacheConfig) -> bool:
-    """Whether any group holds states."""
-    groups = kv_cache_config.kv_cache_groups
-    return any(isinstance(layer, MambaSpec) for group in groups for layer in iter_layer_specs(group.kv_cache_spec))
-
-
 def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Groups:
     """Describe the model's groups.
 
@@ -208,11 +208,6 @@ def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Groups:
     if not kv_cache_config.kv_cache_groups:
         raise UnsupportedError(f"This model has no KV cache. {REMEDY}")
     draft = vllm_config.speculative_config
-    if draft is not None and parallel.pipeline_parallel_size > 1 and has_states(kv_cache_config):
-        raise UnsupportedError(
-            "Pipeline parallel ranks of a model with states and speculative decoding write a state after copies of it "
-            f"have begun. {REMEDY}"
-        )
     drops = draft is not None and draft.use_eagle_block_drop()
     annotated = any(group.is_eagle_group for group in kv_cache_config.kv_cache_groups)
     groups = []
@@ -231,10 +226,15 @@ def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Groups:
                 rule,
                 layers[0].block_size,
                 eagle=_eagle(kind, drops, group.is_eagle_group, annotated),
-                holds_states=rule == "state",
             )
         )
+    hold_states = any(group.holds_states for group in groups)
+    if hold_states and draft is not None and parallel.pipeline_parallel_size > 1:
+        raise UnsupportedError(
+            "Pipeline parallel ranks of a model with states and speculative decoding write a state after copies of it "
+            f"have begun. {REMEDY}"
+        )
     hit_tokens, hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
-    zeroes = getattr(kv_cache_config, "needs_kv_cache_zeroing", False) or any(group.holds_states for group in groups)
+    zeroes = getattr(kv_cache_config, "needs_kv_cache_zeroing", False) or hold_states
     written_early = zeroes and getattr(vllm_config, "use_v2_model_runner", True)
     return Groups(tuple(groups), hash_tokens, hit_tokens, written_early)

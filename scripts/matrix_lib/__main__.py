@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".cache" / "matrix"
 VENV = ROOT / ".venv"
-# What vLLM's interface moves most: groups, states, hits, disk, events, other connectors, refused starts.
+# What a new vLLM moves most: groups, states, hits, disk, events, other connectors, refused starts.
 TESTS = (
     "tests/vllm/test_descriptions.py",
     "tests/vllm/test_steps.py",

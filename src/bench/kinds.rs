@@ -12,6 +12,7 @@ use std::time::Instant;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::lookup::hash;
 use super::report::{Goal, Measured, measured, report};
 use kvcellar_block::error::{Error, Result};
 use kvcellar_block::kinds::{ChunkedLocal, SlidingWindow};
@@ -104,16 +105,6 @@ impl HybridRun {
         Ok(Self { engine, memory, grouping: model.grouping.clone(), options: options.clone(), next: 0 })
     }
 
-    fn hash(request: u64, block: u32) -> BlockHash {
-        let mut bytes = [0; 32];
-        for (part, chunk) in bytes.chunks_exact_mut(8).enumerate() {
-            let seed = part as u64 | u64::from(block) << 8;
-            chunk.copy_from_slice(&xxhash_rust::xxh3::xxh3_64_with_seed(&request.to_le_bytes(), seed).to_le_bytes());
-        }
-        // 32 bytes are a length every hash may have.
-        BlockHash::new(&bytes).unwrap_or_else(|| unreachable!("32 bytes"))
-    }
-
     /// The blocks that a step completes: all of attention's, and the state at its end.
     fn offered(&self, first: u32, last: u32) -> Vec<GroupOffer> {
         let of_group = |(group, spec): (usize, &GroupSpec)| {
@@ -137,7 +128,7 @@ impl HybridRun {
     fn once(&mut self) -> Result<RequestCost> {
         self.next += 1;
         let blocks = self.options.tokens / BLOCK_TOKENS;
-        let hashes: Vec<BlockHash> = (0..blocks).map(|block| Self::hash(self.next, block)).collect();
+        let hashes: Vec<BlockHash> = (0..blocks).map(|block| hash(self.next << 32 | u64::from(block))).collect();
         let id = format!("computed-{}", self.next);
         self.engine.add_request(&id, Controls::default(), "", None);
         self.engine.add_hashes(&id, &hashes);

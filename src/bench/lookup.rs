@@ -36,7 +36,7 @@ pub struct LookupBench {
 }
 
 /// The `n`-th of an endless row of distinct hashes.
-fn hash(number: u64) -> BlockHash {
+pub(super) fn hash(number: u64) -> BlockHash {
     let mut bytes = [0; 32];
     for (part, chunk) in bytes.chunks_exact_mut(8).enumerate() {
         chunk.copy_from_slice(&xxhash_rust::xxh3::xxh3_64_with_seed(&number.to_le_bytes(), part as u64).to_le_bytes());
