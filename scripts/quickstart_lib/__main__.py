@@ -74,7 +74,8 @@ def run(arguments: Arguments) -> None:
     ):
         # Both tiers lie in folders of this run alone: a second run must find its cold prompts cold.
         # Nothing of the server stays in memory, so that only the disk can answer after a restart.
-        sizes = {"dram_size": arguments.dram_size, "nvme_size": arguments.nvme_size}
+        # Its disk tier is gone with this run, so it may take the free space that a lasting one leaves alone.
+        sizes = {"dram_size": arguments.dram_size, "nvme_size": arguments.nvme_size, "nvme_reserve": 0}
         tiers = connector_flag(**sizes, pool_dir=pool_dir, nvme_dir=nvme_dir) if arguments.with_kvcellar else None
 
         @contextmanager

@@ -36,7 +36,7 @@ def opened(limits: list[str], **config: object) -> dict[str, Any]:
 def test_a_pool_in_little_shared_memory_leaves_what_vllm_talks_through(populating: str) -> None:
     """A process that finds no page there is ended by SIGBUS."""
     with temporary_disk_dir() as disk:
-        tiers = {"dram_size": "1GiB", "nvme_dir": str(disk), "nvme_size": "256MiB"}
+        tiers = {"dram_size": "1GiB", "nvme_dir": str(disk), "nvme_size": "256MiB", "nvme_reserve": 0}
         said = opened(["small-shm", "no-ring", populating], **tiers)
     assert confined.SHARED_BYTES // 2 < said["bytes"] < confined.SHARED_BYTES * 4 // 5
     assert said["bound"] == "free shared memory"

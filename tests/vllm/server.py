@@ -54,11 +54,14 @@ def free_port(count: int = 1) -> int:
 
 
 def transfer_config(cellar: Mapping[str, object], **more: object) -> dict[str, Any]:
-    """vLLM's `kv_transfer_config` for our connector, found through its plugin entry point."""
+    """vLLM's `kv_transfer_config` for our connector, found through its plugin entry point.
+
+    A disk tier keeps nothing of the disk free unless `cellar` says so: a test must not depend on how full it is.
+    """
     return {
         "kv_connector": "KVCellarConnector",
         "kv_role": "kv_both",
-        "kv_connector_extra_config": dict(cellar),
+        "kv_connector_extra_config": {**({"nvme_reserve": 0} if "nvme_dir" in cellar else {}), **cellar},
         **more,
     }
 
