@@ -189,6 +189,7 @@ def _for_people(vllm_config: VllmConfig) -> dict[str, Json]:
         "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype),
         "tensor_parallel": parallel.tensor_parallel_size,
         "pipeline_parallel": parallel.pipeline_parallel_size,
+        "decode_context_parallel": parallel.decode_context_parallel_size,
         "vllm": vllm_version(),
     }
 
@@ -199,6 +200,8 @@ def _ranks(offers: Sequence[RankOffer]) -> Json:
         "isa": [*sorted({offer.isa for offer in offers})],
         "block_bytes": [list(offer.block_bytes) for offer in offers],
         "attention": [list(getattr(offer, "attention", ())) for offer in offers],
+        # As the workers have it: vLLM may change it there, and only there.
+        "interleave": [*sorted({offer.interleave for offer in offers})],
     }
 
 

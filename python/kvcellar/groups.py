@@ -1,12 +1,11 @@
 """vLLM's KV cache groups, as the native engine wants to know them."""
 
 import json
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 from vllm.config import VllmConfig
-from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+from vllm.v1.core.kv_cache_utils import resolve_dcp_kv_block_size, resolve_kv_cache_block_sizes
 from vllm.v1.core.sched import output as scheduler_output
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
@@ -35,7 +34,7 @@ class Group:
     Attributes:
         kind: vLLM's name of the attention kind, as events carry it.
         rule: which blocks a hit needs, as the native engine writes it.
-        block_tokens: tokens of one block.
+        block_tokens: tokens of one block, of all ranks that share them.
         eagle: the group belongs to a draft model whose last block must be left out of a hit.
     """
 
@@ -163,25 +162,30 @@ _RULES: dict[str, Callable[[int, list[KVCacheSpec]], Rule]] = {
 }
 
 
-def replicas(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> tuple[int, ...]:
-    """For each group, how many consecutive tensor-parallel ranks hold the same bytes of every layer.
+def shares(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, rank: int) -> tuple[tuple[int, ...], ...]:
+    """For each group, what this tensor-parallel rank holds of its blocks.
 
-    To be asked in a worker: in EngineCore, vLLM lets one layer stand for a group of different ones.
+    Ranks of one pipeline stage that say the same hold the same bytes, which are kept once. To be asked in a worker: in
+    EngineCore, vLLM lets one layer stand for a group of different ones.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        kv_cache_config: this worker's groups.
+        rank: this worker's tensor-parallel rank.
     """
     ranks: int = vllm_config.parallel_config.tensor_parallel_size
-    shares_tokens = getattr(vllm_config.parallel_config, "decode_context_parallel_size", 1) > 1
+    dcp: int = vllm_config.parallel_config.decode_context_parallel_size
 
     def of_layer(layer: KVCacheSpec) -> int:
         if isinstance(layer, MambaSpec):
-            return ranks if getattr(layer, "tp_replicated", False) else 1
+            return 0 if getattr(layer, "tp_replicated", False) else rank
         shards = getattr(layer, "max_tp_shards", None)
-        if shards is None or (shares_tokens and getattr(layer, "dcp_sharded", True)):
-            return 1
-        return max(1, ranks // int(shards))
+        heads = rank if shards is None else rank // max(1, ranks // int(shards))
+        # Of the tokens of these heads, each rank of a context parallel group has its own.
+        return heads * dcp + rank % dcp if layer.dcp_sharded else heads
 
-    def of_group(spec: KVCacheSpec) -> int:
-        alike: int = math.gcd(ranks, *map(of_layer, iter_layer_specs(spec)))
-        return alike
+    def of_group(spec: KVCacheSpec) -> tuple[int, ...]:
+        return tuple(of_layer(layer) for layer in iter_layer_specs(spec))
 
     return tuple(of_group(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups)
 
@@ -198,13 +202,15 @@ def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Groups:
     """Describe the model's groups.
 
     Raises:
-        UnsupportedError: for a group of a kind that cannot be kept (named, with its index), context parallelism, or a
-            model without KV cache.
+        UnsupportedError: for a group of a kind that cannot be kept (named, with its index), prefill context
+            parallelism, or a model without KV cache.
     """
     parallel = vllm_config.parallel_config
-    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        if getattr(parallel, name, 1) > 1:
-            raise UnsupportedError(f"{name} of {getattr(parallel, name)} is not supported. {REMEDY}")
+    if parallel.prefill_context_parallel_size > 1:
+        raise UnsupportedError(
+            f"prefill_context_parallel_size of {parallel.prefill_context_parallel_size} is not supported, "
+            f"decode_context_parallel_size is. {REMEDY}"
+        )
     if not kv_cache_config.kv_cache_groups:
         raise UnsupportedError(f"This model has no KV cache. {REMEDY}")
     draft = vllm_config.speculative_config
@@ -224,7 +230,7 @@ def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Groups:
             Group(
                 kind,
                 rule,
-                layers[0].block_size,
+                resolve_dcp_kv_block_size(spec, parallel.decode_context_parallel_size),
                 eagle=_eagle(kind, drops, group.is_eagle_group, annotated),
             )
         )

@@ -46,7 +46,9 @@ class RankOffer(KVConnectorHandshakeMetadata):
         block_bytes: per KV cache group, bytes of one block on this rank.
         near_node: the memory node next to this rank's GPU; None where that is not known.
         attention: the attention backends that vLLM has chosen for this rank's layers.
-        replicas: per KV cache group, so many consecutive tensor-parallel ranks hold the same bytes.
+        shares: per KV cache group, what this rank holds of a block; ranks of one pipeline stage that say the same hold
+            the same bytes.
+        interleave: so many consecutive tokens lie on one rank, where ranks share the tokens of a block.
     """
 
     machine: str
@@ -55,7 +57,8 @@ class RankOffer(KVConnectorHandshakeMetadata):
     block_bytes: tuple[int, ...]
     near_node: int | None = None
     attention: tuple[str, ...] = ()
-    replicas: tuple[int, ...] = ()
+    shares: tuple[tuple[int, ...], ...] = ()
+    interleave: int = 1
 
 
 @dataclass

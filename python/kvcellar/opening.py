@@ -1,7 +1,6 @@
 """Opening the host pool and the store once every rank has told its part of a block; and what the log says of it."""
 
 import json
-import math
 import time
 from collections.abc import Mapping
 
@@ -56,17 +55,9 @@ def open_pool(
             "restart. Set PYTHONHASHSEED, or use sha256.",
             vllm_config.cache_config.prefix_caching_hash_algo,
         )
-    tensor = vllm_config.parallel_config.tensor_parallel_size
-
-    def first_twin(index: int, replicas: int) -> int | None:
-        first = index - index % tensor % replicas
-        return None if first == index else first
-
-    # Ranks of one stage hold the same layers; those of another may not have any of a group.
-    alike = [math.gcd(*of_group) for of_group in zip(*(rank.replicas for rank in ranks), strict=True)]
     native_ranks = [
-        {"block_bytes": rank.block_bytes, "replica_of": [first_twin(index, number) for number in alike]}
-        for index, rank in enumerate(ranks)
+        {"block_bytes": rank.block_bytes, "replica_of": replica_of}
+        for rank, replica_of in zip(ranks, _replicas(offers), strict=True)
     ]
     near = sorted({rank.near_node for rank in ranks if rank.near_node is not None})
     report = engine.open_pool(
@@ -80,6 +71,16 @@ def open_pool(
     _log_pool(report, engines)
     if report.disk is not None:
         _log_disk(report.disk)
+
+
+def _replicas(offers: Mapping[tuple[int, int], RankOffer]) -> list[list[int | None]]:
+    """For each rank and group, the first rank that holds the same bytes; None where it is this one."""
+    first: dict[tuple[int, int, tuple[int, ...]], int] = {}
+    found: list[list[int | None]] = []
+    for index, key in enumerate(sorted(offers)):
+        twins = [first.setdefault((key[0], group, share), index) for group, share in enumerate(offers[key].shares)]
+        found.append([None if twin == index else twin for twin in twins])
+    return found
 
 
 def _log_pool(report: PoolReport, engines: int) -> None:

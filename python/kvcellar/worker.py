@@ -124,7 +124,8 @@ class WorkerSide:
             tuple(native.block_bytes),
             native.near_node,
             facts.attention(self._vllm_config),
-            groups.replicas(self._vllm_config, self._kv_cache_config),
+            groups.shares(self._vllm_config, self._kv_cache_config, self.key[1]),
+            self._vllm_config.parallel_config.cp_kv_cache_interleave_size,
         )
 
     # -- one step's way ----------------------------------------------------------------------------

@@ -21,13 +21,20 @@ def model_of(specs: list[Any], drafts: tuple[int, ...] = ()) -> Any:
 
 
 def described(
-    specs: list[Any], *, drops: bool = False, drafts: tuple[int, ...] = (), v2: bool = True, stages: int = 1
+    specs: list[Any],
+    *,
+    drops: bool = False,
+    drafts: tuple[int, ...] = (),
+    v2: bool = True,
+    stages: int = 1,
+    dcp: int = 1,
+    pcp: int = 1,
 ) -> Any:
     """The groups of a model as the connector describes them."""
     from kvcellar.groups import describe
 
     parallel = SimpleNamespace(
-        decode_context_parallel_size=1, prefill_context_parallel_size=1, pipeline_parallel_size=stages
+        decode_context_parallel_size=dcp, prefill_context_parallel_size=pcp, pipeline_parallel_size=stages
     )
     cache = SimpleNamespace(block_size=16, enable_prefix_caching=True, prefix_match_unit=None, hash_block_size=None)
     config: Any = SimpleNamespace(
@@ -40,12 +47,14 @@ def described(
     return describe(config, model_of(specs, drafts))
 
 
-def replicas(specs: list[Any], *, ranks: int) -> tuple[int, ...]:
-    """For each group, how many ranks hold the same bytes, as a worker tells."""
-    from kvcellar.groups import replicas
+def holders(specs: list[Any], *, ranks: int, dcp: int = 1) -> list[list[int]]:
+    """For each group and rank, the first rank that says to hold the same, as workers tell."""
+    from kvcellar.groups import shares
 
-    config: Any = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=ranks))
-    return replicas(config, model_of(specs))
+    parallel = SimpleNamespace(tensor_parallel_size=ranks, decode_context_parallel_size=dcp)
+    config: Any = SimpleNamespace(parallel_config=parallel)
+    told = [shares(config, model_of(specs), rank) for rank in range(ranks)]
+    return [[of_group.index(share) for share in of_group] for of_group in zip(*told, strict=True)]
 
 
 def full(block_size: int = 16, **more: Any) -> Any:
@@ -104,14 +113,14 @@ def state(mode: str = "align", **more: Any) -> Any:
 
 def test_kimi_linear_keeps_states_as_shards_and_its_mla_once() -> None:
     groups = described([mla(), state()])
-    assert replicas([mla(), state()], ranks=4) == (4, 1)
+    assert holders([mla(), state()], ranks=4) == [[0, 0, 0, 0], [0, 1, 2, 3]]
     assert [group.rule for group in groups.groups] == ["full", "state"]
     assert [group.holds_states for group in groups.groups] == [False, True]
     assert groups.written_early
 
 
 def test_states_that_every_rank_has_are_kept_once() -> None:
-    assert replicas([full(), state(tp_replicated=True)], ranks=2) == (1, 2)
+    assert holders([full(), state(tp_replicated=True)], ranks=2) == [[0, 1], [0, 0]]
 
 
 def test_layers_of_a_group_that_differ_are_copies_only_where_all_are() -> None:
@@ -119,8 +128,34 @@ def test_layers_of_a_group_that_differ_are_copies_only_where_all_are() -> None:
     from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 
     mixed = UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"target": mla(), "draft": full()})
-    assert replicas([mixed], ranks=4) == (1,)
-    assert replicas([UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": mla(), "b": mla()})], ranks=4) == (4,)
+    assert holders([mixed], ranks=4) == [[0, 1, 2, 3]]
+    alike = UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": mla(), "b": mla()})
+    assert holders([alike], ranks=4) == [[0, 0, 0, 0]]
+
+
+def test_ranks_of_a_context_parallel_group_share_the_tokens_of_a_block() -> None:
+    """A block then covers the tokens of all of them. States, and whatever is not sharded, are as before."""
+    specs = [full(), state()]
+    groups = described(specs, dcp=2)
+    assert [group.block_tokens for group in groups.groups] == [32, 16]
+    assert (groups.hash_tokens, groups.hit_tokens) == (16, 32)
+    assert described([full()], dcp=4).groups[0].block_tokens == 64
+    assert described([full(dcp_sharded=False)], dcp=4).groups[0].block_tokens == 16
+
+
+def test_only_ranks_with_the_same_heads_and_the_same_tokens_are_copies() -> None:
+    assert holders([mla()], ranks=4, dcp=4) == [[0, 1, 2, 3]]
+    assert holders([mla(), mla(dcp_sharded=False)], ranks=4, dcp=2) == [[0, 1, 0, 1], [0, 0, 0, 0]]
+    # Two heads on eight ranks, each on four of them, which share the tokens two by two.
+    assert holders([full(max_tp_shards=2)], ranks=8, dcp=2) == [[0, 1, 0, 1, 4, 5, 4, 5]]
+    assert holders([full()], ranks=4, dcp=2) == [[0, 1, 2, 3]], "nobody says whether heads are copies"
+
+
+def test_prefill_context_parallelism_is_refused_by_name() -> None:
+    from kvcellar import UnsupportedError
+
+    with pytest.raises(UnsupportedError, match=r"prefill_context_parallel_size of 2.*decode_context"):
+        described([mla()], pcp=2)
 
 
 def test_deepseek_with_an_indexer_in_another_precision_is_served() -> None:

@@ -53,12 +53,12 @@ def config_of(arguments: dict[str, Any]) -> Any:
     return EngineArgs(**arguments).create_engine_config()
 
 
-def facts_of(config: Any) -> dict[str, Any]:
-    """The facts, without what is for people only, and without doubts."""
+def facts_of(config: Any, **offered: Any) -> dict[str, Any]:
+    """The facts, without what is for people only, and without doubts. `offered`: what its rank says."""
     from kvcellar import facts
     from kvcellar.metadata import RankOffer
 
-    found = facts.identify(config, [RankOffer("here", "LBHNC", "avx2", (4096,))])
+    found = facts.identify(config, [RankOffer("here", "LBHNC", "avx2", (4096,), **offered)])
     assert found.doubts == (), found.doubts
     told = json.loads(found.text)
     del told["model"]
@@ -278,6 +278,12 @@ def test_a_change(row: Row, llama: Path, tmp_path: Path) -> None:
 
 def test_the_table_is_long_enough() -> None:
     assert len(ROWS) >= 40 and len({row.name for row in ROWS}) == len(ROWS)
+
+
+def test_how_ranks_share_the_tokens_of_a_block_counts(llama: Path) -> None:
+    """Beside NIXL a worker changes it, and the configuration of EngineCore does not say so."""
+    config = config_of({**BASE, "model": str(llama)})
+    assert facts_of(config, interleave=1) != facts_of(config, interleave=16)
 
 
 def test_every_neutral_field_has_a_reason_and_each_class_exists() -> None:

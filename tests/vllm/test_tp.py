@@ -128,3 +128,51 @@ def test_two_ranks_keep_their_shards_of_states_and_chunks(
         assert final.cellar("load_failures_total") == 0
         assert not final.leftovers()
         Replay(BLOCK_TOKENS, kind.needs).run(engine.trace())
+
+
+@pytest.mark.parametrize("interleave", [1, 8])
+def test_two_ranks_keep_the_tokens_of_a_block_between_them(
+    interleave: int, vllm_installed: None, tmp_path: Path, seed: int
+) -> None:
+    """Decode context parallelism, with attention of the test's own. A block is twice as long."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < RANKS:
+        pytest.skip(f"{RANKS} ranks need {RANKS} cores, this process may use {len(cores)}")
+    block = RANKS * BLOCK_TOKENS
+    cellar = {"dram_size": kv_mib(64), "namespace_salt": "context", "verify_loads": True}
+    options: dict[str, Any] = {
+        "model": tiny_models.llama(tmp_path / "model", kv_heads=1),
+        "skip_tokenizer_init": True,
+        "max_num_batched_tokens": 256,
+        "tensor_parallel_size": RANKS,
+        "decode_context_parallel_size": RANKS,
+        "cp_kv_cache_interleave_size": interleave,
+        "worker_cls": "tests.vllm.context_parallel.Worker",
+    }
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in cores[:RANKS])}
+    rng = random.Random(seed)
+    prompts = [
+        prompt(rng, blocks * block + more, 10, tiny_models.VOCABULARY - 1)
+        for blocks in (1, 4, 9)
+        for more in (0, 1, -1)
+    ]
+    with (
+        temporary_pool_dir() as pool_dir,
+        open_engine(tmp_path, pool_dir, cellar=cellar, env=env, **options) as engine,
+    ):
+        for tokens in prompts:
+            engine.complete(tokens, ANSWER_TOKENS)
+        references = [engine.complete(tokens, ANSWER_TOKENS) for tokens in prompts]
+        before = engine.settle()
+        for tokens, reference in zip(prompts, references, strict=True):
+            engine.reset_gpu_cache()
+            assert_identical(reference, engine.complete(tokens, ANSWER_TOKENS), f"{len(tokens)} tokens, seed {seed}")
+        final = engine.settle()
+        wanted = sum((len(tokens) - 1) // block * block for tokens in prompts)
+        assert (
+            final.hit_tokens - before.hit_tokens == sum(reference.cached_tokens for reference in references) == wanted
+        )
+        assert final.cellar("verified_loads_total") > 0
+        assert final.cellar("load_failures_total") == 0
+        assert not final.leftovers()
+        Replay(block).run(engine.trace())

@@ -49,8 +49,8 @@ def hybrid(path: Path) -> Path:
     return _save(config, Gemma3ForCausalLM, path)
 
 
-def llama(path: Path) -> Path:
-    """Four layers, four heads, two KV heads: divisible by two ranks and by two pipeline stages."""
+def llama(path: Path, kv_heads: int = 2) -> Path:
+    """Four layers, four heads, two KV heads unless told: divisible by two ranks and by two pipeline stages."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -59,7 +59,7 @@ def llama(path: Path) -> Path:
         intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
         head_dim=32,
         max_position_embeddings=2048,
         initializer_range=SPREAD,
