@@ -10,7 +10,7 @@ import pytest
 
 from tests.vllm import tiny_models
 from tests.vllm.answers import assert_identical
-from tests.vllm.cache_model import Replay
+from tests.vllm.cache_model import Need, Replay, whole_prefix
 from tests.vllm.engines import Engine, open_engine
 from tests.vllm.kinds import KINDS
 from tests.vllm.places import temporary_pool_dir
@@ -90,28 +90,25 @@ def test_two_ranks_give_identical_logprobs_after_a_dram_hit(engine: Engine, seed
     Replay(BLOCK_TOKENS).run(engine.trace())
 
 
-@pytest.mark.parametrize("name", ["gated_delta_net", "chunked_local"])
-def test_two_ranks_keep_their_shards_of_states_and_chunks(
-    name: str, vllm_installed: None, tmp_path: Path, seed: int
+def assert_hits_of_two_ranks(
+    work_dir: Path, block: int, needs: tuple[Need, ...], seed: int, salt: str, **options: Any
 ) -> None:
-    """As above, with groups of several kinds. A hit ends where vLLM's own ended."""
-    kind = KINDS[name]
-    model = kind.make(tmp_path / "model")
+    """An engine of two ranks answers after our hits as after its own, which end at the same tokens."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < RANKS:
         pytest.skip(f"{RANKS} ranks need {RANKS} cores, this process may use {len(cores)}")
-    cellar = {"dram_size": kv_mib(64), "namespace_salt": name, "verify_loads": True}
-    options = {"model": model, "skip_tokenizer_init": True, "max_num_batched_tokens": 256}
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in cores[:RANKS])}
     rng = random.Random(seed)
     prompts = [
-        prompt(rng, blocks * BLOCK_TOKENS + more, 10, tiny_models.VOCABULARY - 1)
+        prompt(rng, blocks * block + more, 10, tiny_models.VOCABULARY - 1)
         for blocks in (1, 4, 9)
         for more in (0, 1, -1)
     ]
+    cellar = {"dram_size": kv_mib(64), "namespace_salt": salt, "verify_loads": True}
+    options = {"skip_tokenizer_init": True, "max_num_batched_tokens": 256, "tensor_parallel_size": RANKS, **options}
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in cores[:RANKS])}
     with (
         temporary_pool_dir() as pool_dir,
-        open_engine(tmp_path, pool_dir, cellar=cellar, env=env, tensor_parallel_size=RANKS, **options) as engine,
+        open_engine(work_dir, pool_dir, cellar=cellar, env=env, **options) as engine,
     ):
         for tokens in prompts:
             engine.complete(tokens, ANSWER_TOKENS)
@@ -119,15 +116,24 @@ def test_two_ranks_keep_their_shards_of_states_and_chunks(
         before = engine.settle()
         for tokens, reference in zip(prompts, references, strict=True):
             engine.reset_gpu_cache()
-            assert_identical(
-                reference, engine.complete(tokens, ANSWER_TOKENS), f"{name}, {len(tokens)} tokens, seed {seed}"
-            )
+            answer = engine.complete(tokens, ANSWER_TOKENS)
+            assert_identical(reference, answer, f"{salt}, {len(tokens)} tokens, seed {seed}")
         final = engine.settle()
         assert final.hit_tokens - before.hit_tokens == sum(reference.cached_tokens for reference in references) > 0
         assert final.cellar("verified_loads_total") > 0
         assert final.cellar("load_failures_total") == 0
         assert not final.leftovers()
-        Replay(BLOCK_TOKENS, kind.needs).run(engine.trace())
+        Replay(block, needs).run(engine.trace())
+
+
+@pytest.mark.parametrize("name", ["gated_delta_net", "chunked_local"])
+def test_two_ranks_keep_their_shards_of_states_and_chunks(
+    name: str, vllm_installed: None, tmp_path: Path, seed: int
+) -> None:
+    """As above, with groups of several kinds."""
+    kind = KINDS[name]
+    model = kind.make(tmp_path / "model")
+    assert_hits_of_two_ranks(tmp_path, BLOCK_TOKENS, kind.needs, seed, name, model=model)
 
 
 @pytest.mark.parametrize("interleave", [1, 8])
@@ -135,44 +141,14 @@ def test_two_ranks_keep_the_tokens_of_a_block_between_them(
     interleave: int, vllm_installed: None, tmp_path: Path, seed: int
 ) -> None:
     """Decode context parallelism, with attention of the test's own. A block is twice as long."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < RANKS:
-        pytest.skip(f"{RANKS} ranks need {RANKS} cores, this process may use {len(cores)}")
-    block = RANKS * BLOCK_TOKENS
-    cellar = {"dram_size": kv_mib(64), "namespace_salt": "context", "verify_loads": True}
-    options: dict[str, Any] = {
-        "model": tiny_models.llama(tmp_path / "model", kv_heads=1),
-        "skip_tokenizer_init": True,
-        "max_num_batched_tokens": 256,
-        "tensor_parallel_size": RANKS,
-        "decode_context_parallel_size": RANKS,
-        "cp_kv_cache_interleave_size": interleave,
-        "worker_cls": "tests.vllm.context_parallel.Worker",
-    }
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in cores[:RANKS])}
-    rng = random.Random(seed)
-    prompts = [
-        prompt(rng, blocks * block + more, 10, tiny_models.VOCABULARY - 1)
-        for blocks in (1, 4, 9)
-        for more in (0, 1, -1)
-    ]
-    with (
-        temporary_pool_dir() as pool_dir,
-        open_engine(tmp_path, pool_dir, cellar=cellar, env=env, **options) as engine,
-    ):
-        for tokens in prompts:
-            engine.complete(tokens, ANSWER_TOKENS)
-        references = [engine.complete(tokens, ANSWER_TOKENS) for tokens in prompts]
-        before = engine.settle()
-        for tokens, reference in zip(prompts, references, strict=True):
-            engine.reset_gpu_cache()
-            assert_identical(reference, engine.complete(tokens, ANSWER_TOKENS), f"{len(tokens)} tokens, seed {seed}")
-        final = engine.settle()
-        wanted = sum((len(tokens) - 1) // block * block for tokens in prompts)
-        assert (
-            final.hit_tokens - before.hit_tokens == sum(reference.cached_tokens for reference in references) == wanted
-        )
-        assert final.cellar("verified_loads_total") > 0
-        assert final.cellar("load_failures_total") == 0
-        assert not final.leftovers()
-        Replay(block).run(engine.trace())
+    assert_hits_of_two_ranks(
+        tmp_path,
+        RANKS * BLOCK_TOKENS,
+        (whole_prefix,),
+        seed,
+        "context parallel",
+        model=tiny_models.llama(tmp_path / "model", kv_heads=1),
+        decode_context_parallel_size=RANKS,
+        cp_kv_cache_interleave_size=interleave,
+        worker_cls="tests.vllm.context_parallel.Worker",
+    )
