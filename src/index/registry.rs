@@ -114,8 +114,8 @@ impl IndexWriter {
         if !stored.tokens.is_empty() {
             self.learn_size(column, stored.block_size);
         }
-        if stored.kind.is_some() {
-            self.learn_need(column, Need::of(stored.kind, stored.window, self.block_tokens));
+        if let Some(need) = Need::of(stored.kind, stored.window, self.block_tokens) {
+            self.learn_need(column, need);
         }
     }
 

@@ -22,21 +22,23 @@ pub enum Need {
 }
 
 impl Need {
-    /// From what an event says of a group. `block`: tokens of an index block. What is not known
-    /// needs the whole prefix.
-    pub fn of(kind: Option<&str>, window: Option<u32>, block: u32) -> Self {
-        match (kind, window) {
+    /// From what an event says of a group, in which a kind without its figure says nothing. `block`: tokens of an
+    /// index block. Kinds that are not known need the whole prefix.
+    pub fn of(kind: Option<&str>, window: Option<u32>, block: u32) -> Option<Self> {
+        let need = match (kind?, window) {
             // A token attends to itself and the window - 1 tokens before it.
-            (Some("sliding_window" | "sliding_window_mla"), Some(window)) => {
+            ("sliding_window" | "sliding_window_mla", Some(window)) => {
                 Self::Last(window.saturating_sub(1).div_ceil(block.max(1)).max(1))
             }
-            // Of this kind, engines of ours tell the chunk; vLLM tells nothing.
-            (Some("chunked_local_attention"), Some(chunk)) if block > 0 && chunk > 0 && chunk % block == 0 => {
+            ("chunked_local_attention", Some(chunk)) if block > 0 && chunk > 0 && chunk % block == 0 => {
                 Self::OwnChunk(chunk / block)
             }
-            (Some("mamba"), _) => Self::Last(1),
+            // vLLM's own events do not tell a chunk; those of our tiers, of the same group, do.
+            ("sliding_window" | "sliding_window_mla" | "chunked_local_attention", None) => return None,
+            ("mamba", _) => Self::Last(1),
             _ => Self::Whole,
-        }
+        };
+        Some(need)
     }
 }
 
@@ -100,13 +102,17 @@ mod tests {
 
     #[test]
     fn what_a_group_needs() {
-        assert_eq!(Need::of(Some("full_attention"), None, 16), Need::Whole);
-        assert_eq!(Need::of(Some("something new"), Some(4), 16), Need::Whole);
-        assert_eq!(Need::of(Some("sliding_window"), Some(128), 16), Need::Last(8));
-        assert_eq!(Need::of(Some("sliding_window"), Some(1), 16), Need::Last(1));
-        assert_eq!(Need::of(Some("mamba"), None, 16), Need::Last(1));
-        assert_eq!(Need::of(Some("chunked_local_attention"), Some(64), 16), Need::OwnChunk(4));
-        assert_eq!(Need::of(Some("chunked_local_attention"), None, 16), Need::Whole);
-        assert_eq!(Need::of(Some("chunked_local_attention"), Some(40), 16), Need::Whole, "no whole number of blocks");
+        let of = |kind, window| Need::of(Some(kind), window, 16);
+        assert_eq!(of("full_attention", None), Some(Need::Whole));
+        assert_eq!(of("something new", Some(4)), Some(Need::Whole));
+        assert_eq!(of("sliding_window", Some(128)), Some(Need::Last(8)));
+        assert_eq!(of("sliding_window", Some(1)), Some(Need::Last(1)));
+        assert_eq!(of("mamba", None), Some(Need::Last(1)));
+        assert_eq!(of("chunked_local_attention", Some(64)), Some(Need::OwnChunk(4)));
+        assert_eq!(of("chunked_local_attention", Some(40)), Some(Need::Whole), "no whole number of blocks");
+        for kind in ["chunked_local_attention", "sliding_window", "sliding_window_mla"] {
+            assert_eq!(of(kind, None), None, "{kind}");
+        }
+        assert_eq!(Need::of(None, Some(64), 16), None);
     }
 }

@@ -6,6 +6,7 @@ what follows must be the same to the last bit.
 
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from typing import Any
 
 import pytest
 
+from tests.python.index_server import index_server
 from tests.vllm import cache_model, cpu_kernels, tiny_models
 from tests.vllm.answers import Answer, assert_identical, differences
 from tests.vllm.engines import Engine, open_engine
 from tests.vllm.kinds import KINDS, Kind
 from tests.vllm.metrics import Snapshot
 from tests.vllm.places import temporary_disk_dir, temporary_pool_dir
+from tests.vllm.processes import wait_until
 from tests.vllm.prompts import Conversation, prompt
 from tests.vllm.sizes import kv_bytes, kv_mib
 
@@ -143,6 +146,37 @@ def test_hits_are_those_of_vllm_itself_also_from_disk_after_a_restart(model: Mod
         with started(model, tmp_path, {"dram_size": kv_mib(64), **nvme}, name="again") as engine:
             assert_equal_hits(engine, asked, references, f"{model.name} from disk, seed {seed}")
             assert engine.metrics().cellar("hit_tokens_total", tier="nvme") > 0
+
+
+def test_the_index_says_how_far_a_hit_will_go(model: Model, tmp_path: Path, seed: int) -> None:
+    """From the events of our tiers alone: every group counts by what it needs of a prefix."""
+    from vllm.config.kv_events import KVEventsConfig
+
+    with temporary_pool_dir() as sockets:
+        published = {"endpoint": f"ipc://{sockets}/events", "replay_endpoint": f"ipc://{sockets}/replay"}
+        events = KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", **published)
+        source = f"name=a,endpoint={published['endpoint']},replay={published['replay_endpoint']}"
+        with (
+            index_server("--engine", source) as server,
+            started(model, tmp_path, {"dram_size": kv_mib(64)}, kv_events_config=events) as engine,
+        ):
+            asked = prompts(engine, seed)
+            cold_and_gpu(engine, asked)
+            engine.settle()
+
+            def usable(tokens: list[int]) -> Counter[str]:
+                """Blocks by tier, and tokens in all. vLLM computes the last token of a prompt in any case."""
+                rows = server.post("/v1/score", {"prompt": {"tokens": tokens[:-1]}})["engines"]
+                return sum((Counter(row["tiers"], tokens=row["tokens"]) for row in rows), Counter())
+
+            wait_until(lambda: usable(asked[-1])["gpu"] > 0, "the events of vLLM's own cache")
+            for tokens in asked:
+                engine.reset_gpu_cache()
+                engine.settle()
+                # Events keep their order: with this one, all of our tiers' have arrived.
+                wait_until(lambda tokens=tokens: usable(tokens)["gpu"] == 0, "the end of vLLM's own blocks")
+                told = usable(tokens)["tokens"]
+                assert told == engine.complete(tokens, ANSWER_TOKENS).cached_tokens, f"{len(tokens)} tokens"
 
 
 def test_eight_conversations_with_preemption_agree_with_the_replay(model: Model, tmp_path: Path, seed: int) -> None:
