@@ -25,6 +25,14 @@ ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation, with what came before it."""
+
+    prompt: tuple[int, ...]
+    answer: Answer
+
+
+@dataclass(frozen=True)
 class Served:
     """A request that ran alone: what an independent model may know of it."""
 
@@ -77,10 +85,10 @@ class Engine:
         outputs = self.llm.generate([{"prompt_token_ids": list(tokens)}], sampling, use_tqdm=False)
         return Answer.of_output(outputs[0]), outputs[0].kv_transfer_params
 
-    def converse(self, conversations: Sequence[Conversation], max_tokens: int) -> list[Answer]:
+    def converse(self, conversations: Sequence[Conversation], max_tokens: int) -> list[Turn]:
         """Runs all conversations at once, each at its own pace: its next turn starts when it has the last answer."""
         engine = self.llm.llm_engine
-        answers: list[Answer] = []
+        turns: list[Turn] = []
 
         def ask(lane: int) -> None:
             tokens = conversations[lane].ask(max_tokens)
@@ -95,10 +103,10 @@ class Engine:
             for output in engine.step():
                 if output.finished:
                     lane = int(output.request_id.split("-")[1])
-                    answers.append(Answer.of_output(output))
-                    conversations[lane].hear(answers[-1].tokens)
+                    turns.append(Turn(tuple(output.prompt_token_ids), Answer.of_output(output)))
+                    conversations[lane].hear(turns[-1].answer.tokens)
                     ask(lane)
-        return answers
+        return turns
 
     def metrics(self) -> Snapshot:
         """The present reading of the engine's metrics."""

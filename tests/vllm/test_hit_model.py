@@ -71,13 +71,11 @@ def test_at_eight_conversations_the_replay_agrees(engine: Engine, seed: int) -> 
     before = engine.settle()
     begun = len(engine.trace())
     # The second time the first turns are known, to whichever cache still has them.
-    answers = [
-        answer for _ in range(2) for answer in engine.converse(conversations(seed + 1, (120, 300)), ANSWER_TOKENS)
-    ]
+    turns = [turn for _ in range(2) for turn in engine.converse(conversations(seed + 1, (120, 300)), ANSWER_TOKENS)]
     after = engine.settle()
     ops = engine.trace()
     replay = Replay(BLOCK_TOKENS).run(ops)
-    counts = f"{len(answers)} answers, {replay.lookups} lookups, {replay.waits} waits, {replay.hit_tokens} hit tokens"
+    counts = f"{len(turns)} answers, {replay.lookups} lookups, {replay.waits} waits, {replay.hit_tokens} hit tokens"
     counts += f", seed {seed}"
     print(counts)
     assert replay.hit_tokens == oplog.hit_tokens(ops) == after.hit_tokens, counts

@@ -18,13 +18,13 @@ import pytest
 from tests.python.index_server import index_server
 from tests.vllm import cache_model, cpu_kernels, tiny_models
 from tests.vllm.answers import Answer, assert_identical, differences
-from tests.vllm.engines import Engine, open_engine
+from tests.vllm.engines import Engine, Turn, open_engine
 from tests.vllm.kinds import KINDS, Kind
 from tests.vllm.metrics import Snapshot
 from tests.vllm.places import temporary_disk_dir, temporary_pool_dir
 from tests.vllm.processes import wait_until
 from tests.vllm.prompts import Conversation, prompt
-from tests.vllm.sizes import kv_bytes, kv_mib
+from tests.vllm.sizes import kv_mib
 
 ANSWER_TOKENS = 8
 # Long prompts are computed in several steps, each of which ends with a block where there are
@@ -67,6 +67,7 @@ def started(model: Model, work_dir: Path, cellar: dict[str, object], **more: Any
         "max_model_len": 1000,
         "one_process": True,
         "num_gpu_blocks_override": 400,
+        "dtype": model.kind.dtype,
         **more,
     }
     settings = {"verify_loads": True, "load_policy": "always", "namespace_salt": "kinds", **cellar}
@@ -179,9 +180,19 @@ def test_the_index_says_how_far_a_hit_will_go(model: Model, tmp_path: Path, seed
                 assert told == engine.complete(tokens, ANSWER_TOKENS).cached_tokens, f"{len(tokens)} tokens"
 
 
+def distance(engine: Engine, turn: Turn) -> float:
+    """How far the first logprobs of an answer are from those of the same prompt, computed alone and in full."""
+    engine.reset_gpu_cache()
+    alone = engine.complete(turn.prompt, 1, {"load": False, "store": False})
+    assert alone.cached_tokens == 0
+    (ours, *_), (theirs,) = turn.answer.logprobs, alone.logprobs
+    other = {token: value for token, value, _ in theirs}
+    return max(abs(value - other[token]) for token, value, _ in ours if token in other)
+
+
 def test_eight_conversations_with_preemption_agree_with_the_replay(model: Model, tmp_path: Path, seed: int) -> None:
     """The recorded order of operations, fed to the model: every hit and eviction, exactly. One request is aborted."""
-    dram, few = kv_bytes(SLOTS * model.kind.slot_kib * 1024), model.kind.few_blocks
+    dram, few = SLOTS * model.kind.slot_kib * 1024, model.kind.few_blocks
     with started(model, tmp_path, {"dram_size": dram}, num_gpu_blocks_override=few) as engine:
         tokens = block_tokens(engine)
         vocabulary = (10, tiny_models.VOCABULARY - 1)
@@ -195,13 +206,15 @@ def test_eight_conversations_with_preemption_agree_with_the_replay(model: Model,
                 Conversation(random.Random(f"{seed}-{lane}"), (tokens, 2 * tokens), 8 * tokens, words=vocabulary)
                 for lane in range(LANES)
             ]
-            engine.converse(lanes, tokens)
+            turns = engine.converse(lanes, tokens)
         metrics = engine.settle()
         replay = cache_model.Replay(tokens, model.kind.needs).run(engine.trace())
+        apart = max(distance(engine, turn) for turn in turns)
     said = f"{replay.hit_tokens} hit tokens, {replay.evicted_blocks} evictions, seed {seed}"
     preemptions = metrics.value("vllm:num_preemptions_total")
-    print(said, preemptions, "preemptions")
+    print(said, preemptions, "preemptions, logprobs apart by at most", apart)
     assert preemptions > 0, said
+    assert model.kind.noise is None or apart <= model.kind.noise, said
     assert metrics.hit_tokens == replay.hit_tokens > 0, said
     assert metrics.cellar("evicted_blocks_total", tier="dram") == replay.evicted_blocks > 0, said
     assert metrics.cellar("load_failures_total") == 0

@@ -133,7 +133,7 @@ def test_two_ranks_keep_their_shards_of_states_and_chunks(
     """As above, with groups of several kinds."""
     kind = KINDS[name]
     model = kind.make(tmp_path / "model")
-    assert_hits_of_two_ranks(tmp_path, BLOCK_TOKENS, kind.needs, seed, name, model=model)
+    assert_hits_of_two_ranks(tmp_path, BLOCK_TOKENS, kind.needs, seed, name, model=model, dtype=kind.dtype)
 
 
 @pytest.mark.parametrize("interleave", [1, 8])
