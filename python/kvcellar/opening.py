@@ -71,6 +71,11 @@ def open_pool(
     _log_pool(report, engines)
     if report.disk is not None:
         _log_disk(report.disk)
+        if getattr(vllm_config, "shutdown_timeout", None) == 0:
+            logger.info(
+                "KV Cellar: vLLM kills an engine as soon as it is told to stop, before what is only in memory is "
+                "written to the disk. Start vLLM with --shutdown-timeout 10 to let the tiers close."
+            )
 
 
 def _replicas(offers: Mapping[tuple[int, int], RankOffer]) -> list[list[int | None]]:

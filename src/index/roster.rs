@@ -22,8 +22,8 @@ pub enum Need {
 }
 
 impl Need {
-    /// From what an event says of a group, in which a kind without its figure says nothing. `block`: tokens of an
-    /// index block. Kinds that are not known need the whole prefix.
+    /// From what an event says of a group, in which a kind without its figure says nothing.
+    /// `block`: tokens of an index block. Kinds that are not known need the whole prefix.
     pub fn of(kind: Option<&str>, window: Option<u32>, block: u32) -> Option<Self> {
         let need = match (kind?, window) {
             // A token attends to itself and the window - 1 tokens before it.

@@ -95,6 +95,7 @@ def test_a_size_under_one_block_is_refused_by_name(pool_dir: Path) -> None:
         ({"nvme_dir": "{shm}"}, ["nvme_dir", "same directory as pool_dir"]),
         ({"nvme_dir": "{shm}/planted"}, ["nvme_dir", "tmpfs", "no disk"]),
         ({"nvme_dir": "{tmp}", "nvme_size": "4000TiB"}, ["nvme_size", "has in all", "nvme_dir"]),
+        ({"nvme_dir": "{tmp}/fresh", "nvme_size": "4000TiB"}, ["nvme_size", "has in all", "nvme_dir"]),
         ({"trace_file": "{tmp}/no/such"}, ["trace_file", "does not exist", "Make"]),
         ({"trace_file": "{tmp}"}, ["trace_file", "is a directory"]),
     ],

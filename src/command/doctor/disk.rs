@@ -1,5 +1,6 @@
 //! The directory meant as `nvme_dir`: its file system, `O_DIRECT`, free space, rights.
 
+use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -18,12 +19,19 @@ const FREE_MIN: u64 = 10 << 30;
 
 /// All lines about a directory.
 pub fn examine(dir: &Path) -> Vec<Finding> {
-    let problem = |found: String| {
-        vec![Finding::new(Status::Problem, "nvme_dir", found, "Make the directory, or name another one that exists")]
-    };
+    let finding = |status, found: String, remedy| vec![Finding::new(status, "nvme_dir", found, remedy)];
     match std::fs::metadata(dir) {
-        Err(error) => return problem(format!("{}: {error}", dir.display())),
-        Ok(found) if !found.is_dir() => return problem(format!("{} is no directory", dir.display())),
+        Err(error) if error.kind() == ErrorKind::NotFound && dir.parent().is_some_and(Path::is_dir) => {
+            let found = format!("{} does not exist; a start would make it, on the disk of its parent", dir.display());
+            return finding(Status::Warning, found, "Mount the disk that is meant, or make the directory");
+        }
+        Err(error) => {
+            let found = format!("{}: {error}", dir.display());
+            return finding(Status::Problem, found, "Make the directory, or name another one that exists");
+        }
+        Ok(found) if !found.is_dir() => {
+            return finding(Status::Problem, format!("{} is no directory", dir.display()), "Name a directory");
+        }
         Ok(_) => {}
     }
     vec![rights(dir), file_system(dir), free_space(dir), direct(dir)]

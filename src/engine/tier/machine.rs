@@ -67,8 +67,18 @@ fn pool(config: &Config) -> Result<Option<String>> {
 }
 
 fn disk(nvme: &NvmeConfig, dir: &Path, pool_dir: &Path) -> Result<Option<String>> {
+    let made = make_missing(dir)?;
+    let checked = disk_there(nvme, dir, pool_dir);
+    if made && checked.is_err() {
+        // Another path was meant, perhaps. If it cannot be removed, the message above all matters.
+        let _left_there = fs::remove_dir(dir);
+    }
+    checked
+}
+
+fn disk_there(nvme: &NvmeConfig, dir: &Path, pool_dir: &Path) -> Result<Option<String>> {
     let key = "nvme_dir";
-    is_directory(key, dir, &look_or_make(dir)?)?;
+    is_directory(key, dir, &look(dir).map_err(|error| missing_disk(dir, &error))?)?;
     if fs::canonicalize(dir).ok().is_some_and(|dir| fs::canonicalize(pool_dir).ok() == Some(dir)) {
         return Err(Error::config(key, "is the same directory as pool_dir", "Name a directory on a local disk"));
     }
@@ -124,14 +134,20 @@ fn look(dir: &Path) -> std::io::Result<Metadata> {
     fs::metadata(dir)
 }
 
-/// Makes the directory when only that is missing: on a fresh disk it usually is.
-fn look_or_make(dir: &Path) -> Result<Metadata> {
-    let remedy = || format!("Make it (mkdir -p {}) for this user, or name another directory", dir.display());
-    let found = match look(dir) {
-        Err(error) if error.kind() == ErrorKind::NotFound => fs::create_dir(dir).and_then(|()| look(dir)),
-        found => found,
-    };
-    found.map_err(|error| unreadable("nvme_dir", dir, &error, remedy()))
+/// Makes the directory when only that is missing: on a fresh disk it usually is. Returns whether it
+/// was made.
+fn make_missing(dir: &Path) -> Result<bool> {
+    match look(dir) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            fs::create_dir(dir).map(|()| true).map_err(|error| missing_disk(dir, &error))
+        }
+        _ => Ok(false),
+    }
+}
+
+fn missing_disk(dir: &Path, error: &std::io::Error) -> Error {
+    let remedy = format!("Make it (mkdir -p {}) for this user, or name another directory", dir.display());
+    unreadable("nvme_dir", dir, error, remedy)
 }
 
 fn unreadable(key: &str, dir: &Path, error: &std::io::Error, remedy: String) -> Error {
