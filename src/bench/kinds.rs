@@ -34,7 +34,7 @@ pub struct KindsBench {
     #[arg(long, default_value_t = 2048)]
     pub step: u32,
     /// Repetitions of each measurement.
-    #[arg(long, default_value_t = 15)]
+    #[arg(long, default_value_t = 30)]
     pub repetitions: usize,
     /// JSON on standard output.
     #[arg(long)]
@@ -43,6 +43,10 @@ pub struct KindsBench {
 
 const BLOCK_TOKENS: u32 = 16;
 const NANOSECONDS: f64 = 1e9;
+/// Groups of the largest model.
+const GROUPS_MAX: u32 = 8;
+/// Requests that fill the pool of any of the models, and use each place of it again.
+const FILLING: u32 = 2 * 3 * GROUPS_MAX;
 
 struct GroupMix {
     name: &'static str,
@@ -97,8 +101,9 @@ struct HybridRun {
 
 impl HybridRun {
     fn new(model: &GroupMix, options: &KindsBench) -> Result<Self> {
-        // Room for three requests: the oldest makes room for the newest, as in a pool that is full.
-        let slots = 3 * options.tokens / BLOCK_TOKENS * model.grouping.groups.len() as u32;
+        // Pools of one size for all models: what a block costs depends on how much memory its books
+        // are spread over. Older requests make room for the newest, as in a pool that is full.
+        let slots = 3 * options.tokens / BLOCK_TOKENS * GROUPS_MAX;
         let memory = Arc::new(HeapSlots::new(slots, 1));
         let mut engine = TierEngine::new(&Config::default(), model.grouping.clone())?;
         engine.open(Arc::clone(&memory) as Arc<dyn SlotMemory>);
@@ -192,6 +197,11 @@ pub fn measure(options: &KindsBench) -> Result<(Vec<Measured>, Vec<Goal>)> {
     let models = models();
     let mut benches = models.iter().map(|model| HybridRun::new(model, options)).collect::<Result<Vec<HybridRun>>>()?;
     let mut costs: Vec<Vec<RequestCost>> = vec![Vec::new(); benches.len()];
+    for bench in &mut benches {
+        for _ in 0..FILLING {
+            bench.once()?;
+        }
+    }
     for _ in 0..options.repetitions {
         for (bench, costs) in benches.iter_mut().zip(&mut costs) {
             costs.push(bench.once()?);
