@@ -90,11 +90,13 @@ def _replicas(offers: Mapping[tuple[int, int], RankOffer]) -> list[list[int | No
 
 def _log_pool(report: PoolReport, engines: int) -> None:
     logger.info(
-        "KV Cellar: dram tier of %.2f GiB (%d blocks, bounded by %s%s) at %s; %d blocks adopted%s",
+        "KV Cellar: dram tier of %.2f GiB (%d blocks, bounded by %s%s; %.0f%% in huge pages) at %s; "
+        "%d blocks adopted%s",
         report.bytes / GIB,
         report.slots,
         report.bound,
         f", shared by {engines} engines" if engines > 1 else "",
+        100 * report.huge_bytes / report.bytes,
         report.path,
         report.adopted_blocks,
         f"; in use by others: {', '.join(report.taken)}" if report.taken else "",

@@ -74,6 +74,7 @@ GAUGES: Mapping[str, str] = {
     "fences": "vLLM blocks that wait to be copied before they may be overwritten.",
     "pending_events": "KVEvents that wait for a step.",
     "pool_bytes": "Bytes of the host pool.",
+    "pool_huge_bytes": "Bytes of the host pool that lie in huge pages.",
     "nvme_blocks": "Blocks on disk.",
     "nvme_extents": "Extents that exist on disk, used or not.",
     "nvme_writing": "Blocks being written to disk.",

@@ -173,6 +173,8 @@ pub struct Gauges {
     pub pending_events: u64,
     /// Bytes of the pool file.
     pub pool_bytes: u64,
+    /// Those of them that lie in huge pages.
+    pub pool_huge_bytes: u64,
     /// Blocks that the disk holds too.
     pub clean_slots: u64,
     /// Blocks on disk.
@@ -197,7 +199,7 @@ pub struct Gauges {
 
 impl Gauges {
     /// Name and value of each gauge.
-    pub fn all(&self) -> [(&'static str, u64); 19] {
+    pub fn all(&self) -> [(&'static str, u64); 20] {
         [
             ("total_slots", self.total_slots),
             ("free_slots", self.free_slots),
@@ -208,6 +210,7 @@ impl Gauges {
             ("fences", self.fences),
             ("pending_events", self.pending_events),
             ("pool_bytes", self.pool_bytes),
+            ("pool_huge_bytes", self.pool_huge_bytes),
             ("clean_slots", self.clean_slots),
             ("nvme_blocks", self.nvme_blocks),
             ("nvme_extents", self.nvme_extents),

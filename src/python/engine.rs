@@ -109,6 +109,8 @@ impl PyTierEngine {
                 let opened = open::open(&wish, &mut report)?;
                 let pool_facts =
                     (opened.pool.path().display().to_string(), opened.pool.slot_count(), opened.pool.bytes());
+                // Asked here, where a start may take its time; steps only read what was found.
+                let huge_bytes = opened.pool.huge_bytes();
                 let adopted_blocks = self.lock().open_pool(opened.pool, opened.adopted);
                 let identity = Identity { namespace, facts: &facts, stable };
                 let disk =
@@ -121,6 +123,7 @@ impl PyTierEngine {
                     slots: pool_facts.1,
                     slot_bytes: geometry.slot_bytes,
                     bytes: pool_facts.2,
+                    huge_bytes,
                     bound: opened.budget.map_or("the adopted pool".to_owned(), |budget| budget.bound.to_string()),
                     adopted_blocks,
                     taken: opened.taken,

@@ -19,6 +19,8 @@ pub(super) struct PoolReport {
     pub(super) slot_bytes: u64,
     /// Bytes of the file.
     pub(super) bytes: u64,
+    /// Those of them that lie in huge pages.
+    pub(super) huge_bytes: u64,
     /// What bounded its size.
     pub(super) bound: String,
     /// Blocks taken over from an earlier engine.

@@ -39,6 +39,7 @@ def main() -> None:
     report = engine.open_pool(ranks, '{"model": "test"}', True, lambda done, total: None)
     disk = report.disk
     said = {"early": early, "bytes": report.bytes, "bound": report.bound, "warnings": report.warnings}
+    said["huge"] = report.huge_bytes
     if disk is not None:
         said["disk"] = {"engine": disk.engine, "blocks": disk.extents_max, "warnings": disk.warnings}
     said["queue"] = {"bytes": CHUNKS * CHUNK_BYTES, "free": shutil.disk_usage("/dev/shm").free}

@@ -62,6 +62,15 @@ def test_a_control_groups_limit_bounds_a_pool_and_is_named(populating: str) -> N
     assert "control group" in told and "--memory" in told
 
 
+@by_root
+@pytest.mark.parametrize("shared", ["more-shm", "huge-shm"])
+def test_a_pool_takes_huge_pages_where_they_are_given_and_says_so(shared: str) -> None:
+    """Most of them: memory may be too scattered for some."""
+    said = opened([shared], dram_size="64MiB")
+    wanted = {"more-shm": (0, 0), "huge-shm": (said["bytes"] // 2, said["bytes"])}[shared]
+    assert wanted[0] <= said["huge"] <= wanted[1], said
+
+
 @pytest.mark.parametrize("made", [False, True], ids=["no store", "a store's folder"])
 def test_a_disk_that_is_full_to_its_last_block_leaves_memory_serving(made: bool) -> None:
     with temporary_pool_dir() as pool_dir, small_disk(128 * MIB) as disk:

@@ -86,11 +86,11 @@ def limit_memlock() -> None:
         _prctl(PR_CAPBSET_DROP, CAP_IPC_LOCK)
 
 
-def _mount_memory(where: str, size: int) -> None:
+def _mount_memory(where: str, size: int, more: str = "") -> None:
     """A tmpfs that only this process and what it starts see. Root only."""
     _libc("unshare", CLONE_NEWNS)
     _libc("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
-    _libc("mount", b"tmpfs", where.encode(), b"tmpfs", 0, f"size={size}".encode())
+    _libc("mount", b"tmpfs", where.encode(), b"tmpfs", 0, f"size={size}{more}".encode())
 
 
 def limit_shared_memory(size: int) -> None:
@@ -113,6 +113,7 @@ LIMITS: dict[str, Callable[[], None]] = {
     "little-memlock": limit_memlock,
     "small-shm": lambda: limit_shared_memory(SHARED_BYTES),
     "more-shm": lambda: limit_shared_memory(MORE_SHARED_BYTES),
+    "huge-shm": lambda: _mount_memory("/dev/shm", MORE_SHARED_BYTES, ",huge=advise"),
     "small-group": show_group,
 }
 

@@ -27,7 +27,7 @@ COUNTERS = (
     "verified_loads",
     "adopted_blocks",
 )
-GAUGES = ("pool_slots", "pins", "leases", "fences", "pool_bytes")
+GAUGES = ("pool_slots", "pins", "leases", "fences", "pool_bytes", "pool_huge_bytes")
 
 
 def block_bytes(model: Path) -> int:

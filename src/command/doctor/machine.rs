@@ -9,6 +9,8 @@ use super::finding::{Finding, Status};
 use kvcellar_block::size::show;
 use kvcellar_engine::nvme::probe;
 use kvcellar_engine::pool::budget::Machine;
+use kvcellar_engine::pool::file_system::{FileSystem, FileSystemKind};
+use kvcellar_engine::pool::huge_pages::TmpfsMount;
 use kvcellar_engine::pool::pages;
 
 /// `CAP_IPC_LOCK` in the kernel's masks of capabilities.
@@ -20,7 +22,7 @@ const SHARED_MEMORY_MIN: u64 = 1 << 30;
 
 /// All lines about the machine.
 pub fn examine(pool_dir: &Path) -> Vec<Finding> {
-    vec![kernel(), ring(), memlock(), shared_memory(pool_dir), populate()]
+    vec![kernel(), ring(), memlock(), shared_memory(pool_dir), huge_pages(pool_dir), populate()]
 }
 
 /// Whether the kernel makes a pool's pages exist by itself.
@@ -138,6 +140,30 @@ fn shared_memory(pool_dir: &Path) -> Finding {
         );
     }
     Finding::ok(name, found)
+}
+
+/// Whether a pool there would lie in huge pages, and the one command that makes it so.
+fn huge_pages(pool_dir: &Path) -> Finding {
+    let name = "huge pages";
+    if let Some(place) = FileSystem::of(pool_dir).filter(|place| place.kind == FileSystemKind::Hugetlbfs) {
+        return Finding::ok(name, format!("{} has pages of {}", pool_dir.display(), show(place.page_bytes)));
+    }
+    match TmpfsMount::of(pool_dir) {
+        None => Finding::ok(name, "not known"),
+        Some(mount) if mount.gives() => {
+            Finding::ok(name, format!("{} gives them (huge={})", mount.point.display(), mount.huge))
+        }
+        Some(mount) => Finding::new(
+            Status::Warning,
+            name,
+            format!("{} gives none", mount.point.display()),
+            format!(
+                "As root: mount -o remount,huge=advise {}; then pools take them where memory allows. They cost the disk and the \
+                 processor's address translation less",
+                mount.point.display()
+            ),
+        ),
+    }
 }
 
 #[cfg(test)]

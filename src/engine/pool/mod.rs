@@ -19,6 +19,7 @@ pub mod directory;
 pub mod file_system;
 pub mod futex;
 pub mod header;
+pub mod huge_pages;
 pub mod layout;
 pub mod ledger;
 pub mod mapping;
@@ -75,6 +76,7 @@ pub struct Pool {
     table_slots: u32,
     slots_offset: usize,
     geometry: SlotGeometry,
+    huge: OnceLock<u64>,
     // Fields drop in this order: the memory is unmapped before others may take it over.
     claim: OnceLock<Claim>,
     locks: FileLocks,
@@ -102,7 +104,17 @@ impl Pool {
             return Err(Error::lost("pool file", format!("{} has {} bytes, not {wanted}", path.display(), map.len())));
         }
         let slots_offset = layout.slots_offset() as usize;
-        Ok(Self { map, path, slot_count, table_slots, slots_offset, geometry, claim: OnceLock::new(), locks })
+        Ok(Self {
+            map,
+            path,
+            slot_count,
+            table_slots,
+            slots_offset,
+            geometry,
+            huge: OnceLock::new(),
+            claim: OnceLock::new(),
+            locks,
+        })
     }
 
     /// Attaches to the pool that a ticket names. Called by workers.
@@ -152,6 +164,12 @@ impl Pool {
     /// Bytes of the whole file.
     pub fn bytes(&self) -> u64 {
         self.map.len() as u64
+    }
+
+    /// Bytes of it that lie in huge pages, as the system told when this was first asked.
+    pub fn huge_bytes(&self) -> u64 {
+        let start = self.start().addr().get();
+        *self.huge.get_or_init(|| huge_pages::bytes_in(&(start..start + self.map.len())))
     }
 
     /// First byte of the mapping.

@@ -241,6 +241,7 @@ impl Attached {
             fences: self.offloads.fences() as u64,
             pending_events: self.tiers.dram.events.len() as u64,
             pool_bytes: self.tiers.pool.as_ref().map_or(0, |pool| pool.bytes()),
+            pool_huge_bytes: self.tiers.pool.as_ref().map_or(0, |pool| pool.huge_bytes()),
             clean_slots: census.clean,
             ..self.tiers.disk.as_ref().map(DiskTier::gauges).unwrap_or_default()
         }
