@@ -138,7 +138,7 @@ impl NaiveIndex {
                         }
                     }
                 }
-                Event::Cleared { .. } => {}
+                Event::Cleared { .. } | Event::TierCleared { .. } => {}
             }
         }
     }

@@ -166,7 +166,7 @@ impl Sink for Counter {
                     Event::Removed(it) => {
                         told.removed[FleetTier::of(it.medium, it.locality) as usize] += it.hashes.range.len() as u64;
                     }
-                    Event::Cleared { .. } => told.cleared += 1,
+                    Event::Cleared { .. } | Event::TierCleared { .. } => told.cleared += 1,
                 }
             }
         });

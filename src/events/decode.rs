@@ -82,6 +82,9 @@ fn event<'a>(cursor: &mut Cursor<'a>, arena: &mut BatchArena) -> std::result::Re
     let hashes = fields.hashes.unwrap_or_default();
     match kind {
         EventKind::Cleared => Ok(Event::Cleared { map_form }),
+        EventKind::TierCleared => {
+            Ok(Event::TierCleared { medium: fields.stored.medium, locality: fields.stored.locality })
+        }
         EventKind::Removed => Ok(Event::Removed(Removed {
             hashes,
             medium: fields.stored.medium,
@@ -107,6 +110,7 @@ enum EventKind {
     Stored,
     Removed,
     Cleared,
+    TierCleared,
 }
 
 impl EventKind {
@@ -115,6 +119,7 @@ impl EventKind {
             "BlockStored" => Ok(Self::Stored),
             "BlockRemoved" => Ok(Self::Removed),
             "AllBlocksCleared" => Ok(Self::Cleared),
+            "TierBlocksCleared" => Ok(Self::TierCleared),
             _ => Err(Malformed::Type),
         }
     }
@@ -136,6 +141,7 @@ const STORED: [&str; 14] = [
     "ownership",
     "session_id",
 ];
+const TIER_CLEARED: [&str; 1] = ["medium"];
 const REMOVED: [&str; 5] = ["block_hashes", "medium", "group_idx", "locality", "ownership"];
 
 /// Fields of any event, as far as they came.
@@ -172,6 +178,7 @@ impl<'a> Fields<'a> {
             EventKind::Stored => &STORED,
             EventKind::Removed => &REMOVED,
             EventKind::Cleared => &[],
+            EventKind::TierCleared => &TIER_CLEARED,
         };
         for position in 0..count {
             match names.get(position) {

@@ -18,6 +18,12 @@ pub fn encode(batch: &Batch<'_>, arena: &BatchArena, out: &mut Vec<u8>) {
                 writer.map(1);
                 writer.field("type", "AllBlocksCleared");
             }
+            Event::TierCleared { medium, locality } => {
+                writer.map(2 + usize::from(locality.is_some()));
+                writer.field("type", "TierBlocksCleared");
+                writer.text_or_nil("medium", *medium);
+                writer.optional("locality", *locality);
+            }
         }
     }
     match batch.rank {

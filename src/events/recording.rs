@@ -66,6 +66,13 @@ pub enum RecordingEntry {
     },
     /// Everything went.
     Cleared,
+    /// Everything in one tier went.
+    TierCleared {
+        /// Where from.
+        medium: Option<String>,
+        /// `LOCAL` or `REMOTE`.
+        locality: Option<String>,
+    },
     /// What was forgotten by the recorder: batches were lost, or the engine has restarted.
     Forgotten,
 }
@@ -93,6 +100,9 @@ impl RecordedBatch {
                 group: it.group,
             },
             Event::Cleared { .. } => RecordingEntry::Cleared,
+            Event::TierCleared { medium, locality } => {
+                RecordingEntry::TierCleared { medium: text(*medium), locality: text(*locality) }
+            }
         };
         Self { at_ms, engine: engine.to_owned(), rank: batch.rank, events: batch.events.iter().map(entry).collect() }
     }
@@ -145,6 +155,9 @@ impl RecordedBatch {
                     })
                 }
                 RecordingEntry::Cleared => Event::Cleared { map_form: true },
+                RecordingEntry::TierCleared { medium, locality } => {
+                    Event::TierCleared { medium: medium.as_deref(), locality: locality.as_deref() }
+                }
                 RecordingEntry::Forgotten => return None,
             })
         });

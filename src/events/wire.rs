@@ -55,6 +55,13 @@ pub enum Event<'a> {
         /// array (`SGLang`, earlier vLLM): all tiers.
         map_form: bool,
     },
+    /// All blocks of one tier are gone.
+    TierCleared {
+        /// The tier, as vLLM calls it.
+        medium: Option<&'a str>,
+        /// `LOCAL` or `REMOTE`.
+        locality: Option<&'a str>,
+    },
 }
 
 /// Hashes of an event.

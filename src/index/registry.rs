@@ -83,6 +83,24 @@ impl IndexWriter {
         self.columns.get_mut(column.0 as usize)?.as_mut()
     }
 
+    /// The column of an engine's group, if an event has told of blocks in it.
+    pub(super) fn known_column(&self, id: EngineId, group: u32) -> Option<Column> {
+        self.engines.get(id.0 as usize)?.as_ref()?.by_group.get(&group).copied()
+    }
+
+    /// Whether an event tells of a part of a block: one hash, fewer tokens than the group's blocks have, and no block
+    /// before it that would make it the first of an engine with smaller blocks.
+    pub(super) fn is_partial(&self, column: Column, stored: &Stored<'_>) -> bool {
+        let Some(state) = self.column(column) else { return false };
+        // After a restart nothing is held, and blocks may have become smaller.
+        let alone = stored.hashes.range.len() == 1 && !stored.tokens.is_empty() && state.links.held() > 0;
+        let smaller = stored.block_size > 0
+            && stored.block_size < state.block_tokens
+            && state.block_tokens.is_multiple_of(stored.block_size);
+        let follows = stored.parent.is_none_or(|parent| state.links.get(parent.name()).is_some());
+        alone && smaller && follows
+    }
+
     /// The column of an engine's group, made if need be. `None`: there is no such engine, or it has
     /// too many groups.
     pub(super) fn column_of(&mut self, id: EngineId, group: u32) -> Option<Column> {

@@ -41,13 +41,35 @@ pub const ALL: [FleetTier; TIERS] = [
 impl FleetTier {
     /// The tier of an event. Publishers from before there were media have GPU memory only.
     pub fn of(medium: Option<&str>, locality: Option<&str>) -> Self {
+        let Some(medium) = medium else { return Self::Gpu };
         match (medium, locality) {
-            (None | Some("GPU"), _) => Self::Gpu,
-            (Some("CPU"), None | Some("LOCAL")) => Self::Cpu,
-            (Some("STORAGE"), Some("LOCAL")) => Self::StorageLocal,
+            ("GPU", _) => Self::Gpu,
+            ("CPU", None | Some("LOCAL")) => Self::Cpu,
+            ("STORAGE", Some("LOCAL")) => Self::StorageLocal,
             // Where it is not said, storage may be anywhere: the slower one is assumed.
-            (Some("STORAGE" | "CPU"), _) => Self::StorageRemote,
-            _ => Self::Unknown,
+            ("STORAGE" | "CPU", _) => Self::StorageRemote,
+            _ => Self::of_another(medium, locality),
+        }
+    }
+
+    /// By the names that other publishers than vLLM have, in any case.
+    fn of_another(medium: &str, locality: Option<&str>) -> Self {
+        let is_elsewhere = locality.is_some_and(|it| !it.eq_ignore_ascii_case("LOCAL"));
+        // SGLang and Dynamo tell kinds of one medium apart: CPU_PINNED, CPU_TIER1.
+        let base = medium.split('_').next().unwrap_or(medium);
+        let is = |names: &[&str]| names.iter().any(|name| base.eq_ignore_ascii_case(name));
+        if is(&["GPU", "HBM", "DEVICE"]) {
+            Self::Gpu
+        } else if is(&["EXTERNAL", "REMOTE"]) || is_elsewhere && is(&["CPU", "DRAM", "HOST", "DISK", "NVME", "SSD"]) {
+            Self::StorageRemote
+        } else if is(&["CPU", "DRAM", "HOST"]) {
+            Self::Cpu
+        } else if is(&["DISK", "NVME", "SSD"]) {
+            Self::StorageLocal
+        } else if is(&["STORAGE"]) {
+            if locality.is_some() && !is_elsewhere { Self::StorageLocal } else { Self::StorageRemote }
+        } else {
+            Self::Unknown
         }
     }
 
@@ -99,12 +121,30 @@ mod tests {
     #[test]
     fn what_is_not_known_is_never_gpu_memory() {
         assert_eq!(FleetTier::of(Some("HBM3"), None), FleetTier::Unknown);
-        assert_eq!(FleetTier::of(Some("gpu"), None), FleetTier::Unknown);
         assert_eq!(FleetTier::of(None, None), FleetTier::Gpu);
         assert_eq!(FleetTier::of(Some("STORAGE"), None), FleetTier::StorageRemote);
         assert_eq!(FleetTier::of(Some("STORAGE"), Some("LOCAL")), FleetTier::StorageLocal);
         let weights = Weights::default().0;
         assert!(weights[FleetTier::Unknown as usize] < weights[FleetTier::Cpu as usize]);
+    }
+
+    #[test]
+    fn names_of_other_publishers_are_known_in_any_case() {
+        let of = |medium, locality| FleetTier::of(Some(medium), locality);
+        for medium in ["gpu", "Gpu", "HBM", "device"] {
+            assert_eq!(of(medium, None), FleetTier::Gpu, "{medium}");
+        }
+        for medium in ["cpu", "CPU_PINNED", "CPU_TIER1", "DRAM", "host"] {
+            assert_eq!(of(medium, None), FleetTier::Cpu, "{medium}");
+            assert_eq!(of(medium, Some("REMOTE")), FleetTier::StorageRemote, "{medium}");
+        }
+        for medium in ["DISK", "disk", "NVMe", "SSD"] {
+            assert_eq!(of(medium, None), FleetTier::StorageLocal, "{medium}");
+        }
+        for medium in ["EXTERNAL", "external", "REMOTE", "storage"] {
+            assert_eq!(of(medium, None), FleetTier::StorageRemote, "{medium}");
+        }
+        assert_eq!(of("storage", Some("local")), FleetTier::StorageLocal);
     }
 
     #[test]

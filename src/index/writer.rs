@@ -153,6 +153,9 @@ impl IndexWriter {
                 Event::Removed(removed) => self.removed(id, removed, arena),
                 Event::Cleared { map_form: true } => self.clear(id, FleetTier::Gpu.bit()),
                 Event::Cleared { map_form: false } => self.clear(id, u8::MAX),
+                // Where the tier is not said, it may be any.
+                Event::TierCleared { medium: None, .. } => self.clear(id, u8::MAX),
+                Event::TierCleared { medium, locality } => self.clear(id, FleetTier::of(*medium, *locality).bit()),
             }
         }
         self.sets.allow(usize::MAX);
@@ -163,6 +166,11 @@ impl IndexWriter {
             self.counts.skipped += 1;
             return;
         };
+        if self.is_partial(column, stored) {
+            // What a request left behind in the middle of a block. Nobody can go on from it but with the whole block.
+            self.counts.skipped += 1;
+            return;
+        }
         self.describe(column, stored);
         let hashes = &arena.hashes[stored.hashes.range.clone()];
         self.counts.stored += hashes.len() as u64;
@@ -402,7 +410,13 @@ impl IndexWriter {
     }
 
     fn removed(&mut self, id: EngineId, removed: &Removed<'_>, arena: &BatchArena) {
-        let Some(column) = self.column_of(id, removed.group.unwrap_or(0)) else { return };
+        // What was never stored here, perhaps because its event was not understood, changes nothing: a group of which
+        // nothing is known would keep the engine from every hit.
+        let Some(column) = self.known_column(id, removed.group.unwrap_or(0)) else {
+            let count = removed.hashes.range.len() as u64;
+            (self.counts.removed, self.counts.unmatched) = (self.counts.removed + count, self.counts.unmatched + count);
+            return;
+        };
         let tier = FleetTier::of(removed.medium, removed.locality);
         let Hashes { range, .. } = &removed.hashes;
         self.sets.allow(self.bytes_max.saturating_sub(self.bytes()));

@@ -83,7 +83,13 @@ impl SimEngine {
         for _ in 0..choices.of(1..4) {
             match choices.of(0..100) {
                 0..60 => self.store(choices, prompts, &mut arena, &mut batch),
-                60..99 => self.remove(choices, &mut arena, &mut batch),
+                60..98 => self.remove(choices, &mut arena, &mut batch),
+                98 => {
+                    let tier = choices.of(0..4) as usize;
+                    self.truth.iter_mut().flat_map(Contents::values_mut).for_each(|counts| counts[tier] = 0);
+                    let (medium, locality) = TIERS[tier];
+                    batch.events.push(Event::TierCleared { medium: Some(medium), locality });
+                }
                 _ => {
                     self.truth.iter_mut().flat_map(Contents::values_mut).for_each(|counts| counts[0] = 0);
                     batch.events.push(Event::Cleared { map_form: true });

@@ -100,16 +100,33 @@ fn the_array_form_of_sglang_and_of_older_vllm_is_read() {
                 "surplus"
             ],
             ["BlockRemoved", [7], "GPU"],
-            ["AllBlocksCleared"]
+            ["AllBlocksCleared"],
+            ["TierBlocksCleared", "CPU"]
         ],
         3,
         "surplus"
     ]));
     let mut arena = BatchArena::default();
     let batch = decode(&payload, &mut arena).expect("a batch");
-    assert_eq!((batch.rank, batch.events.len(), batch.skipped), (Some(3), 3, 0));
+    assert_eq!((batch.rank, batch.events.len(), batch.skipped), (Some(3), 4, 0));
     assert!(matches!(&batch.events[0], Event::Stored(it) if it.block_size == 2 && it.tokens.len() == 4));
     assert!(matches!(batch.events[2], Event::Cleared { map_form: false }));
+    assert!(matches!(batch.events[3], Event::TierCleared { medium: Some("CPU"), locality: None }));
+}
+
+#[test]
+fn a_tier_that_is_cleared_comes_back_as_it_went() {
+    let event = serde_json::json!({"type": "TierBlocksCleared", "medium": "STORAGE", "locality": "REMOTE"});
+    let mut arena = BatchArena::default();
+    let payload = packed(&serde_json::json!([1.5, [event], null]));
+    let batch = decode(&payload, &mut arena).expect("a batch");
+    let cleared = Event::TierCleared { medium: Some("STORAGE"), locality: Some("REMOTE") };
+    assert_eq!((batch.events.as_slice(), batch.skipped), (&[cleared][..], 0));
+    let mut out = Vec::new();
+    encode(&batch, &arena, &mut out);
+    let again = decode(&out, &mut arena).expect("a batch");
+    assert_eq!(again.events.len(), 1);
+    assert!(matches!(again.events[0], Event::TierCleared { medium: Some("STORAGE"), locality: Some("REMOTE") }));
 }
 
 #[test]

@@ -56,6 +56,10 @@ impl Naive {
                         counts[at] = counts[at].saturating_sub(1);
                     }
                 }
+                Event::TierCleared { medium, locality } => {
+                    let at = tier(*medium, *locality);
+                    self.groups.iter_mut().flat_map(Contents::values_mut).for_each(|counts| counts[at] = 0);
+                }
                 Event::Cleared { .. } => {
                     self.groups.iter_mut().flat_map(Contents::values_mut).for_each(|counts| counts[0] = 0);
                 }

@@ -126,6 +126,64 @@ fn a_parent_that_is_gone_is_still_a_parent() {
 }
 
 #[test]
+fn a_tier_that_is_cleared_leaves_the_others() {
+    let mut told = Told::new(2);
+    let one = told.engine("one");
+    told.store(one, 1, 8, "GPU");
+    told.store(one, 1, 3, "CPU_PINNED");
+    let cleared = |medium| Event::TierCleared { medium, locality: None };
+    told.tell(one, cleared(Some("gpu")));
+    assert_eq!(told.scores(), [(0, 3, 3.0 * 0.8 / 8.0)]);
+    told.tell(one, cleared(Some("STORAGE")));
+    assert_eq!(told.scores()[0].1, 3);
+    told.tell(one, cleared(None));
+    assert_eq!(told.scores(), [], "a tier that is not said may be any");
+}
+
+#[test]
+fn a_removal_from_a_group_of_which_nothing_is_known_changes_nothing() {
+    let mut told = Told::new(2);
+    let one = told.engine("one");
+    told.store(one, 1, 8, "GPU");
+    told.arena.clear();
+    told.arena.hashes.push(34);
+    let hashes = Hashes { range: 0..1, digests: None };
+    told.tell(one, Event::Removed(Removed { hashes, group: Some(1), ..Removed::default() }));
+    assert_eq!(told.scores(), [(0, 8, 1.0)]);
+    let counts = told.index.write().counts();
+    assert_eq!((counts.removed, counts.unmatched), (1, 1));
+}
+
+#[test]
+fn a_part_of_a_block_leaves_the_whole_ones() {
+    let mut told = Told::new(2);
+    let one = told.engine("one");
+    let part = |after: Option<u64>| {
+        let stored = Stored {
+            hashes: Hashes { range: 0..1, digests: None },
+            tokens: 0..1,
+            block_size: 1,
+            parent: after.map(Parent::Number),
+            ..Stored::default()
+        };
+        Event::Stored(Box::new(stored))
+    };
+    told.store(one, 1, 4, "GPU");
+    for after in [Some(4), None] {
+        (told.arena.hashes, told.arena.tokens) = (vec![99], vec![10]);
+        told.tell(one, part(after));
+    }
+    told.store(one, 5, 4, "GPU");
+    assert_eq!(told.scores(), [(0, 8, 1.0)]);
+    told.remove(one, 99, "GPU");
+    assert_eq!(told.scores(), [(0, 8, 1.0)]);
+    // An engine with smaller blocks, whose first prompt follows nothing that is known.
+    (told.arena.hashes, told.arena.tokens) = (vec![70], vec![10]);
+    told.tell(one, part(Some(69)));
+    assert_eq!(told.scores(), []);
+}
+
+#[test]
 fn copies_are_counted_and_clears_are_of_the_gpu_in_map_form() {
     let mut told = Told::new(2);
     let one = told.engine("one");
