@@ -38,6 +38,8 @@ pub struct Told {
     pub started_s: f64,
     /// Adapters: how many may be loaded, which run, which wait.
     pub adapters: Option<(usize, Vec<String>, Vec<String>)>,
+    /// It was put to sleep, and computes nothing until it is woken.
+    pub asleep: bool,
 }
 
 /// An engine.
@@ -106,14 +108,16 @@ impl Engine {
 
     /// It may get requests.
     pub fn is_usable(&self) -> bool {
-        !self.draining.load(Ordering::Relaxed) && self.failures.load(Ordering::Relaxed) < FAILURES_MAX
+        let is_well = self.failures.load(Ordering::Relaxed) < FAILURES_MAX && !self.told.load().asleep;
+        is_well && !self.draining.load(Ordering::Relaxed)
     }
 
-    /// `healthy`, `failing`, `unseen` or `draining`.
+    /// `healthy`, `failing`, `unseen`, `asleep` or `draining`.
     pub fn health(&self) -> &'static str {
         match self.failures.load(Ordering::Relaxed) {
             _ if self.draining.load(Ordering::Relaxed) => "draining",
             UNSEEN => "unseen",
+            failures if failures < FAILURES_MAX && self.told.load().asleep => "asleep",
             failures if failures < FAILURES_MAX => "healthy",
             _ => "failing",
         }
@@ -262,6 +266,10 @@ mod tests {
         assert!(engine.heard(Told::default()));
         engine.refused();
         assert_eq!(engine.health(), "failing");
+        engine.heard(Told { asleep: true, ..Told::default() });
+        assert_eq!((engine.is_usable(), engine.health()), (false, "asleep"));
+        engine.heard(Told::default());
+        assert_eq!((engine.is_usable(), engine.health()), (true, "healthy"));
     }
 
     #[test]

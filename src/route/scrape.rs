@@ -88,18 +88,33 @@ async fn models(engine: &Engine, client: &reqwest::Client) -> Option<Vec<Model>>
     Some(serde_json::from_slice::<ServedModels>(&body).ok()?.data)
 }
 
-/// Reads vLLM's metrics. Data-parallel ranks behind one address are added up.
+/// Name, labels and value of a sample; a time may follow, and labels may hold anything in quotes.
+fn sample(line: &str) -> Option<(&str, &str, f64)> {
+    let (name, labels, rest) = match line.split_once('{') {
+        Some((name, rest)) => {
+            let end = rest.rfind('}')?;
+            (name, &rest[..end], &rest[end + 1..])
+        }
+        None => line.split_once(' ').map(|(name, rest)| (name, "", rest))?,
+    };
+    Some((name, labels, rest.split_ascii_whitespace().next()?.parse().ok()?))
+}
+
+/// Reads metrics of vLLM and of SGLang. Data-parallel ranks behind one address are added up.
 pub fn read(text: &str) -> Told {
     let mut told = Told::default();
     let (mut usages, mut newest) = (0_u32, f64::NEG_INFINITY);
     for line in text.lines().filter(|line| !line.starts_with('#')) {
-        let Some((head, value)) = line.rsplit_once(' ') else { continue };
-        let Ok(value) = value.parse::<f64>() else { continue };
-        let (name, labels) = head.split_once('{').unwrap_or((head, ""));
+        let Some((name, labels, value)) = sample(line) else { continue };
         match name {
-            "vllm:num_requests_running" => told.running += value,
-            "vllm:num_requests_waiting" => told.waiting += value,
-            "vllm:kv_cache_usage_perc" | "vllm:gpu_cache_usage_perc" => {
+            "vllm:num_requests_running" | "sglang:num_running_reqs" => told.running += value,
+            "vllm:num_requests_waiting" | "sglang:num_queue_reqs" => told.waiting += value,
+            // States other than `awake`: weights are elsewhere, or gone.
+            "vllm:engine_sleep_state" => {
+                told.asleep |= value > 0.0 && label(labels, "sleep_state").is_some_and(|state| state != "awake");
+            }
+            "sglang:max_total_num_tokens" => told.kv_tokens += value as u64,
+            "vllm:kv_cache_usage_perc" | "vllm:gpu_cache_usage_perc" | "sglang:token_usage" => {
                 told.kv_usage += value;
                 usages += 1;
             }
@@ -155,11 +170,29 @@ process_start_time_seconds 1.7e+09
 vllm:lora_requests_info{max_lora="2",running_lora_adapters="a",waiting_lora_adapters=""} 5.0
 vllm:lora_requests_info{max_lora="2",running_lora_adapters="a,b",waiting_lora_adapters="c"} 6.0
 nonsense
+vllm:engine_sleep_state{engine="0",sleep_state="awake"} 1.0
+vllm:engine_sleep_state{engine="0",sleep_state="discard_all"} 0.0
 "#;
         let told = read(text);
+        assert!(!told.asleep);
         assert_eq!((told.running, told.waiting, told.kv_tokens, told.started_s), (5.0, 1.0, 1600, 1.7e9));
         assert!((told.kv_usage - 0.4).abs() < 1e-9);
         assert_eq!(told.adapters, Some((2, vec!["a".to_owned(), "b".to_owned()], vec!["c".to_owned()])));
+        let with_times: String = text.lines().map(|line| format!("{line} 1712345678000\n")).collect();
+        assert_eq!(read(&with_times), told);
+        let asleep = text.replace("\"discard_all\"} 0.0", "\"discard_all\"} 1.0");
+        assert!(read(&asleep).asleep);
         assert_eq!(label("mamba_block_size=\"None\",block_size=\"16\"", "block_size"), Some("16"));
+    }
+    #[test]
+    fn sglangs_metrics_are_read() {
+        let text = r#"sglang:num_running_reqs{model_name="m } {"} 20.0
+sglang:num_queue_reqs{model_name="m"} 4.0
+sglang:token_usage{model_name="m"} 0.25 1712345678000
+sglang:max_total_num_tokens{model_name="m"} 4096.0
+"#;
+        let told = read(text);
+        assert_eq!((told.running, told.waiting, told.kv_tokens), (20.0, 4.0, 4096));
+        assert!((told.kv_usage - 0.25).abs() < 1e-9);
     }
 }
