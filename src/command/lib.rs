@@ -2,6 +2,7 @@
 
 pub mod doctor;
 pub mod events;
+pub mod health;
 pub mod index;
 pub mod logging;
 pub mod pool;

@@ -10,6 +10,7 @@ use std::time::Duration;
 use axum::http::HeaderName;
 use clap::{Args, ValueEnum};
 
+use super::health;
 use kvcellar_block::error::{Error, Result};
 use kvcellar_discovery::Places;
 use kvcellar_engine::config::size;
@@ -274,8 +275,9 @@ async fn fronts(
     let picker = async {
         let Some(address) = options.ext_proc else { return std::future::pending().await };
         let listener = serving::listen("ext-proc", address, "ext_proc at ").await?;
-        let (health, service) = tonic_health::server::health_reporter();
-        health.set_service_status("", tonic_health::ServingStatus::Serving).await;
+        let (reporter, service) = tonic_health::server::health_reporter();
+        let is_ready = || router.engines.all().iter().any(|engine| engine.is_usable());
+        let told = health::keep(&reporter, is_ready);
         let mut server = tonic::transport::Server::builder();
         if let (Some(cert), Some(key)) = (&options.tls_cert, &options.tls_key) {
             let read = |path: &PathBuf| {
@@ -292,11 +294,11 @@ async fn fronts(
         let at_once =
             |stream: std::io::Result<tokio::net::TcpStream>| stream.and_then(|it| it.set_nodelay(true).map(|()| it));
         let incoming = tokio_stream::StreamExt::map(tokio_stream::wrappers::TcpListenerStream::new(listener), at_once);
-        let ended = server
+        let served = server
             .add_service(service)
             .add_service(picker)
-            .serve_with_incoming_shutdown(incoming, serving::told_to_stop())
-            .await;
+            .serve_with_incoming_shutdown(incoming, serving::told_to_stop());
+        let ended = tokio::select! { ended = served => ended, never = told => match never {} };
         ended.map_err(|error| Error::io("serving", "ext_proc", std::io::Error::other(error), "Look at the log"))
     };
     tokio::select! {

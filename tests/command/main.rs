@@ -5,5 +5,6 @@
 
 #[cfg(feature = "cuda")]
 mod benchmarks;
+mod health;
 mod refusal;
 mod stores;
