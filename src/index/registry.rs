@@ -94,9 +94,7 @@ impl IndexWriter {
         let Some(state) = self.column(column) else { return false };
         // After a restart nothing is held, and blocks may have become smaller.
         let alone = stored.hashes.range.len() == 1 && !stored.tokens.is_empty() && state.links.held() > 0;
-        let smaller = stored.block_size > 0
-            && stored.block_size < state.block_tokens
-            && state.block_tokens.is_multiple_of(stored.block_size);
+        let smaller = stored.block_size > 0 && stored.block_size < state.block_tokens;
         let follows = stored.parent.is_none_or(|parent| state.links.get(parent.name()).is_some());
         alone && smaller && follows
     }

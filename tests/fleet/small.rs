@@ -158,6 +158,7 @@ fn a_removal_from_a_group_of_which_nothing_is_known_changes_nothing() {
 fn a_part_of_a_block_leaves_the_whole_ones() {
     let mut told = Told::new(2);
     let one = told.engine("one");
+    // A vLLM block of 64 tokens may be cached up to 48 of them: no divisor either.
     let part = |after: Option<u64>| {
         let stored = Stored {
             hashes: Hashes { range: 0..1, digests: None },
