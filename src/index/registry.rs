@@ -88,8 +88,8 @@ impl IndexWriter {
         self.engines.get(id.0 as usize)?.as_ref()?.by_group.get(&group).copied()
     }
 
-    /// Whether an event tells of a part of a block: one hash, fewer tokens than the group's blocks have, and no block
-    /// before it that would make it the first of an engine with smaller blocks.
+    /// Whether an event tells of a part of a block: one hash, fewer tokens than the group's blocks
+    /// have, and no block before it that would make it the first of an engine with smaller blocks.
     pub(super) fn is_partial(&self, column: Column, stored: &Stored<'_>) -> bool {
         let Some(state) = self.column(column) else { return false };
         // After a restart nothing is held, and blocks may have become smaller.

@@ -167,7 +167,7 @@ impl IndexWriter {
             return;
         };
         if self.is_partial(column, stored) {
-            // What a request left behind in the middle of a block. Nobody can go on from it but with the whole block.
+            // What a request left behind in the middle of a block.
             self.counts.skipped += 1;
             return;
         }
@@ -410,8 +410,8 @@ impl IndexWriter {
     }
 
     fn removed(&mut self, id: EngineId, removed: &Removed<'_>, arena: &BatchArena) {
-        // What was never stored here, perhaps because its event was not understood, changes nothing: a group of which
-        // nothing is known would keep the engine from every hit.
+        // What was never stored here, perhaps because its event was not understood, changes
+        // nothing: a group of which nothing is known would keep the engine from every hit.
         let Some(column) = self.known_column(id, removed.group.unwrap_or(0)) else {
             let count = removed.hashes.range.len() as u64;
             (self.counts.removed, self.counts.unmatched) = (self.counts.removed + count, self.counts.unmatched + count);

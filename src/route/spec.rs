@@ -96,8 +96,8 @@ impl Spec {
     /// Its events, for the index.
     pub fn source(&self) -> Option<Source> {
         let endpoint = self.events.clone()?;
-        // Keys do not name the model, whatever topics say: an engine is only asked about requests for
-        // what it serves.
+        // Keys do not name the model, whatever topics say: an engine is only asked about requests
+        // for what it serves.
         let model = Some(String::new());
         Some(Source { name: self.name.clone(), endpoint, replay: self.replay.clone(), model, bind: false })
     }
