@@ -20,7 +20,8 @@ async fn readiness_follows_the_engines_and_unknown_names_are_not_found() {
     let address = listener.local_addr().expect("an address");
     let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
     tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
-    let mut client = HealthClient::connect(format!("http://{address}")).await.expect("a connection");
+    let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{address}")).expect("an address");
+    let mut client = HealthClient::new(endpoint.connect().await.expect("a connection"));
     for wanted in [ServingStatus::NotServing, ServingStatus::Serving] {
         ready.store(wanted == ServingStatus::Serving, Ordering::Relaxed);
         for name in NAMES {
