@@ -152,9 +152,10 @@ impl IndexWriter {
                 Event::Stored(stored) => self.stored(id, stored, arena),
                 Event::Removed(removed) => self.removed(id, removed, arena),
                 Event::Cleared { map_form: true } => self.clear(id, FleetTier::Gpu.bit()),
-                Event::Cleared { map_form: false } => self.clear(id, u8::MAX),
-                // Where the tier is not said, it may be any.
-                Event::TierCleared { medium: None, .. } => self.clear(id, u8::MAX),
+                // Where a tier is not said, it may be any.
+                Event::Cleared { map_form: false } | Event::TierCleared { medium: None, .. } => {
+                    self.clear(id, u8::MAX);
+                }
                 Event::TierCleared { medium, locality } => self.clear(id, FleetTier::of(*medium, *locality).bit()),
             }
         }

@@ -100,7 +100,7 @@ fn sample(line: &str) -> Option<(&str, &str, f64)> {
     Some((name, labels, rest.split_ascii_whitespace().next()?.parse().ok()?))
 }
 
-/// Reads metrics of vLLM and of SGLang. Data-parallel ranks behind one address are added up.
+/// Reads metrics of vLLM and of `SGLang`. Data-parallel ranks behind one address are added up.
 pub fn read(text: &str) -> Told {
     let mut told = Told::default();
     let (mut usages, mut newest) = (0_u32, f64::NEG_INFINITY);
@@ -113,7 +113,7 @@ pub fn read(text: &str) -> Told {
             "vllm:engine_sleep_state" => {
                 told.asleep |= value > 0.0 && label(labels, "sleep_state").is_some_and(|state| state != "awake");
             }
-            "sglang:max_total_num_tokens" => told.kv_tokens += value as u64,
+            "sglang:max_total_num_tokens" => told.kv_tokens += u64::try_from(value as i64).unwrap_or(0),
             "vllm:kv_cache_usage_perc" | "vllm:gpu_cache_usage_perc" | "sglang:token_usage" => {
                 told.kv_usage += value;
                 usages += 1;
@@ -178,8 +178,7 @@ vllm:engine_sleep_state{engine="0",sleep_state="discard_all"} 0.0
         assert_eq!((told.running, told.waiting, told.kv_tokens, told.started_s), (5.0, 1.0, 1600, 1.7e9));
         assert!((told.kv_usage - 0.4).abs() < 1e-9);
         assert_eq!(told.adapters, Some((2, vec!["a".to_owned(), "b".to_owned()], vec!["c".to_owned()])));
-        let with_times: String = text.lines().map(|line| format!("{line} 1712345678000\n")).collect();
-        assert_eq!(read(&with_times), told);
+        assert_eq!(read(&text.replace('\n', " 1712345678000\n")), told);
         let asleep = text.replace("\"discard_all\"} 0.0", "\"discard_all\"} 1.0");
         assert!(read(&asleep).asleep);
         assert_eq!(label("mamba_block_size=\"None\",block_size=\"16\"", "block_size"), Some("16"));
