@@ -74,7 +74,7 @@ def run(arguments: Arguments) -> None:
     ):
         # Both tiers lie in folders of this run alone: a second run must find its cold prompts cold.
         # Nothing of the server stays in memory, so that only the disk can answer after a restart.
-        # Its disk tier is gone with this run, so it may take the free space that a lasting one leaves alone.
+        # Its disk tier is gone with this run: it may take the space that a lasting one leaves free.
         sizes = {"dram_size": arguments.dram_size, "nvme_size": arguments.nvme_size, "nvme_reserve": 0}
         tiers = connector_flag(**sizes, pool_dir=pool_dir, nvme_dir=nvme_dir) if arguments.with_kvcellar else None
 

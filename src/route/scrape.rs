@@ -183,6 +183,7 @@ vllm:engine_sleep_state{engine="0",sleep_state="discard_all"} 0.0
         assert!(read(&asleep).asleep);
         assert_eq!(label("mamba_block_size=\"None\",block_size=\"16\"", "block_size"), Some("16"));
     }
+
     #[test]
     fn sglangs_metrics_are_read() {
         let text = r#"sglang:num_running_reqs{model_name="m } {"} 20.0
