@@ -22,6 +22,7 @@
 //! `tier -> {gpu, pool, nvme, policy, event_log}`; the test `architecture` holds the modules to
 //! this.
 
+pub mod checksum;
 pub mod config;
 pub mod event_log;
 pub mod gpu;

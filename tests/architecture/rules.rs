@@ -32,22 +32,24 @@ const CRATES: &[(&str, &[&str])] = &[
 const MODULES: &[(&str, &[&str])] = &[
     ("limits", &[]),
     ("invariant", &[]),
+    ("checksum", &[]),
     ("log_queue", &["limits"]),
     ("metrics", &["limits"]),
     ("config", &["limits"]),
     ("event_log", &["limits"]),
     ("owned", &["limits"]),
     ("pool", &["config", "invariant", "limits", "owned"]),
-    ("gpu", &["pool", "invariant", "limits"]),
-    ("nvme", &["pool", "config", "invariant", "limits", "owned"]),
+    ("gpu", &["checksum", "pool", "invariant", "limits"]),
+    ("nvme", &["checksum", "pool", "config", "invariant", "limits", "owned"]),
     // `config` for the names of the rules that users choose.
     ("policy", &["config", "invariant", "limits"]),
     ("tier", &["config", "event_log", "gpu", "invariant", "limits", "metrics", "nvme", "policy", "pool"]),
 ];
 
-/// Files that may contain `unsafe`: they own memory that others see, or talk to a device or an
-/// interpreter. Of the others, the prefetch hint touches nobody's memory, and tests play devices.
+/// Files that may contain `unsafe`: they own memory that others see, or talk to a device, a
+/// processor or an interpreter. Of the others, the prefetch hint touches nobody's memory, and tests play devices.
 const UNSAFE_PREFIXES: &[&str] = &[
+    "engine/checksum/",
     "engine/pool/",
     "engine/gpu/",
     "engine/nvme/ring",

@@ -23,7 +23,7 @@ pub(crate) fn worker(scene: &Scene, rank: usize, control: &Arc<Control>) -> Copy
         false,
         Box::new(move |pool, answers, guard| {
             let side = Side { pool, groups: Arc::clone(&groups), rank, verify_loads: false, guard };
-            Ok(Box::new(FakeCopier::start(side.host(), answers, Arc::clone(&control))))
+            Ok(Box::new(FakeCopier::start(side, answers, Arc::clone(&control))))
         }),
     )
 }

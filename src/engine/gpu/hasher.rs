@@ -10,6 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use crate::checksum;
 use crate::limits::HASH_QUEUE_MAX;
 use crate::pool::Pool;
 use kvcellar_block::SlotIndex;
@@ -24,11 +25,16 @@ pub struct HashGuard {
 impl HashGuard {
     /// Copier: waits while the hasher reads this very slot.
     pub fn wait_until_free(&self, slot: SlotIndex) {
-        // SeqCst pairs with `enter`: either the hasher sees the slot's new generation, or we see
-        // that it is at work.
-        while self.current.load(Ordering::SeqCst) == u64::from(slot.0) + 1 {
+        while self.is_reading(slot) {
             thread::yield_now();
         }
+    }
+
+    /// Whether the hasher reads this very slot now.
+    pub fn is_reading(&self, slot: SlotIndex) -> bool {
+        // SeqCst pairs with `enter`: either the hasher sees the slot's new generation, or we see
+        // that it is at work.
+        self.current.load(Ordering::SeqCst) == u64::from(slot.0) + 1
     }
 
     fn enter(&self, slot: SlotIndex) {
@@ -144,7 +150,7 @@ impl HasherState {
             let bytes = unsafe {
                 std::slice::from_raw_parts(self.pool.payload(slot).as_ptr().add(offset as usize), len as usize)
             };
-            let sum = xxhash_rust::xxh3::xxh3_64(bytes);
+            let sum = checksum::of(bytes);
             self.pool.set_checksum(slot, self.rank, copy.generation, sum);
         }
         self.guard.leave();

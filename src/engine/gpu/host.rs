@@ -1,4 +1,6 @@
 //! The host copier: KV cache and pool are both plain memory (CPU vLLM). Threads copy, loads first.
+//!
+//! An offload sums the bytes while it copies them, so that nobody has to read them again.
 
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -6,11 +8,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 
 use crossbeam_channel::{Receiver, Sender, select_biased, unbounded};
-use xxhash_rust::xxh3::Xxh3Default;
 
 use super::sides::Sides;
 use super::views::GroupRuns;
 use super::{After, Answers, Copier, CopyError, Direction, Order};
+use crate::checksum::{self, Sum};
 use kvcellar_block::error::{Error, Result};
 
 fn carry_out(sides: &Sides, order: &Order) -> std::result::Result<(), CopyError> {
@@ -18,10 +20,8 @@ fn carry_out(sides: &Sides, order: &Order) -> std::result::Result<(), CopyError>
     let admitted = sides.admit(order)?;
     match order.direction {
         Direction::Offload => {
-            gather(admitted.group, copy.block, admitted.part)?;
-            if sides.verify_loads {
-                sides.set_checksum(&copy, sum_of_block(admitted.group, copy.block)?);
-            }
+            let sum = gather(admitted.group, copy.block, admitted.part)?;
+            sides.set_checksum(&copy, sum);
         }
         Direction::Load => {
             scatter(admitted.group, copy.block, admitted.part)?;
@@ -34,18 +34,22 @@ fn carry_out(sides: &Sides, order: &Order) -> std::result::Result<(), CopyError>
     Ok(())
 }
 
-fn gather(group: &GroupRuns, block: u32, part: NonNull<u8>) -> std::result::Result<(), CopyError> {
+/// Copies a block into its part of a slot; the checksum of what it wrote.
+fn gather(group: &GroupRuns, block: u32, part: NonNull<u8>) -> std::result::Result<u64, CopyError> {
+    let mut sum = Sum::new(group.block_bytes() as usize);
     let mut to = part.as_ptr();
-    for (from, len) in group.pieces(block).ok_or(CopyError::OutOfRange)? {
+    let mut pieces = group.pieces(block).ok_or(CopyError::OutOfRange)?.peekable();
+    while let Some((from, len)) = pieces.next() {
+        let next = pieces.peek().map_or(0, |(next, _)| *next) as *const u8;
         // SAFETY: `from` is valid by the contract of `Sides::new`; `to` stays inside the span,
         // whose length is the sum of the pieces (checked by the caller). The block's source is
         // fenced until this order is answered, and the slot is ours while it is filling.
         unsafe {
-            to.copy_from_nonoverlapping(from as *const u8, len);
+            sum.copy(to, from as *const u8, len, next);
             to = to.add(len);
         }
     }
-    Ok(())
+    Ok(sum.finish())
 }
 
 fn scatter(group: &GroupRuns, block: u32, part: NonNull<u8>) -> std::result::Result<(), CopyError> {
@@ -55,21 +59,22 @@ fn scatter(group: &GroupRuns, block: u32, part: NonNull<u8>) -> std::result::Res
         // this load alone and reads it only after the load was reported finished; the slot is
         // pinned by the load's lease.
         unsafe {
-            (to as *mut u8).copy_from_nonoverlapping(from, len);
+            checksum::copy(to as *mut u8, from, len, from.add(len));
             from = from.add(len);
         }
     }
+    checksum::settle();
     Ok(())
 }
 
 fn sum_of_block(group: &GroupRuns, block: u32) -> std::result::Result<u64, CopyError> {
-    let mut hasher = Xxh3Default::new();
+    let mut sum = Sum::new(group.block_bytes() as usize);
     for (address, len) in group.pieces(block).ok_or(CopyError::OutOfRange)? {
         // SAFETY: valid by the contract of `Sides::new`; nobody writes the block while its order is
         // not answered.
-        hasher.update(unsafe { std::slice::from_raw_parts(address as *const u8, len) });
+        sum.read(unsafe { std::slice::from_raw_parts(address as *const u8, len) });
     }
-    Ok(hasher.digest())
+    Ok(sum.finish())
 }
 
 /// Copies with a few threads. An order in flight is bounded by the tier engine

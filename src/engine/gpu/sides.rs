@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::hasher::HashGuard;
 use super::views::GroupRuns;
 use super::{CopyError, Direction, Order};
+use crate::checksum;
 use crate::pool::Pool;
 use kvcellar_block::plan::{BlockCopy, VERIFY};
 use kvcellar_block::{GroupIndex, SlotIndex};
@@ -90,7 +91,7 @@ impl Sides {
         // SAFETY: these are this rank's span of a filled slot; the engine holds a pin on it for
         // this load, so nobody writes it.
         let bytes = unsafe { std::slice::from_raw_parts(admitted.part.as_ptr(), admitted.len) };
-        self.compare(copy, xxhash_rust::xxh3::xxh3_64(bytes))
+        self.compare(copy, checksum::of(bytes))
     }
 
     /// Whether the bytes with this checksum are those that were stored for the order.

@@ -4,8 +4,7 @@
 //! Promises: [`check`] lets nothing through that is not, bit for bit, what was sealed under the key
 //! that it returns.
 
-use xxhash_rust::xxh3::xxh3_64;
-
+use crate::checksum;
 use kvcellar_block::descriptor;
 use kvcellar_block::error::{Error, Result};
 use kvcellar_block::{BlockKey, GroupIndex, RankPart, SlotGeometry};
@@ -26,7 +25,7 @@ pub struct Expected {
 ///
 /// `image` is a whole slot of this geometry, and `group` one of its groups.
 pub fn sums(image: &[u8], geometry: &SlotGeometry, group: GroupIndex) -> Vec<u64> {
-    let sum = |part: &RankPart| if part.writes(group) { xxh3_64(share(image, geometry, part, group)) } else { 0 };
+    let sum = |part: &RankPart| if part.writes(group) { checksum::of(share(image, geometry, part, group)) } else { 0 };
     geometry.parts.iter().map(sum).collect()
 }
 

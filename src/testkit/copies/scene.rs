@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use kvcellar_block::geometry::RankBytes;
 use kvcellar_block::plan::BlockCopy;
@@ -60,7 +61,7 @@ impl Maker for Host {
 
 impl Maker for Fake {
     fn make(side: Side, answers: Arc<dyn Answers>, _threads: usize) -> Box<dyn Copier> {
-        Box::new(FakeCopier::start(side.host(), answers, Arc::new(Control::new(3))))
+        Box::new(FakeCopier::start(side, answers, Arc::new(Control::new(3))))
     }
 }
 
@@ -142,10 +143,22 @@ impl Scene {
         self.payload(slot)[offset as usize..][..len as usize].to_vec()
     }
 
+    /// As if nobody had summed a rank's part of a slot.
+    pub fn forget_checksum(&self, slot: u32, rank: usize) {
+        forget_checksum(&self.pool, slot, rank);
+    }
+
     /// Flips a bit of a slot's payload.
     pub fn flip(&self, slot: u32, at: usize) {
         // SAFETY: as in `payload`.
         unsafe { *self.pool.payload(SlotIndex(slot)).as_ptr().add(at) ^= 0x10 };
+    }
+}
+
+/// As if nobody had summed a rank's part of a slot.
+pub fn forget_checksum(pool: &Pool, slot: u32, rank: usize) {
+    for word in pool.checksum_pair(SlotIndex(slot), rank) {
+        word.store(0, Ordering::SeqCst);
     }
 }
 

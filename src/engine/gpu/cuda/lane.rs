@@ -9,8 +9,6 @@ use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use xxhash_rust::xxh3::xxh3_64;
-
 use super::device::{Device, DeviceEvent, DeviceStream};
 use super::dispatch::{Dispatch, DispatchWay, Thresholds};
 use super::driver::{Answer, Refused};
@@ -18,6 +16,7 @@ use super::kernel::{FragmentTable, GatherKernel};
 use super::notes::Notes;
 use super::pinning::{Pin, Pinning};
 use super::staging::Staging;
+use crate::checksum;
 use crate::gpu::fragments::{self, Fragment};
 use crate::gpu::sides::{Admitted, Sides};
 use crate::gpu::{Answers, ComputeStream, CopyError, Direction, Order};
@@ -308,12 +307,12 @@ impl Lane {
                 // SAFETY: this rank's part of a slot that is being filled; the copy into it is over
                 // and the order not answered.
                 let bytes = unsafe { std::slice::from_raw_parts(located.part.as_ptr(), located.len) };
-                common.sides.set_checksum(&order.copy, xxh3_64(bytes));
+                common.sides.set_checksum(&order.copy, checksum::of(bytes));
                 Ok(())
             }
             Direction::Load => {
                 let bytes = self.read_back(common, &order.copy, &located).map_err(|_| CopyError::Device)?;
-                common.sides.compare(&order.copy, xxh3_64(&bytes))
+                common.sides.compare(&order.copy, checksum::of(&bytes))
             }
         }
     }
