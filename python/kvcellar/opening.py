@@ -121,6 +121,8 @@ def _log_disk(disk: DiskReport) -> None:
             f"; in use by others: {', '.join(disk.taken)}" if disk.taken else "",
             f"; {disk.why}" if disk.why else "",
         )
+    if disk.staging:
+        logger.info("KV Cellar: %s", disk.staging)
     for text in disk.removed:
         logger.info("KV Cellar: %s", text)
     for text in disk.warnings:

@@ -1,8 +1,8 @@
 //! `kvcellar bench nvme`: what the nvme tier makes of a disk, beside what the disk gives.
 //!
 //! Measured: blocks through the whole tier (directory, seals, checksums, slots of a real pool,
-//! mover, ring), in turn with a bare ring that does the same transfers and nothing else, with the
-//! tier over threads, and, from Python, with vLLM's own tier of files. In turn, so that a noisy
+//! mover, ring), directly and through staging, in turn with a bare ring that does the same transfers
+//! and nothing else, in a pool's memory and in huge pages, with the tier over threads, and, from Python, with vLLM's own tier of files. In turn, so that a noisy
 //! neighbour hits all alike; whoever begins changes with every repetition. Not measured: copies to
 //! and from a KV cache. Leaves nothing behind.
 
@@ -18,8 +18,8 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
-use self::bare::Bare;
-use self::meter::{BARE, CHECKSUM, DiskWay, RIVAL, Reading, Readings, THREADS, TIER, metered};
+use self::bare::{Bare, BareMemory};
+use self::meter::{BARE, BARE_HUGE, CHECKSUM, DiskWay, PASS, RIVAL, Reading, Readings, STAGED, THREADS, TIER, metered};
 use self::tier::WholeTier;
 use super::report::{Goal, Measured, report};
 use kvcellar_block::error::{Error, Result};
@@ -27,9 +27,11 @@ use kvcellar_block::geometry::RankBytes;
 use kvcellar_block::size::show;
 use kvcellar_block::{GroupKind, GroupSpec, Grouping, SlotGeometry};
 use kvcellar_engine::config::Config;
+use kvcellar_engine::config::nvme::DiskEngine;
 use kvcellar_engine::config::size;
 use kvcellar_engine::limits;
 use kvcellar_engine::nvme::disk::Description;
+use kvcellar_engine::nvme::page_trial::{self, PageTrial};
 use kvcellar_engine::nvme::space;
 use kvcellar_engine::pool::open as pools;
 
@@ -161,6 +163,7 @@ struct Field {
     size: u64,
     blocks: u32,
     tier: WholeTier,
+    staged: WholeTier,
     threads: WholeTier,
     bare: Bare,
 }
@@ -173,8 +176,8 @@ impl Field {
         // and is given up; and some more.
         let capacity = size * u64::from(blocks) * 13 / 4 + 8 * size + (8 << 20);
         let free = space::free_bytes(dir)?;
-        if free / 4 < capacity {
-            let problem = format!("three stores of {} are needed, {} are free", show(capacity), show(free));
+        if free / (u64::from(tier::TOGETHER) + 1) < capacity {
+            let problem = format!("four stores of {} are needed, {} are free", show(capacity), show(free));
             return Err(Error::config("--bytes", problem, "Write less, or name another directory"));
         }
         let slots = u64::from(slots_for(blocks));
@@ -194,9 +197,9 @@ impl Field {
             };
             pools::open(&wish, &mut |_, _| ()).map(|opened| opened.pool)
         };
-        let tier = |engine: &str, namespace: u8| {
+        let tier = |engine: &str, staging: &str, namespace: u8| {
             let settings = json!({
-                "nvme_dir": dir, "nvme_size": capacity * u64::from(tier::TOGETHER), "nvme_reserve": "1MiB", "nvme_engine": engine,
+                "nvme_dir": dir, "nvme_size": capacity * u64::from(tier::TOGETHER), "nvme_reserve": "1MiB", "nvme_engine": engine, "nvme_staging": staging,
                 "write_through": true, "events": false,
             });
             WholeTier::open(&Config::parse(&settings.to_string())?, pool(namespace)?, grouping(), blocks, namespace)
@@ -204,8 +207,9 @@ impl Field {
         Ok(Self {
             size,
             blocks,
-            tier: tier("auto", 1)?,
-            threads: tier("threads", 2)?,
+            tier: tier("auto", "off", 1)?,
+            staged: tier("auto", "on", 4)?,
+            threads: tier("threads", "off", 2)?,
             bare: Bare::open(dir, pool(3)?, capacity, &geometry)?,
         })
     }
@@ -221,8 +225,9 @@ impl Field {
         let chains = extents.div_ceil(self.blocks) + 1;
         for chain in 0..chains {
             self.tier.write(chain)?;
+            self.staged.write(chain)?;
             self.threads.write(chain)?;
-            self.bare.run(DiskWay::Write, chain * self.blocks % extents, self.blocks)?;
+            self.bare.run(BareMemory::Pool, DiskWay::Write, chain * self.blocks % extents, self.blocks)?;
         }
         Ok(chains)
     }
@@ -231,19 +236,28 @@ impl Field {
         match (who, way) {
             (TIER, DiskWay::Write) => self.tier.write(chain),
             (TIER, DiskWay::Read) => self.tier.read(chain),
+            (STAGED, DiskWay::Write) => self.staged.write(chain),
+            (STAGED, DiskWay::Read) => self.staged.read(chain),
             (THREADS, DiskWay::Write) => self.threads.write(chain),
             (THREADS, DiskWay::Read) => self.threads.read(chain),
             (CHECKSUM, _) => {
                 std::hint::black_box(self.bare.checksums(self.blocks));
                 Ok(())
             }
-            _ => self.bare.run(way, chain % 2 * self.blocks % self.bare.extents(), self.blocks),
+            (PASS, _) => {
+                std::hint::black_box(self.bare.passes(self.blocks));
+                Ok(())
+            }
+            _ => {
+                let memory = if who == BARE_HUGE { BareMemory::Huge } else { BareMemory::Pool };
+                self.bare.run(memory, way, chain % 2 * self.blocks % self.bare.extents(), self.blocks)
+            }
         }
     }
 
     /// One repetition: everybody writes chain `chain`, then everybody reads the one before it.
     fn repeat(&self, chain: u32, rival: &mut Option<&mut Rival<'_>>, table: &mut Readings) -> Result<()> {
-        let mut order = vec![TIER, BARE, THREADS, CHECKSUM];
+        let mut order = vec![TIER, BARE, STAGED, BARE_HUGE, THREADS, CHECKSUM, PASS];
         if rival.is_some() {
             order.push(RIVAL);
         }
@@ -304,6 +318,8 @@ pub fn measure(options: &NvmeBench, mut rival: Option<&mut Rival<'_>>) -> Result
     }
     let (dir, pool_dir) = (ScratchDir::new(&options.dir)?, ScratchDir::new(&options.pool_dir)?);
     let load_before = load();
+    // What an engine would do whose pool is large enough.
+    let trial = page_trial::run(DiskEngine::Auto, &dir.0);
     let rounds = options.sizes.len() as u64 * (u64::from(options.repetitions) + 1);
     let bar = ProgressBar::new(rounds);
     if let Ok(style) = ProgressStyle::with_template("{msg:24} {bar:30} {pos}/{len} {elapsed}") {
@@ -325,7 +341,7 @@ pub fn measure(options: &NvmeBench, mut rival: Option<&mut Rival<'_>>) -> Result
             field.repeat(start + repetition, &mut rival, &mut table)?;
             bar.inc(1);
         }
-        goals.extend(table.goals(*size));
+        goals.extend(table.goals(*size, if trial.pays() { STAGED } else { TIER }));
         disk = json!({
             "tier": device(field.tier.describe()),
             "bare": device(&field.bare.describe()),
@@ -333,6 +349,10 @@ pub fn measure(options: &NvmeBench, mut rival: Option<&mut Rival<'_>>) -> Result
         });
     }
     bar.finish_and_clear();
+    disk["page_trial"] = json!({
+        "gain": if let PageTrial::Gain(gain) = trial { Value::from(gain) } else { Value::Null },
+        "staging_pays": trial.pays(),
+    });
     disk["bytes"] = options.bytes.into();
     disk["repetitions"] = options.repetitions.into();
     disk["surroundings"] = surroundings(&dir.0, &load_before);
@@ -392,8 +412,8 @@ mod tests {
         };
         let outcome = measure(&options(dir.path()), Some(&mut rival)).expect("a measurement");
         assert!(outcome.results.iter().all(|result| result.n == 2 && result.value.is_finite()));
-        // At each size and in each direction: four rates, five CPU times, three goals.
-        assert_eq!((outcome.results.len(), outcome.goals.len()), (2 * 2 * 9, 2 * 2 * 3));
+        // At each size and in each direction: six rates, eight CPU times, four goals.
+        assert_eq!((outcome.results.len(), outcome.goals.len()), (2 * 2 * 14, 2 * 2 * 4));
         assert!(outcome.results.iter().filter(|result| result.unit == "GB/s").all(|result| result.value > 0.0));
         assert_eq!(turns.len(), 2 * (1 + 2 * 2));
         // What is read is what was written a turn before.

@@ -143,6 +143,25 @@ pub const DISK_BYTES_IN_FLIGHT: u64 = 64 << 20;
 /// Writes get one part in so many of the depth, so that a read never waits behind a pile of writes.
 pub const DISK_WRITES_SHARE: usize = 4;
 
+/// Memory in huge pages that transfers pass through where that is faster, in bytes: what is in
+/// flight. Further transfers wait for a place in it.
+pub const STAGING_BYTES: u64 = DISK_BYTES_IN_FLIGHT;
+
+/// Share of the pool that staging may come to, at most: with smaller pools transfers go directly.
+pub const STAGING_POOL_SHARE: u64 = 4;
+
+/// Bytes that are written and read to find out whether a disk is faster with huge pages.
+pub const PAGE_TRIAL_BYTES: u64 = 16 << 20;
+
+/// How often they are read, each way.
+pub const PAGE_TRIAL_ROUNDS: usize = 3;
+
+/// Reads into huge pages must be so many times as fast for a further copy to pay.
+pub const PAGE_TRIAL_GAIN: f64 = 1.25;
+
+/// A disk that takes longer to write them, in ms, is not slow by its pages.
+pub const PAGE_TRIAL_PATIENCE_MS: u64 = 250;
+
 /// Threads of a disk without `io_uring`, and so its transfers at once. More are not started.
 pub const DISK_THREADS_MAX: usize = 64;
 
@@ -167,6 +186,7 @@ pub const RING_PAUSE_MS: u64 = 1;
 /// ms. Then their memory is given up, never reused.
 pub const RING_FAILED_WAIT_MS: u64 = 5_000;
 
+const _: () = assert!(PAGE_TRIAL_BYTES.is_multiple_of(TRANSFER_BYTES_MAX), "whole transfers");
 const _: () = assert!(FACTS_BYTES_MAX < HEADER_BYTES as usize / 2 + 1, "facts fit into the header");
 const _: () = assert!(HEADER_BYTES.is_multiple_of(SLOT_ALIGN), "the slot table starts aligned");
 const _: () = assert!(SLOTS_MAX < (u32::MAX / 2) as u64, "the block table stores slot + 1 in 32 bits");

@@ -195,11 +195,13 @@ pub struct Gauges {
     pub nvme_direct: u64,
     /// 1 with memory registered with the kernel.
     pub nvme_registered: u64,
+    /// Bytes in huge pages that transfers pass through; 0: they go directly.
+    pub nvme_staging_bytes: u64,
 }
 
 impl Gauges {
     /// Name and value of each gauge.
-    pub fn all(&self) -> [(&'static str, u64); 20] {
+    pub fn all(&self) -> [(&'static str, u64); 21] {
         [
             ("total_slots", self.total_slots),
             ("free_slots", self.free_slots),
@@ -221,6 +223,7 @@ impl Gauges {
             ("nvme_io_uring", self.nvme_io_uring),
             ("nvme_direct", self.nvme_direct),
             ("nvme_registered", self.nvme_registered),
+            ("nvme_staging_bytes", self.nvme_staging_bytes),
         ]
     }
 }

@@ -57,6 +57,8 @@ pub(super) struct DiskReport {
     registered: bool,
     /// Why the device is used in this way and not a better one.
     engine_why: String,
+    /// Why transfers pass through huge pages; empty where they go directly.
+    staging: String,
     /// Stores of the same namespace that others hold.
     taken: Vec<String>,
     /// What else there is to say.
@@ -89,8 +91,19 @@ impl From<engine::ResetReport> for ResetReport {
 
 impl From<opening::DiskReport> for DiskReport {
     fn from(report: opening::DiskReport) -> Self {
-        let opening::DiskReport { path, extents_max, blocks, recovery, damaged, disk, taken, why, removed, warnings } =
-            report;
+        let opening::DiskReport {
+            path,
+            extents_max,
+            blocks,
+            recovery,
+            damaged,
+            disk,
+            staging,
+            taken,
+            why,
+            removed,
+            warnings,
+        } = report;
         Self {
             path,
             extents_max,
@@ -101,6 +114,7 @@ impl From<opening::DiskReport> for DiskReport {
             direct: disk.direct,
             registered: disk.registered,
             engine_why: disk.why,
+            staging,
             taken,
             why,
             removed,

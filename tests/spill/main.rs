@@ -1,6 +1,8 @@
 //! The whole way of a block over the disk: engine, pool, store, device, mover, copy worker and
 //! follower are the real ones; only vLLM is played by the test, whose KV cache holds bytes that are
 //! computed from each block's key. So a byte that comes back under a wrong key is a wrong byte.
+//!
+//! All of it runs twice: over a disk that reads and writes the slots, and over staging.
 
 #![allow(clippy::expect_used, clippy::panic, reason = "a broken expectation is a failed test")]
 #![allow(unsafe_code, reason = "the KV cache's addresses are handed to the copier")]

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use kvcellar_block::Tier;
 use kvcellar_block::geometry::RankBytes;
 use kvcellar_block::{BlockHash, GroupKind, GroupSpec, Grouping, SlotGeometry};
+use kvcellar_engine::config::nvme::StagingChoice;
 use kvcellar_engine::config::{Config, Controls};
 use kvcellar_engine::event_log::Run;
 use kvcellar_engine::gpu::Copier;
@@ -18,6 +19,7 @@ use kvcellar_engine::gpu::worker::CopyWorker;
 use kvcellar_engine::limits;
 use kvcellar_engine::metrics::{Counters, Gauges};
 use kvcellar_engine::nvme::disk::Disk;
+use kvcellar_engine::nvme::staging::Staging;
 use kvcellar_engine::nvme::store::{Store, Wish as StoreWish};
 use kvcellar_engine::pool::open::{self, Wish};
 use kvcellar_engine::tier::TierEngine;
@@ -35,6 +37,9 @@ pub(crate) const BLOCK_BYTES: usize = 20_000;
 const FETCHED: usize = 100;
 const KV_BLOCKS: usize = 200;
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// All tests run twice, as `spill` and as `spill_staged`.
+const STAGING: &str = if env!("CARGO_CRATE_NAME").len() > "spill".len() { "on" } else { "off" };
 
 /// Chain `chain`'s block `index`.
 pub(crate) fn hash(chain: u32, index: u32) -> BlockHash {
@@ -115,7 +120,7 @@ fn engine_with_pool(
 ) -> kvcellar_block::error::Result<(Arc<Mutex<TierEngine>>, Config)> {
     let geometry = geometry();
     let json = format!(
-        r#"{{"nvme_dir": "{}", "nvme_size": "{nvme_size}", "nvme_reserve": "1MiB"{more}}}"#,
+        r#"{{"nvme_dir": "{}", "nvme_size": "{nvme_size}", "nvme_reserve": "1MiB", "nvme_staging": "{STAGING}"{more}}}"#,
         disk_dir.display()
     );
     let config = Config::parse(&json)?;
@@ -196,9 +201,12 @@ impl Rig {
             retention_s: None,
         };
         let device = Arc::clone(&disk) as Arc<dyn Disk>;
-        let parts = DiskParts { store, disk: device, jobs, found: &[], next_sequence: 1 };
+        let staging = (config.nvme.staging == StagingChoice::On)
+            .then(|| Staging::new(pool.geometry().slot_bytes).expect("memory"));
+        let staging_bytes = staging.as_ref().map_or(0, Staging::bytes);
+        let parts = DiskParts { store, disk: device, jobs, found: &[], next_sequence: 1, staging_bytes };
         lock(&engine).open_disk(parts, settings);
-        let mover = Mover::start(&engine, inbox).expect("a mover");
+        let mover = Mover::start(&engine, inbox, staging).expect("a mover");
         (Self::assemble(engine, Some(mover), None).expect("a worker"), disk)
     }
 

@@ -8,7 +8,7 @@ use kvcellar_block::error::{Error, Result};
 use kvcellar_block::{ExtentIndex, GroupIndex, SlotGeometry, SlotIndex};
 use kvcellar_engine::config::nvme::DiskEngine;
 use kvcellar_engine::limits;
-use kvcellar_engine::nvme::buffer::{Buffer, Region};
+use kvcellar_engine::nvme::buffer::{Arena, Buffer, Region};
 use kvcellar_engine::nvme::disk::{Description, Disk, Kind, Operation};
 use kvcellar_engine::nvme::recovery::{self, Arrivals};
 use kvcellar_engine::nvme::store::{Store, Wish};
@@ -54,23 +54,37 @@ pub fn pump(
 /// Fills the payload of every slot with bytes that no device can compress. Nobody may use the slots
 /// yet.
 pub fn fill(pool: &Arc<Pool>) {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     for slot in 0..pool.slot_count() {
-        let mut buffer = Buffer::slots(pool, SlotIndex(slot), 1);
-        for word in buffer.bytes_mut()[pool.geometry().descriptor_bytes as usize..].chunks_exact_mut(8) {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            word.copy_from_slice(&state.to_le_bytes());
-        }
+        scramble(&mut Buffer::slots(pool, SlotIndex(slot), 1), pool.geometry(), slot);
     }
 }
 
-/// A disk over a store's segments and a pool's memory.
+/// Random bytes for the payload of one image.
+fn scramble(image: &mut Buffer, geometry: &SlotGeometry, seed: u32) {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64 ^ u64::from(seed);
+    for word in image.bytes_mut()[geometry.descriptor_bytes as usize..].chunks_exact_mut(8) {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        word.copy_from_slice(&state.to_le_bytes());
+    }
+}
+
+/// The memory that a bare ring transfers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BareMemory {
+    /// A pool's slots.
+    Pool,
+    /// Private memory in huge pages: the best that a system has.
+    Huge,
+}
+
+/// A disk over a store's segments, a pool's memory, and as much in huge pages.
 pub struct Bare {
     disk: Arc<dyn Disk>,
     arrivals: Arrivals,
     pool: Arc<Pool>,
+    huge: Arc<dyn Region>,
     store: Store,
 }
 
@@ -95,12 +109,18 @@ impl Bare {
         let pool = Arc::new(pool);
         fill(&pool);
         let (completions, arrivals) = recovery::channel();
-        let regions: Vec<Arc<dyn Region>> = vec![Arc::clone(&pool) as Arc<dyn Region>];
+        let slots = pool.slot_count();
+        let huge: Arc<dyn Region> = Arena::in_huge_pages(slots as usize * geometry.slot_bytes as usize)
+            .ok_or_else(|| Error::lost("benchmark", "the system has no more memory"))?;
+        for slot in 0..slots {
+            scramble(&mut piece(&huge, geometry, slot), geometry, slot);
+        }
+        let regions: Vec<Arc<dyn Region>> = vec![Arc::clone(&pool) as Arc<dyn Region>, Arc::clone(&huge)];
         let disk = probe::open(DiskEngine::Auto, regions, &completions, store.path())?;
         while let Some(segment) = store.grow()? {
             disk.add_segment(segment)?;
         }
-        Ok(Self { disk, arrivals, pool, store })
+        Ok(Self { disk, arrivals, pool, huge, store })
     }
 
     /// What the disk is.
@@ -113,12 +133,12 @@ impl Bare {
         self.store.extents_ready()
     }
 
-    /// Moves `count` extents from `first` on, between them and the first slots; as many at once as
-    /// the tier has.
+    /// Moves `count` extents from `first` on, between them and the begin of this memory; as many at
+    /// once as the tier has.
     ///
     /// # Errors
     /// Those of [`pump`].
-    pub fn run(&self, way: DiskWay, first: u32, count: u32) -> Result<()> {
+    pub fn run(&self, memory: BareMemory, way: DiskWay, first: u32, count: u32) -> Result<()> {
         let (kind, depth) = match way {
             DiskWay::Write => (
                 Kind::Write,
@@ -130,7 +150,11 @@ impl Bare {
         let extents = self.extents();
         pump(self.disk.as_ref(), &self.arrivals, depth, count, &mut |number, _| {
             let (segment, offset) = self.store.place(ExtentIndex((first + number) % extents));
-            let buffer = Buffer::slots(&self.pool, SlotIndex(number % self.pool.slot_count()), 1);
+            let slot = number % self.pool.slot_count();
+            let buffer = match memory {
+                BareMemory::Pool => Buffer::slots(&self.pool, SlotIndex(slot), 1),
+                BareMemory::Huge => piece(&self.huge, self.pool.geometry(), slot),
+            };
             Operation { token: number.into(), kind, segment, offset, buffer }
         })
     }
@@ -144,4 +168,24 @@ impl Bare {
         };
         (0..count.min(self.pool.slot_count())).map(sum).fold(0, u64::wrapping_add)
     }
+
+    /// Copies the first `count` payloads from huge pages into their slots and sums them meanwhile,
+    /// as staging does. Returns something made of the sums.
+    pub fn passes(&self, count: u32) -> u64 {
+        let pass = |slot| {
+            let (from, mut into) =
+                (piece(&self.huge, self.pool.geometry(), slot), Buffer::slots(&self.pool, SlotIndex(slot), 1));
+            extent::copy_payload(from.bytes(), into.bytes_mut(), self.pool.geometry(), GroupIndex(0))
+                .into_iter()
+                .fold(0, u64::wrapping_add)
+        };
+        (0..count.min(self.pool.slot_count())).map(pass).fold(0, u64::wrapping_add)
+    }
+}
+
+/// One image's place in memory of its own.
+fn piece(huge: &Arc<dyn Region>, geometry: &SlotGeometry, slot: u32) -> Buffer {
+    let bytes = geometry.slot_bytes as usize;
+    // SAFETY: the benchmark has one transfer or one pass at work on a place at a time.
+    unsafe { Buffer::of_region(Arc::clone(huge), slot as usize * bytes, bytes) }
 }

@@ -26,8 +26,8 @@ const PATIENCE: Duration = Duration::from_mins(2);
 /// How often writes are looked after: rarely enough to cost nothing.
 const LOOK: Duration = Duration::from_millis(1);
 
-/// Stores that are open below one directory at a time: two tiers, and one that is driven barely.
-pub const TOGETHER: u32 = 3;
+/// Stores that are open below one directory at a time: three tiers, and one that is driven barely.
+pub const TOGETHER: u32 = 4;
 
 /// An engine with a pool and an nvme tier.
 pub struct WholeTier {

@@ -79,6 +79,7 @@ impl Sum {
     pub unsafe fn copy(&mut self, to: *mut u8, from: *const u8, len: usize, next: *const u8) {
         match &mut self.0 {
             Way::Library(library) => {
+                let _ = next;
                 // SAFETY: the caller's promise.
                 let copied = unsafe {
                     to.copy_from_nonoverlapping(from, len);
@@ -90,6 +91,16 @@ impl Sum {
             // SAFETY: the caller's promise.
             Way::Long(long) => unsafe { long.copy(to, from, len, next) },
         }
+    }
+
+    /// As [`Self::copy`], for two slices.
+    ///
+    /// # Panics
+    /// When they are not of one length; as [`Self::read`].
+    pub fn copy_slice(&mut self, to: &mut [u8], from: &[u8]) {
+        assert_eq!(to.len(), from.len(), "a copy has the length of what is copied");
+        // SAFETY: both are slices of this length, and a mutable one overlaps no other.
+        unsafe { self.copy(to.as_mut_ptr(), from.as_ptr(), from.len(), std::ptr::null()) };
     }
 
     /// The checksum of all bytes.

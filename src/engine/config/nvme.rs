@@ -19,6 +19,18 @@ pub enum DiskEngine {
     Threads,
 }
 
+/// Whether transfers pass through memory in huge pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum StagingChoice {
+    /// Where the disk is faster that way, by a trial at the start.
+    #[default]
+    Auto,
+    /// Always.
+    On,
+    /// Never: the disk reads and writes the slots.
+    Off,
+}
+
 /// When to load what lies on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum LoadPolicy {
@@ -57,6 +69,8 @@ pub struct NvmeConfig {
     pub reserve_bytes: Option<u64>,
     /// See [`DiskEngine`].
     pub engine: DiskEngine,
+    /// See [`StagingChoice`].
+    pub staging: StagingChoice,
     /// Write every block at once, not only the coldest.
     pub write_through: bool,
     /// See [`LoadPolicy`].
@@ -78,6 +92,7 @@ pub(crate) const KEYS: &[(&str, &str)] = &[
     ("nvme_size", "a size such as \"100GiB\" or a positive number of bytes"),
     ("nvme_reserve", "a size such as \"10GiB\", a number of bytes, or 0 to reserve nothing"),
     ("nvme_engine", "\"auto\", \"io_uring\" or \"threads\""),
+    ("nvme_staging", "\"auto\", \"on\" or \"off\""),
     ("nvme_admission", "\"all\" or \"reused\""),
     ("write_through", "true or false"),
     ("clean_percent", "a whole number from 0 to 100"),
@@ -93,6 +108,7 @@ impl Default for NvmeConfig {
             bytes_explicit: false,
             reserve_bytes: None,
             engine: DiskEngine::Auto,
+            staging: StagingChoice::Auto,
             write_through: false,
             load_policy: LoadPolicy::Always,
             admission: Admission::All,
@@ -121,6 +137,14 @@ impl NvmeConfig {
                     Some("auto") => DiskEngine::Auto,
                     Some("io_uring") => DiskEngine::IoUring,
                     Some("threads") => DiskEngine::Threads,
+                    _ => return Err(wrong(key, value)),
+                }
+            }
+            "nvme_staging" => {
+                self.staging = match text {
+                    Some("auto") => StagingChoice::Auto,
+                    Some("on") => StagingChoice::On,
+                    Some("off") => StagingChoice::Off,
                     _ => return Err(wrong(key, value)),
                 }
             }

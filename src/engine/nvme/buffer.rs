@@ -8,6 +8,8 @@ use std::alloc::{self, Layout};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use memmap2::{Advice, MmapMut};
+
 use crate::limits::SLOT_ALIGN;
 use crate::pool::Pool;
 use kvcellar_block::SlotIndex;
@@ -43,13 +45,25 @@ unsafe impl Region for Pool {
 #[derive(Debug)]
 pub struct Arena {
     start: NonNull<u8>,
-    layout: Layout,
+    len: usize,
+    memory: ArenaMemory,
+}
+
+#[derive(Debug)]
+enum ArenaMemory {
+    Allocated(Layout),
+    /// Held for its end.
+    Mapped {
+        _map: MmapMut,
+    },
 }
 
 // SAFETY: the arena owns its memory; access to it is governed by the buffers made of it.
 unsafe impl Send for Arena {}
 // SAFETY: as above.
 unsafe impl Sync for Arena {}
+
+const HUGE_PAGE: usize = 2 << 20;
 
 impl Arena {
     /// `bytes`, rounded up to whole pages.
@@ -58,20 +72,49 @@ impl Arena {
     /// When the system has no memory: as every allocation of this process.
     #[expect(clippy::expect_used, reason = "a layout of whole pages is valid for every size that memory can have")]
     pub fn new(bytes: usize) -> Arc<Self> {
-        let len = bytes.max(1).next_multiple_of(SLOT_ALIGN as usize);
+        let len = whole_pages(bytes);
         let layout = Layout::from_size_align(len, SLOT_ALIGN as usize).expect("whole pages");
         // SAFETY: the layout is not empty.
         let Some(start) = NonNull::new(unsafe { alloc::alloc_zeroed(layout) }) else {
             alloc::handle_alloc_error(layout)
         };
-        Arc::new(Self { start, layout })
+        Arc::new(Self { start, len, memory: ArenaMemory::Allocated(layout) })
     }
+
+    /// As [`Self::new`], but the system is asked for huge pages before any is touched. It gives
+    /// them or not. `None`: it has no memory.
+    pub fn in_huge_pages(bytes: usize) -> Option<Arc<Self>> {
+        Self::mapped(bytes, HUGE_PAGE, Advice::HugePage)
+    }
+
+    /// As [`Self::new`], but never in huge pages. `None`: the system has no memory.
+    pub fn in_small_pages(bytes: usize) -> Option<Arc<Self>> {
+        Self::mapped(bytes, SLOT_ALIGN as usize, Advice::NoHugePage)
+    }
+
+    /// Memory that begins at a multiple of `align`, all of it touched.
+    fn mapped(bytes: usize, align: usize, advice: Advice) -> Option<Arc<Self>> {
+        let len = whole_pages(bytes);
+        let mut map = MmapMut::map_anon(len + align - SLOT_ALIGN as usize).ok()?;
+        // A kernel that knows no such advice gives what it has.
+        let _refused = map.advise(advice);
+        let from = map.as_ptr().align_offset(align);
+        let start = NonNull::new(map[from..].as_mut_ptr())?;
+        map[from..from + len].iter_mut().step_by(SLOT_ALIGN as usize).for_each(|first| *first = 0);
+        Some(Arc::new(Self { start, len, memory: ArenaMemory::Mapped { _map: map } }))
+    }
+}
+
+fn whole_pages(bytes: usize) -> usize {
+    bytes.max(1).next_multiple_of(SLOT_ALIGN as usize)
 }
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        // SAFETY: allocated with this layout; no buffer is left, because each holds the arena.
-        unsafe { alloc::dealloc(self.start.as_ptr(), self.layout) };
+        if let ArenaMemory::Allocated(layout) = self.memory {
+            // SAFETY: allocated with this layout; no buffer is left, because each holds the arena.
+            unsafe { alloc::dealloc(self.start.as_ptr(), layout) };
+        }
     }
 }
 
@@ -82,7 +125,7 @@ unsafe impl Region for Arena {
     }
 
     fn len(&self) -> usize {
-        self.layout.size()
+        self.len
     }
 }
 

@@ -40,6 +40,8 @@ pub struct DiskParts<'a> {
     pub found: &'a [SnapshotEntry],
     /// The number of the next extent.
     pub next_sequence: u64,
+    /// Bytes that transfers pass through; 0: they go directly.
+    pub staging_bytes: u64,
 }
 
 /// The nvme tier of one engine.
@@ -52,6 +54,7 @@ pub(super) struct DiskTier {
     pub(super) restores: Restores,
     announcer: Announcer,
     retention: Retention,
+    staging_bytes: u64,
 }
 
 impl DiskTier {
@@ -88,6 +91,7 @@ impl DiskTier {
             restores: Restores::new(window),
             announcer: Announcer::new(reopened > 0),
             retention: Retention::default(),
+            staging_bytes: parts.staging_bytes,
         };
         (tier, opened)
     }
@@ -220,6 +224,7 @@ impl DiskTier {
             nvme_io_uring: u64::from(device.engine == "io_uring"),
             nvme_direct: u64::from(device.direct),
             nvme_registered: u64::from(device.registered),
+            nvme_staging_bytes: self.staging_bytes,
             ..Gauges::default()
         }
     }

@@ -39,6 +39,7 @@ mod retire;
 mod session;
 pub mod slot_state;
 mod spill;
+mod staging_queue;
 pub mod table;
 mod tiers;
 pub mod trace;

@@ -15,12 +15,14 @@ use hashbrown::HashMap;
 
 use super::engine::TierEngine;
 use super::jobs::{Job, Report};
+use super::staging_queue::{StagedWork, StagingQueue, Waiting};
 use super::transfer::{DescriptorRead, SealOrder, Trouble};
 use crate::limits;
 use crate::nvme::buffer::Buffer;
 use crate::nvme::disk::{Completion, Completions, Disk, Kind, Operation};
 use crate::nvme::extent::{self, Expected};
 use crate::nvme::space::SegmentLayout;
+use crate::nvme::staging::Staging;
 use crate::nvme::store::Store;
 use crate::pool::{Pool, futex};
 use crate::violated;
@@ -68,6 +70,8 @@ struct Desk {
     store: Arc<Mutex<Store>>,
     store_id: u64,
     layout: SegmentLayout,
+    /// What transfers pass through, if they do not go between disk and slots directly.
+    staging: Option<StagingQueue>,
     under: HashMap<u64, Under>,
     /// Descriptor reads of one `Describe` that have not ended, with what was found.
     described: HashMap<u64, Described>,
@@ -102,9 +106,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Mover {
-    /// Starts the mover of an engine whose nvme tier is open. `None`: it has none, or the system
-    /// refused a thread.
-    pub fn start(engine: &Arc<Mutex<TierEngine>>, jobs: Receiver<Job>) -> Option<Self> {
+    /// Starts the mover of an engine whose nvme tier is open. With `staging` transfers pass through
+    /// it. `None`: there is no tier, or the system refused a thread.
+    pub fn start(engine: &Arc<Mutex<TierEngine>>, jobs: Receiver<Job>, staging: Option<Staging>) -> Option<Self> {
         let desk = {
             let locked = lock(engine);
             let medium = locked.medium()?;
@@ -116,6 +120,7 @@ impl Mover {
                 store: Arc::clone(medium.store()),
                 store_id: medium.store_id(),
                 layout: medium.layout(),
+                staging: staging.map(StagingQueue::new),
                 under: HashMap::new(),
                 described: HashMap::new(),
                 next_group: 0,
@@ -182,8 +187,17 @@ impl Desk {
             match job {
                 Job::Read { token, slot, extent, count, expected, cache_generation } => {
                     self.under.insert(token, Under::Read { expected, slot, cache_generation });
+                    if let Some(staging) = &mut self.staging {
+                        staging.push(Waiting { token, extent, work: StagedWork::Read(count as usize) });
+                        continue;
+                    }
                     let buffer = Buffer::slots(&self.pool, slot, count);
                     operations.push(self.operation(token, Kind::Read, extent, buffer));
+                }
+                Job::Write { token, orders, extent } if self.staging.is_some() => {
+                    if let Some(staging) = &mut self.staging {
+                        staging.push(Waiting { token, extent, work: StagedWork::Write(orders) });
+                    }
                 }
                 Job::Write { token, orders, extent } => match self.seal(&orders) {
                     Ok(()) => {
@@ -201,6 +215,7 @@ impl Desk {
                 Job::Done(completion) => {
                     // Reads that were ordered before go to the disk before time is spent on this
                     // one.
+                    self.start_staged(&mut operations, &mut reports);
                     if !operations.is_empty() {
                         self.disk.submit(std::mem::take(&mut operations));
                     }
@@ -208,10 +223,53 @@ impl Desk {
                 }
             }
         }
+        self.start_staged(&mut operations, &mut reports);
         if !operations.is_empty() {
             self.disk.submit(operations);
         }
         reports
+    }
+
+    /// Starts what has a place in staging by now.
+    fn start_staged(&mut self, operations: &mut Vec<Operation>, reports: &mut Vec<Report>) {
+        while let Some((waiting, mut buffer)) = self.staging.as_mut().and_then(StagingQueue::next) {
+            let Waiting { token, extent, work } = waiting;
+            let StagedWork::Write(orders) = work else {
+                operations.push(self.operation(token, Kind::Read, extent, buffer));
+                continue;
+            };
+            if let Err(trouble) = self.seal_into(&orders, &mut buffer) {
+                self.end_staged(Kind::Write, buffer);
+                reports.push(Report::WriteEnded { token, trouble: Some(trouble) });
+                continue;
+            }
+            self.under.insert(token, Under::Write);
+            operations.push(self.operation(token, Kind::Write, extent, buffer));
+            // The disk starts on it while the next ones are copied.
+            self.disk.submit(std::mem::take(operations));
+        }
+    }
+
+    /// A buffer is back. If it is a place in staging, others may have it.
+    fn end_staged(&mut self, kind: Kind, buffer: Buffer) {
+        if let Some(staging) = self.staging.as_mut().filter(|staging| staging.owns(&buffer)) {
+            staging.end(kind, buffer);
+        }
+    }
+
+    /// Seals the images of adjacent slots, and copies them.
+    fn seal_into(&self, orders: &[SealOrder], buffer: &mut Buffer) -> std::result::Result<(), Trouble> {
+        let geometry = self.pool.geometry();
+        let (pages, extent_bytes) = (geometry.descriptor_bytes as usize, geometry.slot_bytes as usize);
+        for (order, into) in orders.iter().zip(buffer.bytes_mut().chunks_exact_mut(extent_bytes)) {
+            let slot = Buffer::slots(&self.pool, order.slot, 1);
+            let made = extent::copy_payload(slot.bytes(), into, geometry, order.key.group);
+            // Those that were made when the block was offloaded know what it was then.
+            let sums = self.known_sums(order).unwrap_or(made);
+            self.seal_slot(order, &sums)?;
+            into[..pages].copy_from_slice(&slot.bytes()[..pages]);
+        }
+        Ok(())
     }
 
     fn operation(&self, token: u64, kind: Kind, extent: ExtentIndex, buffer: Buffer) -> Operation {
@@ -222,22 +280,27 @@ impl Desk {
     /// Gives the images of adjacent slots their checksums: those that the ranks' hashers have, else
     /// computed here.
     fn seal(&self, orders: &[SealOrder]) -> std::result::Result<(), Trouble> {
-        let geometry = self.pool.geometry();
         for order in orders {
-            let image = Buffer::slots(&self.pool, order.slot, 1);
-            let known = |rank: usize| self.pool.checksum(order.slot, rank, order.generation.0);
-            let sums: Option<Vec<u64>> = geometry
-                .parts
-                .iter()
-                .enumerate()
-                .map(|(rank, part)| if part.writes(order.key.group) { known(rank) } else { Some(0) })
-                .collect();
-            let sums = sums.unwrap_or_else(|| extent::sums(image.bytes(), geometry, order.key.group));
-            let sealed = self.pool.with_descriptor_mut(order.slot, |page| descriptor::seal(page, &order.seal, &sums));
-            // A descriptor that did not fit is never an extent.
-            sealed.map_err(|_| Trouble::Undescribed)?;
+            let sums = self.known_sums(order).unwrap_or_else(|| {
+                let image = Buffer::slots(&self.pool, order.slot, 1);
+                extent::sums(image.bytes(), self.pool.geometry(), order.key.group)
+            });
+            self.seal_slot(order, &sums)?;
         }
         Ok(())
+    }
+
+    /// The checksums of a block that the ranks have made, if all of them have.
+    fn known_sums(&self, order: &SealOrder) -> Option<Vec<u64>> {
+        let known = |rank: usize| self.pool.checksum(order.slot, rank, order.generation.0);
+        let parts = self.pool.geometry().parts.iter().enumerate();
+        parts.map(|(rank, part)| if part.writes(order.key.group) { known(rank) } else { Some(0) }).collect()
+    }
+
+    fn seal_slot(&self, order: &SealOrder, sums: &[u64]) -> std::result::Result<(), Trouble> {
+        let sealed = self.pool.with_descriptor_mut(order.slot, |page| descriptor::seal(page, &order.seal, sums));
+        // A descriptor that did not fit is never an extent.
+        sealed.map_err(|_| Trouble::Undescribed)
     }
 
     fn describe(&mut self, extents: &[ExtentIndex], trial: bool, operations: &mut Vec<Operation>) {
@@ -254,17 +317,22 @@ impl Desk {
     }
 
     fn done(&mut self, completion: Completion) -> Option<Report> {
-        let Completion { token, buffer, outcome, .. } = completion;
+        let Completion { token, buffer, outcome, kind } = completion;
         let Some(under) = self.under.remove(&token) else {
             violated!("transfer {token} ended but is not under way");
             return None;
         };
         match under {
-            Under::Write => Some(Report::WriteEnded { token, trouble: outcome.err().map(|_| Trouble::Device) }),
+            Under::Write => {
+                self.end_staged(kind, buffer);
+                Some(Report::WriteEnded { token, trouble: outcome.err().map(|_| Trouble::Device) })
+            }
             Under::Read { expected, slot, cache_generation } => {
-                let outcomes = match outcome {
-                    Ok(()) => self.compare(buffer, slot, &expected, cache_generation),
-                    Err(_) => expected.iter().map(|_| Err(Trouble::Device)).collect(),
+                let outcomes = if outcome.is_ok() {
+                    self.compare(buffer, slot, &expected, cache_generation)
+                } else {
+                    self.end_staged(kind, buffer);
+                    expected.iter().map(|_| Err(Trouble::Device)).collect()
                 };
                 Some(Report::ReadEnded { token, outcomes })
             }
@@ -295,26 +363,31 @@ impl Desk {
     /// Compares what was read with what must be there, and makes the good images those of their
     /// slots.
     fn compare(
-        &self,
+        &mut self,
         buffer: Buffer,
         first: SlotIndex,
         expected: &[(BlockKey, Generation)],
         cache_generation: u64,
     ) -> Vec<std::result::Result<Lineage, Trouble>> {
-        let geometry = self.pool.geometry();
-        let ranks = geometry.parts.len();
-        let extent_bytes = geometry.slot_bytes as usize;
-        let checked: Vec<bool> = buffer
-            .bytes()
-            .chunks_exact(extent_bytes)
+        let staged = self.staging.as_ref().is_some_and(|staging| staging.owns(&buffer));
+        let (geometry, store) = (self.pool.geometry(), self.store_id);
+        let images = buffer.bytes().chunks_exact(geometry.slot_bytes as usize);
+        let checked: Vec<bool> = images
             .zip(expected)
-            .map(|(image, (key, _))| {
-                let wanted = Expected { store: self.store_id, cache_generation, key: Some(*key) };
-                extent::check(image, geometry, &wanted).is_ok()
+            .zip(first.0..)
+            .map(|((image, (key, _)), slot)| {
+                let wanted = Expected { store, cache_generation, key: Some(*key) };
+                if !staged {
+                    return extent::check(image, geometry, &wanted).is_ok();
+                }
+                let mut into = Buffer::slots(&self.pool, SlotIndex(slot), 1);
+                extent::check_into(image, into.bytes_mut(), geometry, &wanted).is_ok()
             })
             .collect();
         // The bytes are the slots' from here on.
-        drop(buffer);
+        self.end_staged(Kind::Read, buffer);
+        let geometry = self.pool.geometry();
+        let ranks = geometry.parts.len();
         let accept = |(index, good): (usize, bool)| {
             let slot = SlotIndex(first.0 + index as u32);
             let generation = expected[index].1;

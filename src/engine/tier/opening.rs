@@ -6,9 +6,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::disk_tier::{DiskParts, DiskSettings};
 use super::engine::TierEngine;
 use super::mover::{Mover, ToMover};
+use crate::config::nvme::StagingChoice;
 use crate::config::{Config, NvmeConfig};
+use crate::limits::{STAGING_BYTES, STAGING_POOL_SHARE};
 use crate::nvme::buffer::Region;
 use crate::nvme::disk::{Completions, Description};
+use crate::nvme::page_trial::{self, PageTrial};
+use crate::nvme::staging::Staging;
 use crate::nvme::store::{Opened, Recovery, Store, Wish};
 use crate::nvme::{probe, recovery, space};
 use crate::pool::Pool;
@@ -30,6 +34,9 @@ pub struct DiskReport {
     pub damaged: u64,
     /// The device.
     pub disk: Description,
+    /// Why transfers pass through huge pages, or do not although they should; empty in the usual
+    /// case.
+    pub staging: String,
     /// Stores of this namespace that were taken.
     pub taken: Vec<String>,
     /// What else there is to say; empty for nothing.
@@ -60,6 +67,7 @@ impl DiskReport {
             recovery: "none",
             damaged: 0,
             disk: Description { engine: "none", direct: false, registered: false, why: String::new() },
+            staging: String::new(),
             taken: Vec::new(),
             why: String::new(),
             removed: Vec::new(),
@@ -144,7 +152,9 @@ fn opened(
     };
     let (jobs, inbox) = crossbeam_channel::unbounded();
     let completions: Arc<dyn Completions> = Arc::new(ToMover::new(jobs.clone(), Arc::clone(pool)));
-    let regions: Vec<Arc<dyn Region>> = vec![Arc::clone(pool) as Arc<dyn Region>];
+    let (staging, staged) = staging_of(nvme, pool, store.path());
+    let mut regions: Vec<Arc<dyn Region>> = vec![Arc::clone(pool) as Arc<dyn Region>];
+    regions.extend(staging.as_ref().map(|staging| Arc::clone(staging.region())));
     let disk = probe::open(nvme.engine, regions, &completions, store.path())?;
     for segment in segments {
         disk.add_segment(segment)?;
@@ -156,19 +166,49 @@ fn opened(
         recovery: found,
         damaged,
         disk: disk.describe(),
+        staging: staged,
         taken,
         why,
         removed,
         warnings,
     };
-    let parts = DiskParts { store, disk, jobs, found: &entries, next_sequence };
+    let staging_bytes = staging.as_ref().map_or(0, Staging::bytes);
+    let parts = DiskParts { store, disk, jobs, found: &entries, next_sequence, staging_bytes };
     lock(engine).open_disk(parts, settings_of(nvme));
-    let mover = Mover::start(engine, inbox).ok_or_else(|| Error::DeviceDead {
+    let mover = Mover::start(engine, inbox, staging).ok_or_else(|| Error::DeviceDead {
         device: "the nvme tier's mover".to_owned(),
         problem: "no thread could be started".to_owned(),
         remedy: "Raise the limit on processes".to_owned(),
     })?;
     Ok((Some(mover), report))
+}
+
+/// The memory that transfers pass through, and what there is to say about it; nothing in the usual
+/// case.
+fn staging_of(nvme: &NvmeConfig, pool: &Arc<Pool>, dir: &Path) -> (Option<Staging>, String) {
+    let bytes = pool.geometry().slot_bytes;
+    let made = |why: String| match Staging::new(bytes) {
+        Some(staging) => (Some(staging), why),
+        None => (None, "transfers go directly: blocks are too large for staging".to_owned()),
+    };
+    match nvme.staging {
+        StagingChoice::Off => (None, String::new()),
+        StagingChoice::On => made("transfers pass through huge pages: the configuration asks for it".to_owned()),
+        // Half of it, because the ends of a mapping may not fill a huge page.
+        StagingChoice::Auto
+            if pool.huge_bytes() > pool.bytes() / 2 || pool.bytes() < STAGING_POOL_SHARE * STAGING_BYTES =>
+        {
+            (None, String::new())
+        }
+        StagingChoice::Auto => match page_trial::run(nvme.engine, dir) {
+            trial @ PageTrial::Gain(gain) if trial.pays() => made(format!(
+                "transfers pass through {} of huge pages, from which this disk reads {gain:.1} times as fast as from \
+                 the pool's small ones",
+                show(STAGING_BYTES)
+            )),
+            _ => (None, String::new()),
+        },
+    }
 }
 
 fn settings_of(nvme: &NvmeConfig) -> DiskSettings {
