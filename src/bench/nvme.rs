@@ -1,10 +1,11 @@
 //! `kvcellar bench nvme`: what the nvme tier makes of a disk, beside what the disk gives.
 //!
 //! Measured: blocks through the whole tier (directory, seals, checksums, slots of a real pool,
-//! mover, ring), directly and through staging, in turn with a bare ring that does the same transfers
-//! and nothing else, in a pool's memory and in huge pages, with the tier over threads, and, from Python, with vLLM's own tier of files. In turn, so that a noisy
-//! neighbour hits all alike; whoever begins changes with every repetition. Not measured: copies to
-//! and from a KV cache. Leaves nothing behind.
+//! mover, ring), directly and through staging. In turn with that: a bare ring that does the same
+//! transfers and nothing else, in a pool's memory and in huge pages; the tier over threads; and,
+//! from Python, vLLM's own tier of files. In turn, so that a noisy neighbour hits all alike;
+//! whoever begins changes with every repetition. Not measured: copies to and from a KV cache.
+//! Leaves nothing behind.
 
 pub mod bare;
 pub mod meter;
