@@ -4,6 +4,7 @@
 //! Every module is one benchmark: `Options` for the command line, `measure`, and `run`, which
 //! prints. [`report`] is their common shape: medians with their spread, and goals.
 
+pub mod all;
 pub mod compression;
 #[cfg(feature = "cuda")]
 pub mod dma;
@@ -22,6 +23,8 @@ use kvcellar_block::error::Result;
 /// One benchmark with its sizes.
 #[derive(Debug, Subcommand)]
 pub enum Benchmark {
+    /// All that need neither a GPU nor a model, and how far each goal is reached.
+    All(all::AllBench),
     /// Lookup and allocation in the block table, beside a bare hash map.
     Lookup(lookup::LookupBench),
     /// Blocks to disk and back through the whole nvme tier, beside a bare ring.
@@ -47,6 +50,7 @@ pub enum Benchmark {
 /// Those of the benchmark.
 pub fn run(command: Benchmark) -> Result<()> {
     match command {
+        Benchmark::All(options) => all::run(&options),
         Benchmark::Lookup(options) => lookup::run(&options),
         Benchmark::Nvme(options) => nvme::run(&options),
         #[cfg(feature = "cuda")]
