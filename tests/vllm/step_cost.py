@@ -174,6 +174,9 @@ def _llama(path: Path) -> str:
 def opened(prompt_tokens: int, most: int, *, events: bool) -> Iterator[Bench]:
     """A scheduler for so many requests at once, with our tiers in service."""
     import torch
+    from kvcellar import facts, views
+    from kvcellar._native import Config, CopyWorker
+    from kvcellar.metadata import RankOffer
     from vllm.config.kv_events import KVEventsConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
     from vllm.engine.arg_utils import EngineArgs
@@ -181,10 +184,6 @@ def opened(prompt_tokens: int, most: int, *, events: bool) -> Iterator[Bench]:
     from vllm.v1.core.kv_cache_utils import init_none_hash
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
     from vllm.v1.structured_output import StructuredOutputManager
-
-    from kvcellar import facts, views
-    from kvcellar._native import Config, CopyWorker
-    from kvcellar.metadata import RankOffer
 
     # Two rounds' worth of blocks: what a round leaves in vLLM's own cache is evicted by the next one.
     blocks = 2 * most * (prompt_tokens // BLOCK_TOKENS + 64)
@@ -287,9 +286,7 @@ def measure(bench: Bench, requests: Requests, running: int, decode_steps: int, r
     rounds.prefill.append(prefill)
     rounds.decode.append(decode)
     phases = (prefill, decode, end)
-    rounds.whole.append(
-        Phase(running, sum(phase.ours_ns for phase in phases), sum(phase.vllm_ns for phase in phases))
-    )
+    rounds.whole.append(Phase(running, sum(phase.ours_ns for phase in phases), sum(phase.vllm_ns for phase in phases)))
 
 
 def results(running: int, rounds: Rounds) -> list[Result]:
