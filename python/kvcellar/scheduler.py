@@ -24,7 +24,7 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from kvcellar import KvcellarError, deployment, eligibility, opening, states, window
-from kvcellar._native import Config, TierEngine, Watch
+from kvcellar._native import Config, RemovedRun, StoredRun, TierEngine, Watch
 from kvcellar.adapters import NOT_YET, AdapterReport, Adapters
 from kvcellar.due import Due
 from kvcellar.events import EventMaker
@@ -33,7 +33,7 @@ from kvcellar.metadata import RankOffer, StepMetadata, WorkerReport
 from kvcellar.offers import GroupOffer, Offer
 from kvcellar.others import ForeignBlocks
 from kvcellar.requests import NEVER, AskAgain, KnownRequest, LeftOut, UnusableRequest, controls, plain
-from kvcellar.stats import KVCellarStats, of_engine, of_side, without_tiers
+from kvcellar.stats import KVCellarStats, of_side, with_engine, without_tiers
 from kvcellar.steps import handed_out
 
 logger = init_logger(f"vllm.{__name__}")
@@ -105,7 +105,9 @@ class SchedulerSide:
         self._closed = False
         # The pool may be opened beside requests: whoever ends last closes it.
         self._closing = threading.Lock()
+        # Events that were taken from the engine and not by vLLM.
         self._last_events: list[KVCacheEvent] = []
+        self._events_taken = False
         self._watch: Watch | None = None
         parent = multiprocessing.parent_process()
         self._front_end = parent.pid if parent is not None else None
@@ -210,7 +212,7 @@ class SchedulerSide:
         try:
             self._engine.withdraw()
             while runs := self._engine.take_events(self._events.integer_hashes):
-                self._last_events += [self._events.make(run) for run in runs]
+                self._add_events(runs)
         except Exception:
             logger.exception("KV Cellar: subscribers could not be told that the tiers went out of service")
 
@@ -315,7 +317,8 @@ class SchedulerSide:
                 self._active = True
                 # Neither known nor left out: the next step's reports tell.
                 return 0 if request.request_id in self._left_out_ids else None, False
-        self._active = self._counted = True
+        # A lookup leaves nothing under way: an engine that is quiet stays so.
+        self._counted = True
         may_have_begun = num_computed_tokens > 0 or self._groups.are_found_in_parts
         if may_have_begun and self._begins_with_doubt(request):
             self._let_go(known, UnusableRequest("vLLM may have computed its begin with other weights", usual=True))
@@ -579,6 +582,7 @@ class SchedulerSide:
                 "KV Cellar: a LoRA adapter was exchanged while requests ran with it. What they stored since cannot be "
                 "told apart, so both tiers are emptied"
             )
+            self._active = self._counted = True
             if self._engine.reset().kept:
                 self.retire()
 
@@ -598,13 +602,19 @@ class SchedulerSide:
         """Events of our tiers since the last step."""
         if not self._publishes:
             return ()
-        if self._retired:
-            events, self._last_events = self._last_events, []
-            return events
-        return [self._events.make(run) for run in self._engine.take_events(self._events.integer_hashes)]
+        if self._retired or self._events_taken:
+            self._events_taken = False
+        elif self._active or self._config.has_disk:
+            # A disk may lose blocks while nothing is asked of the engine.
+            self._add_events(self._engine.take_events(self._events.integer_hashes))
+        events, self._last_events = self._last_events, []
+        return events
+
+    def _add_events(self, runs: Iterable[StoredRun | RemovedRun]) -> None:
+        self._last_events += [self._events.make(run) for run in runs]
 
     def take_stats(self) -> KVCellarStats | None:
-        """What changed since the last step."""
+        """What changed since the last step. vLLM asks for events next: they come with the same call."""
         if not self._counted:
             return None
         # Once more after the last step that had something under way.
@@ -613,8 +623,10 @@ class SchedulerSide:
         own = of_side(errors, self._left_out.take(), in_service=self._opened and not self._retired)
         if self._retired:
             return without_tiers(own)
-        stats = self._engine.take_stats()
-        return own if stats is None else own.aggregate(of_engine(stats))
+        runs, stats = self._engine.take_report(self._publishes, self._events.integer_hashes)
+        self._add_events(runs)
+        self._events_taken = self._publishes
+        return own if stats is None else with_engine(own, stats)
 
     def reset(self) -> None:
         """Everything stored so far is worthless: weights changed."""
