@@ -312,14 +312,8 @@ impl PyTierEngine {
         self.run(py, |engine| Ok(engine.disk_tokens(request)))
     }
 
-    /// What changed since the last call, or `None`.
-    fn take_stats(&self, py: Python<'_>) -> PyResult<Option<EngineStats>> {
-        let delta = self.run(py, |engine| Ok(engine.take_stats()))?;
-        delta.map(|delta| EngineStats::new(py, delta)).transpose()
-    }
-
-    /// `take_events` and `take_stats` in one call. Without `events` nobody is told of any, and none
-    /// is taken.
+    /// Events as `take_events` gives them (none without `events`), and what was counted since the
+    /// last call, if anything changed.
     fn take_report(
         &self,
         py: Python<'_>,

@@ -120,20 +120,28 @@ class Bench:
 
     def step(self) -> None:
         """One step, as EngineCore goes: with asynchronous scheduling the next one is scheduled before one ends."""
+        self.schedule()
+        self.end_steps()
+
+    def schedule(self) -> Any:
+        """The first half of a step, with the worker's part of it."""
         output = self.run(self.scheduler.schedule)
         self._phase.steps += 1
-        plan = output.kv_connector_metadata.plan
-        if output.kv_connector_metadata.ticket is not None:
-            self._worker.attach(output.kv_connector_metadata.ticket)
-        if plan:
-            self._worker.begin_step(plan)
-        # As the copy worker does in a real step.
+        metadata = output.kv_connector_metadata
+        if metadata.ticket is not None:
+            self._worker.attach(metadata.ticket)
+        if metadata.plan:
+            self._worker.begin_step(metadata.plan)
         self._worker.start_loads()
         self._worker.finish_step()
         # A step that computes only a part of a prompt gives no token.
         requests = self.scheduler.requests
         sampled = [[] if requests[name].is_prefill_chunk else [7] for name in output.num_scheduled_tokens]
         self._in_flight.append((output, sampled))
+        return output
+
+    def end_steps(self) -> None:
+        """The second half, of steps that were scheduled long enough ago."""
         while len(self._in_flight) >= self._depth:
             self._end_step()
 
@@ -164,15 +172,20 @@ def _llama(path: Path) -> str:
         num_hidden_layers=1,
         num_attention_heads=1,
         num_key_value_heads=1,
-        max_position_embeddings=2 * PROMPT_TOKENS,
+        max_position_embeddings=4 * PROMPT_TOKENS,
         architectures=["LlamaForCausalLM"],
     ).save_pretrained(path)
     return str(path)
 
 
 @contextlib.contextmanager
-def opened(prompt_tokens: int, most: int, *, events: bool) -> Iterator[Bench]:
-    """A scheduler for so many requests at once, with our tiers in service."""
+def opened(
+    prompt_tokens: int, most: int, *, events: bool, chunk_tokens: int = CHUNK_TOKENS, blocks: int | None = None
+) -> Iterator[Bench]:
+    """A scheduler for so many requests at once, with our tiers in service.
+
+    Unless told, vLLM has blocks for two rounds: what a round leaves in vLLM's own cache is evicted by the next one.
+    """
     import torch
     from kvcellar import facts, views
     from kvcellar._native import Config, CopyWorker
@@ -185,8 +198,7 @@ def opened(prompt_tokens: int, most: int, *, events: bool) -> Iterator[Bench]:
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
     from vllm.v1.structured_output import StructuredOutputManager
 
-    # Two rounds' worth of blocks: what a round leaves in vLLM's own cache is evicted by the next one.
-    blocks = 2 * most * (prompt_tokens // BLOCK_TOKENS + 64)
+    blocks = blocks or 2 * most * (prompt_tokens // BLOCK_TOKENS + 64)
     with tempfile.TemporaryDirectory() as work_dir, temporary_pool_dir() as pool_dir:
         # A pool that is full all the time: each block that is stored evicts another.
         cellar = {"pool_dir": str(pool_dir), "dram_size": "256MiB", "namespace_salt": "step-cost"}
@@ -196,7 +208,8 @@ def opened(prompt_tokens: int, most: int, *, events: bool) -> Iterator[Bench]:
             load_format="dummy",
             block_size=BLOCK_TOKENS,
             max_num_seqs=most,
-            max_num_batched_tokens=CHUNK_TOKENS,
+            max_model_len=2 * prompt_tokens + 1024,
+            max_num_batched_tokens=chunk_tokens,
             enable_prefix_caching=True,
             enable_chunked_prefill=True,
             kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null") if events else None,
@@ -251,7 +264,7 @@ class Requests:
         self._rng = random.Random(seed)
         self._made = 0
 
-    def make(self) -> Any:
+    def make(self, answer_tokens: int | None = None) -> Any:
         """One request, hashed as EngineCore's input thread does it."""
         from vllm import SamplingParams
         from vllm.v1.request import Request
@@ -260,7 +273,7 @@ class Requests:
         # Of different lengths: their blocks are not all complete in the same steps.
         length = self._prompt_tokens - self._rng.randrange(2 * BLOCK_TOKENS)
         tokens = self._rng.choices(range(VOCABULARY), k=length)
-        sampling = SamplingParams(max_tokens=self._prompt_tokens, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=answer_tokens or self._prompt_tokens, ignore_eos=True)
         return Request(f"request-{self._made}", tokens, sampling, None, block_hasher=self._hasher)
 
 
