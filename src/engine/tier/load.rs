@@ -135,12 +135,11 @@ impl Loads {
         // A request that waits asks in every step.
         let asked = Answered { local, limit, hashes: request.hashes.len(), changes: tiers.changes(), end: 0 };
         let known = request.answered.filter(|answered| Answered { end: 0, ..*answered } == asked);
-        let (end, decision, shared) = match known {
-            Some(Answered { end, .. }) => (end, None, false),
-            None => {
-                let (end, decision) = reach(tiers, grouping, request, local, limit);
-                (end, decision, end > local && self.is_being_loaded(tiers, grouping, request, (id, end)))
-            }
+        let (end, decision, shared) = if let Some(Answered { end, .. }) = known {
+            (end, None, false)
+        } else {
+            let (end, decision) = reach(tiers, grouping, request, local, limit);
+            (end, decision, end > local && self.is_being_loaded(tiers, grouping, request, (id, end)))
         };
         let found = end - local.min(end);
         let mut answer = Hit::Tokens(found);
