@@ -36,6 +36,9 @@ class Due:
         """No step offers anything more of a request."""
         self._near.pop(known.request.request_id, None)
         self._far.pop(known.request.request_id, None)
+        if not self._far:
+            # Whatever is left there is old.
+            self._queue.clear()
 
     def clear(self) -> None:
         """Every request has ended."""

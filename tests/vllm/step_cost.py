@@ -327,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--running", type=int, nargs="+", default=list(RUNNING), help="requests at once")
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS)
-    parser.add_argument("--decode-steps", type=int, default=64)
+    parser.add_argument("--decode-steps", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--events", action="store_true", help="with KVEvents, as in a fleet")
     parser.add_argument("--seed", type=int, default=20817)
