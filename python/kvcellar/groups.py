@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_utils import resolve_dcp_kv_block_size, resolve_kv_cache_block_sizes
@@ -92,12 +93,12 @@ class Groups:
             }
         )
 
-    @property
+    @cached_property
     def hold_states(self) -> bool:
         """Whether any group holds states."""
         return any(group.holds_states for group in self.groups)
 
-    @property
+    @cached_property
     def are_found_in_parts(self) -> bool:
         """Whether a hit of vLLM's own may end within a block, of which connectors are not told."""
         return any(group.block_tokens > self.hash_tokens for group in self.groups)

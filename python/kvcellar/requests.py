@@ -64,9 +64,11 @@ class KnownRequest:
         limit: tokens from which on nothing is offered, because another connector loaded them; None: no such tokens.
         scheduled: vLLM has scheduled the request since the last lookup.
         last_step: number of the last step that it was scheduled in; see `StepMetadata`.
+        due: when a step has to look at it next, if it is far; see `due.Due`.
     """
 
     __slots__ = (
+        "due",
         "hashes",
         "last_hash",
         "last_step",
@@ -86,6 +88,7 @@ class KnownRequest:
         self.hashes = 0
         self.last_hash: bytes | None = None
         self.last_step = 0
+        self.due = NEVER
         self.looked_up(0, groups)
 
     def looked_up(self, local: int, groups: Groups) -> None:
@@ -132,18 +135,52 @@ class KnownRequest:
         tokens = groups.groups[index].block_tokens
         first, blocks = fresh
         blocks = blocks[: max(0, ready // tokens - first)]
-        try:
-            extra = encode_extra_keys(self.request, first * tokens, len(blocks), tokens)
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise UnusableRequest(f"its hash keys cannot be written down: {type(error).__name__}") from error
+        extra = _extra_keys(self.request, first * tokens, len(blocks), tokens)
         self.offered[index] = first + len(blocks)
         return first, blocks, extra
+
+    def take_plain(
+        self, groups: Groups, tables: Sequence[Sequence[KVCacheBlock]], ready: int
+    ) -> tuple[int, list[GroupOffer]]:
+        """`not_offered` and `take_group` of all groups at once, where none holds states and nobody else loads.
+
+        Returns:
+            The first token of what is offered, and the offer.
+
+        Raises:
+            UnusableRequest: as `take_group`.
+        """
+        start, next_tokens = ready, NEVER
+        taken: list[GroupOffer] = []
+        for index, group in enumerate(groups.groups):
+            tokens, first = group.block_tokens, self.offered[index]
+            blocks = list(map(_block_id, tables[index][first : ready // tokens]))
+            taken.append((first, blocks, _extra_keys(self.request, first * tokens, len(blocks), tokens)))
+            if blocks:
+                start = min(start, first * tokens)
+                first += len(blocks)
+                self.offered[index] = first
+            next_tokens = min(next_tokens, (first + 1) * tokens)
+        self.next_tokens = next_tokens
+        return start, taken
 
     def tokens_of_next_block(self, groups: Groups) -> int:
         """Complete tokens at which a table has a new block to offer. Groups that hold states are told of."""
         offered = zip(groups.groups, self.offered, strict=True)
         ends = [(blocks + 1) * group.block_tokens for group, blocks in offered if not group.holds_states]
         return min(ends, default=NEVER)
+
+
+def _extra_keys(request: Request, first_token: int, blocks: int, block_tokens: int) -> list[bytes]:
+    """See `encode_extra_keys`.
+
+    Raises:
+        UnusableRequest: what went into the block hashes beside tokens cannot be written down.
+    """
+    try:
+        return encode_extra_keys(request, first_token, blocks, block_tokens)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise UnusableRequest(f"its hash keys cannot be written down: {type(error).__name__}") from error
 
 
 def plain(request_id: str) -> bool:

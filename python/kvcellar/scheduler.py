@@ -10,7 +10,7 @@ and once every worker has let go of the pool, so does this side.
 import multiprocessing
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 
 from vllm.config import VllmConfig
@@ -18,20 +18,22 @@ from vllm.distributed.kv_events import KVCacheEvent
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from kvcellar import KvcellarError, deployment, eligibility, opening, states, window
-from kvcellar._native import Config, TierEngine, Watch
+from kvcellar._native import Config, RemovedRun, StoredRun, TierEngine, Watch
 from kvcellar.adapters import NOT_YET, AdapterReport, Adapters
+from kvcellar.due import Due
 from kvcellar.events import EventMaker
 from kvcellar.groups import Groups
 from kvcellar.metadata import RankOffer, StepMetadata, WorkerReport
 from kvcellar.offers import GroupOffer, Offer
 from kvcellar.others import ForeignBlocks
 from kvcellar.requests import NEVER, AskAgain, KnownRequest, LeftOut, UnusableRequest, controls, plain
-from kvcellar.stats import KVCellarStats, of_engine, of_side, without_tiers
+from kvcellar.stats import KVCellarStats, of_side, with_engine, without_tiers
 from kvcellar.steps import handed_out
 
 logger = init_logger(f"vllm.{__name__}")
@@ -69,6 +71,7 @@ class SchedulerSide:
         self._manager: KVCacheManager | None = None
         self._foreign = ForeignBlocks(groups) if beside_others else None
         self._requests: dict[str, KnownRequest] = {}
+        self._due = Due()
         self._left_out_ids: set[str] = set()
         self._left_out = LeftOut()
         self._adapters = Adapters(self._world())
@@ -102,7 +105,9 @@ class SchedulerSide:
         self._closed = False
         # The pool may be opened beside requests: whoever ends last closes it.
         self._closing = threading.Lock()
+        # Events that were taken from the engine and not by vLLM.
         self._last_events: list[KVCacheEvent] = []
+        self._events_taken = False
         self._watch: Watch | None = None
         parent = multiprocessing.parent_process()
         self._front_end = parent.pid if parent is not None else None
@@ -198,6 +203,7 @@ class SchedulerSide:
         self._active = self._counted = True
         self._patience_until = time.monotonic() + _RETIRE_PATIENCE_S
         self._requests.clear()
+        self._due.clear()
         self._left_out_ids.clear()
         # It would keep every request that comes.
         self._foreign = None
@@ -206,7 +212,7 @@ class SchedulerSide:
         try:
             self._engine.withdraw()
             while runs := self._engine.take_events(self._events.integer_hashes):
-                self._last_events += [self._events.make(run) for run in runs]
+                self._add_events(runs)
         except Exception:
             logger.exception("KV Cellar: subscribers could not be told that the tiers went out of service")
 
@@ -244,10 +250,13 @@ class SchedulerSide:
         lora = request.lora_request.name if request.lora_request is not None else ""
         name = known.name if known is not None else self._name(request.request_id)
         self._engine.add_request(name, wishes, lora, adapter)
-        self._requests[request.request_id] = KnownRequest(request, name, self._groups)
+        known = self._requests[request.request_id] = KnownRequest(request, name, self._groups)
+        if request.num_computed_tokens > 0:
+            self._due.admitted(known)
 
     def _note_end(self, known: KnownRequest) -> None:
-        """What was computed for this request until now belongs to the adapter that it had."""
+        """No step offers anything more of this request. What was computed for it belongs to the adapter that it had."""
+        self._due.ended(known)
         adapter = known.request.lora_request
         if adapter is not None and known.last_step > 0:
             self._adapters.finished(adapter.lora_int_id, known.last_step)
@@ -308,7 +317,8 @@ class SchedulerSide:
                 self._active = True
                 # Neither known nor left out: the next step's reports tell.
                 return 0 if request.request_id in self._left_out_ids else None, False
-        self._active = self._counted = True
+        # A lookup leaves nothing under way: an engine that is quiet stays so.
+        self._counted = True
         may_have_begun = num_computed_tokens > 0 or self._groups.are_found_in_parts
         if may_have_begun and self._begins_with_doubt(request):
             self._let_go(known, UnusableRequest("vLLM may have computed its begin with other weights", usual=True))
@@ -341,6 +351,7 @@ class SchedulerSide:
         if self._retired or known is None:
             return
         self._active = self._counted = True
+        self._due.admitted(known)
         tables: list[list[int]] = []
         if num_external_tokens > 0:
             known.loaded = num_external_tokens
@@ -410,23 +421,37 @@ class SchedulerSide:
     def _offers_of(self, output: SchedulerOutput) -> list[Offer]:
         """What the requests of a step complete in it."""
         offers = []
-        told = states.told(output, self._groups)
-        # vLLM also tells of requests that this step leaves out.
         scheduled_tokens = output.num_scheduled_tokens
-        for request_id in [*scheduled_tokens, *(other for other in told if other not in scheduled_tokens)]:
-            known = self._requests.get(request_id)
-            if known is None:
-                continue
-            scheduled = scheduled_tokens.get(request_id, 0)
-            if scheduled:
-                known.scheduled = True
-                known.last_step = self._step
-            ready = known.request.num_computed_tokens + scheduled
-            # Most decode steps complete no block: nothing else is looked at then.
-            fresh = self._states(known.request, scheduled, told[request_id]) if request_id in told else states.NO_STATES
-            if (ready >= known.next_tokens or fresh) and (offer := self._offer(known, ready, fresh)) is not None:
+        if self._numbers_steps:
+            self._note_step(scheduled_tokens)
+        told = states.told(output, self._groups)
+        looked_at = self._due.in_step(scheduled_tokens, output.total_num_scheduled_tokens)
+        if told:
+            # vLLM also tells of requests that this step leaves out.
+            others = (self._requests.get(request_id) for request_id in told)
+            looked_at += [known for known in others if known is not None and known not in looked_at]
+        for known in looked_at:
+            request = known.request
+            scheduled = scheduled_tokens.get(request.request_id, 0)
+            known.scheduled = known.scheduled or scheduled > 0
+            ready = request.num_computed_tokens + scheduled
+            fresh = states.NO_STATES
+            if told and request.request_id in told:
+                fresh = self._states(request, scheduled, told[request.request_id])
+            if ((scheduled > 0 and ready >= known.next_tokens) or fresh) and (
+                offer := self._offer(known, ready, fresh)
+            ) is not None:
                 offers.append(offer)
+            if self._requests.get(request.request_id) is known:
+                self._due.looked_at(known, ready)
         return offers
+
+    def _note_step(self, scheduled_tokens: Iterable[str]) -> None:
+        """Take note of which requests ran with their adapters in this step."""
+        for request_id in scheduled_tokens:
+            known = self._requests.get(request_id)
+            if known is not None:
+                known.last_step = self._step
 
     def _time_step(self, tokens: int) -> None:
         """Tell the engine how long the last step's prefill took: until this one, if vLLM did not idle in between.
@@ -457,6 +482,27 @@ class SchedulerSide:
         if (ready < known.next_tokens and not held) or self._manager is None:
             return None
         tables = self._manager.get_blocks(request.request_id).blocks
+        try:
+            if self._foreign is None and not self._groups.hold_states:
+                start, groups = known.take_plain(self._groups, tables, ready)
+            else:
+                start, ready, groups = self._take(known, tables, ready, held)
+        except UnusableRequest as error:
+            self._let_go(known, error)
+            return None
+        return (known.name, known.new_hashes(), start, request.all_token_ids[start:ready], groups)
+
+    def _take(
+        self, known: KnownRequest, tables: Sequence[Sequence[KVCacheBlock]], ready: int, held: states.States
+    ) -> tuple[int, int, list[GroupOffer]]:
+        """Take note of what is offered of a request, where a group holds states or other connectors load, too.
+
+        Returns:
+            The first token of what is offered, the token behind it, and the offer.
+
+        Raises:
+            UnusableRequest: what went into the block hashes beside tokens cannot be written down.
+        """
         fresh = [
             states.in_a_row(held.get(index, {}))
             if group.holds_states
@@ -470,16 +516,11 @@ class SchedulerSide:
                 # Until the next lookup nothing more is offered than what lies before.
                 known.limit = bound
                 next_tokens, ready = NEVER, bound
-        groups: list[GroupOffer] = []
-        try:
-            groups = [known.take_group(index, self._groups, part, ready) for index, part in enumerate(fresh)]
-        except UnusableRequest as error:
-            self._let_go(known, error)
-            return None
+        groups = [known.take_group(index, self._groups, part, ready) for index, part in enumerate(fresh)]
         known.next_tokens = next_tokens or known.tokens_of_next_block(self._groups)
         offered = zip(self._groups.groups, groups, strict=True)
         start = min((first * group.block_tokens for group, (first, blocks, _) in offered if blocks), default=ready)
-        return (known.name, known.new_hashes(), start, list(request.all_token_ids[start:ready]), groups)
+        return start, ready, groups
 
     def output(self, output: KVConnectorOutput) -> None:
         """What the workers reported after a step."""
@@ -541,6 +582,7 @@ class SchedulerSide:
                 "KV Cellar: a LoRA adapter was exchanged while requests ran with it. What they stored since cannot be "
                 "told apart, so both tiers are emptied"
             )
+            self._active = self._counted = True
             if self._engine.reset().kept:
                 self.retire()
 
@@ -560,13 +602,19 @@ class SchedulerSide:
         """Events of our tiers since the last step."""
         if not self._publishes:
             return ()
-        if self._retired:
-            events, self._last_events = self._last_events, []
-            return events
-        return [self._events.make(run) for run in self._engine.take_events(self._events.integer_hashes)]
+        if self._retired or self._events_taken:
+            self._events_taken = False
+        elif self._active or self._config.has_disk:
+            # A disk may lose blocks while nothing is asked of the engine.
+            self._add_events(self._engine.take_events(self._events.integer_hashes))
+        events, self._last_events = self._last_events, []
+        return events
+
+    def _add_events(self, runs: Iterable[StoredRun | RemovedRun]) -> None:
+        self._last_events += [self._events.make(run) for run in runs]
 
     def take_stats(self) -> KVCellarStats | None:
-        """What changed since the last step."""
+        """What changed since the last step. vLLM asks for events next: they come with the same call."""
         if not self._counted:
             return None
         # Once more after the last step that had something under way.
@@ -575,8 +623,10 @@ class SchedulerSide:
         own = of_side(errors, self._left_out.take(), in_service=self._opened and not self._retired)
         if self._retired:
             return without_tiers(own)
-        stats = self._engine.take_stats()
-        return own if stats is None else own.aggregate(of_engine(stats))
+        runs, stats = self._engine.take_report(self._publishes, self._events.integer_hashes)
+        self._add_events(runs)
+        self._events_taken = self._publishes
+        return own if stats is None else with_engine(own, stats)
 
     def reset(self) -> None:
         """Everything stored so far is worthless: weights changed."""

@@ -127,14 +127,17 @@ class KVCellarStats(KVConnectorStats):
         return line
 
 
-def of_engine(stats: EngineStats) -> KVCellarStats:
-    """The tier engine's report."""
+def with_engine(own: KVCellarStats, stats: EngineStats) -> KVCellarStats:
+    """The report of the scheduler's side (see `of_side`), with that of its tier engine, which counts other things."""
+    counters, gauges = stats.counters, stats.gauges
+    counters.update(own.data["counters"])
+    gauges.update(own.data["gauges"])
     return KVCellarStats(
         data={
-            "counters": dict(stats.counters),
-            "dropped": dict(stats.dropped),
-            "gauges": dict(stats.gauges),
-            "lookup_seconds": list(stats.lookup_seconds),
+            "counters": counters,
+            "dropped": stats.dropped,
+            "gauges": gauges,
+            "lookup_seconds": stats.lookup_seconds,
         }
     )
 

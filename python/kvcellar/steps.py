@@ -24,12 +24,17 @@ def handed_out(output: SchedulerOutput, groups: Groups) -> list[list[int]]:
         replays = getattr(request, "replay_start", 0) > 0
         hand_out(request.block_ids, 0 if replays else request.num_computed_tokens)
     cached = output.scheduled_cached_reqs
-    for request_id, tables, computed_tokens in zip(
-        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-    ):
-        if tables is not None:
-            # A resumed request gets its whole table anew, any other one what is added to it.
-            hand_out(tables, computed_tokens if request_id in cached.resumed_req_ids else 0)
+    if cached.resumed_req_ids:
+        for request_id, tables, computed_tokens in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            if tables is not None:
+                # A resumed request gets its whole table anew, any other one what is added to it.
+                hand_out(tables, computed_tokens if request_id in cached.resumed_req_ids else 0)
+    else:
+        # Most decode steps add nothing to most tables.
+        for tables in [tables for tables in cached.new_block_ids if tables is not None]:
+            lists.extend(tables)
     zeroed = getattr(output, "new_block_ids_to_zero", None)
     if zeroed:
         # Also blocks of requests that were preempted again before the step.

@@ -44,10 +44,10 @@ impl PyTierEngine {
     }
 }
 
-fn apply(engine: &mut TierEngine, offer: &OwnedOffer, start: Start) {
-    engine.add_hashes(&offer.request, &offer.hashes);
-    let OwnedOffer { request, tokens_from, tokens, groups, .. } = offer;
-    engine.offer(&Offer { request, tokens_from: *tokens_from, tokens: tokens.clone(), groups: groups.clone() }, start);
+fn apply(engine: &mut TierEngine, offer: OwnedOffer, start: Start) {
+    let OwnedOffer { request, hashes, tokens_from, tokens, groups } = offer;
+    engine.add_hashes(&request, &hashes);
+    engine.offer(&Offer { request: &request, tokens_from, tokens, groups }, start);
 }
 
 #[pymethods]
@@ -224,7 +224,7 @@ impl PyTierEngine {
                 engine.reallocate(reallocated);
             }
             engine.hand_to_others(foreign.into_iter());
-            for offer in &offers {
+            for offer in offers {
                 apply(engine, offer, Start::AfterStep);
             }
             let plan = engine.take_plan();
@@ -245,7 +245,7 @@ impl PyTierEngine {
         let offer = offer.map(inputs::offer).transpose()?;
         self.run(py, |engine| {
             engine.poll();
-            if let Some(offer) = &offer {
+            if let Some(offer) = offer {
                 apply(engine, offer, Start::BeforeStep);
             }
             engine.finish(request, prompt, total);
@@ -312,9 +312,20 @@ impl PyTierEngine {
         self.run(py, |engine| Ok(engine.disk_tokens(request)))
     }
 
-    /// What changed since the last call, or `None`.
-    fn take_stats(&self, py: Python<'_>) -> PyResult<Option<EngineStats>> {
-        self.run(py, |engine| Ok(engine.take_stats().map(EngineStats::from)))
+    /// Events as `take_events` gives them (none without `events`), and what was counted since the
+    /// last call, if anything changed.
+    fn take_report(
+        &self,
+        py: Python<'_>,
+        events: bool,
+        integers: bool,
+    ) -> PyResult<(Vec<Py<PyAny>>, Option<EngineStats>)> {
+        let (runs, delta) = self.run(py, |engine| {
+            let runs = if events { engine.take_events() } else { Vec::new() };
+            Ok((runs, engine.take_stats()))
+        })?;
+        let runs = runs.into_iter().map(|run| run_object(py, run, integers)).collect::<PyResult<_>>()?;
+        Ok((runs, delta.map(|delta| EngineStats::new(py, delta)).transpose()?))
     }
 
     /// Whether vLLM should keep stepping although no request runs.

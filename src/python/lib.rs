@@ -72,6 +72,12 @@ impl PyConfig {
         self.inner.nvme.dir.is_some() && self.inner.nvme.load_policy == kvcellar_engine::config::nvme::LoadPolicy::Auto
     }
 
+    /// There is a disk tier, which changes between steps.
+    #[getter]
+    fn has_disk(&self) -> bool {
+        self.inner.nvme.dir.is_some()
+    }
+
     #[getter]
     fn events(&self) -> bool {
         self.inner.events

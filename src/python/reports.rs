@@ -1,7 +1,7 @@
 //! What entry points return: small typed objects.
 
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyList};
+use pyo3::types::{IntoPyDict, PyBytes, PyDict, PyList};
 
 use kvcellar_block::{BlockHash, Tier};
 use kvcellar_engine::event_log::Run;
@@ -190,25 +190,26 @@ pub(super) fn run_object(py: Python<'_>, run: Run, integers: bool) -> PyResult<P
 /// What changed in the tier engine since the last look.
 #[pyclass(frozen, get_all, module = "kvcellar._native")]
 pub(super) struct EngineStats {
-    /// Growth of counters: (name, amount).
-    counters: Vec<(String, u64)>,
-    /// Dropped blocks: (reason, amount).
-    dropped: Vec<(String, u64)>,
-    /// Gauges: (name, value).
-    gauges: Vec<(String, u64)>,
+    /// Growth of counters, by name.
+    counters: Py<PyDict>,
+    /// Dropped blocks, by reason.
+    dropped: Py<PyDict>,
+    /// Gauges, by name.
+    gauges: Py<PyDict>,
     /// Durations of lookups, in seconds.
-    lookup_seconds: Vec<f64>,
+    lookup_seconds: Py<PyList>,
 }
 
-impl From<StatsDelta> for EngineStats {
-    fn from(delta: StatsDelta) -> Self {
-        let owned = |pairs: Vec<(&str, u64)>| pairs.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-        Self {
-            counters: owned(delta.counters),
-            dropped: owned(delta.dropped),
-            gauges: owned(delta.gauges),
-            lookup_seconds: delta.lookup_seconds,
-        }
+impl EngineStats {
+    /// The differences as Python's plain data.
+    pub(super) fn new(py: Python<'_>, delta: StatsDelta) -> PyResult<Self> {
+        let StatsDelta { counters, dropped, gauges, lookup_seconds } = delta;
+        Ok(Self {
+            counters: counters.into_py_dict(py)?.unbind(),
+            dropped: dropped.into_py_dict(py)?.unbind(),
+            gauges: gauges.into_py_dict(py)?.unbind(),
+            lookup_seconds: PyList::new(py, lookup_seconds)?.unbind(),
+        })
     }
 }
 

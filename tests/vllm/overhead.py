@@ -166,11 +166,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def commit() -> str | None:
+    """What was measured."""
+    asked = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
 def report(rounds: Rounds) -> dict[str, Any]:
     """The common shape of all our benches."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
     results = [
         Result.of("connector_step_cpu", rounds.step_us, "us"),
         Result.of("connector_block_cpu", rounds.block_us, "us"),
@@ -186,7 +189,7 @@ def report(rounds: Rounds) -> dict[str, Any]:
         "met": share <= GOAL_SHARE,
     }
     return {
-        "commit": commit or None,
+        "commit": commit(),
         "machine": machine(),
         "results": [asdict(result) for result in results],
         "goals": [goal],

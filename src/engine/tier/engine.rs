@@ -98,6 +98,7 @@ impl TierEngine {
     }
 
     fn attach(&mut self, dram: Residency, pool: Option<Arc<Pool>>) {
+        self.session.requests.forget_answers();
         self.state = State::Attached(Box::new(Attached::new(Tiers { dram, disk: None, pool })));
     }
 

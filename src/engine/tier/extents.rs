@@ -35,6 +35,8 @@ pub struct Extents {
     retired: u64,
     /// Lookups see the tier.
     in_service: bool,
+    /// Grows whenever lookups find another block than before.
+    changes: u64,
 }
 
 impl Extents {
@@ -50,6 +52,7 @@ impl Extents {
             writing: 0,
             retired: 0,
             in_service: true,
+            changes: 0,
         }
     }
 
@@ -144,7 +147,13 @@ impl Extents {
         if after == ExtentState::Free {
             self.free.push(extent);
         }
+        self.changes += u64::from(before.is_committed() != after.is_committed());
         true
+    }
+
+    /// As long as it is the same, lookups find the same blocks.
+    pub fn changes(&self) -> u64 {
+        self.changes
     }
 
     /// Takes over what a reopened store holds. It is announced later, when its descriptor has been
@@ -282,6 +291,7 @@ impl Extents {
     /// The tier went out of service: its blocks are not to be had, and everybody is told.
     pub fn withdraw(&mut self, events: &mut EventLog) {
         self.in_service = false;
+        self.changes += 1;
         for extent in (0..self.ready).map(ExtentIndex) {
             if self.state(extent).is_committed() {
                 self.transition(extent, ExtentChange::Announce(false), events);
@@ -292,6 +302,7 @@ impl Extents {
     /// The tier is in service again.
     pub fn return_to_service(&mut self) {
         self.in_service = true;
+        self.changes += 1;
     }
 
     /// The next extent from `from` on whose block was not announced.

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use hashbrown::HashMap;
 
+use super::tiers::Changes;
 use crate::config::Controls;
 use kvcellar_block::{AdapterId, BlockHash, BlockKey, GroupIndex, Grouping};
 
@@ -33,12 +34,29 @@ pub struct RequestState {
     pub decision: Option<bool>,
     /// Hits and misses were counted since the last lookup.
     pub counted: bool,
+    /// What its last lookup asked and found, while that is all that the answer follows from.
+    pub(super) answered: Option<Answered>,
     /// When it was first asked to wait for another request's load.
     pub waiting_since: Option<Instant>,
     /// Offload batches under way.
     pub batches: u32,
     /// vLLM finished it.
     pub finished: Option<Finished>,
+}
+
+/// A lookup's answer, with everything that it follows from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Answered {
+    /// Tokens that vLLM held.
+    pub(super) local: u32,
+    /// Tokens that no hit may pass.
+    pub(super) limit: u32,
+    /// Block hashes that were known.
+    pub(super) hashes: usize,
+    /// What the tiers held; see [`super::tiers::Tiers::changes`].
+    pub(super) changes: Changes,
+    /// The token at which the request may resume.
+    pub(super) end: u32,
 }
 
 /// The length of a request that vLLM finished.
@@ -65,6 +83,7 @@ impl RequestState {
             disk_tokens: 0,
             decision: None,
             counted: false,
+            answered: None,
             waiting_since: None,
             batches: 0,
             finished: None,
@@ -130,6 +149,13 @@ impl Requests {
     /// As [`Self::get`], to change it.
     pub fn get_mut(&mut self, id: &str) -> Option<&mut RequestState> {
         self.by_id.get_mut(id)
+    }
+
+    /// The tiers are others than before: what they answered says nothing any more.
+    pub(super) fn forget_answers(&mut self) {
+        for request in self.by_id.values_mut() {
+            request.answered = None;
+        }
     }
 
     /// A reset came: blocks that the requests computed so far are not kept.

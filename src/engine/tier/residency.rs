@@ -117,6 +117,8 @@ pub struct Residency {
     dirty: DirtyOrder,
     free: Vec<SlotIndex>,
     census: Census,
+    /// Grows whenever another block is visible or held than before.
+    changes: u64,
     /// Events of every transition.
     pub events: EventLog,
     /// Counters of every transition.
@@ -134,6 +136,7 @@ impl Residency {
             // Taken from the end: low slots first.
             free: (0..slots).rev().map(SlotIndex).collect(),
             census: Census { free: u64::from(slots), ..Census::default() },
+            changes: 0,
             events,
             counters: Counters::default(),
             memory,
@@ -148,6 +151,11 @@ impl Residency {
     /// Slots by state, and pins.
     pub fn census(&self) -> Census {
         self.census
+    }
+
+    /// As long as it is the same, lookups find the same blocks, and as many holds on each.
+    pub fn changes(&self) -> u64 {
+        self.changes
     }
 
     /// Changes a slot's state, and what depends on it. Returns whether that can be.
@@ -165,6 +173,8 @@ impl Residency {
         }
         self.table.record_mut(slot).facts.state = after;
         self.census.recount(before, after);
+        let is_visible = |state: SlotState| matches!(state, SlotState::Filled { .. });
+        self.changes += u64::from(is_visible(before) != is_visible(after));
         if after == SlotState::Empty {
             // Empty in shared memory first: a crash from here on must not find the old block in a
             // slot that is handed out again.
@@ -346,6 +356,7 @@ impl Residency {
         record.pins += 1;
         let first = record.pins == 1;
         self.census.pins += 1;
+        self.changes += 1;
         if first {
             self.leave(slot);
         }
@@ -360,6 +371,7 @@ impl Residency {
         record.pins -= 1;
         let record = *record;
         self.census.pins -= 1;
+        self.changes += 1;
         if record.is_visible() && record.pins == 0 {
             self.enter(slot, Heat::Hot);
         }

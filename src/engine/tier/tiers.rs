@@ -18,6 +18,9 @@ pub(super) enum Source {
     Extent(ExtentIndex),
 }
 
+/// How often each tier changed; see [`Tiers::changes`].
+pub(super) type Changes = (u64, Option<u64>);
+
 /// The dram tier, and the nvme tier if the user wants one.
 pub(super) struct Tiers {
     /// Blocks in memory.
@@ -29,6 +32,12 @@ pub(super) struct Tiers {
 }
 
 impl Tiers {
+    /// As long as they are the same, a lookup finds the same, unless time or a device's speed has a
+    /// part in it.
+    pub(super) fn changes(&self) -> Changes {
+        (self.dram.changes(), self.disk.as_ref().map(|disk| disk.medium.extents.changes()))
+    }
+
     /// Where a block can be had.
     pub(super) fn source(&self, key: &BlockKey) -> Option<Source> {
         match self.dram.find_any(key) {
