@@ -1,9 +1,9 @@
 //! `kvcellar bench all`: the benchmarks that need neither a GPU nor a model, one after another, and
 //! how far each goal is reached, as a table and a picture.
 //!
-//! All goals are ratios within one run, or times of one run; a report of another kind of machine is
-//! not compared. Not in it: the copies of a GPU (`bench dma`), routing (`bench route`, which needs a
-//! tokenizer), simulated fleets (`bench fleet`, which measure no machine).
+//! All goals are ratios within one run, or times of one run; a report of another kind of machine
+//! is not compared. Not in it: the copies of a GPU (`bench dma`), routing (`bench route`, which
+//! needs a tokenizer), simulated fleets (`bench fleet`, which measure no machine).
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -43,7 +43,7 @@ pub struct AllBench {
 const REGRESSION: f64 = 1.1;
 
 /// One benchmark and what it found.
-struct Part {
+struct BenchPart {
     name: &'static str,
     report: Value,
     goals: Vec<Goal>,
@@ -51,12 +51,12 @@ struct Part {
 
 /// Which way a goal's value should go, and how far.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Wanted {
+enum GoalBound {
     AtLeast(f64),
     AtMost(f64),
 }
 
-impl Wanted {
+impl GoalBound {
     /// Of a goal in words: its first number, and whether more is better.
     fn of(goal: &str) -> Option<Self> {
         let number = goal.split(' ').find_map(|word| word.parse::<f64>().ok())?;
@@ -80,8 +80,8 @@ impl Wanted {
     }
 }
 
-fn measure(options: &AllBench) -> Result<Vec<Part>> {
-    let part = |name, report: Value, goals| Part { name, report, goals };
+fn measure(options: &AllBench) -> Result<Vec<BenchPart>> {
+    let part = |name, report: Value, goals| BenchPart { name, report, goals };
     let mut parts = Vec::new();
     let (blocks, request, repetitions) = if options.tiny { (512, 64, 2) } else { (1 << 20, 32_768, 15) };
     let (results, goals) = lookup::measure(&LookupBench { blocks, request, repetitions, json: true });
@@ -112,7 +112,7 @@ fn measure(options: &AllBench) -> Result<Vec<Part>> {
 }
 
 /// Every part's report, below its name.
-fn whole(parts: &[Part]) -> Value {
+fn whole(parts: &[BenchPart]) -> Value {
     let mut whole = report(&[], &[]);
     if let Some(object) = whole.as_object_mut() {
         object.retain(|key, _| key == "commit" || key == "machine");
@@ -129,10 +129,10 @@ fn earlier(before: &Value, part: &str, goal: &str) -> Option<f64> {
 }
 
 /// The goals that are reached less well than in an earlier report of the same kind of machine.
-fn regressions(parts: &[Part], before: &Value) -> Vec<String> {
+fn regressions(parts: &[BenchPart], before: &Value) -> Vec<String> {
     let found = parts.iter().flat_map(|part| part.goals.iter().map(move |goal| (part.name, goal)));
     let worse = found.filter_map(|(part, goal)| {
-        let (wanted, before) = (Wanted::of(&goal.goal)?, earlier(before, part, &goal.name)?);
+        let (wanted, before) = (GoalBound::of(&goal.goal)?, earlier(before, part, &goal.name)?);
         let times = wanted.worse(goal.value, before);
         (times > REGRESSION)
             .then(|| format!("{part}: {}: {:.3}, and was {before:.3} ({times:.2} times worse)", goal.name, goal.value))
@@ -146,7 +146,7 @@ fn same_machine(one: &Value, other: &Value) -> bool {
 }
 
 /// Bars, one a goal: how far it is reached, up to twice. The line is where it is met.
-fn picture(parts: &[Part]) -> String {
+fn picture(parts: &[BenchPart]) -> String {
     const ROW: usize = 20;
     const LEFT: usize = 470;
     const SCALE: f64 = 170.0;
@@ -159,11 +159,11 @@ fn picture(parts: &[Part]) -> String {
          font-size=\"12\">\n<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n"
     );
     let mut y = 10;
-    for Part { name, goals, .. } in parts {
+    for BenchPart { name, goals, .. } in parts {
         let _ = writeln!(svg, "<text x=\"10\" y=\"{}\" font-weight=\"bold\">bench {name}</text>", y + 14);
         y += ROW;
         for goal in goals {
-            let share = Wanted::of(&goal.goal).map_or(0.0, |wanted| wanted.share(goal.value));
+            let share = GoalBound::of(&goal.goal).map_or(0.0, |wanted| wanted.share(goal.value));
             let bar = SCALE * share.clamp(0.0, MOST);
             let colour = if goal.met { "#2a7f62" } else { "#b5482a" };
             let _ = writeln!(
@@ -216,7 +216,7 @@ pub fn run(options: &AllBench) -> Result<()> {
     // Before ten minutes are spent.
     let before = options.against.as_deref().map(read).transpose()?;
     let parts = measure(options)?;
-    for Part { name, goals, .. } in &parts {
+    for BenchPart { name, goals, .. } in &parts {
         println!("bench {name}");
         for Goal { name, goal, value, met } in goals {
             println!("  {:8} {name}: {value:.3} ({goal})", if *met { "met" } else { "NOT MET" });
@@ -253,16 +253,16 @@ mod tests {
         Goal { name: name.to_owned(), goal: goal.to_owned(), value, met: true }
     }
 
-    fn part(goals: Vec<Goal>) -> Part {
-        Part { name: "index", report: report(&[], &goals), goals }
+    fn part(goals: Vec<Goal>) -> BenchPart {
+        BenchPart { name: "index", report: report(&[], &goals), goals }
     }
 
     #[test]
     fn a_goal_in_words_has_a_number_and_a_direction() {
-        assert_eq!(Wanted::of("at least 0.95"), Some(Wanted::AtLeast(0.95)));
-        assert_eq!(Wanted::of("below 1 for a million"), Some(Wanted::AtMost(1.0)));
-        assert_eq!(Wanted::of("as good as it gets"), None);
-        let shares = [Wanted::AtLeast(2.0).share(3.0), Wanted::AtMost(2.0).share(4.0)];
+        assert_eq!(GoalBound::of("at least 0.95"), Some(GoalBound::AtLeast(0.95)));
+        assert_eq!(GoalBound::of("below 1 for a million"), Some(GoalBound::AtMost(1.0)));
+        assert_eq!(GoalBound::of("as good as it gets"), None);
+        let shares = [GoalBound::AtLeast(2.0).share(3.0), GoalBound::AtMost(2.0).share(4.0)];
         assert!((shares[0] - 1.5).abs() < 1e-9 && (shares[1] - 0.5).abs() < 1e-9);
     }
 

@@ -19,7 +19,7 @@ use kvcellar_engine::gpu::worker::CopyWorker;
 use kvcellar_engine::limits;
 use kvcellar_engine::metrics::{Counters, Gauges};
 use kvcellar_engine::nvme::disk::Disk;
-use kvcellar_engine::nvme::staging::Staging;
+use kvcellar_engine::nvme::staging::HugeStaging;
 use kvcellar_engine::nvme::store::{Store, Wish as StoreWish};
 use kvcellar_engine::pool::open::{self, Wish};
 use kvcellar_engine::tier::TierEngine;
@@ -202,8 +202,8 @@ impl Rig {
         };
         let device = Arc::clone(&disk) as Arc<dyn Disk>;
         let staging = (config.nvme.staging == StagingChoice::On)
-            .then(|| Staging::new(pool.geometry().slot_bytes).expect("memory"));
-        let staging_bytes = staging.as_ref().map_or(0, Staging::bytes);
+            .then(|| HugeStaging::new(pool.geometry().slot_bytes).expect("memory"));
+        let staging_bytes = staging.as_ref().map_or(0, HugeStaging::bytes);
         let parts = DiskParts { store, disk: device, jobs, found: &[], next_sequence: 1, staging_bytes };
         lock(&engine).open_disk(parts, settings);
         let mover = Mover::start(&engine, inbox, staging).expect("a mover");

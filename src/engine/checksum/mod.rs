@@ -34,10 +34,10 @@ pub fn way() -> &'static str {
 }
 
 /// The checksum of bytes that come in pieces.
-pub struct Sum(Way);
+pub struct Sum(SumWay);
 
 #[cfg_attr(target_arch = "x86_64", expect(clippy::large_enum_variant, reason = "one a block, on the stack"))]
-enum Way {
+enum SumWay {
     Library(Box<Xxh3Default>),
     #[cfg(target_arch = "x86_64")]
     Long(LongSum),
@@ -48,10 +48,10 @@ impl Sum {
     pub fn new(len: usize) -> Self {
         #[cfg(target_arch = "x86_64")]
         if let Some(long) = LongSum::new(len) {
-            return Self(Way::Long(long));
+            return Self(SumWay::Long(long));
         }
         let _ = len;
-        Self(Way::Library(Box::new(Xxh3Default::new())))
+        Self(SumWay::Library(Box::new(Xxh3Default::new())))
     }
 
     /// Adds the next bytes.
@@ -60,9 +60,9 @@ impl Sum {
     /// When they are more than was said: the sum would be that of other bytes.
     pub fn read(&mut self, bytes: &[u8]) {
         match &mut self.0 {
-            Way::Library(library) => library.update(bytes),
+            SumWay::Library(library) => library.update(bytes),
             #[cfg(target_arch = "x86_64")]
-            Way::Long(long) => long.read(bytes),
+            SumWay::Long(long) => long.read(bytes),
         }
     }
 
@@ -78,7 +78,7 @@ impl Sum {
     /// As [`Self::read`].
     pub unsafe fn copy(&mut self, to: *mut u8, from: *const u8, len: usize, next: *const u8) {
         match &mut self.0 {
-            Way::Library(library) => {
+            SumWay::Library(library) => {
                 let _ = next;
                 // SAFETY: the caller's promise.
                 let copied = unsafe {
@@ -89,7 +89,7 @@ impl Sum {
             }
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the caller's promise.
-            Way::Long(long) => unsafe { long.copy(to, from, len, next) },
+            SumWay::Long(long) => unsafe { long.copy(to, from, len, next) },
         }
     }
 
@@ -109,9 +109,9 @@ impl Sum {
     /// When they are fewer than was said.
     pub fn finish(self) -> u64 {
         match self.0 {
-            Way::Library(library) => library.digest(),
+            SumWay::Library(library) => library.digest(),
             #[cfg(target_arch = "x86_64")]
-            Way::Long(long) => long.finish(),
+            SumWay::Long(long) => long.finish(),
         }
     }
 }

@@ -13,20 +13,20 @@ use super::buffer::{Arena, Buffer, Region};
 use crate::limits::{STAGING_BYTES, TRANSFER_BYTES_MAX};
 
 /// One engine's staging memory, cut into places of one extent each.
-pub struct Staging {
+pub struct HugeStaging {
     region: Arc<dyn Region>,
     extent_bytes: usize,
     /// Whether each place is free.
     free: Vec<bool>,
 }
 
-impl std::fmt::Debug for Staging {
+impl std::fmt::Debug for HugeStaging {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Staging").field("places", &self.free.len()).finish_non_exhaustive()
+        f.debug_struct("HugeStaging").field("places", &self.free.len()).finish_non_exhaustive()
     }
 }
 
-impl Staging {
+impl HugeStaging {
     /// For extents of this many bytes. `None`: too few of them would fit to keep a disk busy.
     pub fn new(extent_bytes: u64) -> Option<Self> {
         let places = STAGING_BYTES / extent_bytes;
@@ -93,7 +93,7 @@ mod tests {
 
     #[test]
     fn places_are_given_once_and_come_back() {
-        let mut staging = Staging::new(EXTENT).expect("memory");
+        let mut staging = HugeStaging::new(EXTENT).expect("memory");
         let places = staging.places();
         assert_eq!((staging.bytes(), staging.free()), (STAGING_BYTES, places));
         let mut held: Vec<Buffer> = std::iter::from_fn(|| staging.take(3)).collect();
@@ -118,7 +118,7 @@ mod tests {
 
     #[test]
     fn a_buffer_that_never_comes_back_keeps_its_place() {
-        let mut staging = Staging::new(EXTENT).expect("memory");
+        let mut staging = HugeStaging::new(EXTENT).expect("memory");
         let places = staging.places();
         drop(staging.take(1));
         assert_eq!(staging.free(), places - 1);
@@ -127,7 +127,7 @@ mod tests {
 
     #[test]
     fn extents_of_which_few_would_fit_have_none() {
-        assert!(Staging::new(STAGING_BYTES / 4).is_some());
-        assert!(Staging::new(STAGING_BYTES / 4 + 4096).is_none());
+        assert!(HugeStaging::new(STAGING_BYTES / 4).is_some());
+        assert!(HugeStaging::new(STAGING_BYTES / 4 + 4096).is_none());
     }
 }

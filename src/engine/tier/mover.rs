@@ -22,7 +22,7 @@ use crate::nvme::buffer::Buffer;
 use crate::nvme::disk::{Completion, Completions, Disk, Kind, Operation};
 use crate::nvme::extent::{self, Expected};
 use crate::nvme::space::SegmentLayout;
-use crate::nvme::staging::Staging;
+use crate::nvme::staging::HugeStaging;
 use crate::nvme::store::Store;
 use crate::pool::{Pool, futex};
 use crate::violated;
@@ -108,7 +108,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Mover {
     /// Starts the mover of an engine whose nvme tier is open. With `staging` transfers pass through
     /// it. `None`: there is no tier, or the system refused a thread.
-    pub fn start(engine: &Arc<Mutex<TierEngine>>, jobs: Receiver<Job>, staging: Option<Staging>) -> Option<Self> {
+    pub fn start(engine: &Arc<Mutex<TierEngine>>, jobs: Receiver<Job>, staging: Option<HugeStaging>) -> Option<Self> {
         let desk = {
             let locked = lock(engine);
             let medium = locked.medium()?;

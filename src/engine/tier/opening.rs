@@ -12,7 +12,7 @@ use crate::limits::{STAGING_BYTES, STAGING_POOL_SHARE};
 use crate::nvme::buffer::Region;
 use crate::nvme::disk::{Completions, Description};
 use crate::nvme::page_trial::{self, PageTrial};
-use crate::nvme::staging::Staging;
+use crate::nvme::staging::HugeStaging;
 use crate::nvme::store::{Opened, Recovery, Store, Wish};
 use crate::nvme::{probe, recovery, space};
 use crate::pool::Pool;
@@ -172,7 +172,7 @@ fn opened(
         removed,
         warnings,
     };
-    let staging_bytes = staging.as_ref().map_or(0, Staging::bytes);
+    let staging_bytes = staging.as_ref().map_or(0, HugeStaging::bytes);
     let parts = DiskParts { store, disk, jobs, found: &entries, next_sequence, staging_bytes };
     lock(engine).open_disk(parts, settings_of(nvme));
     let mover = Mover::start(engine, inbox, staging).ok_or_else(|| Error::DeviceDead {
@@ -185,9 +185,9 @@ fn opened(
 
 /// The memory that transfers pass through, and what there is to say about it; nothing in the usual
 /// case.
-fn staging_of(nvme: &NvmeConfig, pool: &Arc<Pool>, dir: &Path) -> (Option<Staging>, String) {
+fn staging_of(nvme: &NvmeConfig, pool: &Arc<Pool>, dir: &Path) -> (Option<HugeStaging>, String) {
     let bytes = pool.geometry().slot_bytes;
-    let made = |why: String| match Staging::new(bytes) {
+    let made = |why: String| match HugeStaging::new(bytes) {
         Some(staging) => (Some(staging), why),
         None => (None, "transfers go directly: blocks are too large for staging".to_owned()),
     };

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use super::transfer::SealOrder;
 use crate::nvme::buffer::Buffer;
 use crate::nvme::disk::Kind;
-use crate::nvme::staging::Staging;
+use crate::nvme::staging::HugeStaging;
 use kvcellar_block::ExtentIndex;
 
 /// A transfer that passes through staging.
@@ -43,7 +43,7 @@ impl Waiting {
 /// Staging, and who waits for it.
 #[derive(Debug)]
 pub(super) struct StagingQueue {
-    staging: Staging,
+    staging: HugeStaging,
     reads: VecDeque<Waiting>,
     writes: VecDeque<Waiting>,
     /// Places that writes have.
@@ -52,7 +52,7 @@ pub(super) struct StagingQueue {
 
 impl StagingQueue {
     /// Nobody waits yet.
-    pub(super) fn new(staging: Staging) -> Self {
+    pub(super) fn new(staging: HugeStaging) -> Self {
         Self { staging, reads: VecDeque::new(), writes: VecDeque::new(), writing: 0 }
     }
 
@@ -101,7 +101,7 @@ mod tests {
 
     fn queue() -> StagingQueue {
         // Eight places.
-        StagingQueue::new(Staging::new(STAGING_BYTES / 8).expect("memory"))
+        StagingQueue::new(HugeStaging::new(STAGING_BYTES / 8).expect("memory"))
     }
 
     fn read(token: u64, extents: usize) -> Waiting {
