@@ -428,8 +428,7 @@ class SchedulerSide:
         looked_at = self._due.in_step(scheduled_tokens, output.total_num_scheduled_tokens)
         if told:
             # vLLM also tells of requests that this step leaves out.
-            others = (self._requests.get(request_id) for request_id in told)
-            looked_at += [known for known in others if known is not None and known not in looked_at]
+            looked_at += [it for it in filter(None, map(self._requests.get, told)) if it not in looked_at]
         for known in looked_at:
             request = known.request
             scheduled = scheduled_tokens.get(request.request_id, 0)
@@ -448,10 +447,8 @@ class SchedulerSide:
 
     def _note_step(self, scheduled_tokens: Iterable[str]) -> None:
         """Take note of which requests ran with their adapters in this step."""
-        for request_id in scheduled_tokens:
-            known = self._requests.get(request_id)
-            if known is not None:
-                known.last_step = self._step
+        for known in filter(None, map(self._requests.get, scheduled_tokens)):
+            known.last_step = self._step
 
     def _time_step(self, tokens: int) -> None:
         """Tell the engine how long the last step's prefill took: until this one, if vLLM did not idle in between.

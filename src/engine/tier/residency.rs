@@ -39,7 +39,7 @@ struct SlotFacts {
 impl Record<SlotFacts> {
     /// Lookups find the block.
     fn is_visible(&self) -> bool {
-        matches!(self.facts.state, SlotState::Filled { .. })
+        self.facts.state.is_filled()
     }
 
     fn is_clean(&self) -> bool {
@@ -117,7 +117,7 @@ pub struct Residency {
     dirty: DirtyOrder,
     free: Vec<SlotIndex>,
     census: Census,
-    /// Grows whenever another block is visible or held than before.
+    /// Grows whenever another block is visible than before, and with every hold on one.
     changes: u64,
     /// Events of every transition.
     pub events: EventLog,
@@ -153,7 +153,7 @@ impl Residency {
         self.census
     }
 
-    /// As long as it is the same, lookups find the same blocks, and as many holds on each.
+    /// As long as it is the same, lookups find the same blocks, and no more holds on them.
     pub fn changes(&self) -> u64 {
         self.changes
     }
@@ -173,8 +173,7 @@ impl Residency {
         }
         self.table.record_mut(slot).facts.state = after;
         self.census.recount(before, after);
-        let is_visible = |state: SlotState| matches!(state, SlotState::Filled { .. });
-        self.changes += u64::from(is_visible(before) != is_visible(after));
+        self.changes += u64::from(before.is_filled() != after.is_filled());
         if after == SlotState::Empty {
             // Empty in shared memory first: a crash from here on must not find the old block in a
             // slot that is handed out again.
@@ -186,7 +185,7 @@ impl Residency {
 
     /// The slot's block is gone from the tier.
     fn forget_block(&mut self, slot: SlotIndex, before: SlotState) {
-        if matches!(before, SlotState::Filled { .. }) {
+        if before.is_filled() {
             if let Some(key) = self.key(slot) {
                 self.events.removed(Tier::Dram, key);
             }
@@ -371,7 +370,6 @@ impl Residency {
         record.pins -= 1;
         let record = *record;
         self.census.pins -= 1;
-        self.changes += 1;
         if record.is_visible() && record.pins == 0 {
             self.enter(slot, Heat::Hot);
         }

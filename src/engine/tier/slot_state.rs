@@ -72,6 +72,11 @@ pub enum SlotChange {
 pub type IllegalSlotChange = IllegalTransition<SlotState, SlotChange>;
 
 impl SlotState {
+    /// The slot holds a block that lookups find.
+    pub fn is_filled(self) -> bool {
+        matches!(self, Self::Filled { .. })
+    }
+
     /// What a change makes of this state.
     ///
     /// # Errors
