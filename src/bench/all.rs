@@ -15,7 +15,7 @@ use super::index::{self, IndexBench};
 use super::kinds::{self, KindsBench};
 use super::lookup::{self, LookupBench};
 use super::nvme::{self, NvmeBench};
-use super::report::{Goal, report};
+use super::report::{Goal, print_goals, report};
 use kvcellar_block::error::{Error, Result};
 
 /// Where to measure, and what to do with it.
@@ -47,37 +47,6 @@ struct BenchPart {
     name: &'static str,
     report: Value,
     goals: Vec<Goal>,
-}
-
-/// Which way a goal's value should go, and how far.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum GoalBound {
-    AtLeast(f64),
-    AtMost(f64),
-}
-
-impl GoalBound {
-    /// Of a goal in words: its first number, and whether more is better.
-    fn of(goal: &str) -> Option<Self> {
-        let number = goal.split(' ').find_map(|word| word.parse::<f64>().ok())?;
-        Some(if goal.starts_with("at least") { Self::AtLeast(number) } else { Self::AtMost(number) })
-    }
-
-    /// How far it is reached: 1 is just so.
-    fn share(self, value: f64) -> f64 {
-        match self {
-            Self::AtLeast(wanted) => value / wanted,
-            Self::AtMost(wanted) => wanted / value,
-        }
-    }
-
-    /// How many times worse a value is than an earlier one.
-    fn worse(self, value: f64, before: f64) -> f64 {
-        match self {
-            Self::AtLeast(_) => before / value,
-            Self::AtMost(_) => value / before,
-        }
-    }
 }
 
 fn measure(options: &AllBench) -> Result<Vec<BenchPart>> {
@@ -132,8 +101,8 @@ fn earlier(before: &Value, part: &str, goal: &str) -> Option<f64> {
 fn regressions(parts: &[BenchPart], before: &Value) -> Vec<String> {
     let found = parts.iter().flat_map(|part| part.goals.iter().map(move |goal| (part.name, goal)));
     let worse = found.filter_map(|(part, goal)| {
-        let (wanted, before) = (GoalBound::of(&goal.goal)?, earlier(before, part, &goal.name)?);
-        let times = wanted.worse(goal.value, before);
+        let before = earlier(before, part, &goal.name)?;
+        let times = goal.bound.worse(goal.value, before);
         (times > REGRESSION)
             .then(|| format!("{part}: {}: {:.3}, and was {before:.3} ({times:.2} times worse)", goal.name, goal.value))
     });
@@ -163,7 +132,7 @@ fn picture(parts: &[BenchPart]) -> String {
         let _ = writeln!(svg, "<text x=\"10\" y=\"{}\" font-weight=\"bold\">bench {name}</text>", y + 14);
         y += ROW;
         for goal in goals {
-            let share = GoalBound::of(&goal.goal).map_or(0.0, |wanted| wanted.share(goal.value));
+            let share = goal.bound.share(goal.value);
             let bar = SCALE * share.clamp(0.0, MOST);
             let colour = if goal.met { "#2a7f62" } else { "#b5482a" };
             let _ = writeln!(
@@ -218,9 +187,7 @@ pub fn run(options: &AllBench) -> Result<()> {
     let parts = measure(options)?;
     for BenchPart { name, goals, .. } in &parts {
         println!("bench {name}");
-        for Goal { name, goal, value, met } in goals {
-            println!("  {:8} {name}: {value:.3} ({goal})", if *met { "met" } else { "NOT MET" });
-        }
+        print_goals(goals, 3);
     }
     let whole = whole(&parts);
     if let Some(path) = &options.report {
@@ -248,9 +215,10 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::report::GoalBound;
 
-    fn goal(name: &str, goal: &str, value: f64) -> Goal {
-        Goal { name: name.to_owned(), goal: goal.to_owned(), value, met: true }
+    fn goal(name: &str, bound: GoalBound, value: f64) -> Goal {
+        Goal::of(name, bound, value)
     }
 
     fn part(goals: Vec<Goal>) -> BenchPart {
@@ -258,25 +226,23 @@ mod tests {
     }
 
     #[test]
-    fn a_goal_in_words_has_a_number_and_a_direction() {
-        assert_eq!(GoalBound::of("at least 0.95"), Some(GoalBound::AtLeast(0.95)));
-        assert_eq!(GoalBound::of("below 1 for a million"), Some(GoalBound::AtMost(1.0)));
-        assert_eq!(GoalBound::of("as good as it gets"), None);
-        let shares = [GoalBound::AtLeast(2.0).share(3.0), GoalBound::AtMost(2.0).share(4.0)];
-        assert!((shares[0] - 1.5).abs() < 1e-9 && (shares[1] - 0.5).abs() < 1e-9);
-    }
-
-    #[test]
     fn what_became_worse_by_more_than_a_tenth_is_told() {
-        let before = whole(&[part(vec![goal("rate", "at least 1", 2.0), goal("time", "at most 1", 0.5)])]);
+        let before =
+            whole(&[part(vec![goal("rate", GoalBound::AtLeast(1.0), 2.0), goal("time", GoalBound::AtMost(1.0), 0.5)])]);
         let now = |rate, time| {
-            regressions(&[part(vec![goal("rate", "at least 1", rate), goal("time", "at most 1", time)])], &before)
+            regressions(
+                &[part(vec![goal("rate", GoalBound::AtLeast(1.0), rate), goal("time", GoalBound::AtMost(1.0), time)])],
+                &before,
+            )
         };
         assert!(now(1.85, 0.54).is_empty() && now(4.0, 0.1).is_empty());
         let (slower, dearer) = (now(1.7, 0.5), now(2.0, 0.6));
         assert!(slower.len() == 1 && slower[0].contains("rate"), "{slower:?}");
         assert!(dearer.len() == 1 && dearer[0].contains("time"), "{dearer:?}");
-        assert!(regressions(&[part(vec![goal("new", "at most 1", 9.0)])], &before).is_empty(), "nothing to compare");
+        assert!(
+            regressions(&[part(vec![goal("new", GoalBound::AtMost(1.0), 9.0)])], &before).is_empty(),
+            "nothing to compare"
+        );
         assert!(same_machine(&before, &before) && !same_machine(&before, &json!({"machine": {"cpu": "other"}})));
     }
 

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::report::{Goal, Measured, measured, print, report};
+use super::report::{Goal, GoalBound, Measured, measured, print, report};
 use kvcellar_block::error::Result;
 use kvcellar_engine::gpu::Direction;
 use kvcellar_engine::gpu::cuda::meter::{FragmentPlace, Meter, Timing};
@@ -144,13 +144,11 @@ fn judge(
         None
     };
     if let Some(least) = least {
-        let goal = format!("at least {least}");
-        goals.push(Goal { name: share.name.clone(), goal, value: share.value, met: share.value >= least });
+        goals.push(Goal::of(share.name.clone(), GoalBound::AtLeast(least), share.value));
     }
     // Of larger fragments there are few in a job: what a call costs is divided by few.
     if place == FragmentPlace::Scattered && kib <= 64 {
-        let (goal, met) = ("at most 0.1".to_owned(), submit.value <= 0.1);
-        goals.push(Goal { name: submit.name.clone(), goal, value: submit.value, met });
+        goals.push(Goal::of(submit.name.clone(), GoalBound::AtMost(0.1), submit.value));
     }
     results.push(measured(name, "GB/s", series(&|(fragments, _)| rate(fragments))));
     results.push(measured(&format!("{name}: the same in one piece"), "GB/s", series(&|(_, whole)| rate(whole))));

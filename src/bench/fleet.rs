@@ -11,7 +11,7 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::json;
 
-use super::report::{self, Goal};
+use super::report::{self, Goal, GoalBound};
 use kvcellar_block::error::Result;
 use kvcellar_route::simulation::load::Load;
 use kvcellar_route::simulation::outcome::Outcome;
@@ -151,12 +151,8 @@ fn goals(rows: &[FleetRow]) -> Vec<Goal> {
         let ratio = report::measured("", "", ours.p90s.iter().enumerate().map(ratio).collect()).value;
         // To the two places that are shown.
         let value = (ratio * 100.0).round() / 100.0;
-        Goal {
-            name: format!("{}, {} engines: cost model's p90 over the best other's", ours.load, ours.engines),
-            goal: "at most 1".to_owned(),
-            value,
-            met: value <= 1.0,
-        }
+        let name = format!("{}, {} engines: cost model's p90 over the best other's", ours.load, ours.engines);
+        Goal::of(name, GoalBound::AtMost(1.0), value)
     };
     ours.map(goal).collect()
 }

@@ -14,7 +14,7 @@ use clap::Args;
 use hashbrown::{HashMap, HashSet};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::report::{self, Goal, Measured, measured, percentile};
+use super::report::{self, Goal, GoalBound, Measured, measured, percentile};
 use kvcellar_block::error::{Error, Result};
 use kvcellar_events::decode::decode;
 use kvcellar_events::encode::encode;
@@ -244,12 +244,7 @@ fn events(options: &IndexBench, bar: &ProgressBar, results: &mut Vec<Measured>, 
     results.push(measured("events decoded only", "M blocks/s", decoded));
     results.push(measured("memory", "bytes/holder", bytes));
     let reached = results[results.len() - 5].value;
-    goals.push(Goal {
-        name: "block events applied on one core, millions a second".to_owned(),
-        goal: "at least 2".to_owned(),
-        value: reached,
-        met: reached >= 2.0,
-    });
+    goals.push(Goal::of("block events applied on one core, millions a second", GoalBound::AtLeast(2.0), reached));
 }
 
 fn questions(
@@ -320,12 +315,7 @@ fn questions(
     results.push(measured(&format!("{name} naive, no writer, p50"), "ms", naive_p50));
     let reached = results[results.len() - 2].value;
     if shape.blocks == SHAPES[0].blocks {
-        goals.push(Goal {
-            name: format!("{name} beside a writer, p99 in ms"),
-            goal: "at most 0.5".to_owned(),
-            value: reached,
-            met: reached <= 0.5,
-        });
+        goals.push(Goal::of(format!("{name} beside a writer, p99 in ms"), GoalBound::AtMost(0.5), reached));
     }
 }
 

@@ -13,7 +13,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::lookup::hash;
-use super::report::{Goal, Measured, measured, report};
+use super::report::{Goal, GoalBound, Measured, measured, report};
 use kvcellar_block::error::{Error, Result};
 use kvcellar_block::kinds::{ChunkedLocal, SlidingWindow};
 use kvcellar_block::plan::StepPlan;
@@ -228,12 +228,7 @@ fn goal(results: &[Measured], name: &str) -> Goal {
         results.iter().find(|result| result.name == wanted).map_or(f64::NAN, |result| result.value)
     };
     let ratio = value("hybrid") / value("plain");
-    Goal {
-        name: format!("{name}, a block of the hybrid over one of the plain model"),
-        goal: "at most 1.5".to_owned(),
-        value: ratio,
-        met: ratio <= 1.5,
-    }
+    Goal::of(format!("{name}, a block of the hybrid over one of the plain model"), GoalBound::AtMost(1.5), ratio)
 }
 
 /// Runs the benchmark and prints it.

@@ -13,7 +13,7 @@ use clap::Args;
 use hashbrown::HashMap;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::report::{Goal, Measured, measured, report};
+use super::report::{Goal, GoalBound, Measured, measured, report};
 use kvcellar_block::BlockHash;
 use kvcellar_block::error::{Error, Result};
 use kvcellar_engine::tier::warm_table::WarmTable;
@@ -133,12 +133,7 @@ fn lookup_goals(results: &[Measured]) -> Vec<Goal> {
     let value = |name: &str| results.iter().find(|result| result.name == name).map_or(f64::NAN, |result| result.value);
     let ratio = |kind: &str| value(&format!("core_{kind}")) / value(&format!("bare_{kind}"));
     ["hit_cold", "hit_warm", "miss_cold", "miss_warm"]
-        .map(|kind| Goal {
-            name: format!("core lookup over bare probe, {kind}"),
-            goal: "at most 2".to_owned(),
-            value: ratio(kind),
-            met: ratio(kind) <= 2.0,
-        })
+        .map(|kind| Goal::of(format!("core lookup over bare probe, {kind}"), GoalBound::AtMost(2.0), ratio(kind)))
         .into()
 }
 

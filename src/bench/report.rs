@@ -21,6 +21,51 @@ pub struct Measured {
     pub n: usize,
 }
 
+/// Which way a goal's value should go, and how far.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum GoalBound {
+    /// This or more.
+    AtLeast(f64),
+    /// This or less.
+    AtMost(f64),
+    /// Less than this.
+    Below(f64),
+}
+
+impl GoalBound {
+    fn words(self) -> String {
+        match self {
+            Self::AtLeast(least) => format!("at least {least}"),
+            Self::AtMost(most) => format!("at most {most}"),
+            Self::Below(end) => format!("below {end}"),
+        }
+    }
+
+    fn admits(self, value: f64) -> bool {
+        match self {
+            Self::AtLeast(least) => value >= least,
+            Self::AtMost(most) => value <= most,
+            Self::Below(end) => value < end,
+        }
+    }
+
+    /// How far it is reached: 1 is just so.
+    pub fn share(self, value: f64) -> f64 {
+        match self {
+            Self::AtLeast(wanted) => value / wanted,
+            Self::AtMost(wanted) | Self::Below(wanted) => wanted / value,
+        }
+    }
+
+    /// How many times worse a value is than an earlier one.
+    pub fn worse(self, value: f64, before: f64) -> f64 {
+        match self {
+            Self::AtLeast(_) => before / value,
+            Self::AtMost(_) | Self::Below(_) => value / before,
+        }
+    }
+}
+
 /// One goal of `docs/benchmarks.md`.
 #[derive(Debug, Clone, Serialize)]
 pub struct Goal {
@@ -32,6 +77,16 @@ pub struct Goal {
     pub value: f64,
     /// Whether it is enough.
     pub met: bool,
+    /// What the words say.
+    #[serde(skip)]
+    pub bound: GoalBound,
+}
+
+impl Goal {
+    /// A goal that is its bound and no more.
+    pub fn of(name: impl Into<String>, bound: GoalBound, value: f64) -> Self {
+        Self { name: name.into(), goal: bound.words(), value, met: bound.admits(value), bound }
+    }
 }
 
 /// Median and spread of repetitions.
@@ -69,8 +124,13 @@ pub fn print(results: &[Measured], goals: &[Goal], digits: usize) {
     for Measured { name, value, unit, spread, n } in results {
         println!("{name:<40} {value:>12.digits$} {spread:>12.digits$} {n:>4} {unit}");
     }
-    for Goal { name, goal, value, met } in goals {
-        println!("{} {name}: {value:.2} ({goal})", if *met { "met     " } else { "NOT MET " });
+    print_goals(goals, 2);
+}
+
+/// Prints how far each goal is reached, with `digits` after the point.
+pub fn print_goals(goals: &[Goal], digits: usize) {
+    for Goal { name, goal, value, met, .. } in goals {
+        println!("{} {name}: {value:.digits$} ({goal})", if *met { "met     " } else { "NOT MET " });
     }
 }
 
@@ -98,4 +158,23 @@ pub fn machine() -> Value {
         "memory_bytes": memory_kib.map(|kib| kib * 1024),
         "kernel": read("/proc/sys/kernel/osrelease").trim(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bound_has_words_and_a_direction() {
+        let goals = [
+            Goal::of("rate", GoalBound::AtLeast(0.95), 0.95),
+            Goal::of("time", GoalBound::AtMost(2.0), 2.1),
+            Goal::of("seconds", GoalBound::Below(1.0), 1.0),
+        ];
+        let told: Vec<(&str, bool)> = goals.iter().map(|goal| (goal.goal.as_str(), goal.met)).collect();
+        assert_eq!(told, [("at least 0.95", true), ("at most 2", false), ("below 1", false)]);
+        assert!(serde_json::to_value(&goals[0]).is_ok_and(|goal| goal.get("bound").is_none()), "words are enough");
+        let shares = [GoalBound::AtLeast(2.0).share(3.0), GoalBound::AtMost(2.0).share(4.0)];
+        assert!((shares[0] - 1.5).abs() < 1e-9 && (shares[1] - 0.5).abs() < 1e-9);
+    }
 }

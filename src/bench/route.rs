@@ -22,7 +22,7 @@ use std::path::PathBuf;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::report::{self, Goal, Measured};
+use super::report::{self, Goal, GoalBound, Measured};
 use kvcellar_block::error::{Error, Result};
 use kvcellar_route::tokens::TokenModel;
 
@@ -79,8 +79,8 @@ impl RouteFindings {
         value
     }
 
-    fn goal(&mut self, name: String, goal: &str, value: f64, met: bool) {
-        self.goals.push(Goal { name, goal: goal.to_owned(), value, met });
+    fn goal(&mut self, name: String, bound: GoalBound, value: f64) {
+        self.goals.push(Goal::of(name, bound, value));
     }
 }
 

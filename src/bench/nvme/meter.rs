@@ -8,7 +8,7 @@ use std::time::Instant;
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
 
-use crate::report::{Goal, Measured, measured};
+use crate::report::{Goal, GoalBound, Measured, measured};
 use kvcellar_block::error::{Error, Result};
 use kvcellar_block::size::show;
 
@@ -133,25 +133,23 @@ impl Readings {
         for way in [DiskWay::Write, DiskWay::Read] {
             let name = |what: &str| format!("{what}, {} {}", way.name(), label(size));
             let (seconds, cpu) = (|it: &Reading| it.seconds, |it: &Reading| it.cpu_s);
-            let mut at_least = |what: &str, value: Option<f64>, least: f64| {
-                let goal =
-                    |value| Goal { name: name(what), goal: format!("at least {least}"), value, met: value >= least };
-                goals.extend(value.map(goal));
-            };
+            let (least, most) = if size < LARGE { (0.95, 1.5) } else { (0.9, 1.2) };
             // Time quotients the other way round are rate quotients.
-            let least = if size < LARGE { 0.95 } else { 0.9 };
             let rate = |over: &'static str| self.quotient(way, size, &[over], &[tier], seconds);
-            at_least("tier's rate over a bare ring's in huge pages", rate(BARE_HUGE), least);
-            at_least("tier's rate over vLLM's fs tier's", rate(RIVAL), 1.0);
-            let mut at_most = |what: &str, value: Option<f64>, most: f64| {
-                let goal =
-                    |value| Goal { name: name(what), goal: format!("at most {most}"), value, met: value <= most };
-                goals.extend(value.map(goal));
-            };
-            let most = if size < LARGE { 1.5 } else { 1.2 };
-            let beside = self.quotient(way, size, &[tier], &[BARE_HUGE, PASS], cpu);
-            at_most("tier's CPU time over a bare ring's and one pass", beside, most);
-            at_most("tier's CPU time over vLLM's fs tier's", self.quotient(way, size, &[tier], &[RIVAL], cpu), 1.0);
+            let beside = |under: &[&str]| self.quotient(way, size, &[tier], under, cpu);
+            let wanted = [
+                ("tier's rate over a bare ring's in huge pages", GoalBound::AtLeast(least), rate(BARE_HUGE)),
+                ("tier's rate over vLLM's fs tier's", GoalBound::AtLeast(1.0), rate(RIVAL)),
+                (
+                    "tier's CPU time over a bare ring's and one pass",
+                    GoalBound::AtMost(most),
+                    beside(&[BARE_HUGE, PASS]),
+                ),
+                ("tier's CPU time over vLLM's fs tier's", GoalBound::AtMost(1.0), beside(&[RIVAL])),
+            ];
+            goals.extend(
+                wanted.into_iter().filter_map(|(what, bound, value)| Some(Goal::of(name(what), bound, value?))),
+            );
         }
         goals
     }

@@ -8,7 +8,7 @@ use indicatif::ProgressBar;
 
 use super::prompts::TextWriter;
 use super::{RouteBench, RouteFindings, TURN, fewer};
-use crate::report::{percentile, thread_cpu_s};
+use crate::report::{GoalBound, percentile, thread_cpu_s};
 use kvcellar_block::error::{Error, Result};
 use kvcellar_events::wire::{Batch, BatchArena, Event, Hashes, Stored};
 use kvcellar_index::Index;
@@ -112,7 +112,7 @@ impl KnownPrefix {
         found.put(&format!("decision, {label}, p99"), "ms", p99);
         let cpu = found.put(&format!("decision, {label}, CPU"), "ms", cpu);
         if tokens == 100_000 && self.sort != Sort::Approximate {
-            found.goal(format!("CPU of a decision, {label}, in ms"), "at most 10", cpu, cpu <= 10.0);
+            found.goal(format!("CPU of a decision, {label}, in ms"), GoalBound::AtMost(10.0), cpu);
         }
         Ok(())
     }

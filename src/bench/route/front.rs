@@ -10,7 +10,7 @@ use super::process::{Process, RouterProcess};
 use super::prompts::TextWriter;
 use super::stand_in::StandIn;
 use super::{RouteBench, RouteFindings, TURN, fewer};
-use crate::report::percentile;
+use crate::report::{GoalBound, percentile};
 use kvcellar_block::error::Result;
 use kvcellar_route::tokens::TokenModel;
 
@@ -137,6 +137,6 @@ fn show(tokens: usize, front: &str, plain: FrontEnd<'_>, routed: FrontEnd<'_>, f
         found.put(&format!("{front}, {tokens} tokens, rate over fixed target's"), "ratio", share);
     }
     if tokens == 1000 {
-        found.goal(format!("p99 that routing adds, {front}, {tokens} tokens, in ms"), "below 1", value, value < 1.0);
+        found.goal(format!("p99 that routing adds, {front}, {tokens} tokens, in ms"), GoalBound::Below(1.0), value);
     }
 }
