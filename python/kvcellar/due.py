@@ -21,8 +21,9 @@ class Due:
     def __init__(self) -> None:
         self._near: dict[str, KnownRequest] = {}
         self._far: dict[str, KnownRequest] = {}
-        # Far requests by the reading of `_gained` at which they are due. An entry that is older than what is known of
-        # its request now stays until then, so entries hold no request, which would keep all its tokens.
+        # Far requests by the reading of `_gained` at which they are due. An entry that is older than
+        # what is known of its request now stays until then, so entries hold no request, which would
+        # keep all its tokens.
         self._queue: list[tuple[int, str]] = []
         # Tokens that a far request has gained at most, since the start.
         self._gained = 0

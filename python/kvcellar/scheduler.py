@@ -428,7 +428,8 @@ class SchedulerSide:
         looked_at = self._due.in_step(scheduled_tokens, output.total_num_scheduled_tokens)
         if told:
             # vLLM also tells of requests that this step leaves out.
-            looked_at += [it for it in filter(None, map(self._requests.get, told)) if it not in looked_at]
+            already = {known.request.request_id for known in looked_at}
+            looked_at += filter(None, (self._requests.get(name) for name in told if name not in already))
         for known in looked_at:
             request = known.request
             scheduled = scheduled_tokens.get(request.request_id, 0)

@@ -66,13 +66,6 @@ impl Width {
             }
         })
     }
-
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Avx2 => "avx2",
-            Self::Avx512 => "avx512",
-        }
-    }
 }
 
 /// The memory to ask for while a piece is read: some way ahead in the piece, then in the next one.
@@ -467,7 +460,7 @@ mod tests {
             for piece in bytes[..len].chunks(1000) {
                 sum.read(piece);
             }
-            assert_eq!(sum.finish(), xxh3_64(&bytes[..len]), "{len} bytes by {}", width.name());
+            assert_eq!(sum.finish(), xxh3_64(&bytes[..len]), "{len} bytes by {width:?}");
             let mut to = vec![0_u8; len + 64];
             // SAFETY: both have `len` bytes.
             unsafe { copy(width, to[1..].as_mut_ptr(), bytes.as_ptr(), len, std::ptr::null()) };

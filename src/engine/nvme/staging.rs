@@ -49,11 +49,6 @@ impl HugeStaging {
         (self.free.len() * self.extent_bytes) as u64
     }
 
-    /// Places that are free.
-    pub fn free(&self) -> usize {
-        self.free.iter().filter(|free| **free).count()
-    }
-
     /// Places in all.
     pub fn places(&self) -> usize {
         self.free.len()
@@ -71,12 +66,13 @@ impl HugeStaging {
         Some(unsafe { Buffer::of_region(Arc::clone(&self.region), offset, len) })
     }
 
-    /// The end of a buffer that [`Self::take`] gave.
-    pub fn give_back(&mut self, buffer: Buffer) {
+    /// The end of a buffer that [`Self::take`] gave; how many places it had.
+    pub fn give_back(&mut self, buffer: Buffer) -> usize {
         let first = buffer.offset() / self.extent_bytes;
         let places = buffer.len() / self.extent_bytes;
         drop(buffer);
         self.free[first..first + places].fill(true);
+        places
     }
 
     /// Whether a buffer is of this memory.
@@ -91,19 +87,23 @@ mod tests {
 
     const EXTENT: u64 = 64 << 10;
 
+    fn free(staging: &HugeStaging) -> usize {
+        staging.free.iter().filter(|free| **free).count()
+    }
+
     #[test]
     fn places_are_given_once_and_come_back() {
         let mut staging = HugeStaging::new(EXTENT).expect("memory");
         let places = staging.places();
-        assert_eq!((staging.bytes(), staging.free()), (STAGING_BYTES, places));
+        assert_eq!((staging.bytes(), free(&staging)), (STAGING_BYTES, places));
         let mut held: Vec<Buffer> = std::iter::from_fn(|| staging.take(3)).collect();
-        assert_eq!((held.len(), staging.free()), (places / 3, places % 3));
+        assert_eq!((held.len(), free(&staging)), (places / 3, places % 3));
         let starts: std::collections::HashSet<usize> = held.iter().map(Buffer::offset).collect();
         assert_eq!(starts.len(), held.len(), "two buffers lie in one place");
         // Two neighbours come back: there is room for six again, and for no more.
         for buffer in held.drain(4..6) {
             assert!(staging.owns(&buffer) && buffer.len() == 3 * EXTENT as usize);
-            staging.give_back(buffer);
+            assert_eq!(staging.give_back(buffer), 3);
         }
         assert!(staging.take(7).is_none());
         let six = staging.take(6).expect("room");
@@ -112,7 +112,7 @@ mod tests {
         for buffer in held {
             staging.give_back(buffer);
         }
-        assert_eq!(staging.free(), places);
+        assert_eq!(free(&staging), places);
         assert!(!staging.owns(&Buffer::pages(4096)));
     }
 
@@ -121,7 +121,7 @@ mod tests {
         let mut staging = HugeStaging::new(EXTENT).expect("memory");
         let places = staging.places();
         drop(staging.take(1));
-        assert_eq!(staging.free(), places - 1);
+        assert_eq!(free(&staging), places - 1);
         assert!(staging.take(places).is_none());
     }
 

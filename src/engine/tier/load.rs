@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::hit::{self, Sources};
 use super::offload::Offloads;
-use super::requests::{Answered, RequestState, Requests};
+use super::requests::{Asked, RequestState, Requests};
 use super::restore::{LostBlock, Wanted};
 use super::session::Session;
 use super::tiers::{Source, Tiers};
@@ -133,9 +133,9 @@ impl Loads {
             limit = limit.min(local.saturating_add(most));
         }
         // A request that waits asks in every step.
-        let asked = Answered { local, limit, hashes: request.hashes.len(), changes: tiers.changes(), end: 0 };
-        let known = request.answered.filter(|answered| Answered { end: 0, ..*answered } == asked);
-        let (end, decision, shared) = if let Some(Answered { end, .. }) = known {
+        let asked = Asked { local, limit, hashes: request.hashes.len(), changes: tiers.changes() };
+        let known = request.answered.filter(|(before, _)| *before == asked);
+        let (end, decision, shared) = if let Some((_, end)) = known {
             (end, None, false)
         } else {
             let (end, decision) = reach(tiers, grouping, request, local, limit);
@@ -146,7 +146,7 @@ impl Loads {
         if let Some(request) = session.requests.get_mut(id) {
             request.decision = decision;
             // What time or a device's speed had a part in is asked anew.
-            request.answered = (decision.is_none() && !shared).then_some(Answered { end, ..asked });
+            request.answered = (decision.is_none() && !shared).then_some((asked, end));
             if !shared {
                 request.waiting_since = None;
             } else if request.waiting_since.get_or_insert_with(Instant::now).elapsed()

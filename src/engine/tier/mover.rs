@@ -194,21 +194,21 @@ impl Desk {
                     let buffer = Buffer::slots(&self.pool, slot, count);
                     operations.push(self.operation(token, Kind::Read, extent, buffer));
                 }
-                Job::Write { token, orders, extent } if self.staging.is_some() => {
+                Job::Write { token, orders, extent } => {
                     if let Some(staging) = &mut self.staging {
                         staging.push(Waiting { token, extent, work: StagedWork::Write(orders) });
+                        continue;
                     }
+                    if let Err(trouble) = self.seal(&orders) {
+                        reports.push(Report::WriteEnded { token, trouble: Some(trouble) });
+                        continue;
+                    }
+                    self.under.insert(token, Under::Write);
+                    let buffer = Buffer::slots(&self.pool, orders[0].slot, orders.len() as u32);
+                    operations.push(self.operation(token, Kind::Write, extent, buffer));
+                    // The disk starts on it while the next ones are hashed.
+                    self.disk.submit(std::mem::take(&mut operations));
                 }
-                Job::Write { token, orders, extent } => match self.seal(&orders) {
-                    Ok(()) => {
-                        self.under.insert(token, Under::Write);
-                        let buffer = Buffer::slots(&self.pool, orders[0].slot, orders.len() as u32);
-                        operations.push(self.operation(token, Kind::Write, extent, buffer));
-                        // The disk starts on it while the next ones are hashed.
-                        self.disk.submit(std::mem::take(&mut operations));
-                    }
-                    Err(trouble) => reports.push(Report::WriteEnded { token, trouble: Some(trouble) }),
-                },
                 Job::Describe { extents, trial } => self.describe(&extents, trial, &mut operations),
                 Job::Grow => reports.push(self.grow()),
                 Job::Erase(extents) => reports.push(self.erase(extents)),

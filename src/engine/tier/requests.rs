@@ -34,8 +34,9 @@ pub struct RequestState {
     pub decision: Option<bool>,
     /// Hits and misses were counted since the last lookup.
     pub counted: bool,
-    /// What its last lookup asked and found, while that is all that the answer follows from.
-    pub(super) answered: Option<Answered>,
+    /// What its last lookup asked, and the token at which the request may resume, while the answer
+    /// follows from nothing else.
+    pub(super) answered: Option<(Asked, u32)>,
     /// When it was first asked to wait for another request's load.
     pub waiting_since: Option<Instant>,
     /// Offload batches under way.
@@ -44,9 +45,9 @@ pub struct RequestState {
     pub finished: Option<Finished>,
 }
 
-/// A lookup's answer, with everything that it follows from.
+/// Everything that a lookup's answer follows from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Answered {
+pub(super) struct Asked {
     /// Tokens that vLLM held.
     pub(super) local: u32,
     /// Tokens that no hit may pass.
@@ -55,8 +56,6 @@ pub(super) struct Answered {
     pub(super) hashes: usize,
     /// What the tiers held; see [`super::tiers::Tiers::changes`].
     pub(super) changes: Changes,
-    /// The token at which the request may resume.
-    pub(super) end: u32,
 }
 
 /// The length of a request that vLLM finished.

@@ -79,10 +79,9 @@ impl StagingQueue {
 
     /// The end of a transfer's buffer.
     pub(super) fn end(&mut self, kind: Kind, buffer: Buffer) {
-        let before = self.staging.free();
-        self.staging.give_back(buffer);
+        let places = self.staging.give_back(buffer);
         if kind == Kind::Write {
-            self.writing -= self.staging.free() - before;
+            self.writing -= places;
         }
     }
 
