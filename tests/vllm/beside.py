@@ -5,7 +5,7 @@ A round returns what it saw; whether that is wrong, and whether it proves anythi
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from tests.vllm import oplog
@@ -22,7 +22,8 @@ ANSWER_TOKENS = 2
 # its blocks.
 LONG_BLOCKS = 24
 KV_BLOCKS = LONG_BLOCKS + 3
-PIECE_US = 1000
+# Our copies go on so long after the blocks were handed over.
+STILL_COPIED_S = 0.2
 STEPS_MAX = 2000
 
 
@@ -114,13 +115,11 @@ def _failed(engine: Engine, name: str, rng: random.Random, *, beside: bool) -> S
     tokens = _tokens(rng, blocks, rng.randint(1, BLOCK_TOKENS - 1))
     wish = Wish(name, blocks * BLOCK_TOKENS, beside=beside, fails=True)
     desk.released.add(name)
-    brake = Brake()
     # Our copies read the blocks while vLLM computes them anew.
-    brake.pace(rng.choice((0, PIECE_US)))
-    with _failures_cost(engine, policy):
+    slow = Brake().stutter() if rng.random() < 0.5 else nullcontext()
+    with _failures_cost(engine, policy), slow:
         _begin(engine, tokens, wish)
         _run_out(engine)
-    brake.pace(0)
     return _asked_again(engine, tokens, f"{name}: {blocks} blocks, policy {policy}", proves=desk.loads[name].written)
 
 
@@ -136,8 +135,7 @@ def loaded_into_blocks_that_we_still_copy(engine: Engine, name: str, rng: random
         # The KV cache is so small that they are nearly all of its blocks, and so were those of the
         # one that ended.
         met.append(len(load.blocks) == LONG_BLOCKS - 1 and oplog.outstanding(engine.trace()) > 0)
-        brake.pace(PIECE_US)
-        brake.let_go()
+        brake.let_go(STILL_COPIED_S)
 
     engine.reset_gpu_cache()
     desk.on_blocks = on_blocks
@@ -150,7 +148,6 @@ def loaded_into_blocks_that_we_still_copy(engine: Engine, name: str, rng: random
         _run_out(engine)
     finally:
         desk.on_blocks = lambda load: None
-        brake.pace(0)
         brake.let_go()
     what = f"{name}: {'beside' if beside else 'within'} a step, {len(ours) // BLOCK_TOKENS} blocks"
     return _asked_again(engine, ours, what, proves=any(met))

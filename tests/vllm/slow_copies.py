@@ -1,44 +1,59 @@
-"""The brake on copies of blocks (slow_copies.c): made, preloaded into an engine's process, used inside it."""
+"""The brake on copies of blocks (slow_copies.c): made, loaded into an engine's process, used inside it."""
 
 import ctypes
 import os
 import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("slow_copies.c")
 VARIABLE = "KVCELLAR_TEST_SLOW_COPIES"
+HELD_S_MAX = 20.0
+STUTTER_S = 0.01
 
 
 def make(folder: Path) -> dict[str, str]:
     """Compiles it, and returns the environment of a process that is to have it."""
     library = folder / "slow_copies.so"
-    # Without builtins: the compiler would make a call of memcpy from the memmove inside memcpy.
-    flags = ["-shared", "-fPIC", "-O2", "-Wall", "-Werror", "-fno-builtin", "-pthread"]
+    flags = ["-shared", "-fPIC", "-O2", "-Wall", "-Werror"]
     subprocess.run(["cc", *flags, str(SOURCE), "-o", str(library)], check=True)
-    preloaded = " ".join(filter(None, [str(library), os.environ.get("LD_PRELOAD")]))
-    return {"LD_PRELOAD": preloaded, VARIABLE: str(library)}
+    return {VARIABLE: str(library)}
 
 
 class Brake:
     """The brake of this process."""
 
     def __init__(self) -> None:
-        """Finds the library that was preloaded."""
+        """Loads the library."""
         self._library = ctypes.CDLL(os.environ[VARIABLE])
-        self._library.braked.restype = ctypes.c_long
+        self._library.hold.argtypes = self._library.let_go_in.argtypes = [ctypes.c_long]
 
-    def hold(self) -> None:
-        """No piece of a block is copied until `let_go`."""
-        self._library.hold()
+    def hold(self, seconds: float = HELD_S_MAX) -> None:
+        """The threads that copy blocks stand still until `let_go`, or for `seconds`."""
+        threads = self._library.hold(round(seconds * 1000))
+        assert threads > 0, "no thread that copies blocks was found"
 
-    def let_go(self) -> None:
-        """Copies go on."""
-        self._library.let_go()
+    def let_go(self, seconds: float = 0.0) -> None:
+        """Copies go on after `seconds`, even if nobody calls anything until then."""
+        self._library.let_go_in(round(seconds * 1000))
 
-    def pace(self, piece_us: int) -> None:
-        """Every piece of a block takes so long; 0: as fast as it can."""
-        self._library.pace(piece_us)
+    @contextmanager
+    def stutter(self) -> Iterator[None]:
+        """Meanwhile copies stand still most of the time."""
+        over = threading.Event()
 
-    def braked(self) -> int:
-        """Pieces that were slowed down so far."""
-        return int(self._library.braked())
+        def run() -> None:
+            while not over.is_set():
+                self.hold(STUTTER_S)
+                over.wait(STUTTER_S)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            self.let_go()
