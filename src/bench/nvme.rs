@@ -30,7 +30,7 @@ use kvcellar_block::{GroupKind, GroupSpec, Grouping, SlotGeometry};
 use kvcellar_engine::config::Config;
 use kvcellar_engine::config::nvme::DiskEngine;
 use kvcellar_engine::config::size;
-use kvcellar_engine::limits;
+use kvcellar_engine::limits::{self, PAGE_TRIAL_BYTES};
 use kvcellar_engine::nvme::disk::Description;
 use kvcellar_engine::nvme::page_trial::{self, PageTrial};
 use kvcellar_engine::nvme::space;
@@ -319,8 +319,6 @@ pub fn measure(options: &NvmeBench, mut rival: Option<&mut Rival<'_>>) -> Result
     }
     let (dir, pool_dir) = (ScratchDir::new(&options.dir)?, ScratchDir::new(&options.pool_dir)?);
     let load_before = load();
-    // What an engine would do whose pool is large enough.
-    let trial = page_trial::run(DiskEngine::Auto, &dir.0);
     let rounds = options.sizes.len() as u64 * (u64::from(options.repetitions) + 1);
     let bar = ProgressBar::new(rounds);
     if let Ok(style) = ProgressStyle::with_template("{msg:24} {bar:30} {pos}/{len} {elapsed}") {
@@ -329,9 +327,19 @@ pub fn measure(options: &NvmeBench, mut rival: Option<&mut Rival<'_>>) -> Result
     let mut table = Readings::default();
     let mut goals = Vec::new();
     let mut disk = json!({});
+    let mut trials = serde_json::Map::new();
     for size in &options.sizes {
         bar.set_message(format!("warming up {}", show(*size)));
         let field = Field::open(options, *size, &dir.0, &pool_dir.0)?;
+        // What an engine would do whose pool is large enough.
+        let trial = page_trial::run(DiskEngine::Auto, &dir.0, 0, field.bare.part(PAGE_TRIAL_BYTES));
+        trials.insert(
+            show(*size),
+            json!({
+                "gain": if let PageTrial::Gain(gain) = trial { Value::from(gain) } else { Value::Null },
+                "staging_pays": trial.pays(),
+            }),
+        );
         let start = field.warm_up()?;
         if let Some(rival) = &mut rival {
             rival(RivalTurn { size: *size, blocks: field.blocks, way: DiskWay::Write, chain: start - 1 })?;
@@ -350,10 +358,7 @@ pub fn measure(options: &NvmeBench, mut rival: Option<&mut Rival<'_>>) -> Result
         });
     }
     bar.finish_and_clear();
-    disk["page_trial"] = json!({
-        "gain": if let PageTrial::Gain(gain) = trial { Value::from(gain) } else { Value::Null },
-        "staging_pays": trial.pays(),
-    });
+    disk["page_trial"] = Value::Object(trials);
     disk["bytes"] = options.bytes.into();
     disk["repetitions"] = options.repetitions.into();
     disk["surroundings"] = surroundings(&dir.0, &load_before);

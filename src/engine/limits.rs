@@ -154,10 +154,10 @@ pub const STAGING_POOL_SHARE: u64 = 4;
 pub const PAGE_TRIAL_BYTES: u64 = 16 << 20;
 
 /// How often they are read, each way.
-pub const PAGE_TRIAL_ROUNDS: usize = 3;
+pub const PAGE_TRIAL_ROUNDS: usize = 5;
 
 /// Reads into huge pages must be so many times as fast for a further copy to pay.
-pub const PAGE_TRIAL_GAIN: f64 = 1.25;
+pub const PAGE_TRIAL_GAIN: f64 = 1.1;
 
 /// A disk that takes longer to write them, in ms, is not slow by its pages.
 pub const PAGE_TRIAL_PATIENCE_MS: u64 = 250;

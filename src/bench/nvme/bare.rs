@@ -8,7 +8,7 @@ use kvcellar_block::error::{Error, Result};
 use kvcellar_block::{ExtentIndex, GroupIndex, SlotGeometry, SlotIndex};
 use kvcellar_engine::config::nvme::DiskEngine;
 use kvcellar_engine::limits;
-use kvcellar_engine::nvme::buffer::{Arena, Buffer, Region};
+use kvcellar_engine::nvme::buffer::{Arena, Buffer, PoolPart, Region};
 use kvcellar_engine::nvme::disk::{Description, Disk, Kind, Operation};
 use kvcellar_engine::nvme::recovery::{self, Arrivals};
 use kvcellar_engine::nvme::store::{Store, Wish};
@@ -126,6 +126,12 @@ impl Bare {
     /// What the disk is.
     pub fn describe(&self) -> Description {
         self.disk.describe()
+    }
+
+    /// So many bytes of the pool's memory, if it has as many.
+    pub fn part(&self, bytes: u64) -> Option<Arc<dyn Region>> {
+        let count = u32::try_from(bytes.div_ceil(self.pool.geometry().slot_bytes)).ok()?;
+        PoolPart::new(&self.pool, SlotIndex(0), count).map(|part| part as Arc<dyn Region>)
     }
 
     /// Extents of the store.

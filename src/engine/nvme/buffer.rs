@@ -41,6 +41,40 @@ unsafe impl Region for Pool {
     }
 }
 
+/// Some slots of a pool, one after the other.
+#[derive(Debug)]
+pub struct PoolPart {
+    pool: Arc<Pool>,
+    offset: usize,
+    len: usize,
+}
+
+impl PoolPart {
+    /// `count` slots from `first` on. `None`: the pool has not so many.
+    ///
+    /// The tier engine keeps them empty until it is dropped: by the slot table's rules nobody else
+    /// touches their bytes.
+    pub fn new(pool: &Arc<Pool>, first: SlotIndex, count: u32) -> Option<Arc<Self>> {
+        if first.0.checked_add(count)? > pool.slot_count() {
+            return None;
+        }
+        let len = count as usize * pool.geometry().slot_bytes as usize;
+        Some(Arc::new(Self { pool: Arc::clone(pool), offset: pool.image_offset(first), len }))
+    }
+}
+
+// SAFETY: the mapping lives as long as the pool and is never moved; the slots end before it does.
+unsafe impl Region for PoolPart {
+    fn start(&self) -> NonNull<u8> {
+        // SAFETY: the slots are a part of the mapping.
+        unsafe { self.pool.start().add(self.offset) }
+    }
+
+    fn len(&self) -> usize {
+        self.len
+    }
+}
+
 /// Zeroed, page-aligned memory of its own.
 #[derive(Debug)]
 pub struct Arena {

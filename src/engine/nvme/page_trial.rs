@@ -1,7 +1,8 @@
 //! Whether this disk is faster with memory in huge pages: tried out with a file of no name.
 //!
 //! Interleaved, so that a noisy neighbour hits both kinds of memory alike. Takes a moment, writes
-//! [`PAGE_TRIAL_BYTES`] twice and reads them a few times. Leaves nothing behind, whatever happens.
+//! [`PAGE_TRIAL_BYTES`] twice and reads them a few times. Leaves nothing behind, whatever happens,
+//! and does not touch space that is to stay free.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
@@ -13,6 +14,7 @@ use super::buffer::{Arena, Buffer, Region};
 use super::disk::{Disk, Kind, Operation};
 use super::probe;
 use super::recovery::{self, Arrivals};
+use super::space;
 use crate::config::nvme::DiskEngine;
 use crate::limits::{PAGE_TRIAL_BYTES, PAGE_TRIAL_GAIN, PAGE_TRIAL_PATIENCE_MS, PAGE_TRIAL_ROUNDS, TRANSFER_BYTES_MAX};
 
@@ -34,9 +36,17 @@ impl PageTrial {
     }
 }
 
-/// Tries the disk that `dir` lies on, as `engine` would use it.
-pub fn run(engine: DiskEngine, dir: &Path) -> PageTrial {
-    match Trial::begin(engine, dir) {
+/// Tries the disk that `dir` lies on, as `engine` would use it. Not if less than `reserve_bytes`
+/// would be free meanwhile.
+///
+/// `small`: the memory whose pages are in question, at least [`PAGE_TRIAL_BYTES`] of it. Without
+/// it other memory in small pages stands for it, and may do it too well: pages that were never used
+/// before tend to lie one after the other.
+pub fn run(engine: DiskEngine, dir: &Path, reserve_bytes: u64, small: Option<Arc<dyn Region>>) -> PageTrial {
+    if !space::free_bytes(dir).is_ok_and(|free| free >= reserve_bytes.saturating_add(PAGE_TRIAL_BYTES)) {
+        return PageTrial::NotTried;
+    }
+    match Trial::begin(engine, dir, small) {
         Some(trial) => trial.run().unwrap_or(PageTrial::NotTried),
         None => PageTrial::NotTried,
     }
@@ -50,9 +60,12 @@ struct Trial {
 }
 
 impl Trial {
-    fn begin(engine: DiskEngine, dir: &Path) -> Option<Self> {
+    fn begin(engine: DiskEngine, dir: &Path, small: Option<Arc<dyn Region>>) -> Option<Self> {
         let file = nameless(dir)?;
-        let small: Arc<dyn Region> = Arena::in_small_pages(PAGE_TRIAL_BYTES as usize)?;
+        let small = match small.filter(|it| it.len() >= PAGE_TRIAL_BYTES as usize) {
+            Some(small) => small,
+            None => Arena::in_small_pages(PAGE_TRIAL_BYTES as usize)?,
+        };
         let huge: Arc<dyn Region> = Arena::in_huge_pages(PAGE_TRIAL_BYTES as usize)?;
         let (completions, arrivals) = recovery::channel();
         let disk = probe::open(engine, vec![Arc::clone(&small), Arc::clone(&huge)], &completions, dir).ok()?;
@@ -80,10 +93,11 @@ impl Trial {
     /// Seconds to move all of the file from or to this memory; `None` when a transfer failed.
     fn seconds(&self, kind: Kind, memory: &Arc<dyn Region>) -> Option<f64> {
         let step = TRANSFER_BYTES_MAX as usize;
-        let operations: Vec<Operation> = (0..memory.len() / step)
+        let operations: Vec<Operation> = (0..PAGE_TRIAL_BYTES as usize / step)
             .map(|index| {
                 let offset = index * step;
-                // SAFETY: the pieces do not overlap, and nobody else knows the memory.
+                // SAFETY: the pieces do not overlap, and nobody else uses the memory: it is ours,
+                // or that is what the maker of a part of a pool has promised.
                 let buffer = unsafe { Buffer::of_region(Arc::clone(memory), offset, step) };
                 Operation { token: index as u64, kind, segment: 0, offset: offset as u64, buffer }
             })
@@ -117,7 +131,7 @@ mod tests {
     fn a_trial_leaves_nothing_and_tells_a_ratio() {
         let binary = std::env::current_exe().expect("a binary");
         let dir = tempfile::tempdir_in(binary.parent().expect("a directory")).expect("a directory");
-        match run(DiskEngine::Auto, dir.path()) {
+        match run(DiskEngine::Auto, dir.path(), 0, None) {
             PageTrial::Gain(gain) => assert!(gain.is_finite() && gain > 0.0),
             // A machine whose disk, or whose system, does not let us.
             PageTrial::SlowDisk | PageTrial::NotTried => {}
@@ -127,9 +141,10 @@ mod tests {
 
     #[test]
     fn where_nothing_can_be_tried_nothing_pays() {
-        assert_eq!(run(DiskEngine::Auto, Path::new("/proc/self/no-such")), PageTrial::NotTried);
+        assert_eq!(run(DiskEngine::Auto, Path::new("/proc/self/no-such"), 0, None), PageTrial::NotTried);
+        assert_eq!(run(DiskEngine::Auto, &std::env::temp_dir(), u64::MAX - 1, None), PageTrial::NotTried);
         assert_eq!(
-            [PageTrial::NotTried, PageTrial::SlowDisk, PageTrial::Gain(1.1), PageTrial::Gain(3.7)].map(PageTrial::pays),
+            [PageTrial::NotTried, PageTrial::SlowDisk, PageTrial::Gain(1.0), PageTrial::Gain(3.7)].map(PageTrial::pays),
             [false, false, false, true]
         );
     }

@@ -20,6 +20,7 @@ use super::trace::{self, OperationLog};
 use crate::config::{Config, Controls, OnReset};
 use crate::event_log::{EventLog, Run};
 use crate::metrics::{Counters, Gauges};
+use crate::nvme::buffer::PoolPart;
 use crate::policy::Lru;
 use crate::pool::Pool;
 use crate::pool::memory::SlotMemory;
@@ -141,6 +142,22 @@ impl TierEngine {
     /// The pool, once there is one.
     pub fn pool(&self) -> Option<&Arc<Pool>> {
         self.attached()?.tiers.pool.as_ref()
+    }
+
+    /// So many bytes of the pool's slots that hold nothing, if there are as many in a row. Only
+    /// before the engine is handed out: until the part is dropped no block may be kept.
+    pub fn free_part(&self, bytes: u64) -> Option<Arc<PoolPart>> {
+        let pool = self.pool()?;
+        let count = u32::try_from(bytes.div_ceil(pool.geometry().slot_bytes)).ok()?;
+        let mut first = 0;
+        let taken = self.attached()?.tiers.dram.visible_slots().into_iter().map(|slot| slot.0);
+        for taken in taken.chain([pool.slot_count()]) {
+            if taken - first >= count {
+                return PoolPart::new(pool, SlotIndex(first), count);
+            }
+            first = taken + 1;
+        }
+        None
     }
 
     /// Gives the engine a disk below its pool, with what a reopened store holds.

@@ -8,7 +8,7 @@ use super::engine::TierEngine;
 use super::mover::{Mover, ToMover};
 use crate::config::nvme::StagingChoice;
 use crate::config::{Config, NvmeConfig};
-use crate::limits::{STAGING_BYTES, STAGING_POOL_SHARE};
+use crate::limits::{PAGE_TRIAL_BYTES, STAGING_BYTES, STAGING_POOL_SHARE};
 use crate::nvme::buffer::Region;
 use crate::nvme::disk::{Completions, Description};
 use crate::nvme::page_trial::{self, PageTrial};
@@ -152,7 +152,7 @@ fn opened(
     };
     let (jobs, inbox) = crossbeam_channel::unbounded();
     let completions: Arc<dyn Completions> = Arc::new(ToMover::new(jobs.clone(), Arc::clone(pool)));
-    let (staging, staged) = staging_of(nvme, pool, store.path());
+    let (staging, staged) = staging_of(nvme, reserve_bytes, engine, pool, store.path());
     let mut regions: Vec<Arc<dyn Region>> = vec![Arc::clone(pool) as Arc<dyn Region>];
     regions.extend(staging.as_ref().map(|staging| Arc::clone(staging.region())));
     let disk = probe::open(nvme.engine, regions, &completions, store.path())?;
@@ -185,7 +185,13 @@ fn opened(
 
 /// The memory that transfers pass through, and what there is to say about it; nothing in the usual
 /// case.
-fn staging_of(nvme: &NvmeConfig, pool: &Arc<Pool>, dir: &Path) -> (Option<HugeStaging>, String) {
+fn staging_of(
+    nvme: &NvmeConfig,
+    reserve_bytes: u64,
+    engine: &Arc<Mutex<TierEngine>>,
+    pool: &Arc<Pool>,
+    dir: &Path,
+) -> (Option<HugeStaging>, String) {
     let bytes = pool.geometry().slot_bytes;
     let made = |why: String| match HugeStaging::new(bytes) {
         Some(staging) => (Some(staging), why),
@@ -200,14 +206,17 @@ fn staging_of(nvme: &NvmeConfig, pool: &Arc<Pool>, dir: &Path) -> (Option<HugeSt
         {
             (None, String::new())
         }
-        StagingChoice::Auto => match page_trial::run(nvme.engine, dir) {
-            trial @ PageTrial::Gain(gain) if trial.pays() => made(format!(
-                "transfers pass through {} of huge pages, from which this disk reads {gain:.1} times as fast as from \
-                 the pool's small ones",
-                show(STAGING_BYTES)
-            )),
-            _ => (None, String::new()),
-        },
+        StagingChoice::Auto => {
+            let small = lock(engine).free_part(PAGE_TRIAL_BYTES).map(|part| part as Arc<dyn Region>);
+            match page_trial::run(nvme.engine, dir, reserve_bytes, small) {
+                trial @ PageTrial::Gain(gain) if trial.pays() => made(format!(
+                    "transfers pass through {} of huge pages, from which this disk reads {gain:.1} times as fast as \
+                     from the pool's small ones",
+                    show(STAGING_BYTES)
+                )),
+                _ => (None, String::new()),
+            }
+        }
     }
 }
 
