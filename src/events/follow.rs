@@ -24,6 +24,9 @@ pub enum Why {
     Restart,
     /// Batches are lost, and no replay has them.
     Gap,
+    /// The line was down, and no replay tells whether the publisher has restarted meanwhile: its
+    /// next number proves nothing.
+    Doubt,
 }
 
 /// What the caller has to do, in this order.
@@ -50,7 +53,8 @@ pub struct BatchCounts {
     pub replays: u64,
     /// Restarts seen.
     pub restarts: u64,
-    /// Times that everything was forgotten because of a hole.
+    /// Times that everything was forgotten because of a hole, or because nothing told whether there
+    /// was one.
     pub gaps: u64,
 }
 
@@ -85,6 +89,10 @@ enum Phase {
 #[derive(Debug)]
 pub struct Follower<P> {
     replays: bool,
+    /// A connection was made before.
+    met: bool,
+    /// A connection was made, and no replay has shown yet that its publisher is still the same.
+    unproven: bool,
     phase: Phase,
     /// Number of the next batch, once any is known.
     next: Option<u64>,
@@ -101,6 +109,8 @@ impl<P: AsRef<[u8]>> Follower<P> {
     pub fn new(replays: bool) -> Self {
         Self {
             replays,
+            met: false,
+            unproven: false,
             phase: Phase::Live,
             next: None,
             recent: VecDeque::new(),
@@ -134,9 +144,19 @@ impl<P: AsRef<[u8]>> Follower<P> {
 
     /// A connection was made, the first one or another.
     pub fn connected(&mut self, steps: &mut Vec<FollowStep<P>>) {
+        self.unproven = std::mem::replace(&mut self.met, true) && self.next.is_some();
         if self.replays {
             self.fruitless = 0;
             self.ask(steps);
+        } else {
+            self.doubt(steps);
+        }
+    }
+
+    /// No replay will tell any more whether this is still the publisher that it was.
+    fn doubt(&mut self, steps: &mut Vec<FollowStep<P>>) {
+        if std::mem::take(&mut self.unproven) {
+            self.forget(Why::Doubt, steps);
         }
     }
 
@@ -181,6 +201,7 @@ impl<P: AsRef<[u8]>> Follower<P> {
         let print = xxh3_64(payload.as_ref());
         if let Some(proof) = proof {
             self.phase = Phase::Replaying { proof: None, progress };
+            self.unproven = false;
             if (number, print) == proof {
                 return;
             }
@@ -229,6 +250,7 @@ impl<P: AsRef<[u8]>> Follower<P> {
             return self.ask(steps);
         }
         self.phase = Phase::Live;
+        self.doubt(steps);
         // Without an answer a hole stays a hole; without a hole there is nothing to complain about.
         while let Some((number, payload)) = self.take_held() {
             self.accept(number, xxh3_64(payload.as_ref()), payload, steps);
@@ -286,8 +308,9 @@ impl<P: AsRef<[u8]>> Follower<P> {
     fn forget(&mut self, why: Why, steps: &mut Vec<FollowStep<P>>) {
         match why {
             Why::Restart => self.counts.restarts += 1,
-            Why::Gap => self.counts.gaps += 1,
+            Why::Gap | Why::Doubt => self.counts.gaps += 1,
         }
+        self.unproven = false;
         self.next = None;
         self.recent.clear();
         steps.push(FollowStep::Forget(why));
@@ -442,10 +465,36 @@ mod tests {
             for number in [4, 2, 0] {
                 scene.tell(|follower, steps| follower.message(number, batch(1, number), steps));
             }
-            scene.tell(super::Follower::connected);
+            if kept > 0 {
+                scene.tell(super::Follower::connected);
+            }
             scene.publish(true);
             assert_eq!((scene.known.len(), scene.whys.len()), (6, 0));
         }
+    }
+
+    #[test]
+    fn without_a_replay_another_connection_may_be_to_another_publisher() {
+        // It has published as many batches unheard as the one before: its numbers go on.
+        let mut blind = Scene::new(0);
+        (0..5).for_each(|_| blind.publish(true));
+        blind.restart();
+        (0..5).for_each(|_| blind.publish(false));
+        blind.tell(super::Follower::connected);
+        blind.publish(true);
+        assert_eq!((blind.whys.as_slice(), blind.known.as_slice()), (&[Why::Doubt][..], &[batch(2, 5)][..]));
+        // A replay that is there, but does not answer, proves as little.
+        let mut follower = Follower::resume(true, Position::of(4, &batch(1, 4)));
+        let mut steps = Vec::new();
+        for _ in 0..2 {
+            steps.clear();
+            follower.connected(&mut steps);
+            for _ in 0..limits::REPLAY_TRIES {
+                follower.replay_failed(&mut steps);
+            }
+            follower.message(follower.next().unwrap_or(6), batch(2, 6), &mut steps);
+        }
+        assert_eq!(steps.iter().filter(|step| **step == FollowStep::Forget(Why::Doubt)).count(), 1);
     }
 
     #[test]
