@@ -28,7 +28,7 @@ use kvcellar_route::scorers::Scorer;
 use kvcellar_route::spec::Spec;
 use kvcellar_route::tokens::TokenModel;
 use kvcellar_route::traces::Traces;
-use kvcellar_route::{admin, ext_proc, scrape, self_check};
+use kvcellar_route::{admin, ext_proc, scrape, self_check, streams};
 
 /// How engines are weighed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -226,6 +226,7 @@ async fn run(options: &Options) -> Result<()> {
         policy: weighing.policy,
         weights: Weights::default(),
         index,
+        fleet: fleet.as_ref().map(Fleet::states),
         models: options.models()?,
         in_flight_max: options.in_flight,
         seed: options.seed,
@@ -249,6 +250,7 @@ async fn run(options: &Options) -> Result<()> {
         ended = back => ended.map_err(|error| Error::io("serving", "admin", error, "Look at the log")),
         () = options.places.keep(|found| settle(&engines, &mut fleet, found)) => Ok(()),
         () = scrape::keep(Arc::clone(&engines), Duration::from_millis(options.scrape_ms.max(10))) => Ok(()),
+        () = watch(&router) => Ok(()),
     };
     checks.abort();
     if router.setup.traces.is_some() {
@@ -257,6 +259,14 @@ async fn run(options: &Options) -> Result<()> {
         let _closed = tokio::task::spawn_blocking(close).await;
     }
     outcome
+}
+
+/// Says whose events do not come, where events are asked for.
+async fn watch(router: &Router) {
+    match &router.setup.fleet {
+        Some(fleet) => streams::keep(Arc::clone(&router.engines), fleet.clone()).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// The front ends that were asked for, until the process is told to stop.

@@ -46,6 +46,9 @@ pub struct SourceState {
     pub garbage: u64,
     /// Its streams.
     pub streams: Vec<StreamState>,
+    /// When its last batch came.
+    #[serde(skip)]
+    pub heard: Option<Instant>,
     /// Since when the line is as it is.
     #[serde(skip)]
     pub since: Instant,
@@ -119,6 +122,7 @@ impl Fleet {
                 connected: false,
                 garbage: 0,
                 streams: Vec::new(),
+                heard: None,
                 since: Instant::now(),
             };
             lock(&self.states).insert(name.clone(), state);
@@ -251,6 +255,7 @@ impl Sink for IndexSink {
         let last = Position::of(number, payload);
         writer.set_mark(id, EventMark { topic: stream.topic.clone(), rank: stream.rank, last });
         drop(writer);
+        self.change(|state| state.heard = Some(Instant::now()));
         if decoded.is_err() {
             self.garbage();
         }
@@ -261,6 +266,7 @@ impl Sink for IndexSink {
         let what = match why {
             Why::Restart => "it has restarted",
             Why::Gap => "events are lost and cannot be replayed",
+            Why::Doubt => "the line was down, and no replay tells whether it has restarted (see replay=)",
         };
         log::warn!("{}: {what}: its blocks are forgotten", self.name(stream));
         self.index.write().forget(id);

@@ -1,6 +1,7 @@
 //! What operators see of a router: health, metrics, the last decisions, engines, and the token ids
 //! of a request.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::Json;
@@ -14,6 +15,7 @@ use serde_json::{Value as Json_, json};
 use super::prompt::Prompt;
 use super::request::{Kind, Request};
 use super::router::Router;
+use super::streams;
 use kvcellar_index::api::METRICS_TYPE;
 
 /// The routes.
@@ -32,11 +34,14 @@ pub fn routes(router: Arc<Router>) -> axum::Router {
 async fn ready(State(router): State<Arc<Router>>) -> Response {
     let usable = router.engines.all().iter().filter(|engine| engine.is_usable()).count();
     let status = if usable > 0 { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(json!({"usable_engines": usable}))).into_response()
+    let faults = router.setup.fleet.as_ref().map(|fleet| streams::faults(&router.engines, fleet));
+    let faults: BTreeMap<String, &str> =
+        faults.into_iter().flatten().map(|(name, fault)| (name, fault.as_str())).collect();
+    (status, Json(json!({"usable_engines": usable, "events_missing": faults}))).into_response()
 }
 
 async fn metrics(State(router): State<Arc<Router>>) -> Response {
-    match router.metrics.text(&router.engines) {
+    match router.metrics.text(&router.engines, router.setup.fleet.as_ref()) {
         Some(text) => ([(header::CONTENT_TYPE, METRICS_TYPE)], text).into_response(),
         None => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }
@@ -67,7 +72,7 @@ async fn tokens(State(router): State<Arc<Router>>, Path(kind): Path<String>, bod
         "chat" => Kind::Chat,
         _ => return (StatusCode::NOT_FOUND, "write /debug/tokens/completion or /debug/tokens/chat").into_response(),
     };
-    let request = match Request::read(kind, &body) {
+    let request = match Request::read(kind, body) {
         Ok(request) => request,
         Err(refusal) => return (StatusCode::BAD_REQUEST, refusal.body()).into_response(),
     };

@@ -1,7 +1,7 @@
 //! What an answer says of its request: the usage that vLLM reports in its last chunk, or at the end
 //! of its body.
 
-use serde_json::Value as Json;
+use serde_json::{Map, Value as Json};
 
 use crate::limits::ANSWER_TAIL_BYTES;
 
@@ -13,6 +13,24 @@ pub struct Usage {
     /// Of those, how many it need not compute; `None` where the engine does not say
     /// (`--enable-prompt-tokens-details`).
     pub cached: Option<u32>,
+}
+
+impl Usage {
+    /// From any API's form of it.
+    fn read(usage: &Map<String, Json>) -> Option<Self> {
+        let number = |value: Option<&Json>| value.and_then(Json::as_u64).map(|number| number as u32);
+        let detail = |name: &str| number(usage.get(name).and_then(|it| it.get("cached_tokens")));
+        if let Some(prompt) = number(usage.get("prompt_tokens")) {
+            return Some(Self { prompt, cached: detail("prompt_tokens_details") });
+        }
+        let input = number(usage.get("input_tokens"))?;
+        if usage.contains_key("input_tokens_details") {
+            return Some(Self { prompt: input, cached: detail("input_tokens_details") });
+        }
+        // Anthropic's: cached tokens are not among the others.
+        let (read, made) = (number(usage.get("cache_read_input_tokens")), usage.get("cache_creation_input_tokens"));
+        Some(Self { prompt: input + read.unwrap_or(0) + number(made).unwrap_or(0), cached: read })
+    }
 }
 
 /// The last bytes of an answer that passes by.
@@ -40,9 +58,7 @@ impl Tail {
             let rest = &self.bytes[at + NAME.len()..];
             let found = serde_json::Deserializer::from_slice(rest).into_iter::<Json>().next();
             if let Some(Ok(Json::Object(usage))) = found {
-                let number = |value: Option<&Json>| value.and_then(Json::as_u64).map(|number| number as u32);
-                let cached = number(usage.get("prompt_tokens_details").and_then(|it| it.get("cached_tokens")));
-                return Some(Usage { prompt: number(usage.get("prompt_tokens"))?, cached });
+                return Usage::read(&usage);
             }
             end = at;
         }
@@ -67,5 +83,20 @@ mod tests {
         let mut tail = Tail::default();
         tail.push(b"{\"usage\": {\"prompt_tokens\": 3, \"prompt_tokens_details\": null}}");
         assert_eq!(tail.usage(), Some(Usage { prompt: 3, cached: None }));
+    }
+
+    #[test]
+    fn every_api_has_its_form() {
+        let read = |usage: &str| {
+            let mut tail = Tail::default();
+            tail.push(format!("{{\"usage\":{usage}}}").as_bytes());
+            tail.usage()
+        };
+        let responses = r#"{"input_tokens": 9, "input_tokens_details": {"cached_tokens": 8}, "output_tokens": 1}"#;
+        assert_eq!(read(responses), Some(Usage { prompt: 9, cached: Some(8) }));
+        let messages = r#"{"input_tokens": 1, "cache_read_input_tokens": 8, "output_tokens": 1}"#;
+        assert_eq!(read(messages), Some(Usage { prompt: 9, cached: Some(8) }));
+        assert_eq!(read(r#"{"input_tokens": 9}"#), Some(Usage { prompt: 9, cached: None }));
+        assert_eq!(read(r#"{"output_tokens": 9}"#), None);
     }
 }

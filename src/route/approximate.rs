@@ -3,11 +3,10 @@
 //!
 //! Each engine has a recency list of prefix hashes. A prompt's first block counts as used after its
 //! last one, so a prefix always outlives what follows it, and the longest held prefix is found by
-//! halving. The bound of a list is the engine's own capacity where it tells it, and it learns: an
-//! answer that says fewer cached tokens than were expected shows what age the engine has already
-//! evicted.
-
-use std::num::NonZeroUsize;
+//! halving. The bound of a list begins at the engine's own capacity where it tells it, and it
+//! learns: an answer that says fewer cached tokens than were expected shows what age the engine has
+//! already evicted; one that says more shows that it has tiers below the GPU's memory, which hold
+//! what the list had to forget.
 
 use lru::LruCache;
 
@@ -15,6 +14,9 @@ use lru::LruCache;
 pub const BLOCKS_DEFAULT: usize = 31_250;
 
 const BLOCKS_MIN: u64 = 64;
+
+/// Blocks remembered of an engine at most: 67 million tokens, about 70 MiB here.
+const BLOCKS_MAX: u64 = 1 << 20;
 
 /// One engine's list.
 #[derive(Debug)]
@@ -25,7 +27,8 @@ pub struct Recent {
     clock: u64,
     /// What the engine is taken to hold, in blocks.
     capacity: u64,
-    capacity_max: u64,
+    /// What it said of its GPU's memory.
+    told: u64,
 }
 
 impl Default for Recent {
@@ -37,13 +40,8 @@ impl Default for Recent {
 impl Recent {
     /// Nothing yet, of an engine that holds so many blocks.
     pub fn new(capacity: usize) -> Self {
-        let capacity = capacity.max(1);
-        Self {
-            blocks: LruCache::new(NonZeroUsize::new(capacity).unwrap_or(NonZeroUsize::MIN)),
-            clock: 0,
-            capacity: capacity as u64,
-            capacity_max: capacity as u64,
-        }
+        let capacity = (capacity as u64).clamp(1, BLOCKS_MAX);
+        Self { blocks: LruCache::unbounded(), clock: 0, capacity, told: capacity }
     }
 
     /// Leading blocks of a prompt that are probably held.
@@ -57,6 +55,10 @@ impl Recent {
             self.clock += 1;
             self.blocks.put(*hash, self.clock);
         }
+        self.forget_surplus();
+    }
+
+    fn forget_surplus(&mut self) {
         while self.blocks.len() as u64 > self.capacity {
             self.blocks.pop_lru();
         }
@@ -75,13 +77,24 @@ impl Recent {
         if found < expected && age >= BLOCKS_MIN {
             // It had evicted what was that old.
             self.capacity = self.capacity.min(age).max(BLOCKS_MIN);
-            while self.blocks.len() as u64 > self.capacity {
-                self.blocks.pop_lru();
-            }
-        } else if found >= expected && expected > 0 && age * 10 >= self.capacity * 9 {
+            self.forget_surplus();
+        } else if found > expected && self.is_full() {
+            // It still had what was forgotten here, however long ago that was.
+            let missed = (found - expected) as u64;
+            self.grow(missed.max(self.capacity / 8));
+        } else if found == expected && expected > 0 && age * 10 >= self.capacity * 9 {
             // It holds more than was thought.
-            self.capacity = (self.capacity + self.capacity / 16 + 1).min(self.capacity_max);
+            self.grow(self.capacity / 16 + 1);
         }
+    }
+
+    /// Something was forgotten, so that what the engine has may once have been known.
+    fn is_full(&self) -> bool {
+        self.blocks.len() as u64 * 10 >= self.capacity * 9
+    }
+
+    fn grow(&mut self, blocks: u64) {
+        self.capacity = (self.capacity + blocks).min(BLOCKS_MAX);
     }
 
     /// How many blocks were used since the first block of this prompt was.
@@ -95,11 +108,12 @@ impl Recent {
         self.blocks.clear();
     }
 
-    /// The engine has told its size.
-    pub fn resize(&mut self, capacity: usize) {
-        if capacity as u64 != self.capacity_max && capacity > 0 {
-            (self.capacity, self.capacity_max) = (capacity as u64, capacity as u64);
-            self.blocks.resize(NonZeroUsize::new(capacity).unwrap_or(NonZeroUsize::MIN));
+    /// The engine has told its size. What was learned of it goes on if that is the size it had.
+    pub fn resize(&mut self, told: usize) {
+        let told = (told as u64).min(BLOCKS_MAX);
+        if told != self.told && told > 0 {
+            (self.capacity, self.told) = (told, told);
+            self.forget_surplus();
         }
     }
 
@@ -144,6 +158,30 @@ mod tests {
         let second = prompt(1, 50);
         recent.learn(50, 50, recent.age(&second) + 10);
         assert!(recent.sizes().1 > 450, "a hit of that age says that it holds more");
+    }
+
+    #[test]
+    fn tiers_below_the_gpu_let_the_list_grow() {
+        // A GPU for two of the ten prompts that take turns, and tiers for all of them.
+        let mut recent = Recent::new(BLOCKS_DEFAULT);
+        recent.resize(32);
+        let prompts: Vec<Vec<u64>> = (0..10).map(|name| prompt(name, 16)).collect();
+        let mut predicted = Vec::new();
+        for round in 0..20 {
+            for prompt in &prompts {
+                let expected = recent.held(prompt);
+                let age = recent.give(prompt);
+                recent.resize(32);
+                recent.learn(expected, if round == 0 { 0 } else { 16 }, age);
+                predicted.push(expected);
+            }
+        }
+        assert_eq!(predicted[predicted.len() - 10..], [16; 10]);
+        assert!(recent.sizes().1 < 400, "no more than is needed, by little");
+        let mut fresh = Recent::new(1000);
+        fresh.used(&prompt(1, 50));
+        fresh.learn(0, 500, 0);
+        assert_eq!(fresh.sizes().1, 1000, "others filled the engine before");
     }
 
     #[test]

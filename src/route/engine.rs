@@ -2,17 +2,19 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use serde::Deserialize;
 
 use super::approximate::Recent;
 use super::books::{Books, Promise};
+use super::breaker::Breaker;
 use super::estimate;
 use super::spec::Spec;
 use super::view::{Adapter, Held, Look, Rates};
+use crate::limits;
 
 /// A model that an engine serves.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -55,13 +57,19 @@ pub struct Engine {
     pub cold_turn: AtomicU64,
     /// It tokenizes, but does not render.
     pub renders_not: AtomicBool,
+    /// That it has no metrics has been said.
+    pub metrics_missed: AtomicBool,
     draining: AtomicBool,
     recent: Mutex<Recent>,
     books: Mutex<Books>,
     /// When its books begin.
     since: Instant,
-    /// Failures in a row; it is well at 0, and has not been seen yet at [`UNSEEN`].
+    /// Scrapes failed in a row; it is well at 0, and has not been seen yet at [`UNSEEN`].
     failures: AtomicU32,
+    breaker: Mutex<Breaker>,
+    /// Until when it is not asked for token ids.
+    silent_until: Mutex<Option<Instant>>,
+    first_answer: OnceLock<Instant>,
 }
 
 const UNSEEN: u32 = u32::MAX;
@@ -79,10 +87,14 @@ impl Engine {
             models: ArcSwap::default(),
             cold_turn: AtomicU64::new(0),
             renders_not: AtomicBool::new(false),
+            metrics_missed: AtomicBool::new(false),
             recent: Mutex::default(),
             books: Mutex::default(),
             since: Instant::now(),
             failures: AtomicU32::new(UNSEEN),
+            breaker: Mutex::default(),
+            silent_until: Mutex::default(),
+            first_answer: OnceLock::new(),
         }
     }
 
@@ -112,12 +124,53 @@ impl Engine {
         is_well && !self.draining.load(Ordering::Relaxed)
     }
 
-    /// `healthy`, `failing`, `unseen`, `asleep` or `draining`.
+    /// What its last requests say of it.
+    pub fn breaker(&self) -> MutexGuard<'_, Breaker> {
+        self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its last requests went well, or it is time to try another one.
+    pub fn is_trusted(&self) -> bool {
+        self.breaker().admits(self.now_s())
+    }
+
+    /// A request to it has ended or begun to be answered. `well`: nothing is wrong with the engine.
+    pub fn judged(&self, well: bool) {
+        let name = &self.spec.name;
+        if well {
+            if self.breaker().succeeded() {
+                log::info!("{name}: answers requests again");
+            }
+        } else if let Some(wait_s) = self.breaker().failed(self.now_s()) {
+            log::warn!("{name}: its requests fail: it gets none for {wait_s} s, then one to try");
+        }
+    }
+
+    /// It gave no token ids: nobody asks for some time.
+    pub fn fell_silent(&self) {
+        *self.silent_until.lock().unwrap_or_else(PoisonError::into_inner) =
+            Instant::now().checked_add(limits::IDS_SILENCE);
+    }
+
+    /// It gave no token ids a short while ago.
+    pub fn is_silent(&self) -> bool {
+        let until = *self.silent_until.lock().unwrap_or_else(PoisonError::into_inner);
+        until.is_some_and(|until| Instant::now() < until)
+    }
+
+    /// How long ago it answered a prompt for the first time.
+    pub fn first_answer(&self) -> Option<Duration> {
+        self.first_answer.get().map(Instant::elapsed)
+    }
+
+    /// `healthy`, `failing`, `unseen`, `asleep`, `draining`, or `broken`: it answers scrapes, but
+    /// its requests fail.
     pub fn health(&self) -> &'static str {
         match self.failures.load(Ordering::Relaxed) {
             _ if self.draining.load(Ordering::Relaxed) => "draining",
             UNSEEN => "unseen",
             failures if failures < FAILURES_MAX && self.told.load().asleep => "asleep",
+            failures if failures < FAILURES_MAX && self.breaker().is_open() => "broken",
             failures if failures < FAILURES_MAX => "healthy",
             _ => "failing",
         }
@@ -152,6 +205,7 @@ impl Engine {
         if self.has_restarted(&told) {
             self.recent().clear();
             self.renders_not.store(false, Ordering::Relaxed);
+            *self.breaker() = Breaker::default();
         }
         if told.started_s <= 0.0 {
             // Nonsense between two lives must not hide that there are two.
@@ -228,29 +282,49 @@ impl Told {
 pub struct Booking {
     engine: Arc<Engine>,
     number: u64,
+    has_prompt: bool,
+    judged: AtomicBool,
 }
 
 impl Booking {
     /// Books a request.
     pub fn new(engine: Arc<Engine>, promise: Promise) -> Self {
+        let has_prompt = promise.tokens > 0;
         let number = engine.books().book(engine.now_s(), promise);
-        Self { engine, number }
+        engine.breaker().begin(engine.now_s());
+        Self { engine, number, has_prompt, judged: AtomicBool::new(false) }
+    }
+
+    /// What it says of the engine is known. A later word of the same request counts only if it is
+    /// a bad one.
+    pub fn judged(&self, well: bool) {
+        if !self.judged.swap(true, Ordering::Relaxed) || !well {
+            self.engine.judged(well);
+        }
     }
 
     /// The first token has come. Said once or often.
     pub fn answered(&self) {
         self.engine.books().answered(self.engine.now_s(), self.number);
+        if self.has_prompt {
+            self.engine.first_answer.get_or_init(Instant::now);
+        }
     }
 }
 
 impl Drop for Booking {
     fn drop(&mut self) {
-        self.engine.books().end(self.engine.now_s(), self.number);
+        let now_s = self.engine.now_s();
+        self.engine.books().end(now_s, self.number);
+        if !self.judged.load(Ordering::Relaxed) {
+            self.engine.breaker().abandoned(now_s);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::breaker::FAILURES_MAX as FAILURES_MAX_OF_REQUESTS;
     use super::*;
     use kvcellar_discovery::parse;
 
@@ -270,6 +344,22 @@ mod tests {
         assert_eq!((engine.is_usable(), engine.health()), (false, "asleep"));
         engine.heard(Told::default());
         assert_eq!((engine.is_usable(), engine.health()), (true, "healthy"));
+    }
+
+    #[test]
+    fn an_engine_whose_requests_fail_is_not_trusted() {
+        let engine = Arc::new(Engine::new(parse("http://h:1").expect("an engine")));
+        engine.heard(Told::default());
+        for _ in 0..FAILURES_MAX_OF_REQUESTS {
+            assert!(engine.is_trusted());
+            Booking::new(Arc::clone(&engine), Promise::default()).judged(false);
+        }
+        assert_eq!((engine.is_trusted(), engine.is_usable(), engine.health()), (false, true, "broken"));
+        engine.heard(Told::default());
+        assert!(!engine.is_trusted(), "a scrape is no request");
+        let booking = Booking::new(Arc::clone(&engine), Promise::default());
+        booking.judged(true);
+        assert!(engine.is_trusted());
     }
 
     #[test]

@@ -12,8 +12,9 @@ pub const BLOCK_TOKENS: usize = 64;
 /// Blocks that are matched at most (131,072 tokens).
 pub const BLOCKS_MAX: usize = 2048;
 
-/// A prompt's bytes in the order in which the engine will see them. Chats: tools, then every
-/// message, each closed, so that a longer conversation begins with a shorter one's bytes.
+/// A prompt's bytes in the order in which the engine will see them. Chats: what is said before,
+/// tools, then every message, each closed, so that a longer conversation begins with a shorter
+/// one's bytes.
 pub fn bytes_of(body: &Map<String, Json>) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut add = |value: &Json| match value {
@@ -24,19 +25,26 @@ pub fn bytes_of(body: &Map<String, Json>) -> Vec<u8> {
             bytes.push(b'\n');
         }
     };
-    if let Some(messages) = body.get("messages").and_then(Json::as_array) {
-        body.get("tools").filter(|tools| !tools.is_null()).into_iter().for_each(&mut add);
-        messages.iter().for_each(&mut add);
-    } else if let Some(prompt) = body.get("prompt").or_else(|| body.get("input")) {
-        match prompt {
-            // Of several prompts the first stands for all.
-            Json::Array(items) if items.first().is_some_and(|it| !it.is_number()) => add(&items[0]),
-            Json::Array(ids) => {
-                let id = |it: &Json| (it.as_u64().unwrap_or(0) as u32).to_le_bytes();
-                bytes.extend(ids.iter().flat_map(id));
-            }
-            other => add(other),
+    let list = |name: &str| body.get(name).and_then(Json::as_array);
+    // A list of turns; a list of prompts has no objects in it.
+    let turns = list("messages").or_else(|| list("input").filter(|items| items.first().is_some_and(Json::is_object)));
+    if let Some(turns) = turns {
+        let before = ["system", "instructions", "tools"].iter().filter_map(|name| body.get(*name));
+        before.filter(|value| !value.is_null()).for_each(&mut add);
+        turns.iter().for_each(&mut add);
+        return bytes;
+    }
+    body.get("instructions").filter(|text| !text.is_null()).into_iter().for_each(&mut add);
+    let named = ["prompt", "input", "token_ids", "input_ids", "text"];
+    match named.iter().find_map(|name| body.get(*name)) {
+        // Of several prompts the first stands for all.
+        Some(Json::Array(items)) if items.first().is_some_and(|it| !it.is_number()) => add(&items[0]),
+        Some(Json::Array(ids)) => {
+            let id = |it: &Json| (it.as_u64().unwrap_or(0) as u32).to_le_bytes();
+            bytes.extend(ids.iter().flat_map(id));
         }
+        Some(other) => add(other),
+        None => {}
     }
     bytes
 }
@@ -82,5 +90,11 @@ mod tests {
         assert_eq!(of(&json!({"prompt": text})), of(&json!({"prompt": [text, "other"]})));
         assert_eq!(of(&json!({"prompt": (0..200).collect::<Vec<u32>>()})).len(), 3);
         assert!(of(&json!({"prompt": 3})).is_empty() && of(&json!({})).is_empty());
+        assert_eq!(of(&json!({"text": text})), of(&json!({"prompt": text})));
+        let turns = |items: &Json| of(&json!({"instructions": text, "input": items}));
+        let turn = json!({"role": "user", "content": text});
+        let (one, two) = (turns(&json!([turn])), turns(&json!([turn, turn])));
+        assert!(two.len() > one.len() && two[..one.len()] == one[..], "each turn counts");
+        assert_ne!(of(&json!({"system": "x", "messages": [turn]}))[0], of(&json!({"messages": [turn]}))[0]);
     }
 }

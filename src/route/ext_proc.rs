@@ -7,6 +7,7 @@
 
 mod session;
 
+use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,9 +16,7 @@ use envoy_types::pb::envoy::service::ext_proc::v3::external_processor_server::{
     ExternalProcessor, ExternalProcessorServer,
 };
 use envoy_types::pb::envoy::service::ext_proc::v3::{ProcessingRequest, ProcessingResponse};
-use tokio::sync::mpsc;
-use tokio_stream::Stream;
-use tokio_stream::wrappers::ReceiverStream;
+use futures_util::stream::{self, Stream};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::router::Router;
@@ -33,9 +32,6 @@ pub struct PickerLimits {
     /// Header that names a session, in lower case.
     pub session_header: String,
 }
-
-/// Answers that may wait for Envoy to take them.
-const ANSWERS: usize = 64;
 
 /// How long Envoy may go on sending after a refusal.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -63,26 +59,42 @@ impl ExternalProcessor for Picker {
     type ProcessStream = PickerAnswers;
 
     async fn process(&self, request: Request<Streaming<ProcessingRequest>>) -> Result<Response<PickerAnswers>, Status> {
-        let mut messages = request.into_inner();
-        let (sender, receiver) = mpsc::channel(ANSWERS);
-        let mut session = PickerSession::new(Arc::clone(&self.router), Arc::clone(&self.limits));
-        tokio::spawn(async move {
-            // An error here is Envoy hanging up.
-            while let Ok(Some(message)) = messages.message().await {
-                for answer in session.take(message).await {
-                    if sender.send(Ok(answer)).await.is_err() {
-                        return;
-                    }
-                }
-                if session.is_over() {
-                    // Hanging up with a body on its way could overtake the refusal: the rest is
-                    // read and dropped until Envoy hangs up.
-                    let rest = async { while let Ok(Some(_)) = messages.message().await {} };
-                    let _hung_up = tokio::time::timeout(DRAIN, rest).await;
-                    return;
-                }
-            }
+        let session = PickerSession::new(Arc::clone(&self.router), Arc::clone(&self.limits));
+        let conversation = Conversation { messages: request.into_inner(), session, answers: VecDeque::new() };
+        let answers = stream::unfold(conversation, |mut conversation| async move {
+            let answer = conversation.next().await?;
+            Some((Ok(answer), conversation))
         });
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+        Ok(Response::new(Box::pin(answers)))
+    }
+}
+
+/// Envoy's messages about one request, and what it has not taken yet of the answers. It runs where
+/// its answers are sent: a task of its own would cost each message a change of thread, which takes
+/// longer than most decisions.
+struct Conversation {
+    messages: Streaming<ProcessingRequest>,
+    session: PickerSession,
+    answers: VecDeque<ProcessingResponse>,
+}
+
+impl Conversation {
+    /// The next answer; `None` when there will be none.
+    async fn next(&mut self) -> Option<ProcessingResponse> {
+        loop {
+            if let Some(answer) = self.answers.pop_front() {
+                return Some(answer);
+            }
+            if self.session.is_over() {
+                // Hanging up with a body on its way could overtake the refusal: the rest is read
+                // and dropped until Envoy hangs up.
+                let rest = async { while let Ok(Some(_)) = self.messages.message().await {} };
+                let _hung_up = tokio::time::timeout(DRAIN, rest).await;
+                return None;
+            }
+            // An error here is Envoy hanging up.
+            let message = self.messages.message().await.ok().flatten()?;
+            self.answers.extend(self.session.take(message).await);
+        }
     }
 }

@@ -1,9 +1,17 @@
 //! Bounds of the router, and what happens at them.
 
+use std::time::Duration;
+
 /// How long an engine may take to answer a router's scrape, in ms, and how much it may say.
 pub const SCRAPE_TIMEOUT_MS: u64 = 2_000;
 /// Bytes of an answer to a scrape.
 pub const SCRAPE_BYTES_MAX: usize = 8 << 20;
+
+/// How long engines may take in all to tell token ids while a request waits to be routed. An
+/// estimate of its prompt costs less than a longer wait.
+pub const IDS_WITHIN: Duration = Duration::from_millis(500);
+/// How long an engine is not asked again that did not.
+pub const IDS_SILENCE: Duration = Duration::from_secs(5);
 
 /// Sessions that a router remembers.
 pub const SESSIONS_MAX: usize = 100_000;

@@ -14,6 +14,7 @@ use super::answer::Usage;
 use super::engines::Engines;
 use super::prefix::PrefixSource;
 use super::see::Outcome;
+use kvcellar_index::fleet::FleetView;
 
 type Counts = Family<Vec<(String, String)>, Counter>;
 type PerEngine = Family<Vec<(String, String)>, Gauge<f64, AtomicU64>>;
@@ -34,7 +35,8 @@ pub struct Metrics {
     dropped: Counter,
     decide_seconds: Histogram,
     ttft_seconds: Histogram,
-    engines: [PerEngine; 5],
+    engines: [PerEngine; 6],
+    events: [PerEngine; 2],
 }
 
 fn labels<const N: usize>(pairs: [(&str, &str); N]) -> Vec<(String, String)> {
@@ -49,6 +51,15 @@ impl Default for Metrics {
         let ttft = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0];
         Self {
             engines: of_engines(registry),
+            events: [
+                add(registry, "events_connected", "The line to the engine's events is up", PerEngine::default()),
+                add(
+                    registry,
+                    "events_age_seconds",
+                    "Since the engine's last events; missing before the first",
+                    PerEngine::default(),
+                ),
+            ],
             decisions: add(
                 registry,
                 "decisions",
@@ -117,9 +128,10 @@ impl Default for Metrics {
 }
 
 /// What is told of each engine.
-fn of_engines(registry: &mut Registry) -> [PerEngine; 5] {
+fn of_engines(registry: &mut Registry) -> [PerEngine; 6] {
     [
         add(registry, "engine_usable", "The engine may get requests", PerEngine::default()),
+        add(registry, "engine_broken", "The engine's requests fail: it gets one now and then", PerEngine::default()),
         add(registry, "engine_in_flight", "Requests of ours that have not ended", PerEngine::default()),
         add(registry, "engine_in_flight_tokens", "Their prompts' tokens", PerEngine::default()),
         add(registry, "engine_prefill_rate", "Prompt tokens a second, as measured", PerEngine::default()),
@@ -187,8 +199,15 @@ impl Metrics {
     }
 
     /// All numbers as text.
-    pub fn text(&self, engines: &Engines) -> Option<String> {
-        self.engines.iter().for_each(PerEngine::clear);
+    pub fn text(&self, engines: &Engines, fleet: Option<&FleetView>) -> Option<String> {
+        self.engines.iter().chain(&self.events).for_each(PerEngine::clear);
+        for (name, source) in fleet.map(FleetView::sources).unwrap_or_default() {
+            let labels = labels([("engine", &name)]);
+            self.events[0].get_or_create(&labels).set(f64::from(u8::from(source.connected)));
+            if let Some(heard) = source.heard {
+                self.events[1].get_or_create(&labels).set(heard.elapsed().as_secs_f64());
+            }
+        }
         for engine in engines.all().iter() {
             let (requests, tokens) = {
                 let books = engine.books();
@@ -196,6 +215,7 @@ impl Metrics {
             };
             let values = [
                 f64::from(u8::from(engine.is_usable())),
+                f64::from(u8::from(engine.breaker().is_open())),
                 requests as f64,
                 tokens as f64,
                 engine.rates().prefill,

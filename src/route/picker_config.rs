@@ -139,6 +139,7 @@ impl PickerConfig {
             session_header: None,
             notes: file.notes(),
         };
+        let producers = plugins::producers(&found);
         let (mut weights, mut pick) = (Vec::new(), Pick::Best);
         for (name, weight) in used {
             let part = found.remove(&name).ok_or_else(|| {
@@ -152,9 +153,10 @@ impl PickerConfig {
             }
             made.note(&part.note);
             match part.kind {
-                plugins::PluginKind::Nothing => {}
+                plugins::PluginKind::Nothing | plugins::PluginKind::Producer(_) => {}
                 plugins::PluginKind::Pick { how, fallbacks } => (pick, made.fallbacks) = (how, fallbacks),
-                plugins::PluginKind::Prefix(mode) => {
+                plugins::PluginKind::Prefix(lookup) => {
+                    let mode = lookup.mode(&name, &producers)?;
                     if made.mode != Mode::None {
                         return Err(wrong("there are two prefix scorers", "Keep one of them"));
                     }
@@ -198,7 +200,8 @@ impl File {
                 format!("Write one of {known}"),
             ));
         }
-        if let Some(gate) = self.feature_gates.first() {
+        let is_on = |gate: &&String| !gate.trim().ends_with("=false");
+        if let Some(gate) = self.feature_gates.iter().find(is_on) {
             return Err(wrong(
                 format!("the feature gate `{gate}` is not known here"),
                 "Remove it; for a bound of requests in flight use --in-flight",
@@ -278,6 +281,25 @@ schedulingProfiles:
     }
 
     #[test]
+    fn a_producer_says_where_prefixes_are_looked_up() {
+        for (producer, mode) in [
+            ("precise-prefix-cache-producer", Mode::Precise),
+            ("approx-prefix-cache-producer", Mode::Approximate),
+            ("burst-prefix-cache-producer", Mode::Approximate),
+        ] {
+            let scorer =
+                format!("- type: prefix-cache-scorer\n  parameters: {{prefixMatchInfoProducerName: {producer}}}");
+            let made = PickerConfig::parse(&with(&format!(
+                "- type: {producer}\n{scorer}\nfeatureGates: [\"flowControl=false\"]"
+            )));
+            let made = made.expect("a policy");
+            assert_eq!(made.policy, Policy::Scorers(vec![(Scorer::Prefix, 1.0)], Pick::Best));
+            assert_eq!(made.mode, mode, "{producer}");
+            assert!(made.notes[0].contains("prefix"), "{:?}", made.notes);
+        }
+    }
+
+    #[test]
     fn without_a_profile_all_plugins_count_once() {
         let made = PickerConfig::parse(&with(
             "- type: queue-scorer\n- type: prefix-cache-scorer\n- type: weighted-random-picker",
@@ -306,6 +328,10 @@ schedulingProfiles:
             ("- type: load-aware-scorer\n  parameters: {threshold: many}", "threshold"),
             ("- type: prefix-cache-scorer\n  parameters: {prefixLengthWeight: 0.5}", "prefixLengthWeight"),
             ("- type: prefix-cache-scorer\n- type: precise-prefix-cache-scorer", "two prefix scorers"),
+            ("- type: prefix-cache-scorer\n  parameters: {prefixMatchInfoProducerName: x}", "`x`"),
+            ("- type: p2p-source-producer", "p2p-source-producer"),
+            ("- type: mm-embeddings-cache-producer", "mm-embeddings-cache-producer"),
+            ("- type: burst-prefix-cache-producer\n  parameters: {maxPerReplica: 2}", "maxPerReplica"),
             ("- type: queue-scorer\nfeatureGates: [flowControl]", "flowControl"),
             ("- type: queue-scorer\nsaturationDetector: {queueDepthThreshold: 5}", "--in-flight"),
             ("- type: queue-scorer\nschedulingProfiles: [{name: a, plugins: [{pluginRef: b}]}]", "`b`"),

@@ -1,6 +1,6 @@
 //! What each engine has of a prompt: asked of the index, or guessed from earlier decisions.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use serde::{Serialize, Serializer};
@@ -87,6 +87,13 @@ pub fn precise(index: &Index, keys: &[u64], prompt: u32, engines: &[Arc<Engine>]
         found[at] = Found { held, stream: Some(score.engine), rank };
     }
     found
+}
+
+/// Whether the index has ever heard of one of these engines.
+pub fn knows_any(index: &Index, engines: &[Arc<Engine>]) -> bool {
+    let roster = index.roster();
+    let heard: HashSet<&str> = roster.engines.iter().flatten().map(|view| split_rank(&view.name).0).collect();
+    engines.iter().any(|engine| heard.contains(engine.spec.name.as_str()))
 }
 
 /// The streams of an engine in the index: its first, or that of a rank.

@@ -94,24 +94,40 @@ impl Prompt {
         let model = request.model.as_deref();
         match request.kind {
             Kind::Other => Err(Inexact::Option("no prompt")),
-            Kind::Chat => Ok((models.of(model)?.chat(body)?, "local")),
+            Kind::Chat | Kind::Messages | Kind::Responses => {
+                let chat = request.as_chat()?;
+                Ok((models.of(model)?.chat(&chat)?, "local"))
+            }
+            Kind::Generate => match (body.get("token_ids").or_else(|| body.get("input_ids")), body.get("text")) {
+                (Some(list), _) => Ok((ids_of(first_of(list)).ok_or(UNKNOWN_FORM)?, "given")),
+                (None, Some(text)) => {
+                    let text = first_of(text).as_str().ok_or(UNKNOWN_FORM)?;
+                    Ok((models.of(model)?.encode(text, true)?, "local"))
+                }
+                _ => Err(UNKNOWN_FORM),
+            },
             Kind::Completion => {
                 let prompt =
                     body.get("prompt").filter(|prompt| !prompt.is_null()).ok_or(Inexact::Option("prompt_embeds"))?;
-                // Of several prompts the first stands for all.
-                let first = match prompt {
-                    Json::Array(items) if items.first().is_some_and(|it| !it.is_number()) => &items[0],
-                    other => other,
-                };
-                match first {
+                match first_of(prompt) {
                     Json::String(text) => {
                         let special = body.get("add_special_tokens").and_then(Json::as_bool).unwrap_or(true);
                         Ok((models.of(model)?.encode(text, special)?, "local"))
                     }
-                    list => Ok((ids_of(list).ok_or(Inexact::Option("a prompt of unknown form"))?, "given")),
+                    list => Ok((ids_of(list).ok_or(UNKNOWN_FORM)?, "given")),
                 }
             }
         }
+    }
+}
+
+const UNKNOWN_FORM: Inexact = Inexact::Option("a prompt of unknown form");
+
+/// Of several prompts the first stands for all.
+fn first_of(prompt: &Json) -> &Json {
+    match prompt {
+        Json::Array(items) if items.first().is_some_and(|it| !it.is_number()) => &items[0],
+        other => other,
     }
 }
 
@@ -120,7 +136,7 @@ mod tests {
     use super::*;
 
     fn request(body: &Json) -> Request {
-        Request::read(Kind::Completion, body.to_string().as_bytes()).expect("a request")
+        Request::read(Kind::Completion, body.to_string().into()).expect("a request")
     }
 
     #[test]
@@ -130,6 +146,18 @@ mod tests {
         assert_eq!(ids(serde_json::json!({"prompt": [[3], [4]]})), Ok((vec![3], "given")));
         assert_eq!(ids(serde_json::json!({"prompt": "x"})), Err(Inexact::NoTokenizer));
         assert!(ids(serde_json::json!({"prompt": [-1]})).is_err());
+    }
+
+    #[test]
+    fn an_engines_own_form_of_prompts() {
+        let ids = |body: &Json| {
+            let request = Request::read(Kind::Generate, body.to_string().into()).expect("a request");
+            Prompt::ids(&request, &Models::default())
+        };
+        assert_eq!(ids(&serde_json::json!({"token_ids": [1, 2]})), Ok((vec![1, 2], "given")));
+        assert_eq!(ids(&serde_json::json!({"input_ids": [[3], [4]]})), Ok((vec![3], "given")));
+        assert_eq!(ids(&serde_json::json!({"text": "x"})), Err(Inexact::NoTokenizer));
+        assert_eq!(ids(&serde_json::json!({"image": 1})), Err(UNKNOWN_FORM));
     }
 
     #[test]

@@ -2,8 +2,9 @@
 //! goes.
 //!
 //! Bodies of answers pass through untouched, chunk by chunk. A request is tried again elsewhere
-//! only as long as no byte of an answer has come. When a client goes away its request upstream is
-//! dropped, which cancels it there.
+//! only as long as the client has no byte of an answer: where no connection could be made, and
+//! once, within a budget, where the engine broke off or answered 502 or 503. When a client goes
+//! away its request upstream is dropped, which cancels it there.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -108,7 +109,7 @@ impl Proxy {
             return Ok(response);
         }
         let mut request =
-            Request::read(kind, &body).inspect_err(|refusal| self.router.metrics.refused(refusal.name()))?;
+            Request::read(kind, body.clone()).inspect_err(|refusal| self.router.metrics.refused(refusal.name()))?;
         let session = parts.headers.get(&self.limits.session_header).and_then(|value| value.to_str().ok());
         request.session = session.map(str::to_owned);
         for name in traces::HEADERS {
@@ -119,17 +120,34 @@ impl Proxy {
         drop(request);
         let debug = parts.headers.contains_key(&DEBUG);
         let mut tries_left = self.limits.tries;
+        // An engine that got the request may have worked on it, or died of it: that is tried once.
+        let mut may_repeat = true;
         loop {
             tries_left = tries_left.saturating_sub(1);
             let upstream = Self::upstream(&parts.method, &parts.uri, &parts.headers, &body, &ticket)?;
+            let name = ticket.engine().spec.name.clone();
+            let mut move_on = |ticket: &mut Ticket, was_sent: bool| {
+                let may =
+                    tries_left > 0 && (!was_sent || std::mem::take(&mut may_repeat) && self.router.retries.spend());
+                may && ticket.move_on()
+            };
             match tokio::time::timeout(self.limits.silence, self.client.request(upstream)).await {
-                Ok(Ok(response)) => return Ok(self.answer(response, ticket, debug)),
+                Ok(Ok(response)) => {
+                    let status = response.status();
+                    let well = !is_the_engines_fault(status);
+                    ticket.judge(well);
+                    if !well && may_be_repeated(status) && move_on(&mut ticket, true) {
+                        log::warn!("{name}: it answered {status}: trying another engine");
+                        continue;
+                    }
+                    return Ok(self.answer(response, ticket, debug));
+                }
                 Ok(Err(error)) => {
-                    let name = ticket.engine().spec.name.clone();
+                    ticket.judge(false);
                     if error.is_connect() {
                         ticket.engine().refused();
                     }
-                    if tries_left == 0 || !ticket.move_on() {
+                    if !move_on(&mut ticket, !error.is_connect()) {
                         log::warn!("{name}: {error}: no other engine is tried");
                         ticket.end(Outcome::Failed, None);
                         return Err(Refusal::Upstream(format!("{name}: {error}")));
@@ -228,6 +246,17 @@ impl Proxy {
         *out.body_mut() = Body::new(observed);
         out
     }
+}
+
+/// The status says that something is wrong with the engine, or with what is in front of it. A 500
+/// may be the request's own doing, and one client must not be able to close a fleet.
+pub fn is_the_engines_fault(status: StatusCode) -> bool {
+    matches!(status, StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT)
+}
+
+/// The status says that nothing was computed: another engine may do it at no loss.
+fn may_be_repeated(status: StatusCode) -> bool {
+    matches!(status, StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE)
 }
 
 fn passes(name: &HeaderName, headers: &HeaderMap) -> bool {

@@ -1,8 +1,14 @@
 //! A request as a front end got it, as far as deciding needs it; and why one is refused.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
+use bytes::Bytes;
+use serde::Deserialize;
 use serde_json::{Map, Value as Json};
+
+use super::dialect;
+use super::tokens::Inexact;
 
 /// What a request asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -11,7 +17,13 @@ pub enum Kind {
     Completion,
     /// `/v1/chat/completions`.
     Chat,
-    /// Anything else: passed on by load alone.
+    /// `OpenAI`'s `/v1/responses`.
+    Responses,
+    /// Anthropic's `/v1/messages`.
+    Messages,
+    /// Prompts in an engine's own form: `SGLang`'s `/generate`, vLLM's `/inference/v1/generate`.
+    Generate,
+    /// Anything else, with or without a model: passed on by load alone.
     Other,
 }
 
@@ -21,6 +33,9 @@ impl Kind {
         match path.split('?').next().unwrap_or_default() {
             "/v1/completions" => Self::Completion,
             "/v1/chat/completions" => Self::Chat,
+            "/v1/responses" => Self::Responses,
+            "/v1/messages" => Self::Messages,
+            "/generate" | "/inference/v1/generate" => Self::Generate,
             _ => Self::Other,
         }
     }
@@ -92,6 +107,8 @@ pub struct Request {
     pub kind: Kind,
     /// Its body, where deciding reads it.
     pub body: Map<String, Json>,
+    /// The same as it came, for those who are asked about it: numbers may have lost digits above.
+    pub raw: Bytes,
     /// The model it names.
     pub model: Option<String>,
     /// What enters the blocks' hashes beside the tokens.
@@ -102,8 +119,6 @@ pub struct Request {
     pub subset: Option<Vec<String>>,
     /// Headers of the caller's trace, if any.
     pub trace: HashMap<String, String>,
-    /// Bytes of the body.
-    pub bytes: usize,
 }
 
 impl Request {
@@ -112,14 +127,14 @@ impl Request {
         self.body.get("stream").and_then(Json::as_bool).unwrap_or(false)
     }
 
-    /// Reads a request's body. Other kinds than prompts are not read.
+    /// Reads a request's body. Of other kinds than prompts only the model is read, if it is there.
     ///
     /// # Errors
     /// [`Refusal::BadRequest`].
-    pub fn read(kind: Kind, body: &[u8]) -> Result<Self, Refusal> {
+    pub fn read(kind: Kind, raw: Bytes) -> Result<Self, Refusal> {
         let fields = match kind {
-            Kind::Other => Map::new(),
-            _ => match serde_json::from_slice(body) {
+            Kind::Other => only_model(&raw),
+            _ => match serde_json::from_slice(&raw) {
                 Ok(Json::Object(fields)) => fields,
                 Ok(_) => return Err(Refusal::BadRequest("the body is not a JSON object".to_owned())),
                 Err(error) => return Err(Refusal::BadRequest(format!("the body is not JSON: {error}"))),
@@ -129,7 +144,8 @@ impl Request {
             Kind::Completion if !fields.contains_key("prompt") && !fields.contains_key("prompt_embeds") => {
                 Some("prompt")
             }
-            Kind::Chat if !fields.get("messages").is_some_and(Json::is_array) => Some("messages"),
+            Kind::Chat | Kind::Messages if !fields.get("messages").is_some_and(Json::is_array) => Some("messages"),
+            Kind::Responses if !fields.contains_key("input") => Some("input"),
             _ => None,
         };
         if let Some(name) = needed {
@@ -139,8 +155,32 @@ impl Request {
             |name: &str| fields.get(name).and_then(Json::as_str).filter(|text| !text.is_empty()).map(str::to_owned);
         let (model, cache_salt) = (text("model"), text("cache_salt"));
         let trace = HashMap::new();
-        Ok(Self { kind, model, cache_salt, session: None, subset: None, trace, bytes: body.len(), body: fields })
+        Ok(Self { kind, model, cache_salt, session: None, subset: None, trace, raw, body: fields })
     }
+
+    /// The chat request that the engine makes of it.
+    ///
+    /// # Errors
+    /// [`Inexact`]: nobody but the engine knows.
+    pub fn as_chat(&self) -> Result<Cow<'_, Map<String, Json>>, Inexact> {
+        match self.kind {
+            Kind::Chat => Ok(Cow::Borrowed(&self.body)),
+            Kind::Messages => dialect::of_messages(&self.body).map(Cow::Owned),
+            Kind::Responses => dialect::of_responses(&self.body).map(Cow::Owned),
+            Kind::Completion | Kind::Generate | Kind::Other => Err(Inexact::Option("no messages")),
+        }
+    }
+}
+
+/// The model in a body, which may be anything.
+fn only_model(raw: &[u8]) -> Map<String, Json> {
+    #[derive(Deserialize)]
+    struct Named {
+        model: String,
+    }
+    let starts = raw.iter().find(|byte| !byte.is_ascii_whitespace());
+    let named = starts.filter(|byte| **byte == b'{').and_then(|_| serde_json::from_slice::<Named>(raw).ok());
+    named.into_iter().map(|named| ("model".to_owned(), Json::String(named.model))).collect()
 }
 
 #[cfg(test)]
@@ -150,7 +190,10 @@ mod tests {
     #[test]
     fn bad_requests_name_what_is_wrong() {
         let problem = |kind, body: &str| {
-            Request::read(kind, body.as_bytes()).err().map(|refusal| refusal.to_string()).unwrap_or_default()
+            Request::read(kind, Bytes::copy_from_slice(body.as_bytes()))
+                .err()
+                .map(|refusal| refusal.to_string())
+                .unwrap_or_default()
         };
         assert!(problem(Kind::Chat, "{").contains("not JSON"));
         assert!(problem(Kind::Chat, "[]").contains("not a JSON object"));
@@ -158,6 +201,18 @@ mod tests {
         assert!(problem(Kind::Completion, "{}").contains("`prompt`"));
         assert_eq!(problem(Kind::Other, "anything"), "");
         assert_eq!(Kind::of("/v1/completions?x=1"), Kind::Completion);
+        assert!(problem(Kind::Messages, "{}").contains("`messages`"));
+        assert!(problem(Kind::Responses, "{}").contains("`input`"));
+    }
+
+    #[test]
+    fn a_model_is_read_from_whatever_may_name_one() {
+        let model =
+            |body: &'static str| Request::read(Kind::Other, Bytes::from_static(body.as_bytes())).expect("any").model;
+        assert_eq!(model(r#" {"input": ["a"], "model": "m"}"#).as_deref(), Some("m"));
+        for body in ["", "model=m", r#"{"model": 3}"#, r#"{"model": "m""#, r#"["m"]"#, "\u{0}{"] {
+            assert_eq!(model(body), None, "{body}");
+        }
     }
 
     #[test]

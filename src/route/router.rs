@@ -21,12 +21,14 @@ use super::prefix::{self, Found, PrefixSource};
 use super::prompt::{Models, Prompt};
 use super::remote::Remote;
 use super::request::{Kind, Refusal, Request};
+use super::retry_budget::RetryBudget;
 use super::see::{Considered, Decision, Outcome, Ring};
 use super::tokens::Inexact;
 use super::traces::{Trace, Traces};
 use crate::limits;
 use kvcellar_block::error::Result;
 use kvcellar_index::Index;
+use kvcellar_index::fleet::FleetView;
 use kvcellar_index::roster::EngineId;
 use kvcellar_index::tiers::Weights;
 
@@ -52,6 +54,8 @@ pub struct Setup {
     pub weights: Weights,
     /// The index, in precise mode.
     pub index: Option<Arc<Index>>,
+    /// How the events that feed it come.
+    pub fleet: Option<FleetView>,
     /// Tokenizers.
     pub models: Models,
     /// Requests in flight at most; 0: no bound.
@@ -77,6 +81,8 @@ pub struct Router {
     pub setup: Setup,
     /// Asks engines for ids.
     pub remote: Remote,
+    /// Bounds what is sent a second time.
+    pub retries: RetryBudget,
     sessions: Mutex<LruCache<String, String>>,
     decider: Mutex<(Decider, fastrand::Rng)>,
     in_flight: AtomicU64,
@@ -101,6 +107,7 @@ impl Router {
             metrics: Metrics::default(),
             ring: Ring::default(),
             remote: Remote::new()?,
+            retries: RetryBudget::default(),
             sessions: Mutex::new(LruCache::new(sessions)),
             decider: Mutex::new((Decider::new(setup.policy.clone()), fastrand::Rng::with_seed(setup.seed))),
             in_flight: AtomicU64::new(0),
@@ -165,6 +172,7 @@ impl Router {
         let decision = describe(decided.number, request, &prompt, prefix_from, &engines, &found, &choice, took);
         let order = choice.order.iter().map(|at| (Arc::clone(&engines[*at]), found[*at])).collect();
         self.in_flight.fetch_add(1, Ordering::Relaxed);
+        self.retries.earn();
         let mut ticket = Ticket {
             router: Arc::clone(self),
             order,
@@ -209,10 +217,14 @@ impl Router {
             };
             return Err(Refusal::NoEngine(why));
         }
-        let Some(model) = &request.model else { return Ok(usable) };
+        let Some(model) = &request.model else { return Ok(trusted(usable)) };
         let serving: Vec<_> = usable.iter().filter(|engine| engine.serves(model)).cloned().collect();
         if !serving.is_empty() {
-            return Ok(serving);
+            return Ok(trusted(serving));
+        }
+        if request.kind == Kind::Other {
+            // What is asked may be none of a model that is listed; the engine will say.
+            return Ok(trusted(usable));
         }
         if all.iter().any(|engine| !engine.is_usable() && engine.serves(model)) {
             return Err(Refusal::NoEngine("those that serve the model are not healthy"));
@@ -233,9 +245,8 @@ impl Router {
             Ok((ids, from)) => (Some(ids), from, None),
             Err(reason) => {
                 self.metrics.inexact(reason.name());
-                let place = fastrand::usize(..engines.len());
                 let is_plain = !matches!(reason, Inexact::Option(_) | Inexact::Multimodal);
-                let ids = self.remote.ids(&engines[place], request.kind, &request.body, is_plain).await;
+                let ids = self.remote.ids(engines, request, is_plain).await;
                 (ids, "remote", Some(reason.name()))
             }
         };
@@ -249,7 +260,14 @@ impl Router {
             (_, Mode::None) => (vec![Found::default(); engines.len()], PrefixSource::None),
             _ if prompt.tokens == 0 => (vec![Found::default(); engines.len()], PrefixSource::None),
             (Some(index), Mode::Precise) if prompt.is_exact => {
-                (prefix::precise(index, &prompt.keys, prompt.tokens, engines, &self.setup.weights), PrefixSource::Index)
+                let found = prefix::precise(index, &prompt.keys, prompt.tokens, engines, &self.setup.weights);
+                let nothing = found.iter().all(|found| found.stream.is_none());
+                let from = if nothing && !prefix::knows_any(index, engines) {
+                    PrefixSource::None
+                } else {
+                    PrefixSource::Index
+                };
+                (found, from)
             }
             _ => {
                 let guess = |engine: &Arc<Engine>| prefix::approximate(&engine.recent(), &prompt.hashes, prompt.tokens);
@@ -257,6 +275,13 @@ impl Router {
             }
         }
     }
+}
+
+/// Those whose requests go well. All of them, where that is nobody: an engine that may fail is
+/// better than none.
+fn trusted(engines: Vec<Arc<Engine>>) -> Vec<Arc<Engine>> {
+    let trusted: Vec<_> = engines.iter().filter(|engine| engine.is_trusted()).cloned().collect();
+    if trusted.is_empty() { engines } else { trusted }
 }
 
 /// Tells the index what to expect, beside decisions: its writer may be busy.
@@ -378,8 +403,8 @@ impl Ticket {
     /// Its engine could not be reached, or broke off before its first byte: moves on. `false`:
     /// nobody is left, and it stays where it failed.
     pub fn move_on(&mut self) -> bool {
-        let next = (self.at + 1..self.order.len()).find(|at| self.order[*at].0.is_usable());
-        let Some(at) = next else { return false };
+        let may = |engine: &Engine| engine.is_usable() && engine.is_trusted();
+        let Some(at) = (self.at + 1..self.order.len()).find(|at| may(&self.order[*at].0)) else { return false };
         self.router.metrics.retried(&self.engine().spec.name);
         self.booking = None;
         self.move_to(at);
@@ -413,9 +438,17 @@ impl Ticket {
         }
     }
 
+    /// What its engine's answer, or the lack of it, says of the engine. Said once or often.
+    pub fn judge(&self, well: bool) {
+        self.booking.iter().for_each(|booking| booking.judged(well));
+    }
+
     /// It has ended.
     pub fn end(mut self, outcome: Outcome, usage: Option<Usage>) {
         self.decision.outcome = outcome;
+        if matches!(outcome, Outcome::Failed | Outcome::Timeout | Outcome::Broken) {
+            self.judge(false);
+        }
         let Some(usage) = usage else { return };
         self.decision.reported_prompt = Some(usage.prompt);
         self.decision.reported_cached = usage.cached;
@@ -429,9 +462,11 @@ impl Ticket {
         );
         if let (Some(cached), PrefixSource::Guess) = (usage.cached, self.decision.prefix_from) {
             let blocks = |tokens: u32| tokens as usize / estimate::BLOCK_TOKENS;
-            // The estimate of tokens is off by some; a third less is an eviction.
+            // The estimate of tokens is off by some; a third less is an eviction, and half as much
+            // again is from a tier that the guess does not know.
             let expected = blocks(predicted);
-            let found = if cached * 3 < predicted * 2 { blocks(cached) } else { expected };
+            let differs = cached * 3 < predicted * 2 || cached * 2 > predicted * 3;
+            let found = if differs { blocks(cached) } else { expected };
             self.engine().recent().learn(expected, found, self.age);
         }
     }

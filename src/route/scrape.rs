@@ -2,6 +2,7 @@
 //! bounded in time and size.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -47,7 +48,7 @@ pub async fn keep(engines: Arc<Engines>, every: Duration) {
 async fn follow(engine: Arc<Engine>, client: reqwest::Client, every: Duration) {
     let mut turn = 0;
     loop {
-        match metrics(&engine, &client).await {
+        match look(&engine, &client).await {
             Some(told) => {
                 // Before it gets requests again: it may have come back with other models.
                 let ask = turn % MODELS_EVERY == 0 || engine.is_back(&told) || engine.models.load().is_empty();
@@ -66,8 +67,33 @@ async fn follow(engine: Arc<Engine>, client: reqwest::Client, every: Duration) {
     }
 }
 
+/// What an engine says of itself. One that has no metrics (`SGLang` without `--enable-metrics`)
+/// says nothing, but is well if it serves its models: its load is what this router gave it.
+async fn look(engine: &Engine, client: &reqwest::Client) -> Option<Told> {
+    let answer = ask(engine, client, "/metrics").await?;
+    if answer.status() == reqwest::StatusCode::NOT_FOUND {
+        get(engine, client, "/v1/models").await?;
+        if !engine.metrics_missed.swap(true, Ordering::Relaxed) {
+            log::warn!(
+                "{}: it has no /metrics: its load is known from this router's requests alone, and restarts are not \
+                 seen. SGLang has them with --enable-metrics",
+                engine.spec.name
+            );
+        }
+        return Some(Told::default());
+    }
+    Some(read(&String::from_utf8_lossy(&body_of(answer).await?)))
+}
+
+async fn ask(engine: &Engine, client: &reqwest::Client, path: &str) -> Option<reqwest::Response> {
+    client.get(format!("{}{path}", engine.spec.url)).send().await.ok()
+}
+
 async fn get(engine: &Engine, client: &reqwest::Client, path: &str) -> Option<Vec<u8>> {
-    let answer = client.get(format!("{}{path}", engine.spec.url)).send().await.ok()?;
+    body_of(ask(engine, client, path).await?).await
+}
+
+async fn body_of(answer: reqwest::Response) -> Option<Vec<u8>> {
     let mut answer = answer.error_for_status().ok()?;
     let mut body = Vec::new();
     while let Some(part) = answer.chunk().await.ok()? {
@@ -77,10 +103,6 @@ async fn get(engine: &Engine, client: &reqwest::Client, path: &str) -> Option<Ve
         body.extend_from_slice(&part);
     }
     Some(body)
-}
-
-async fn metrics(engine: &Engine, client: &reqwest::Client) -> Option<Told> {
-    Some(read(&String::from_utf8_lossy(&get(engine, client, "/metrics").await?)))
 }
 
 async fn models(engine: &Engine, client: &reqwest::Client) -> Option<Vec<Model>> {

@@ -60,12 +60,12 @@ async fn check(router: &Router, name: &str, checked: &Checked, engine: &Engine) 
     let (mut same, mut differ, mut unsaid) = (0, Vec::new(), 0);
     for (kind, mut body) in samples() {
         body["model"] = json!(model);
-        let Ok(request) = Request::read(kind, body.to_string().as_bytes()) else { continue };
+        let Ok(request) = Request::read(kind, body.to_string().into()) else { continue };
         let Ok((ours, _)) = Prompt::ids(&request, &router.setup.models) else {
             unsaid += 1;
             continue;
         };
-        let Some(answer) = router.remote.post(engine, "/tokenize", &body).await else {
+        let Some(answer) = router.remote.post(engine, "/tokenize", request.raw.clone()).await else {
             unsaid += 1;
             continue;
         };

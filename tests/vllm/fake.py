@@ -45,6 +45,7 @@ class Fake:
     work_dir: Path
     blocks: int = BLOCKS
     block_tokens: int = BLOCK_TOKENS
+    model: str = "model"
     port: int = field(default_factory=low_port)
     admin_port: int = field(default_factory=low_port)
     events_port: int = field(default_factory=low_port)
@@ -74,7 +75,7 @@ class Fake:
         """Begins a life with an empty cache, and waits for its first answer."""
         assert self.process is None, f"{self.name} lives"
         command = [sys.executable, "-m", "tests.vllm.fake_engine", "--name", self.name, "--seen", str(self.seen)]
-        for option in ("port", "admin_port", "events_port", "replay_port", "blocks", "block_tokens"):
+        for option in ("port", "admin_port", "events_port", "replay_port", "blocks", "block_tokens", "model"):
             command += [f"--{option.replace('_', '-')}", str(getattr(self, option))]
         log = self.work_dir / f"{self.name}.log"
         with log.open("ab") as output:

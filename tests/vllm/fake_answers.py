@@ -27,23 +27,25 @@ class Asked:
     max_tokens: int
     stream: bool
     usage: bool
+    path: str
 
     @classmethod
-    def of(cls, body: Json, *, chat: bool) -> "Asked":
+    def of(cls, path: str, body: Json, *, chat: bool) -> "Asked":
         """Reads what the fake understands of a body.
 
         Raises:
             Wrong: it is too long or has no prompt.
 
         """
-        tokens = tokens_of(body, chat=chat)
-        max_tokens = int(body.get("max_tokens") or body.get("max_completion_tokens") or 16)
+        tokens = tokens_of(as_chat(path, body), chat=chat)
+        names = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+        max_tokens = int(next((body[name] for name in names if body.get(name)), 16))
         if len(tokens) + max_tokens > MODEL_LEN_MAX:
             raise Wrong(
                 f"This model's maximum context length is {MODEL_LEN_MAX} tokens, not {len(tokens)} + {max_tokens}."
             )
         usage = bool((body.get("stream_options") or {}).get("include_usage"))
-        return cls(chat, tokens, max_tokens, bool(body.get("stream")), usage)
+        return cls(chat, tokens, max_tokens, bool(body.get("stream")), usage, path)
 
 
 def tokens_of(body: Json, *, chat: bool) -> list[int]:
@@ -61,6 +63,18 @@ def tokens_of(body: Json, *, chat: bool) -> list[int]:
     if not isinstance(prompt, list) or not prompt:
         raise Wrong("the prompt is empty")
     return [int(token) for token in (prompt[0] if isinstance(prompt[0], list) else prompt)]
+
+
+def as_chat(path: str, body: Json) -> Json:
+    """A request of another API as the chat that vLLM makes of it, as far as the tests use it."""
+    if path == "/v1/messages":
+        before, turns = body.get("system"), body.get("messages", [])
+    elif path == "/v1/responses":
+        before, given = body.get("instructions"), body.get("input")
+        turns = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    else:
+        return body
+    return {**body, "messages": ([{"role": "system", "content": before}] if before else []) + turns}
 
 
 def next_token(tokens: list[int]) -> int:
@@ -99,6 +113,17 @@ def choice(asked: Asked, text: str, finish: str | None, *, chunk: bool) -> Json:
 def whole(asked: Asked, request_id: str, made: list[int], cached: int) -> Json:
     """An answer in one piece."""
     text = "".join(f" {token}" for token in made)
+    counted = {"input_tokens": len(asked.tokens), "output_tokens": len(made)}
+    if asked.path == "/v1/messages":
+        counted["input_tokens"] -= cached
+        counted["cache_read_input_tokens"] = cached
+        said = [{"type": "text", "text": text}]
+        return {"id": request_id, "type": "message", "role": "assistant", "content": said, "usage": counted}
+    if asked.path == "/v1/responses":
+        said = [{"type": "output_text", "text": text}]
+        output = [{"type": "message", "role": "assistant", "content": said}]
+        details = {"input_tokens_details": {"cached_tokens": cached}}
+        return {"id": request_id, "object": "response", "output": output, "usage": {**counted, **details}}
     choices = [choice(asked, text, "length", chunk=False)]
     return {**envelope(asked, request_id, chunk=False), "choices": choices, "usage": usage(asked, len(made), cached)}
 
@@ -134,7 +159,7 @@ def error(status: int, kind: str, message: str) -> Json:
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
-def models() -> Json:
+def models(name: str = MODEL) -> Json:
     """/v1/models."""
-    row = {"id": MODEL, "object": "model", "created": 0, "owned_by": "vllm", "root": MODEL, "parent": None}
+    row = {"id": name, "object": "model", "created": 0, "owned_by": "vllm", "root": name, "parent": None}
     return {"object": "list", "data": [{**row, "max_model_len": MODEL_LEN_MAX, "permission": []}]}

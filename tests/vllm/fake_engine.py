@@ -29,6 +29,15 @@ STEP_S = 0.004
 SLOW_STEP_S = 0.08
 SEQUENCES_MAX = 16
 RETIRE_STEPS = 40
+OTHER_PATHS = (
+    "/v1/embeddings",
+    "/v1/messages/count_tokens",
+    "/rerank",
+    "/v1/rerank",
+    "/score",
+    "/pooling",
+    "/classify",
+)
 
 
 class Gone(Exception):
@@ -48,6 +57,7 @@ class FakeEngine:
         self.seats = asyncio.Semaphore(SEQUENCES_MAX)
         self.seen = os.open(options.seen, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self.site: web.TCPSite | None = None
+        self.last_body = ""
 
     def public(self) -> web.Application:
         """What clients see."""
@@ -58,6 +68,10 @@ class FakeEngine:
         for path, chat in (("/v1/completions", False), ("/v1/chat/completions", True)):
             app.router.add_post(path, self.handler(self.complete, chat=chat))
             app.router.add_post(f"{path}/render", self.handler(self.render, chat=chat))
+        for path in ("/v1/messages", "/v1/responses"):
+            app.router.add_post(path, self.handler(self.complete, chat=True))
+        for path in OTHER_PATHS:
+            app.router.add_post(path, self.other)
         app.router.add_post("/tokenize", self.tokenize)
         return app
 
@@ -121,7 +135,9 @@ class FakeEngine:
         async def handle(request: web.Request) -> web.StreamResponse:
             self.note(request, "seen")
             try:
-                asked = Asked.of(msgspec.json.decode(await request.read()), chat=chat)
+                self.last_body = (await request.read()).decode()
+                body = msgspec.json.decode(self.last_body)
+                asked = Asked.of(request.path, body, chat=chat)
             except (ValueError, TypeError, AttributeError) as wrong:
                 kind = "BadRequestError" if isinstance(wrong, Wrong) else "invalid_request_error"
                 return self.answer(answers.error(400, kind, str(wrong)), status=400)
@@ -136,6 +152,10 @@ class FakeEngine:
     async def complete(self, request: web.Request, asked: Asked) -> web.StreamResponse:
         """Both kinds of completions."""
         fault = Fault.of(request.headers.get(HEADER), self.options.name)
+        if fault is Fault.NONE:
+            fault = self.mode.fault
+        if fault is Fault.UNAVAILABLE:
+            return self.answer(answers.error(503, "ServiceUnavailable", "as told"), status=503)
         if fault is Fault.ERROR:
             return self.answer(answers.error(500, "InternalServerError", "as told"), status=500)
         if fault is Fault.CLOSE_BEFORE:
@@ -221,10 +241,14 @@ class FakeEngine:
 
     async def render(self, request: web.Request, asked: Asked) -> web.StreamResponse:
         """The ids of a prompt."""
+        if self.mode.render == "hang":
+            await asyncio.Event().wait()
         return self.answer({"token_ids": asked.tokens})
 
     async def tokenize(self, request: web.Request) -> web.StreamResponse:
         """The same by the other way to ask, for prompts and for messages."""
+        if self.mode.render == "hang":
+            await asyncio.Event().wait()
         body = msgspec.json.decode(await request.read())
         tokens = answers.tokens_of(body, chat="messages" in body)
         return self.answer({"count": len(tokens), "max_model_len": answers.MODEL_LEN_MAX, "tokens": tokens})
@@ -235,11 +259,18 @@ class FakeEngine:
 
     async def models(self, request: web.Request) -> web.StreamResponse:
         self.note(request, "seen")
-        return self.answer(answers.models())
+        return self.answer(answers.models(self.options.model))
+
+    async def other(self, request: web.Request) -> web.StreamResponse:
+        """What is asked of a model without a prompt."""
+        self.note(request, "seen")
+        return self.answer({"object": "list", "data": []})
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         if self.mode.metrics == "hang":
             await asyncio.Event().wait()
+        if self.mode.metrics == "missing":
+            return web.Response(status=404)
         if self.mode.metrics == "error":
             return web.Response(status=500)
         if self.mode.metrics == "malformed":
@@ -247,7 +278,7 @@ class FakeEngine:
         return web.Response(text=self.numbers.text(self.cache.usage))
 
     async def set_mode(self, request: web.Request) -> web.StreamResponse:
-        self.mode = Mode(**await request.json())
+        self.mode = msgspec.convert(await request.json(), Mode)
         await self.listen()
         return web.Response()
 
@@ -270,13 +301,14 @@ class FakeEngine:
         return web.Response()
 
     async def state(self, request: web.Request) -> web.StreamResponse:
-        return web.json_response({**self.numbers.state(), "blocks": len(self.cache)})
+        return web.json_response({**self.numbers.state(), "blocks": len(self.cache), "last_body": self.last_body})
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", required=True)
+    parser.add_argument("--model", default=answers.MODEL)
     for port in ("port", "admin-port", "events-port", "replay-port", "blocks", "block-tokens"):
         parser.add_argument(f"--{port}", type=int, required=True)
     parser.add_argument("--seen", type=Path, required=True)

@@ -20,6 +20,8 @@ class Fault(StrEnum):
     SILENT_MID = "silent-mid"
     SLOW = "slow"
     ERROR = "error"
+    # As a proxy answers whose engine is gone, or an engine that is overloaded.
+    UNAVAILABLE = "unavailable"
 
     @classmethod
     def of(cls, header: str | None, engine: str) -> "Fault":
@@ -34,9 +36,13 @@ class Mode:
 
     Attributes:
         listening: connections are accepted.
-        metrics: `ok`, `malformed`, `hang` or `error`.
+        metrics: `ok`, `malformed`, `hang`, `error` or `missing`.
+        render: `ok` or `hang`, for everything that only tells token ids.
+        fault: what becomes of every completion that has no fault of its own.
 
     """
 
     listening: bool = True
     metrics: str = "ok"
+    render: str = "ok"
+    fault: Fault = Fault.NONE

@@ -161,6 +161,29 @@ def test_it_renders_prompts(subject: Subject) -> None:
     assert whole["usage"]["prompt_tokens"] == len(ids) and all(isinstance(token, int) for token in ids)
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_other_apis_are_chats(subject: Subject, path: str) -> None:
+    """Of the same tokens, which each counts in its own way."""
+    long = " ".join(f"{word} words" for word in subject.prompt(2 * BLOCK_TOKENS))
+    turns = [{"role": "user", "content": long}]
+    system = "Be brief."
+    chat = {"model": "model", "messages": [{"role": "system", "content": system}, *turns]}
+    ids = subject.client.post("/v1/chat/completions/render", json=chat).json()["token_ids"]
+    body: dict[str, Any] = {"model": "model", "temperature": 0}
+    if path == "/v1/messages":
+        body |= {"system": system, "messages": turns, "max_tokens": 4}
+    else:
+        body |= {"instructions": system, "input": turns, "max_output_tokens": 4}
+    first, second = (subject.client.post(path, json=body) for _ in range(2))
+    assert first.status_code == second.status_code == 200, second.text
+    usage = second.json()["usage"]
+    cached = (len(ids) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+    if path == "/v1/messages":
+        assert (usage["input_tokens"], usage["cache_read_input_tokens"]) == (len(ids) - cached, cached)
+    else:
+        assert (usage["input_tokens"], usage["input_tokens_details"]["cached_tokens"]) == (len(ids), cached)
+
+
 def test_its_events_tell_of_blocks(subject: Subject) -> None:
     """Stored in chains, removed by age, numbered, and replayed as they were sent."""
     prompt = subject.prompt(6 * BLOCK_TOKENS + 3)

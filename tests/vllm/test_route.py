@@ -196,6 +196,30 @@ def check_conversation(client: httpx.Client, router: Router, fleet: Fleet) -> No
     assert decision["predicted_cached"] >= 192
 
 
+def check_other_apis(client: httpx.Client, router: Router, fleet: Fleet) -> None:
+    """Anthropic's and OpenAI's newer API: the same tokens as a chat, and as many of them cached as was foreseen."""
+    random = Random(5)
+    for path in ("/v1/messages", "/v1/responses"):
+        fleet.reset()
+        mismatched = router.metric("kvcellar_route_prompts_mismatched_total")
+        question, system = words(random, 150), words(random, 30)
+        turns = [{"role": "user", "content": question}]
+        body: dict[str, Any] = {"model": "model", "temperature": 0}
+        if path == "/v1/messages":
+            body |= {"system": system, "messages": turns, "max_tokens": 4}
+        else:
+            body |= {"instructions": system, "input": turns, "max_output_tokens": 4}
+        for _ in range(3):
+            response = client.post(path, json=body)
+            assert response.status_code == 200, response.text
+        ended = lambda: router.decisions()[-1]["reported_prompt"] is not None  # noqa: E731
+        wait_until(ended, "the answer's end")
+        last = router.decisions()[-1]
+        assert (last["tokens_from"], last["prefix_from"]) == ("local", "precise")
+        assert last["reported_cached"] == last["predicted_cached"] >= 128
+        assert router.metric("kvcellar_route_prompts_mismatched_total") == mismatched
+
+
 def check_refusals(client: httpx.Client, status_of_nothing: int) -> None:
     """What cannot be understood is refused by name; what needs no body is passed on."""
     post = client.post("/v1/chat/completions", content=b'{"messages": [', headers={"content-type": "application/json"})
@@ -247,6 +271,7 @@ def gate(request: pytest.FixtureRequest, router: Router, tmp_path: Path) -> Iter
 def test_requests_go_where_their_prefix_is(gate: httpx.Client, router: Router, fleet: Fleet) -> None:
     """The whole way, with every kind of request."""
     check_conversation(gate, router, fleet)
+    check_other_apis(gate, router, fleet)
     check_refusals(gate, 400)
     check_large(gate)
     check_abort(gate, router, fleet)

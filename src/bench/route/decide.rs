@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
+use bytes::Bytes;
 use indicatif::ProgressBar;
 
 use super::prompts::TextWriter;
@@ -88,11 +89,10 @@ impl KnownPrefix {
         let decisions = fewer(options.decisions, self.tokens);
         let [mut p50, mut p99, mut cpu] = [const { Vec::new() }; 3];
         for _ in 0..options.repetitions {
-            let bodies: Vec<Vec<u8>> =
-                (0..decisions).map(|_| self.next(&mut writer, &beginning).into_bytes()).collect();
+            let bodies: Vec<Bytes> = (0..decisions).map(|_| self.next(&mut writer, &beginning).into()).collect();
             let mut took: Vec<f64> = Vec::with_capacity(decisions);
             let before = thread_cpu_s()?;
-            for body in &bodies {
+            for body in bodies {
                 let started = Instant::now();
                 let request = Request::read(Kind::Completion, body).map_err(refused)?;
                 let ticket = router.route(&request).await.map_err(refused)?;
@@ -162,6 +162,7 @@ impl KnownPrefix {
             policy: Policy::Cost,
             weights: Weights::default(),
             index: index.clone(),
+            fleet: None,
             models: Models { named },
             in_flight_max: 0,
             seed: 1,
@@ -172,7 +173,7 @@ impl KnownPrefix {
 
     /// Every engine holds a part of the beginning: from half of it to all.
     fn fill(self, index: &Index, router: &Router, beginning: &str) -> Result<()> {
-        let request = Request::read(Kind::Completion, beginning.as_bytes()).map_err(refused)?;
+        let request = Request::read(Kind::Completion, Bytes::copy_from_slice(beginning.as_bytes())).map_err(refused)?;
         let (ids, _) = Prompt::ids(&request, &router.setup.models)
             .map_err(|problem| Error::config("tokenizer", problem.to_string(), "Name another model's directory"))?;
         let blocks = ids.len() / BLOCK as usize;

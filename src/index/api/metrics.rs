@@ -75,7 +75,11 @@ pub(super) async fn show(State(service): State<Arc<Service>>) -> Response {
         count(&mut registry, "blocks_unbridged", "Blocks of a size that does not go with the index", counts.unbridged);
     }
     let (connected, live, gaps) = (Labelled::default(), Labelled::default(), Labelled::default());
+    let age = Labelled::default();
     for (name, source) in service.fleet.sources() {
+        if let Some(heard) = source.heard {
+            age.get_or_create(&vec![("source".to_owned(), name.clone())]).set(heard.elapsed().as_secs());
+        }
         let up = connected.get_or_create(&vec![("source".to_owned(), name)]).set(source.connected.into());
         debug_assert!(up <= 1);
         for stream in source.streams {
@@ -85,6 +89,7 @@ pub(super) async fn show(State(service): State<Arc<Service>>) -> Response {
         }
     }
     registry.register("source_connected", "The line to a source is up", connected);
+    registry.register("source_age_seconds", "Since a source's last events; missing before the first", age);
     registry.register("engine_live", "No event of the engine is missing", live);
     registry.register("engine_gaps", "Times an engine was forgotten because events were lost", gaps);
     let mut text = String::new();

@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use axum::http::StatusCode;
+use bytes::Bytes;
 use envoy_types::pb::envoy::config::core::v3::header_value_option::HeaderAppendAction;
 use envoy_types::pb::envoy::config::core::v3::{HeaderMap, HeaderValue, HeaderValueOption, Metadata};
 use envoy_types::pb::envoy::extensions::filters::http::ext_proc::v3::processing_mode::BodySendMode;
@@ -19,6 +21,7 @@ use envoy_types::pb::google::protobuf::{Struct, Value};
 
 use super::PickerLimits;
 use crate::answer::Tail;
+use crate::proxy::is_the_engines_fault;
 use crate::request::{Kind, Refusal, Request};
 use crate::router::{Router, Ticket};
 use crate::see::Outcome;
@@ -136,7 +139,7 @@ impl PickerSession {
             let refusal = Refusal::BadRequest("the request has no body".to_owned());
             return self.refuse(&refusal);
         }
-        match self.decide().await {
+        match self.decide(Bytes::new()).await {
             Ok((common, metadata)) => {
                 vec![with(Answer::RequestHeaders(HeadersResponse { response: Some(common) }), metadata)]
             }
@@ -170,7 +173,8 @@ impl PickerSession {
     }
 
     async fn body_complete(&mut self, ends: bool) -> Vec<ProcessingResponse> {
-        let (common, metadata) = match self.decide().await {
+        let body = Bytes::from(std::mem::take(&mut self.body));
+        let (common, metadata) = match self.decide(body.clone()).await {
             Ok(decided) => decided,
             Err(refusal) => return self.refuse_counted(&refusal),
         };
@@ -178,7 +182,6 @@ impl PickerSession {
             return vec![with(Answer::RequestBody(BodyResponse { response: Some(common) }), metadata)];
         }
         let mut answers = vec![with(Answer::RequestHeaders(HeadersResponse { response: Some(common) }), metadata)];
-        let body = std::mem::take(&mut self.body);
         let count = body.len().div_ceil(CHUNK_BYTES).max(1);
         for number in 0..count {
             let end = body.len().min((number + 1) * CHUNK_BYTES);
@@ -188,9 +191,9 @@ impl PickerSession {
         answers
     }
 
-    async fn decide(&mut self) -> Result<(CommonResponse, Struct), Refusal> {
+    async fn decide(&mut self, body: Bytes) -> Result<(CommonResponse, Struct), Refusal> {
         let mut request =
-            Request::read(self.kind, &self.body).inspect_err(|refusal| self.router.metrics.refused(refusal.name()))?;
+            Request::read(self.kind, body).inspect_err(|refusal| self.router.metrics.refused(refusal.name()))?;
         request.session = self.follows.take();
         request.subset = self.subset.take();
         request.trace = std::mem::take(&mut self.trace);
@@ -248,6 +251,9 @@ impl PickerSession {
                 ("x-kvcellar-engine", ticket.engine().spec.name.clone()),
                 ("x-kvcellar-decision", decision),
             ]));
+        }
+        if let (Some(ticket), Ok(status)) = (&self.ticket, StatusCode::from_u16(status)) {
+            ticket.judge(!is_the_engines_fault(status));
         }
         if headers.end_of_stream {
             self.end();

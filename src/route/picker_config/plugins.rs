@@ -1,5 +1,7 @@
 //! What each type of plugin becomes here.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Map, Value as Json};
 
 use super::wrong;
@@ -16,11 +18,46 @@ pub(super) enum PluginKind {
     /// One scorer.
     Scorer(Scorer),
     /// The prefix scorer, and where prefixes are looked up.
-    Prefix(Mode),
+    Prefix(Lookup),
+    /// Says where prefixes are looked up.
+    Producer(Mode),
     /// The session scorer, with its header.
     Session(String),
     /// What is made of the scores, and how many engines are named beside the chosen one.
     Pick { how: Pick, fallbacks: usize },
+}
+
+/// Where prefixes are looked up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Lookup {
+    /// There.
+    In(Mode),
+    /// Where the producer of this name does.
+    As(String),
+}
+
+impl Lookup {
+    /// The mode in which the scorer `name` looks prefixes up.
+    ///
+    /// # Errors
+    /// [`Error::Config`]: there is no such producer.
+    pub(super) fn mode(self, name: &str, producers: &BTreeMap<String, Mode>) -> Result<Mode> {
+        match self {
+            Self::In(mode) => Ok(mode),
+            Self::As(producer) => producers.get(&producer).copied().ok_or_else(|| {
+                wrong(
+                    format!("`{name}` reads from `{producer}`, which produces no prefixes"),
+                    "Name a plugin of type approx-, burst- or precise-prefix-cache-producer",
+                )
+            }),
+        }
+    }
+}
+
+/// Those that say where prefixes are looked up, by name.
+pub(super) fn producers(parts: &BTreeMap<String, Part>) -> BTreeMap<String, Mode> {
+    let mode = |part: &Part| if let PluginKind::Producer(mode) = part.kind { Some(mode) } else { None };
+    parts.iter().filter_map(|(name, part)| Some((name.clone(), mode(part)?))).collect()
 }
 
 /// A plugin as it is used here.
@@ -32,7 +69,9 @@ pub(super) struct Part {
 }
 
 /// Plugins of the field that are not done here, by part of their type, with what to use instead.
-const REFUSED: [(&str, &str); 12] = [
+const REFUSED: [(&str, &str); 14] = [
+    ("p2p-source-producer", "Remove it: engines are not told where else a prefix lies"),
+    ("producer", "Remove it: no scorer here reads what it produces"),
     (
         "prefix-cache-affinity-filter",
         "Remove it and use --policy cost without --picker-config, which weighs prefixes against load",
@@ -49,6 +88,20 @@ const REFUSED: [(&str, &str); 12] = [
     ("filter", "Remove it: engines are left out when they are unhealthy, draining, or do not serve the model"),
     ("picker", "Use max-score-picker, weighted-random-picker or random-picker"),
 ];
+
+/// Parameters of guesses that are the router's own.
+const GUESSED: [&str; 8] = [
+    "maxModelLen",
+    "autoTune",
+    "blockSize",
+    "hashBlockSize",
+    "blockSizeTokens",
+    "maxPrefixBlocksToMatch",
+    "maxPrefixTokensToMatch",
+    "lruCapacityPerServer",
+];
+
+const GUESS_NOTE: &str = "prefixes in approximate mode: blocks of 64 tokens, 2048 of them at most; what each engine holds is bounded by what it says and learned from its answers";
 
 /// Reads one plugin.
 ///
@@ -82,22 +135,8 @@ pub(super) fn read(kind: &str, parameters: Map<String, Json>) -> Result<Part> {
             let tokens_max = given.count("queueThresholdTokens", 4 << 20)?;
             plain(PluginKind::Scorer(Scorer::TokenLoad { tokens_max }))
         }
-        "prefix-cache-scorer" => {
-            given.only("prefixLengthWeight", 0.0)?;
-            given.drop(&["maxModelLen", "autoTune", "blockSize", "hashBlockSize", "blockSizeTokens"]);
-            given.drop(&["maxPrefixBlocksToMatch", "maxPrefixTokensToMatch", "lruCapacityPerServer"]);
-            noted(
-                PluginKind::Prefix(Mode::Approximate),
-                "prefix-cache-scorer: blocks of 64 tokens; what each engine holds is bounded by what it says and learned from its answers",
-            )
-        }
-        "precise-prefix-cache-scorer" => {
-            given.drop(&["kvEventsConfig", "indexerConfig", "tokenProcessorConfig", "kvBlockIndexConfig"]);
-            given.drop(&["speculativeIndexing", "speculativeTTL", "tokenizersPoolConfig", "kvCacheBackendConfigs"]);
-            noted(
-                PluginKind::Prefix(Mode::Precise),
-                "precise-prefix-cache-scorer: block sizes come from the engines' events, their addresses from --engine and its like, tokens from --tokenizer",
-            )
+        _ if kind.contains("prefix-cache-scorer") || kind.ends_with("prefix-cache-producer") => {
+            prefixes(kind, &mut given)?
         }
         "session-affinity-scorer" => session(&mut given)?,
         "max-score-picker" | "random-picker" | "weighted-random-picker" => {
@@ -117,7 +156,14 @@ pub(super) fn read(kind: &str, parameters: Map<String, Json>) -> Result<Part> {
             given.fields.clear();
             noted(PluginKind::Nothing, "tokenizer: tokens are made in this process, see --tokenizer")
         }
-        _ if kind.ends_with("-source") || kind.ends_with("-extractor") || kind.ends_with("-producer") => {
+        "passthrough-parser" => noted(
+            PluginKind::Nothing,
+            "passthrough-parser: bodies of the known paths are read for their model; what cannot be read is refused",
+        ),
+        "inflight-load-producer" => {
+            noted(PluginKind::Nothing, "inflight-load-producer: the router finds out for itself")
+        }
+        _ if kind.ends_with("-source") || kind.ends_with("-extractor") => {
             given.fields.clear();
             let note = format!("{kind}: the router finds out for itself");
             Part { kind: PluginKind::Nothing, note }
@@ -126,6 +172,47 @@ pub(super) fn read(kind: &str, parameters: Map<String, Json>) -> Result<Part> {
     };
     given.done()?;
     Ok(part)
+}
+
+/// Those that look for prefixes.
+fn prefixes(kind: &str, given: &mut Parameters<'_>) -> Result<Part> {
+    match kind {
+        "prefix-cache-scorer" => {
+            given.only("prefixLengthWeight", 0.0)?;
+            given.only("matchLengthWeight", 0.0)?;
+            given.drop(&["matchLengthScaleTokens"]);
+            if let Some(producer) = given.text("prefixMatchInfoProducerName")? {
+                return Ok(Part { kind: PluginKind::Prefix(Lookup::As(producer)), note: String::new() });
+            }
+            given.drop(&GUESSED);
+            Ok(Part { kind: PluginKind::Prefix(Lookup::In(Mode::Approximate)), note: GUESS_NOTE.to_owned() })
+        }
+        "approx-prefix-cache-producer" => {
+            given.drop(&GUESSED);
+            Ok(Part { kind: PluginKind::Producer(Mode::Approximate), note: GUESS_NOTE.to_owned() })
+        }
+        "burst-prefix-cache-producer" => {
+            given.drop(&["windowDurationMs"]);
+            given.only("maxPerReplica", -1.0)?;
+            given.only("minColocateBlocks", 0.0)?;
+            let note = "burst-prefix-cache-producer: nobody waits for a window: what was sent to an engine counts as held from that moment on, so that the rest of a burst follows the first";
+            Ok(Part { kind: PluginKind::Producer(Mode::Approximate), note: note.to_owned() })
+        }
+        "precise-prefix-cache-scorer" | "precise-prefix-cache-producer" => {
+            given.drop(&["kvEventsConfig", "indexerConfig", "tokenProcessorConfig", "kvBlockIndexConfig"]);
+            given.drop(&["speculativeIndexing", "speculativeTTL", "tokenizersPoolConfig", "kvCacheBackendConfigs"]);
+            let note = format!(
+                "{kind}: block sizes come from the engines' events, their addresses from --engine and its like, tokens from --tokenizer"
+            );
+            let kind = if kind.ends_with("-scorer") {
+                PluginKind::Prefix(Lookup::In(Mode::Precise))
+            } else {
+                PluginKind::Producer(Mode::Precise)
+            };
+            Ok(Part { kind, note })
+        }
+        _ => Err(refuse(kind)),
+    }
 }
 
 fn session(given: &mut Parameters<'_>) -> Result<Part> {
