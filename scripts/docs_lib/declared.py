@@ -102,6 +102,9 @@ _ROUTE_LABELS = {
     "inexact": ("reason",),
     "outcomes": ("engine", "outcome"),
     "retries": ("engine",),
+    "events_connected": ("engine",),
+    "events_age_seconds": ("engine",),
+    "queue_requests": ("priority",),
     "predictions": ("prefix", "reported"),
 }
 
@@ -110,7 +113,7 @@ def route() -> list[Metric]:
     """Metrics of `kvcellar route`."""
     source = ROUTE.read_text()
     prefix = _prefix(ROUTE, source)
-    kinds = {"Counts": "counter", "Counter": "counter", "PerEngine": "gauge", "Histogram": "histogram"}
+    kinds = {"Counts": "counter", "Counter": "counter", "PerEngine": "gauge", "Gauge": "gauge", "Histogram": "histogram"}
     pattern = r'add\(\s*registry,\s*"(\w+)",\s*"([^"]+)",\s*(\w+)::'
     return [
         Metric(

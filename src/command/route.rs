@@ -20,14 +20,17 @@ use kvcellar_index::fleet::Fleet;
 use kvcellar_index::tiers::Weights;
 use kvcellar_route::choose::Policy;
 use kvcellar_route::engines::Engines;
+use kvcellar_route::gate::{Gate, GateSettings};
 use kvcellar_route::picker_config::PickerConfig;
 use kvcellar_route::prompt::{Checked, Models};
 use kvcellar_route::proxy::{self, ProxyLimits};
+use kvcellar_route::queue::QueueBounds;
 use kvcellar_route::router::{Mode, Router, Setup};
 use kvcellar_route::scorers::Scorer;
 use kvcellar_route::spec::Spec;
 use kvcellar_route::tokens::TokenModel;
 use kvcellar_route::traces::Traces;
+use kvcellar_route::urgency::Objectives;
 use kvcellar_route::{admin, ext_proc, scrape, self_check, streams};
 
 /// How engines are weighed.
@@ -98,6 +101,26 @@ pub struct Options {
     /// Requests in flight at most; 0: no bound. Further ones are refused with 429.
     #[arg(long, default_value_t = 0)]
     pub in_flight: usize,
+    /// Requests that may wait for engines to have room; 0: none waits, every request goes to an
+    /// engine at once.
+    #[arg(long, default_value_t = 0)]
+    pub queue: usize,
+    /// Bound of the memory for their bodies.
+    #[arg(long, default_value = "256MiB")]
+    pub queue_memory: String,
+    /// How long a request waits that names no shorter time itself, in s.
+    #[arg(long, default_value_t = 60)]
+    pub queue_s: u64,
+    /// An engine has room while the prompts it was given take less time than this, in ms.
+    #[arg(long, default_value_t = 100)]
+    pub queue_backlog_ms: u64,
+    /// Requests that an engine is given at most while others wait; 0: no bound.
+    #[arg(long, default_value_t = 0)]
+    pub queue_concurrency: usize,
+    /// Priority of requests whose header x-llm-d-inference-objective names it, e.g. chat=10. Others
+    /// have 0. May be repeated.
+    #[arg(long = "objective", value_name = "NAME=PRIORITY")]
+    pub objectives: Vec<String>,
     /// Time between two scrapes of an engine, in ms.
     #[arg(long, default_value_t = 500)]
     pub scrape_ms: u64,
@@ -140,6 +163,31 @@ impl Options {
             Weighing::Scorers if weights.is_empty() => Policy::field(),
             Weighing::Scorers => Policy::Scorers(weights, kvcellar_route::choose::Pick::Best),
         })
+    }
+
+    fn gate(&self, engines: &Arc<Engines>) -> Result<Option<Gate>> {
+        if self.queue == 0 {
+            return Ok(None);
+        }
+        let bytes = size::parse("queue-memory", &self.queue_memory.as_str().into())? as usize;
+        let settings = GateSettings {
+            bounds: QueueBounds { requests: self.queue, bytes },
+            patience: Duration::from_secs(self.queue_s.max(1)),
+            backlog: Duration::from_millis(self.queue_backlog_ms.max(1)),
+            concurrency: self.queue_concurrency,
+        };
+        Ok(Some(Gate::new(settings, Arc::clone(engines))))
+    }
+
+    fn objectives(&self) -> Result<Objectives> {
+        let read = |text: &String| {
+            let read =
+                text.rsplit_once('=').and_then(|(name, priority)| Some((name.trim(), priority.trim().parse().ok()?)));
+            read.map(|(name, priority)| (name.to_owned(), priority)).ok_or_else(|| {
+                Error::config("objective", format!("`{text}` names no priority"), "Write NAME=PRIORITY, e.g. chat=10")
+            })
+        };
+        self.objectives.iter().map(read).collect()
     }
 
     fn models(&self) -> Result<Models> {
@@ -229,6 +277,8 @@ async fn run(options: &Options) -> Result<()> {
         fleet: fleet.as_ref().map(Fleet::states),
         models: options.models()?,
         in_flight_max: options.in_flight,
+        gate: options.gate(&engines)?,
+        objectives: options.objectives()?,
         seed: options.seed,
         traces: options.otlp.as_deref().map(Traces::open).transpose()?,
     };
@@ -251,6 +301,7 @@ async fn run(options: &Options) -> Result<()> {
         () = options.places.keep(|found| settle(&engines, &mut fleet, found)) => Ok(()),
         () = scrape::keep(Arc::clone(&engines), Duration::from_millis(options.scrape_ms.max(10))) => Ok(()),
         () = watch(&router) => Ok(()),
+        () = admit(&router) => Ok(()),
     };
     checks.abort();
     if router.setup.traces.is_some() {
@@ -265,6 +316,14 @@ async fn run(options: &Options) -> Result<()> {
 async fn watch(router: &Router) {
     match &router.setup.fleet {
         Some(fleet) => streams::keep(Arc::clone(&router.engines), fleet.clone()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Lets waiting requests through, where requests may wait.
+async fn admit(router: &Router) {
+    match &router.setup.gate {
+        Some(gate) => gate.keep().await,
         None => std::future::pending().await,
     }
 }

@@ -35,6 +35,17 @@ impl Promise {
     }
 }
 
+/// What an engine was given and has not done.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Backlog {
+    /// Requests that have not ended.
+    pub requests: usize,
+    /// Of those, how many have no first token.
+    pub unanswered: usize,
+    /// Time that the rest of their prompts will take.
+    pub seconds: f64,
+}
+
 #[derive(Debug)]
 struct Open {
     promise: Promise,
@@ -147,6 +158,12 @@ impl Books {
             }
         }
         self.uncomputed - done
+    }
+
+    /// What was given to the engine and is not done.
+    pub fn backlog(&self, now_s: f64) -> Backlog {
+        let seconds = self.uncomputed(now_s) as f64 / self.speed.rates(now_s).prefill;
+        Backlog { requests: self.open.len(), unanswered: self.unanswered.len(), seconds }
     }
 
     /// Requests that have not ended.

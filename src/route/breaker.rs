@@ -17,7 +17,7 @@ pub const WAIT_MAX_S: f64 = 60.0;
 const TRIAL_S: f64 = 30.0;
 
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum State {
+enum BreakerState {
     Closed { failures: u32 },
     Open { until_s: f64, wait_s: f64 },
     Trying { since_s: f64, wait_s: f64 },
@@ -25,11 +25,11 @@ enum State {
 
 /// One engine's breaker.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Breaker(State);
+pub struct Breaker(BreakerState);
 
 impl Default for Breaker {
     fn default() -> Self {
-        Self(State::Closed { failures: 0 })
+        Self(BreakerState::Closed { failures: 0 })
     }
 }
 
@@ -37,23 +37,23 @@ impl Breaker {
     /// The engine may get a request now.
     pub fn admits(&self, now_s: f64) -> bool {
         match self.0 {
-            State::Closed { .. } => true,
-            State::Open { until_s, .. } => now_s >= until_s,
-            State::Trying { since_s, .. } => now_s >= since_s + TRIAL_S,
+            BreakerState::Closed { .. } => true,
+            BreakerState::Open { until_s, .. } => now_s >= until_s,
+            BreakerState::Trying { since_s, .. } => now_s >= since_s + TRIAL_S,
         }
     }
 
     /// It is not closed.
     pub fn is_open(&self) -> bool {
-        !matches!(self.0, State::Closed { .. })
+        !matches!(self.0, BreakerState::Closed { .. })
     }
 
     /// The engine gets a request: where its breaker is open, a trial.
     pub fn begin(&mut self, now_s: f64) {
-        if let State::Open { until_s, wait_s } = self.0
+        if let BreakerState::Open { until_s, wait_s } = self.0
             && now_s >= until_s
         {
-            self.0 = State::Trying { since_s: now_s, wait_s };
+            self.0 = BreakerState::Trying { since_s: now_s, wait_s };
         }
     }
 
@@ -67,23 +67,23 @@ impl Breaker {
     /// A request has failed. Returns the seconds to wait where that opens the breaker.
     pub fn failed(&mut self, now_s: f64) -> Option<f64> {
         let wait_s = match self.0 {
-            State::Closed { failures } if failures + 1 < FAILURES_MAX => {
-                self.0 = State::Closed { failures: failures + 1 };
+            BreakerState::Closed { failures } if failures + 1 < FAILURES_MAX => {
+                self.0 = BreakerState::Closed { failures: failures + 1 };
                 return None;
             }
-            State::Closed { .. } => WAIT_S,
-            State::Trying { wait_s, .. } => (2.0 * wait_s).min(WAIT_MAX_S),
+            BreakerState::Closed { .. } => WAIT_S,
+            BreakerState::Trying { wait_s, .. } => (2.0 * wait_s).min(WAIT_MAX_S),
             // A request from before it opened.
-            State::Open { .. } => return None,
+            BreakerState::Open { .. } => return None,
         };
-        self.0 = State::Open { until_s: now_s + wait_s, wait_s };
+        self.0 = BreakerState::Open { until_s: now_s + wait_s, wait_s };
         Some(wait_s)
     }
 
     /// A request ended without saying anything of the engine. If it was the trial, the next one is.
     pub fn abandoned(&mut self, now_s: f64) {
-        if let State::Trying { wait_s, .. } = self.0 {
-            self.0 = State::Open { until_s: now_s, wait_s };
+        if let BreakerState::Trying { wait_s, .. } = self.0 {
+            self.0 = BreakerState::Open { until_s: now_s, wait_s };
         }
     }
 }

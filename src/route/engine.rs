@@ -9,7 +9,7 @@ use arc_swap::ArcSwap;
 use serde::Deserialize;
 
 use super::approximate::Recent;
-use super::books::{Books, Promise};
+use super::books::{Backlog, Books, Promise};
 use super::breaker::Breaker;
 use super::estimate;
 use super::spec::Spec;
@@ -221,6 +221,12 @@ impl Engine {
     /// What was promised to it.
     pub fn books(&self) -> MutexGuard<'_, Books> {
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What it was given and has not done.
+    pub fn backlog(&self) -> Backlog {
+        let now_s = self.now_s();
+        self.books().backlog(now_s)
     }
 
     /// The time in its books.

@@ -60,7 +60,7 @@ impl ExternalProcessor for Picker {
 
     async fn process(&self, request: Request<Streaming<ProcessingRequest>>) -> Result<Response<PickerAnswers>, Status> {
         let session = PickerSession::new(Arc::clone(&self.router), Arc::clone(&self.limits));
-        let conversation = Conversation { messages: request.into_inner(), session, answers: VecDeque::new() };
+        let conversation = PickerConversation { messages: request.into_inner(), session, answers: VecDeque::new() };
         let answers = stream::unfold(conversation, |mut conversation| async move {
             let answer = conversation.next().await?;
             Some((Ok(answer), conversation))
@@ -72,13 +72,13 @@ impl ExternalProcessor for Picker {
 /// Envoy's messages about one request, and what it has not taken yet of the answers. It runs where
 /// its answers are sent: a task of its own would cost each message a change of thread, which takes
 /// longer than most decisions.
-struct Conversation {
+struct PickerConversation {
     messages: Streaming<ProcessingRequest>,
     session: PickerSession,
     answers: VecDeque<ProcessingResponse>,
 }
 
-impl Conversation {
+impl PickerConversation {
     /// The next answer; `None` when there will be none.
     async fn next(&mut self) -> Option<ProcessingResponse> {
         loop {

@@ -12,6 +12,7 @@ use prometheus_client::registry::{Metric, Registry};
 
 use super::answer::Usage;
 use super::engines::Engines;
+use super::gate::Gate;
 use super::prefix::PrefixSource;
 use super::see::Outcome;
 use kvcellar_index::fleet::FleetView;
@@ -37,6 +38,15 @@ pub struct Metrics {
     ttft_seconds: Histogram,
     engines: [PerEngine; 6],
     events: [PerEngine; 2],
+    queue: QueueMetrics,
+}
+
+/// What is told of requests that wait.
+#[derive(Debug)]
+struct QueueMetrics {
+    seconds: Histogram,
+    requests: PerEngine,
+    bytes: Gauge<u64, AtomicU64>,
 }
 
 fn labels<const N: usize>(pairs: [(&str, &str); N]) -> Vec<(String, String)> {
@@ -51,15 +61,8 @@ impl Default for Metrics {
         let ttft = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0];
         Self {
             engines: of_engines(registry),
-            events: [
-                add(registry, "events_connected", "The line to the engine's events is up", PerEngine::default()),
-                add(
-                    registry,
-                    "events_age_seconds",
-                    "Since the engine's last events; missing before the first",
-                    PerEngine::default(),
-                ),
-            ],
+            events: of_events(registry),
+            queue: QueueMetrics::new(registry),
             decisions: add(
                 registry,
                 "decisions",
@@ -139,6 +142,44 @@ fn of_engines(registry: &mut Registry) -> [PerEngine; 6] {
     ]
 }
 
+/// What is told of each engine's events.
+fn of_events(registry: &mut Registry) -> [PerEngine; 2] {
+    [
+        add(registry, "events_connected", "The line to the engine's events is up", PerEngine::default()),
+        add(
+            registry,
+            "events_age_seconds",
+            "Since the engine's last events; missing before the first",
+            PerEngine::default(),
+        ),
+    ]
+}
+
+impl QueueMetrics {
+    fn new(registry: &mut Registry) -> Self {
+        let wait = [0.001, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0];
+        Self {
+            seconds: add(
+                registry,
+                "queue_seconds",
+                "What requests waited for an engine to have room, where they may wait",
+                Histogram::new(wait),
+            ),
+            requests: add(registry, "queue_requests", "Requests that wait, by priority", PerEngine::default()),
+            bytes: add(registry, "queue_bytes", "Bytes of their bodies", Gauge::default()),
+        }
+    }
+
+    fn look(&self, gate: Option<&Gate>) {
+        self.requests.clear();
+        let Some((waiting, bytes)) = gate.map(Gate::waiting) else { return };
+        for (priority, count) in waiting {
+            self.requests.get_or_create(&labels([("priority", &priority.to_string())])).set(count as f64);
+        }
+        self.bytes.set(bytes as u64);
+    }
+}
+
 /// A metric that the registry knows, too.
 fn add<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metric: M) -> M {
     registry.register(name, help, metric.clone());
@@ -150,6 +191,11 @@ impl Metrics {
     pub fn decided(&self, engine: &str, prefix: PrefixSource, took: Duration) {
         self.decisions.get_or_create(&labels([("engine", engine), ("prefix", prefix.as_str())])).inc();
         self.decide_seconds.observe(took.as_secs_f64());
+    }
+
+    /// A request waited for room.
+    pub fn waited(&self, time: Duration) {
+        self.queue.seconds.observe(time.as_secs_f64());
     }
 
     /// A request was not passed on.
@@ -199,7 +245,8 @@ impl Metrics {
     }
 
     /// All numbers as text.
-    pub fn text(&self, engines: &Engines, fleet: Option<&FleetView>) -> Option<String> {
+    pub fn text(&self, engines: &Engines, fleet: Option<&FleetView>, gate: Option<&Gate>) -> Option<String> {
+        self.queue.look(gate);
         self.engines.iter().chain(&self.events).for_each(PerEngine::clear);
         for (name, source) in fleet.map(FleetView::sources).unwrap_or_default() {
             let labels = labels([("engine", &name)]);

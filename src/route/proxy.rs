@@ -28,6 +28,7 @@ use super::request::{Kind, Refusal, Request};
 use super::router::{Router, Ticket};
 use super::see::Outcome;
 use super::traces;
+use super::urgency::Urgency;
 
 /// Bounds of the front end.
 #[derive(Debug, Clone)]
@@ -67,6 +68,12 @@ const HOP_BY_HOP: [HeaderName; 8] = [
 /// Asks for the decision in the answer's headers.
 pub const DEBUG: HeaderName = HeaderName::from_static("x-kvcellar-debug");
 
+/// Says of an answer that was refused for want of room why.
+pub const DROPPED: &str = "x-kvcellar-dropped-reason";
+
+/// Says by how many ms an answer's head came later than it was wanted.
+pub const LATE: &str = "x-kvcellar-late-ms";
+
 /// The routes.
 pub fn routes(router: Arc<Router>, limits: ProxyLimits) -> axum::Router {
     let mut connector = HttpConnector::new();
@@ -84,7 +91,10 @@ pub fn routes(router: Arc<Router>, limits: ProxyLimits) -> axum::Router {
 fn refuse(refusal: &Refusal) -> Response {
     let status = StatusCode::from_u16(refusal.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let mut response = (status, [(header::CONTENT_TYPE, "application/json")], refusal.body()).into_response();
-    if matches!(refusal, Refusal::Shed(_) | Refusal::NoEngine(_)) {
+    if refusal.is_for_room() {
+        response.headers_mut().insert(DROPPED, HeaderValue::from_static(refusal.name()));
+    }
+    if refusal.is_for_room() || matches!(refusal, Refusal::NoEngine(_)) {
         response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
     }
     response
@@ -112,6 +122,8 @@ impl Proxy {
             Request::read(kind, body.clone()).inspect_err(|refusal| self.router.metrics.refused(refusal.name()))?;
         let session = parts.headers.get(&self.limits.session_header).and_then(|value| value.to_str().ok());
         request.session = session.map(str::to_owned);
+        let header = |name: &str| parts.headers.get(name).and_then(|value| value.to_str().ok());
+        request.urgency = Urgency::read(header, &self.router.setup.objectives);
         for name in traces::HEADERS {
             let value = parts.headers.get(name).and_then(|value| value.to_str().ok());
             request.trace.extend(value.map(|value| (name.to_owned(), value.to_owned())));
@@ -232,6 +244,9 @@ impl Proxy {
             if let Ok(name) = HeaderValue::from_str(&ticket.engine().spec.name) {
                 out.headers_mut().insert("x-kvcellar-engine", name);
             }
+        }
+        if let Some(late) = ticket.late_by() {
+            out.headers_mut().insert(LATE, (late.as_millis() as u64).into());
         }
         let outcome = if parts.status.is_server_error() { Outcome::EngineError } else { Outcome::Done };
         let silence = self.limits.silence;

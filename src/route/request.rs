@@ -9,6 +9,7 @@ use serde_json::{Map, Value as Json};
 
 use super::dialect;
 use super::tokens::Inexact;
+use super::urgency::Urgency;
 
 /// What a request asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +66,15 @@ pub enum Refusal {
     /// The engine took too long.
     #[error("the engine sent nothing for {0} s")]
     Timeout(u64),
+    /// There is no room in the queue for one of its priority.
+    #[error("all engines are busy, and no more requests of this priority may wait; try again later")]
+    QueueFull,
+    /// Its place in the queue was wanted for one of a higher priority.
+    #[error("all engines are busy, and requests of a higher priority took the places in the queue; try again later")]
+    Displaced,
+    /// No engine had room for it in time.
+    #[error("no engine had room for the request within its {0} ms")]
+    Late(u128),
 }
 
 impl Refusal {
@@ -74,8 +84,8 @@ impl Refusal {
             Self::BadRequest(_) => 400,
             Self::ModelNotFound(_) => 404,
             Self::TooLarge(_) => 413,
-            Self::Shed(_) => 429,
-            Self::NoEngine(_) => 503,
+            Self::Shed(_) | Self::QueueFull | Self::Displaced => 429,
+            Self::NoEngine(_) | Self::Late(_) => 503,
             Self::Upstream(_) => 502,
             Self::Timeout(_) => 504,
         }
@@ -91,7 +101,15 @@ impl Refusal {
             Self::NoEngine(_) => "no_engine",
             Self::Upstream(_) => "upstream",
             Self::Timeout(_) => "timeout",
+            Self::QueueFull => "queue_full",
+            Self::Displaced => "displaced",
+            Self::Late(_) => "deadline",
         }
+    }
+
+    /// It was dropped for want of room, not for anything in it.
+    pub fn is_for_room(&self) -> bool {
+        matches!(self, Self::Shed(_) | Self::QueueFull | Self::Displaced | Self::Late(_))
     }
 
     /// Its body, as `OpenAI` clients read it.
@@ -115,6 +133,8 @@ pub struct Request {
     pub cache_salt: Option<String>,
     /// Who else's requests it follows.
     pub session: Option<String>,
+    /// How urgent it is.
+    pub urgency: Urgency,
     /// Addresses that alone may take it.
     pub subset: Option<Vec<String>>,
     /// Headers of the caller's trace, if any.
@@ -155,7 +175,17 @@ impl Request {
             |name: &str| fields.get(name).and_then(Json::as_str).filter(|text| !text.is_empty()).map(str::to_owned);
         let (model, cache_salt) = (text("model"), text("cache_salt"));
         let trace = HashMap::new();
-        Ok(Self { kind, model, cache_salt, session: None, subset: None, trace, raw, body: fields })
+        Ok(Self {
+            kind,
+            model,
+            cache_salt,
+            session: None,
+            urgency: Urgency::default(),
+            subset: None,
+            trace,
+            raw,
+            body: fields,
+        })
     }
 
     /// The chat request that the engine makes of it.

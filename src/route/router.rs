@@ -16,6 +16,7 @@ use super::engine::Booking;
 use super::engine::Engine;
 use super::engines::Engines;
 use super::estimate;
+use super::gate::Gate;
 use super::metrics::Metrics;
 use super::prefix::{self, Found, PrefixSource};
 use super::prompt::{Models, Prompt};
@@ -25,6 +26,7 @@ use super::retry_budget::RetryBudget;
 use super::see::{Considered, Decision, Outcome, Ring};
 use super::tokens::Inexact;
 use super::traces::{Trace, Traces};
+use super::urgency::Objectives;
 use crate::limits;
 use kvcellar_block::error::Result;
 use kvcellar_index::Index;
@@ -60,6 +62,10 @@ pub struct Setup {
     pub models: Models,
     /// Requests in flight at most; 0: no bound.
     pub in_flight_max: usize,
+    /// Where requests wait for engines to have room, if they do.
+    pub gate: Option<Gate>,
+    /// Priorities of objectives.
+    pub objectives: Objectives,
     /// Of the random numbers that settle ties.
     pub seed: u64,
     /// Where traces go.
@@ -143,7 +149,18 @@ impl Router {
         if self.setup.in_flight_max > 0 && open >= self.setup.in_flight_max {
             return Err(Refusal::Shed(open));
         }
-        let engines = self.candidates(request)?;
+        // Refused before it waits, if it would be after.
+        let mut engines = self.candidates(request)?;
+        let pass = match &self.setup.gate {
+            Some(gate) if request.kind != Kind::Other || request.model.is_some() => {
+                let model = request.model.as_deref().filter(|model| engines.iter().all(|engine| engine.serves(model)));
+                let pass = gate.enter(model, &request.urgency, request.raw.len()).await?;
+                self.metrics.waited(pass.waited);
+                engines = self.candidates(request)?;
+                Some(pass)
+            }
+            _ => None,
+        };
         let adapter = request.model.as_deref().filter(|model| engines.iter().any(|engine| engine.is_adapter(model)));
         let prompt = self.prompt(request, adapter, &engines).await;
         let (found, prefix_from) = self.found(&prompt, &engines);
@@ -184,9 +201,11 @@ impl Router {
             decision,
             decided: Instant::now(),
             first_byte: OnceLock::new(),
+            due: request.urgency.ttft.and_then(|ttft| started.checked_add(ttft)),
             trace: None,
         };
         ticket.promise();
+        drop(pass);
         Ok(ticket)
     }
 
@@ -353,6 +372,8 @@ pub struct Ticket {
     decision: Decision,
     decided: Instant,
     first_byte: OnceLock<Instant>,
+    /// When its first token was wanted.
+    due: Option<Instant>,
     trace: Option<Trace>,
 }
 
@@ -425,7 +446,13 @@ impl Ticket {
         if self.first_byte.set(Instant::now()).is_ok() {
             self.router.metrics.answered(self.decided.elapsed());
             self.booking.iter().for_each(Booking::answered);
+            self.router.setup.gate.iter().for_each(Gate::wake);
         }
+    }
+
+    /// By how much the answer comes later than it was wanted.
+    pub fn late_by(&self) -> Option<Duration> {
+        self.due.map(|due| Instant::now().saturating_duration_since(due)).filter(|late| !late.is_zero())
     }
 
     /// The gateway says where it went, which may be a fallback.
@@ -478,6 +505,8 @@ impl Drop for Ticket {
             self.decision.outcome = Outcome::Aborted;
         }
         self.router.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.booking = None;
+        self.router.setup.gate.iter().for_each(Gate::wake);
         self.router.metrics.ended(&self.decision.engine, self.decision.outcome);
         if let Some(trace) = &mut self.trace {
             let first = self.first_byte.get().map(|at| SystemTime::now() - at.elapsed());

@@ -46,6 +46,9 @@ class Fake:
     blocks: int = BLOCKS
     block_tokens: int = BLOCK_TOKENS
     model: str = "model"
+    # Tokens a second, and whether prompts are computed one after the other, as on a busy machine.
+    prefill_rate: float = 40_000.0
+    one_by_one: bool = False
     port: int = field(default_factory=low_port)
     admin_port: int = field(default_factory=low_port)
     events_port: int = field(default_factory=low_port)
@@ -75,8 +78,19 @@ class Fake:
         """Begins a life with an empty cache, and waits for its first answer."""
         assert self.process is None, f"{self.name} lives"
         command = [sys.executable, "-m", "tests.vllm.fake_engine", "--name", self.name, "--seen", str(self.seen)]
-        for option in ("port", "admin_port", "events_port", "replay_port", "blocks", "block_tokens", "model"):
+        options = (
+            "port",
+            "admin_port",
+            "events_port",
+            "replay_port",
+            "blocks",
+            "block_tokens",
+            "model",
+            "prefill_rate",
+        )
+        for option in options:
             command += [f"--{option.replace('_', '-')}", str(getattr(self, option))]
+        command += ["--one-by-one"] if self.one_by_one else []
         log = self.work_dir / f"{self.name}.log"
         with log.open("ab") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)

@@ -55,6 +55,8 @@ class FakeEngine:
         self.numbers = Numbers(options.blocks, options.block_tokens)
         self.mode = Mode()
         self.seats = asyncio.Semaphore(SEQUENCES_MAX)
+        # How many prompts it computes at once.
+        self.prefill = asyncio.Semaphore(1 if options.one_by_one else SEQUENCES_MAX)
         self.seen = os.open(options.seen, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self.site: web.TCPSite | None = None
         self.last_body = ""
@@ -196,7 +198,9 @@ class FakeEngine:
         half = max(1, asked.max_tokens // 2)
         try:
             with self.numbers.running():
-                await asyncio.sleep((len(asked.tokens) - cached) / PREFILL_TOKENS_PER_S)
+                seconds = (len(asked.tokens) - cached) / self.options.prefill_rate
+                async with self.prefill:
+                    await asyncio.sleep(seconds)
                 if asked.stream:
                     response = await self.open_stream(request)
                     for piece in answers.opening(asked, request_id):
@@ -309,6 +313,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", required=True)
     parser.add_argument("--model", default=answers.MODEL)
+    parser.add_argument("--prefill-rate", type=float, default=PREFILL_TOKENS_PER_S)
+    parser.add_argument("--one-by-one", action="store_true")
     for port in ("port", "admin-port", "events-port", "replay-port", "blocks", "block-tokens"):
         parser.add_argument(f"--{port}", type=int, required=True)
     parser.add_argument("--seen", type=Path, required=True)

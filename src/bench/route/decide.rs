@@ -23,6 +23,7 @@ use kvcellar_route::router::{Mode, Router, Setup};
 use kvcellar_route::see::Outcome;
 use kvcellar_route::spec::Spec;
 use kvcellar_route::tokens::TokenModel;
+use kvcellar_route::urgency::Objectives;
 
 /// What prompts are like, and how prefixes are looked up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -165,6 +166,8 @@ impl KnownPrefix {
             fleet: None,
             models: Models { named },
             in_flight_max: 0,
+            gate: None,
+            objectives: Objectives::new(),
             seed: 1,
             traces: None,
         };

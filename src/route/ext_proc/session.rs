@@ -21,11 +21,12 @@ use envoy_types::pb::google::protobuf::{Struct, Value};
 
 use super::PickerLimits;
 use crate::answer::Tail;
-use crate::proxy::is_the_engines_fault;
+use crate::proxy::{DROPPED, LATE, is_the_engines_fault};
 use crate::request::{Kind, Refusal, Request};
 use crate::router::{Router, Ticket};
 use crate::see::Outcome;
 use crate::traces;
+use crate::urgency::Urgency;
 
 /// Where the gateway reads the address.
 const DESTINATION: &str = "x-gateway-destination-endpoint";
@@ -47,6 +48,7 @@ pub(super) struct PickerSession {
     subset: Option<Vec<String>>,
     trace: HashMap<String, String>,
     debug: bool,
+    urgency: Urgency,
     body: Vec<u8>,
     ticket: Option<Ticket>,
     tail: Tail,
@@ -66,6 +68,7 @@ impl PickerSession {
             subset: None,
             trace: HashMap::new(),
             debug: false,
+            urgency: Urgency::default(),
             body: Vec::new(),
             ticket: None,
             tail: Tail::default(),
@@ -108,6 +111,7 @@ impl PickerSession {
         self.kind = if field(":method").as_deref() == Some("POST") { Kind::of(&path) } else { Kind::Other };
         self.follows = field(&self.limits.session_header);
         self.trace = traces::HEADERS.iter().filter_map(|name| Some(((*name).to_owned(), field(name)?))).collect();
+        self.urgency = Urgency::read(|name| fields.get(name).map(String::as_str), &self.router.setup.objectives);
         self.debug = fields.contains_key("x-kvcellar-debug");
         let hint = text_of(metadata, SUBSET);
         self.subset =
@@ -127,6 +131,7 @@ impl PickerSession {
                 self.over = true;
                 vec![immediate(
                     500,
+                    vec![("content-type", "application/json".to_owned())],
                     r#"{"error":{"message":"the filter's request_body_mode is not supported: use FULL_DUPLEX_STREAMED or BUFFERED","type":"configuration","code":500}}"#,
                 )]
             }
@@ -196,6 +201,7 @@ impl PickerSession {
             Request::read(self.kind, body).inspect_err(|refusal| self.router.metrics.refused(refusal.name()))?;
         request.session = self.follows.take();
         request.subset = self.subset.take();
+        request.urgency = std::mem::take(&mut self.urgency);
         request.trace = std::mem::take(&mut self.trace);
         let ticket = self.router.route(&request).await?;
         let mut places = Vec::new();
@@ -234,7 +240,14 @@ impl PickerSession {
 
     fn refuse_counted(&mut self, refusal: &Refusal) -> Vec<ProcessingResponse> {
         self.over = true;
-        vec![immediate(refusal.status(), &refusal.body())]
+        let mut headers = vec![("content-type", "application/json".to_owned())];
+        if refusal.is_for_room() {
+            headers.push((DROPPED, refusal.name().to_owned()));
+        }
+        if refusal.is_for_room() || matches!(refusal, Refusal::NoEngine(_)) {
+            headers.push(("retry-after", "1".to_owned()));
+        }
+        vec![immediate(refusal.status(), headers, &refusal.body())]
     }
 
     fn response_headers(&mut self, headers: &HttpHeaders, metadata: Option<&Metadata>) -> ProcessingResponse {
@@ -244,14 +257,15 @@ impl PickerSession {
         if let (Some(served), Some(ticket)) = (text_of(metadata, SERVED), &mut self.ticket) {
             ticket.served_by(&served);
         }
-        let mut mutation = None;
+        let mut added = Vec::new();
         if let (true, Some(ticket)) = (self.debug, &self.ticket) {
-            let decision = serde_json::to_string(ticket.decision()).unwrap_or_default();
-            mutation = Some(set(vec![
-                ("x-kvcellar-engine", ticket.engine().spec.name.clone()),
-                ("x-kvcellar-decision", decision),
-            ]));
+            added.push(("x-kvcellar-engine", ticket.engine().spec.name.clone()));
+            added.push(("x-kvcellar-decision", serde_json::to_string(ticket.decision()).unwrap_or_default()));
         }
+        if let Some(late) = self.ticket.as_ref().and_then(Ticket::late_by) {
+            added.push((LATE, late.as_millis().to_string()));
+        }
+        let mutation = (!added.is_empty()).then(|| set(added));
         if let (Some(ticket), Ok(status)) = (&self.ticket, StatusCode::from_u16(status)) {
             ticket.judge(!is_the_engines_fault(status));
         }
@@ -298,11 +312,10 @@ fn streamed(body: Vec<u8>, end_of_stream: bool) -> BodyResponse {
     BodyResponse { response: Some(CommonResponse { body_mutation, ..CommonResponse::default() }) }
 }
 
-fn immediate(status: u16, body: &str) -> ProcessingResponse {
-    let headers = set(vec![("content-type", "application/json".to_owned())]);
+fn immediate(status: u16, headers: Vec<(&str, String)>, body: &str) -> ProcessingResponse {
     answer(Answer::ImmediateResponse(ImmediateResponse {
         status: Some(HttpStatus { code: status.into() }),
-        headers: Some(headers),
+        headers: Some(set(headers)),
         body: body.as_bytes().to_vec(),
         ..ImmediateResponse::default()
     }))

@@ -1,0 +1,436 @@
+//! Flow control: requests go on as engines have room for them, and wait in a [`RequestQueue`]
+//! until then.
+//!
+//! Without it every request goes to an engine at once, whose own queue knows neither priorities nor
+//! deadlines nor whose a request is. So as little as possible is kept waiting there: an engine has
+//! room while what it has yet to compute takes less than a moment, and while it has fewer requests
+//! than it may have. Lower priorities leave something free for the highest one that was seen
+//! lately: one engine that has nothing to compute where there are several, and some places.
+//!
+//! Promises: a request waits no longer than its deadline, and is told when it has to go; whoever
+//! leaves gives its place back; a request for which there is room does not wait.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Notify, oneshot};
+
+use super::engine::Engine;
+use super::engines::Engines;
+use super::queue::{QueueBounds, QueuePlace, RequestQueue, WaitingRequest};
+use super::request::Refusal;
+use super::urgency::Urgency;
+
+/// How flow control is set up.
+#[derive(Debug, Clone, Copy)]
+pub struct GateSettings {
+    /// What may wait.
+    pub bounds: QueueBounds,
+    /// How long a request waits that names no shorter time.
+    pub patience: Duration,
+    /// An engine has room while the prompts it was given take less than this.
+    pub backlog: Duration,
+    /// Requests of an engine at most; 0: no bound.
+    pub concurrency: usize,
+}
+
+/// How long something is left free for a priority of which nothing more comes.
+const RESERVED_FOR: Duration = Duration::from_secs(30);
+
+/// Of so many places of an engine one is left to the highest priority.
+const RESERVED_SHARE: usize = 8;
+
+/// Lanes of which it is remembered, before old ones are forgotten, what was seen in them.
+const LANES_SEEN: usize = 1024;
+
+/// How often engines are looked at while requests wait and nothing ends: what they say of
+/// themselves changes with each scrape.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+#[derive(Debug)]
+enum Verdict {
+    Go,
+    Late,
+    Displaced,
+}
+
+#[derive(Debug)]
+struct Hall {
+    queue: RequestQueue,
+    answers: HashMap<QueuePlace, oneshot::Sender<Verdict>>,
+    /// Requests that were let through and are not booked at an engine yet, by lane.
+    passing: HashMap<String, usize>,
+    /// The highest priority of each lane, and when it was last seen.
+    highest: HashMap<String, (i32, Instant)>,
+}
+
+/// The gate.
+#[derive(Debug)]
+pub struct Gate {
+    settings: GateSettings,
+    engines: Arc<Engines>,
+    hall: Mutex<Hall>,
+    wake: Notify,
+    opened: Instant,
+}
+
+/// A request that was let through. Kept until the request is booked at an engine.
+#[derive(Debug)]
+pub struct Pass<'g> {
+    gate: &'g Gate,
+    lane: String,
+    /// How long it waited.
+    pub waited: Duration,
+}
+
+impl Drop for Pass<'_> {
+    fn drop(&mut self) {
+        let mut hall = self.gate.hall();
+        if let Some(count) = hall.passing.get_mut(&self.lane) {
+            *count -= 1;
+            if *count == 0 {
+                hall.passing.remove(&self.lane);
+            }
+        }
+        drop(hall);
+        self.gate.wake();
+    }
+}
+
+/// A request in the queue. Dropped, it leaves.
+struct Stay<'g> {
+    gate: &'g Gate,
+    place: QueuePlace,
+    lane: String,
+    came: Instant,
+    verdict: oneshot::Receiver<Verdict>,
+    is_over: bool,
+}
+
+impl<'g> Stay<'g> {
+    async fn wait(mut self, patience: Duration) -> Result<Pass<'g>, Refusal> {
+        let verdict = (&mut self.verdict).await;
+        self.is_over = true;
+        let waited = self.came.elapsed();
+        match verdict {
+            Ok(Verdict::Go) => Ok(Pass { gate: self.gate, lane: std::mem::take(&mut self.lane), waited }),
+            Ok(Verdict::Late) => Err(Refusal::Late(patience.as_millis())),
+            Ok(Verdict::Displaced) | Err(_) => Err(Refusal::Displaced),
+        }
+    }
+}
+
+impl Drop for Stay<'_> {
+    fn drop(&mut self) {
+        if self.is_over {
+            return;
+        }
+        let mut hall = self.gate.hall();
+        hall.answers.remove(&self.place);
+        let was_waiting = hall.queue.remove(self.place).is_some();
+        drop(hall);
+        if !was_waiting && matches!(self.verdict.try_recv(), Ok(Verdict::Go)) {
+            // It left at the very moment at which it was let through.
+            drop(Pass { gate: self.gate, lane: std::mem::take(&mut self.lane), waited: Duration::ZERO });
+        }
+    }
+}
+
+/// What engines have room for, at this moment.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct EngineRoom {
+    /// Engines that serve the lane.
+    engines: usize,
+    /// Those that may take a request of the highest priority.
+    any: usize,
+    /// Those that may take one of a lower priority.
+    lower: usize,
+    /// Of these, how many have nothing left to compute.
+    idle: usize,
+}
+
+impl EngineRoom {
+    /// Whether there is room for one more beside those that are on their way. Of several engines
+    /// lower priorities leave one that has nothing to compute, wherever they are sent.
+    fn admits(self, is_highest: bool, passing: usize) -> bool {
+        match (is_highest, self.engines) {
+            (true, _) => self.any > passing,
+            (false, 1) => self.lower > passing,
+            (false, _) => self.idle > passing + 1,
+        }
+    }
+}
+
+impl Gate {
+    /// An open gate in front of these engines. To be kept by [`Self::keep`].
+    pub fn new(settings: GateSettings, engines: Arc<Engines>) -> Self {
+        let hall = Hall {
+            queue: RequestQueue::new(settings.bounds),
+            answers: HashMap::new(),
+            passing: HashMap::new(),
+            highest: HashMap::new(),
+        };
+        Self { settings, engines, hall: Mutex::new(hall), wake: Notify::new(), opened: Instant::now() }
+    }
+
+    fn hall(&self) -> MutexGuard<'_, Hall> {
+        self.hall.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now_s(&self) -> f64 {
+        self.opened.elapsed().as_secs_f64()
+    }
+
+    /// Requests that wait, by priority, and bytes of their bodies.
+    pub fn waiting(&self) -> (Vec<(i32, usize)>, usize) {
+        let hall = self.hall();
+        (hall.queue.by_priority().into_iter().collect(), hall.queue.bytes())
+    }
+
+    /// Something has ended or begun: there may be room.
+    pub fn wake(&self) {
+        self.wake.notify_one();
+    }
+
+    /// Lets a request through as soon as there is room for it. `model`: the one it names.
+    ///
+    /// # Errors
+    /// [`Refusal::QueueFull`], [`Refusal::Displaced`], [`Refusal::Late`].
+    pub async fn enter(&self, model: Option<&str>, flow: &Urgency, bytes: usize) -> Result<Pass<'_>, Refusal> {
+        let lane = model.unwrap_or_default().to_owned();
+        let came = Instant::now();
+        let patience = flow.ttft.map_or(self.settings.patience, |ttft| ttft.min(self.settings.patience));
+        let stay = {
+            let mut hall = self.hall();
+            hall.saw(&lane, flow.priority);
+            if !hall.queue.lanes().contains(&lane) && self.has_room(&hall, &lane, flow.priority) {
+                *hall.passing.entry(lane.clone()).or_default() += 1;
+                return Ok(Pass { gate: self, lane, waited: Duration::ZERO });
+            }
+            let now_s = self.now_s();
+            let waiting = WaitingRequest {
+                lane: lane.clone(),
+                priority: flow.priority,
+                flow: flow.id.clone(),
+                came_s: now_s,
+                deadline_s: now_s + patience.as_secs_f64(),
+                bytes,
+            };
+            let (place, gone) = hall.queue.push(waiting).ok_or(Refusal::QueueFull)?;
+            for place in gone {
+                hall.tell(place, Verdict::Displaced);
+            }
+            let (answer, verdict) = oneshot::channel();
+            hall.answers.insert(place, answer);
+            Stay { gate: self, place, lane, came, verdict, is_over: false }
+        };
+        self.wake();
+        stay.wait(patience).await
+    }
+
+    /// Lets requests through as there is room, for ever.
+    pub async fn keep(&self) {
+        loop {
+            let pause = {
+                let mut hall = self.hall();
+                self.settle(&mut hall);
+                let until =
+                    hall.queue.next_deadline_s().map(|at_s| Duration::from_secs_f64((at_s - self.now_s()).max(0.0)));
+                until.map(|until| until.min(LOOK_EVERY))
+            };
+            match pause {
+                None => self.wake.notified().await,
+                // Whether it was woken or not, it looks.
+                Some(pause) => drop(tokio::time::timeout(pause, self.wake.notified()).await),
+            }
+        }
+    }
+
+    fn settle(&self, hall: &mut Hall) {
+        let now_s = self.now_s();
+        for place in hall.queue.expire(now_s) {
+            hall.tell(place, Verdict::Late);
+        }
+        for lane in hall.queue.lanes() {
+            loop {
+                let room = self.room(&lane);
+                let passing = hall.passing.get(&lane).copied().unwrap_or(0);
+                let highest = hall.highest(&lane);
+                let may = |priority: i32| room.admits(highest.is_none_or(|highest| priority >= highest), passing);
+                let Some((place, _)) = hall.queue.next(&lane, now_s, may) else { break };
+                if hall.tell(place, Verdict::Go) {
+                    *hall.passing.entry(lane.clone()).or_default() += 1;
+                }
+            }
+        }
+    }
+
+    fn has_room(&self, hall: &Hall, lane: &str, priority: i32) -> bool {
+        let passing = hall.passing.get(lane).copied().unwrap_or(0);
+        let is_highest = hall.highest(lane).is_none_or(|highest| priority >= highest);
+        self.room(lane).admits(is_highest, passing)
+    }
+
+    fn room(&self, lane: &str) -> EngineRoom {
+        let all = self.engines.all();
+        let serving = |engine: &&Arc<Engine>| engine.is_usable() && (lane.is_empty() || engine.serves(lane));
+        let mut room = EngineRoom::default();
+        for engine in all.iter().filter(serving) {
+            room.engines += 1;
+            let backlog = engine.backlog();
+            let most = self.settings.concurrency;
+            let free = if most == 0 { usize::MAX } else { most.saturating_sub(backlog.requests) };
+            let is_ahead = backlog.seconds < self.settings.backlog.as_secs_f64()
+                && engine.told.load().waiting <= backlog.unanswered as f64;
+            let takes_lower = is_ahead && free > if most > 1 { most.div_ceil(RESERVED_SHARE) } else { 0 };
+            room.any += usize::from(is_ahead && free > 0);
+            room.lower += usize::from(takes_lower);
+            room.idle += usize::from(takes_lower && backlog.seconds <= 0.0);
+        }
+        if room.engines == 0 {
+            // Whoever decides refuses by name; nobody is to wait for that.
+            return EngineRoom { engines: 1, any: usize::MAX, lower: usize::MAX, idle: 0 };
+        }
+        room
+    }
+}
+
+impl Hall {
+    fn saw(&mut self, lane: &str, priority: i32) {
+        let now = Instant::now();
+        if self.highest.len() >= LANES_SEEN {
+            // Where engines do not say what they serve, lanes are what clients make of them.
+            self.highest.retain(|_, (_, at)| at.elapsed() < RESERVED_FOR);
+        }
+        if self.highest(lane).is_none_or(|highest| priority >= highest) {
+            self.highest.insert(lane.to_owned(), (priority, now));
+        }
+    }
+
+    /// The highest priority seen lately.
+    fn highest(&self, lane: &str) -> Option<i32> {
+        self.highest.get(lane).filter(|(_, at)| at.elapsed() < RESERVED_FOR).map(|(priority, _)| *priority)
+    }
+
+    /// `false`: it has left.
+    fn tell(&mut self, place: QueuePlace, verdict: Verdict) -> bool {
+        self.answers.remove(&place).is_some_and(|answer| answer.send(verdict).is_ok())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::books::Promise;
+    use crate::engine::{Booking, Told};
+    use crate::view::Rates;
+
+    const SETTINGS: GateSettings = GateSettings {
+        bounds: QueueBounds { requests: 3, bytes: 1000 },
+        patience: Duration::from_secs(20),
+        backlog: Duration::from_millis(100),
+        concurrency: 0,
+    };
+
+    fn engines(count: usize) -> Arc<Engines> {
+        let engines = Arc::new(Engines::default());
+        let spec =
+            |number| kvcellar_discovery::parse(&format!("url=http://h:{number},name={number}")).expect("an engine");
+        engines.set((1..=count).map(spec).collect());
+        for engine in engines.all().iter() {
+            engine.heard(Told::default());
+        }
+        engines
+    }
+
+    /// An engine computes a prompt for so long.
+    fn busy(engines: &Engines, number: usize, seconds: f64) -> Booking {
+        let tokens = (seconds * Rates::default().prefill).round();
+        #[expect(clippy::cast_sign_loss, reason = "times are not below zero")]
+        let promise = Promise { tokens: tokens as u32, held: 0, streams: true };
+        Booking::new(Arc::clone(&engines.all()[number]), promise)
+    }
+
+    fn flow(priority: i32) -> Urgency {
+        Urgency { priority, ..Urgency::default() }
+    }
+
+    async fn is_through(gate: &Gate, priority: i32) -> bool {
+        let entered = tokio::time::timeout(Duration::from_millis(20), gate.enter(Some("m"), &flow(priority), 10)).await;
+        entered.is_ok()
+    }
+
+    #[tokio::test]
+    async fn who_finds_room_does_not_wait_and_others_wait_for_it() {
+        let engines = engines(1);
+        let gate = Gate::new(SETTINGS, Arc::clone(&engines));
+        assert!(is_through(&gate, 0).await && is_through(&gate, 0).await, "a short backlog is none");
+        let long = busy(&engines, 0, 5.0);
+        assert!(!is_through(&gate, 0).await);
+        assert_eq!(gate.waiting().0, [], "it has left");
+        let plain = flow(0);
+        let (entered, ()) = tokio::join!(gate.enter(Some("m"), &plain, 10), async {
+            tokio::task::yield_now().await;
+            assert_eq!(gate.waiting(), (vec![(0, 1)], 10));
+            drop(long);
+            gate.settle(&mut gate.hall());
+        });
+        drop(entered.expect("through"));
+        assert!(gate.hall().passing.is_empty() && gate.hall().answers.is_empty());
+    }
+
+    #[tokio::test]
+    async fn those_on_their_way_count() {
+        let engines = engines(2);
+        let gate = Gate::new(SETTINGS, Arc::clone(&engines));
+        let first = gate.enter(Some("m"), &flow(0), 10).await.expect("room");
+        let second = gate.enter(Some("m"), &flow(0), 10).await.expect("room");
+        assert!(!is_through(&gate, 0).await, "both engines may be theirs");
+        assert!(gate.enter(Some("n"), &flow(0), 10).await.is_ok(), "another lane");
+        drop((first, second));
+        assert!(is_through(&gate, 0).await);
+    }
+
+    #[tokio::test]
+    async fn lower_priorities_leave_something_free() {
+        let engines = engines(2);
+        let gate = Gate::new(GateSettings { concurrency: 2, ..SETTINGS }, Arc::clone(&engines));
+        let one = busy(&engines, 0, 0.05);
+        assert!(is_through(&gate, 0).await, "no higher one was seen");
+        assert!(is_through(&gate, 5).await && !is_through(&gate, 0).await, "the other engine is kept");
+        assert!(is_through(&gate, 5).await);
+        drop(one);
+        assert!(is_through(&gate, 0).await, "both have nothing to do");
+        let places: Vec<_> = (0..2).map(|number| busy(&engines, number, 0.0)).collect();
+        assert!(!is_through(&gate, 0).await && is_through(&gate, 5).await, "each has one place left");
+        drop(places);
+    }
+
+    #[tokio::test]
+    async fn who_has_to_go_is_told() {
+        let engines = engines(1);
+        let gate = Gate::new(SETTINGS, Arc::clone(&engines));
+        let long = busy(&engines, 0, 50.0);
+        let soon = Urgency { ttft: Some(Duration::from_millis(30)), ..flow(1) };
+        let flows = [soon, flow(0), flow(0), flow(0), flow(7)];
+        let all = futures_util::future::join_all(
+            flows.iter().map(|flow| async { gate.enter(Some("m"), flow, 10).await.map(drop) }),
+        );
+        let keeper = async {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            drop(long);
+            gate.keep().await;
+        };
+        let told = tokio::select! { told = all => told, () = keeper => unreachable!("it keeps on") };
+        let told: Vec<_> = told.into_iter().map(Result::err).collect();
+        let expected = [Some(Refusal::Late(30)), None, Some(Refusal::Displaced), Some(Refusal::QueueFull), None];
+        assert_eq!(told, expected);
+    }
+
+    #[tokio::test]
+    async fn without_an_engine_nobody_waits() {
+        let gate = Gate::new(SETTINGS, Arc::default());
+        assert!(is_through(&gate, 0).await);
+    }
+}
