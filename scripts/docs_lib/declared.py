@@ -102,6 +102,7 @@ _ROUTE_LABELS = {
     "inexact": ("reason",),
     "outcomes": ("engine", "outcome"),
     "retries": ("engine",),
+    "prefills": ("engine", "outcome"),
     "events_connected": ("engine",),
     "events_age_seconds": ("engine",),
     "queue_requests": ("priority",),

@@ -30,6 +30,7 @@ use kvcellar_route::scorers::Scorer;
 use kvcellar_route::spec::Spec;
 use kvcellar_route::tokens::TokenModel;
 use kvcellar_route::traces::Traces;
+use kvcellar_route::two_steps::{PrefillBy, TwoSteps};
 use kvcellar_route::urgency::Objectives;
 use kvcellar_route::{admin, ext_proc, scrape, self_check, streams};
 
@@ -121,6 +122,13 @@ pub struct Options {
     /// have 0. May be repeated.
     #[arg(long = "objective", value_name = "NAME=PRIORITY")]
     pub objectives: Vec<String>,
+    /// Who has prompts computed by engines with role=prefill: this router, or a sidecar of the
+    /// engine that decodes, which finds the other one in the header x-prefiller-host-port.
+    #[arg(long, value_enum, default_value = "router")]
+    pub prefill_by: PrefillBy,
+    /// Tokens that an engine would have to compute for another one to do it.
+    #[arg(long, default_value_t = 512)]
+    pub prefill_tokens: u32,
     /// Time between two scrapes of an engine, in ms.
     #[arg(long, default_value_t = 500)]
     pub scrape_ms: u64,
@@ -279,6 +287,7 @@ async fn run(options: &Options) -> Result<()> {
         in_flight_max: options.in_flight,
         gate: options.gate(&engines)?,
         objectives: options.objectives()?,
+        two_steps: TwoSteps { by: options.prefill_by, tokens_min: options.prefill_tokens.max(1) },
         seed: options.seed,
         traces: options.otlp.as_deref().map(Traces::open).transpose()?,
     };

@@ -301,6 +301,11 @@ impl Booking {
         Self { engine, number, has_prompt, judged: AtomicBool::new(false) }
     }
 
+    /// Where it is booked.
+    pub fn engine(&self) -> &Arc<Engine> {
+        &self.engine
+    }
+
     /// What it says of the engine is known. A later word of the same request counts only if it is
     /// a bad one.
     pub fn judged(&self, well: bool) {

@@ -20,6 +20,7 @@ use super::engine::Engine;
 use super::engines::Engines;
 use super::queue::{QueueBounds, QueuePlace, RequestQueue, WaitingRequest};
 use super::request::Refusal;
+use super::spec::EngineRole;
 use super::urgency::Urgency;
 
 /// How flow control is set up.
@@ -151,6 +152,21 @@ struct EngineRoom {
 }
 
 impl EngineRoom {
+    /// Without an engine whoever decides refuses by name: nobody is to wait for that.
+    fn or_refusal(self) -> Self {
+        if self.engines == 0 { Self { engines: 1, any: usize::MAX, lower: usize::MAX, idle: 0 } } else { self }
+    }
+
+    /// What there is room for at both.
+    fn and(self, other: Self) -> Self {
+        Self {
+            engines: self.engines.min(other.engines),
+            any: self.any.min(other.any),
+            lower: self.lower.min(other.lower),
+            idle: self.idle.min(other.idle),
+        }
+    }
+
     /// Whether there is room for one more beside those that are on their way. Of several engines
     /// lower priorities leave one that has nothing to compute, wherever they are sent.
     fn admits(self, is_highest: bool, passing: usize) -> bool {
@@ -272,11 +288,20 @@ impl Gate {
         self.room(lane).admits(is_highest, passing)
     }
 
+    /// Where some engines compute prompts for others, both kinds must have room.
     fn room(&self, lane: &str) -> EngineRoom {
         let all = self.engines.all();
-        let serving = |engine: &&Arc<Engine>| engine.is_usable() && (lane.is_empty() || engine.serves(lane));
+        let (first, second): (Vec<_>, Vec<_>) = all
+            .iter()
+            .filter(|engine| engine.is_usable() && (lane.is_empty() || engine.serves(lane)))
+            .partition(|engine| engine.spec.role == EngineRole::Prefill);
+        let room = self.room_at(&second);
+        if first.is_empty() || room.engines == 0 { room.or_refusal() } else { room.and(self.room_at(&first)) }
+    }
+
+    fn room_at(&self, engines: &[&Arc<Engine>]) -> EngineRoom {
         let mut room = EngineRoom::default();
-        for engine in all.iter().filter(serving) {
+        for engine in engines {
             room.engines += 1;
             let backlog = engine.backlog();
             let most = self.settings.concurrency;
@@ -287,10 +312,6 @@ impl Gate {
             room.any += usize::from(is_ahead && free > 0);
             room.lower += usize::from(takes_lower);
             room.idle += usize::from(takes_lower && backlog.seconds <= 0.0);
-        }
-        if room.engines == 0 {
-            // Whoever decides refuses by name; nobody is to wait for that.
-            return EngineRoom { engines: 1, any: usize::MAX, lower: usize::MAX, idle: 0 };
         }
         room
     }

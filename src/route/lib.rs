@@ -46,5 +46,6 @@ pub mod speed;
 pub mod streams;
 pub mod tokens;
 pub mod traces;
+pub mod two_steps;
 pub mod urgency;
 pub mod view;

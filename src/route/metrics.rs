@@ -29,6 +29,7 @@ pub struct Metrics {
     inexact: Counts,
     outcomes: Counts,
     retries: Counts,
+    prefills: Counts,
     predictions: Counts,
     mismatched: Counter,
     predicted: Counter,
@@ -81,6 +82,12 @@ impl Default for Metrics {
                 registry,
                 "retries",
                 "Requests that another engine got, by the engine that failed",
+                Counts::default(),
+            ),
+            prefills: add(
+                registry,
+                "prefills",
+                "Prompts that an engine computed for another one, by engine and end",
                 Counts::default(),
             ),
             predictions: add(
@@ -211,6 +218,12 @@ impl Metrics {
     /// Another engine got a request after this one failed.
     pub fn retried(&self, engine: &str) {
         self.retries.get_or_create(&labels([("engine", engine)])).inc();
+    }
+
+    /// An engine computed a prompt for another one, or failed to.
+    pub fn prefilled(&self, engine: &str, done: bool) {
+        let outcome = if done { "done" } else { "failed" };
+        self.prefills.get_or_create(&labels([("engine", engine), ("outcome", outcome)])).inc();
     }
 
     /// An expectation did not reach the index.

@@ -28,6 +28,7 @@ use super::request::{Kind, Refusal, Request};
 use super::router::{Router, Ticket};
 use super::see::Outcome;
 use super::traces;
+use super::two_steps::{self, PrefillBy};
 use super::urgency::Urgency;
 
 /// Bounds of the front end.
@@ -128,8 +129,17 @@ impl Proxy {
             let value = parts.headers.get(name).and_then(|value| value.to_str().ok());
             request.trace.extend(value.map(|value| (name.to_owned(), value.to_owned())));
         }
+        request.may_split = true;
         let mut ticket = self.router.route(&request).await?;
         drop(request);
+        let mut body = body;
+        if self.router.setup.two_steps.by == PrefillBy::Router && ticket.prefill().is_some() {
+            let step = self.prefill(&parts.uri, &parts.headers, &body, &ticket).await;
+            ticket.prefilled(matches!(step, FirstStep::Done(_)), !matches!(step, FirstStep::Failed));
+            if let FirstStep::Done(second) = step {
+                body = second;
+            }
+        }
         let debug = parts.headers.contains_key(&DEBUG);
         let mut tries_left = self.limits.tries;
         // An engine that got the request may have worked on it, or died of it: that is tried once.
@@ -174,6 +184,38 @@ impl Proxy {
         }
     }
 
+    /// Has a prompt computed where the ticket says.
+    async fn prefill(&self, uri: &Uri, headers: &HeaderMap, body: &Bytes, ticket: &Ticket) -> FirstStep {
+        let Some((engine, first)) = ticket.prefill().zip(two_steps::first(body)) else { return FirstStep::Refused };
+        let path = uri.path_and_query().map_or("/", |it| it.as_str());
+        let asked = hyper::Request::post(format!("{}{path}", engine.spec.url)).body(Full::new(Bytes::from(first)));
+        let Ok(mut asked) = asked else { return FirstStep::Refused };
+        for (name, value) in headers.iter().filter(|(name, _)| goes_on(name, headers)) {
+            asked.headers_mut().append(name, value.clone());
+        }
+        let answered = async {
+            let response = self.client.request(asked).await.ok()?;
+            let status = response.status();
+            let answer = Limited::new(response.into_body(), self.limits.body_bytes_max).collect().await.ok()?;
+            Some((status, answer.to_bytes()))
+        };
+        let name = &engine.spec.name;
+        match tokio::time::timeout(self.limits.silence, answered).await {
+            Ok(Some((status, answer))) if status.is_success() => {
+                if let Some(body) = two_steps::second(body, &answer) {
+                    return FirstStep::Done(body.into());
+                }
+                log::warn!("{name}: it handed no KV over: does it have a connector that does, e.g. NixlConnector?");
+                FirstStep::Refused
+            }
+            Ok(Some((status, _))) if !is_the_engines_fault(status) => FirstStep::Refused,
+            _ => {
+                log::warn!("{name}: a prompt was not computed for another engine, which computes it itself");
+                FirstStep::Failed
+            }
+        }
+    }
+
     async fn read(&self, body: Body) -> Result<Bytes, Refusal> {
         let most = self.limits.body_bytes_max;
         let read = tokio::time::timeout(self.limits.silence, Limited::new(body, most).collect()).await;
@@ -212,11 +254,13 @@ impl Proxy {
         let target = format!("{}{path}", ticket.engine().spec.url);
         let mut request = hyper::Request::builder().method(method).uri(target).body(Full::new(body.clone()));
         if let Ok(request) = &mut request {
-            let passed = headers.iter().filter(|(name, _)| {
-                passes(name, headers) && **name != header::HOST && **name != header::CONTENT_LENGTH
-            });
-            for (name, value) in passed {
+            for (name, value) in headers.iter().filter(|(name, _)| goes_on(name, headers)) {
                 request.headers_mut().append(name, value.clone());
+            }
+            // Where this router sends the first step it is over by now.
+            if let Some(place) = ticket.prefill().and_then(|engine| HeaderValue::from_str(engine.spec.authority()).ok())
+            {
+                request.headers_mut().insert(two_steps::PREFILLER, place);
             }
             if let Some(rank) = ticket.rank() {
                 request.headers_mut().insert("x-data-parallel-rank", rank.into());
@@ -272,6 +316,21 @@ pub fn is_the_engines_fault(status: StatusCode) -> bool {
 /// The status says that nothing was computed: another engine may do it at no loss.
 fn may_be_repeated(status: StatusCode) -> bool {
     matches!(status, StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE)
+}
+
+/// What became of a prompt that was to be computed by another engine.
+enum FirstStep {
+    /// It was: the body with which the next engine goes on.
+    Done(Bytes),
+    /// The engine would not, or could not: that says nothing of its health.
+    Refused,
+    /// Something is wrong with the engine.
+    Failed,
+}
+
+/// A client's header goes on to an engine. Where a prompt is computed is not the client's to say.
+fn goes_on(name: &HeaderName, headers: &HeaderMap) -> bool {
+    passes(name, headers) && *name != header::HOST && *name != header::CONTENT_LENGTH && *name != two_steps::PREFILLER
 }
 
 fn passes(name: &HeaderName, headers: &HeaderMap) -> bool {

@@ -133,6 +133,8 @@ pub struct Request {
     pub cache_salt: Option<String>,
     /// Who else's requests it follows.
     pub session: Option<String>,
+    /// Whoever sends it on can have its prompt computed by another engine.
+    pub may_split: bool,
     /// How urgent it is.
     pub urgency: Urgency,
     /// Addresses that alone may take it.
@@ -180,6 +182,7 @@ impl Request {
             model,
             cache_salt,
             session: None,
+            may_split: false,
             urgency: Urgency::default(),
             subset: None,
             trace,

@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 
 use super::answer::Usage;
 use super::books::Promise;
-use super::choose::{Choice, Policy};
+use super::choose::{Policy, choose};
 use super::decider::Decider;
 use super::engine::Booking;
 use super::engine::Engine;
@@ -23,10 +23,13 @@ use super::prompt::{Models, Prompt};
 use super::remote::Remote;
 use super::request::{Kind, Refusal, Request};
 use super::retry_budget::RetryBudget;
-use super::see::{Considered, Decision, Outcome, Ring};
+use super::see::{Decision, Outcome, Ring};
+use super::spec::EngineRole;
 use super::tokens::Inexact;
 use super::traces::{Trace, Traces};
+use super::two_steps::{self, TwoSteps};
 use super::urgency::Objectives;
+use super::view::View;
 use crate::limits;
 use kvcellar_block::error::Result;
 use kvcellar_index::Index;
@@ -66,6 +69,8 @@ pub struct Setup {
     pub gate: Option<Gate>,
     /// Priorities of objectives.
     pub objectives: Objectives,
+    /// When prompts are computed by another engine than the one that goes on with them.
+    pub two_steps: TwoSteps,
     /// Of the random numbers that settle ties.
     pub seed: u64,
     /// Where traces go.
@@ -184,9 +189,12 @@ impl Router {
         if let Some(name) = &request.session {
             self.lock_sessions().put(name.clone(), chosen.spec.name.clone());
         }
+        let prefill = self.prefill(request, &prompt, adapter, found[choice.chosen], decided.number);
         let took = started.elapsed();
         self.metrics.decided(&chosen.spec.name, prefix_from, took);
-        let decision = describe(decided.number, request, &prompt, prefix_from, &engines, &found, &choice, took);
+        let mut decision =
+            Decision::new(decided.number, request, &prompt, prefix_from, &engines, &found, &choice, took);
+        decision.prefill.clone_from(&prefill.as_ref().map(|(engine, _)| engine.spec.name.clone()));
         let order = choice.order.iter().map(|at| (Arc::clone(&engines[*at]), found[*at])).collect();
         self.in_flight.fetch_add(1, Ordering::Relaxed);
         self.retries.earn();
@@ -195,6 +203,10 @@ impl Router {
             order,
             at: 0,
             booking: None,
+            prefill: prefill.map(|(engine, found)| {
+                let promise = Promise { tokens: prompt.tokens, held: found.held.tokens, streams: false };
+                Booking::new(engine, promise)
+            }),
             prompt,
             age: 0,
             streams: request.streams(),
@@ -207,6 +219,41 @@ impl Router {
         ticket.promise();
         drop(pass);
         Ok(ticket)
+    }
+
+    /// The engine that is to compute a prompt for the one that goes on with it, if that pays.
+    fn prefill(
+        &self,
+        request: &Request,
+        prompt: &Prompt,
+        adapter: Option<&str>,
+        held: Found,
+        turn: u64,
+    ) -> Option<(Arc<Engine>, Found)> {
+        let uncached = prompt.tokens.saturating_sub(held.held.tokens);
+        let is_text = matches!(request.kind, Kind::Completion | Kind::Chat);
+        if !request.may_split || !is_text || uncached < self.setup.two_steps.tokens_min {
+            return None;
+        }
+        let all = self.engines.all();
+        let serves = |engine: &Engine| request.model.as_ref().is_none_or(|model| engine.serves(model));
+        let may = |engine: &&Arc<Engine>| {
+            engine.spec.role == EngineRole::Prefill && engine.is_usable() && engine.is_trusted() && serves(engine)
+        };
+        let engines: Vec<_> = all.iter().filter(may).cloned().collect();
+        if engines.is_empty() || !two_steps::can_be_split(&request.body) {
+            return None;
+        }
+        let (found, _) = self.found(prompt, &engines);
+        let looks: Vec<_> =
+            engines.iter().zip(&found).map(|(engine, found)| engine.look(found.held, adapter, false)).collect();
+        let view = View { prompt_tokens: prompt.tokens, credit_s: 0.0, engines: &looks };
+        let (_, random) = &mut *self.decider.lock().unwrap_or_else(PoisonError::into_inner);
+        let chosen = choose(&self.setup.policy, &view, turn, random)?.chosen;
+        if !prompt.hashes.is_empty() {
+            engines[chosen].recent().used(&prompt.hashes);
+        }
+        Some((Arc::clone(&engines[chosen]), found[chosen]))
     }
 
     /// Tokens of the index's blocks.
@@ -227,11 +274,16 @@ impl Router {
                 .as_ref()
                 .is_none_or(|subset| subset.iter().any(|it| it == engine.spec.authority() || *it == engine.spec.name))
         };
-        let usable: Vec<_> = all.iter().filter(|engine| engine.is_usable() && in_subset(engine)).cloned().collect();
+        let goes_on = |engine: &Engine| engine.spec.role != EngineRole::Prefill;
+        let may = |engine: &&Arc<Engine>| engine.is_usable() && goes_on(engine) && in_subset(engine);
+        let usable: Vec<_> = all.iter().filter(may).cloned().collect();
         if usable.is_empty() {
             let why = match (all.is_empty(), request.subset.is_some()) {
                 (true, _) => "none is known",
                 (_, true) => "none of the wanted subset is healthy",
+                _ if all.iter().any(|engine| engine.is_usable()) => {
+                    "those that are healthy compute prompts for others only"
+                }
                 _ => "none is healthy",
             };
             return Err(Refusal::NoEngine(why));
@@ -319,43 +371,6 @@ async fn tell(index: Arc<Index>, mut receiver: mpsc::Receiver<Expectation>) {
     }
 }
 
-#[expect(clippy::too_many_arguments, reason = "everything that a decision was made from")]
-fn describe(
-    id: u64,
-    request: &Request,
-    prompt: &Prompt,
-    prefix_from: PrefixSource,
-    engines: &[Arc<Engine>],
-    found: &[Found],
-    choice: &Choice,
-    took: Duration,
-) -> Decision {
-    // Of a large fleet the first few say enough.
-    let considered = choice.order.iter().take(16).map(|at| Considered {
-        engine: engines[*at].spec.name.clone(),
-        held_tokens: found[*at].held.tokens,
-        total: choice.totals[*at],
-        parts: choice.parts.iter().map(|(name, scores)| (*name, scores[*at])).collect(),
-    });
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    Decision {
-        id,
-        at_ms: now.map_or(0, |since| since.as_millis() as u64),
-        model: request.model.clone(),
-        prompt_tokens: prompt.tokens,
-        tokens_from: prompt.from,
-        inexact: prompt.inexact,
-        prefix_from,
-        engine: engines[choice.chosen].spec.name.clone(),
-        predicted_cached: found[choice.chosen].held.tokens,
-        considered: considered.collect(),
-        took_us: took.as_micros() as u64,
-        outcome: Outcome::Open,
-        reported_prompt: None,
-        reported_cached: None,
-    }
-}
-
 /// A request that was decided on. Dropped without an end it counts as aborted; what it booked is
 /// given back in any case.
 #[derive(Debug)]
@@ -364,6 +379,8 @@ pub struct Ticket {
     order: Vec<(Arc<Engine>, Found)>,
     at: usize,
     booking: Option<Booking>,
+    /// The first step, at the engine that computes the prompt.
+    prefill: Option<Booking>,
     prompt: Prompt,
     /// Its answer comes in parts.
     streams: bool,
@@ -399,6 +416,26 @@ impl Ticket {
         headers.map(|(name, value)| (name.as_str(), value.as_str()))
     }
 
+    /// The engine that is to compute its prompt before the other one goes on with it.
+    pub fn prefill(&self) -> Option<&Arc<Engine>> {
+        self.prefill.as_ref().map(Booking::engine)
+    }
+
+    /// The first step is over. `handed_over`: the engine that goes on need not compute the prompt;
+    /// `well`: nothing is wrong with the engine that was to compute it.
+    pub fn prefilled(&mut self, handed_over: bool, well: bool) {
+        let Some(prefill) = self.prefill.take() else { return };
+        self.router.metrics.prefilled(&prefill.engine().spec.name, handed_over);
+        prefill.judged(well);
+        drop(prefill);
+        if !handed_over {
+            self.decision.prefill = None;
+            self.booking = None;
+            self.promise();
+        }
+        self.router.setup.gate.iter().for_each(Gate::wake);
+    }
+
     /// The decision, as it is shown.
     pub fn decision(&self) -> &Decision {
         &self.decision
@@ -407,7 +444,9 @@ impl Ticket {
     /// Books it at its engine, and takes the engine to hold the prompt from now on.
     fn promise(&mut self) {
         let (engine, found) = &self.order[self.at];
-        let promise = Promise { tokens: self.prompt.tokens, held: found.held.tokens, streams: self.streams };
+        // What another engine computes is not computed here.
+        let held = if self.decision.prefill.is_some() { self.prompt.tokens } else { found.held.tokens };
+        let promise = Promise { tokens: self.prompt.tokens, held, streams: self.streams };
         self.booking = Some(Booking::new(Arc::clone(engine), promise));
         if !self.prompt.hashes.is_empty() {
             self.age = engine.recent().give(&self.prompt.hashes);
@@ -445,7 +484,7 @@ impl Ticket {
     pub fn answered(&self) {
         if self.first_byte.set(Instant::now()).is_ok() {
             self.router.metrics.answered(self.decided.elapsed());
-            self.booking.iter().for_each(Booking::answered);
+            self.booking.iter().chain(&self.prefill).for_each(Booking::answered);
             self.router.setup.gate.iter().for_each(Gate::wake);
         }
     }
@@ -476,9 +515,18 @@ impl Ticket {
         if matches!(outcome, Outcome::Failed | Outcome::Timeout | Outcome::Broken) {
             self.judge(false);
         }
+        if let Some(prefill) = self.prefill.take() {
+            // A sidecar has sent it; only the answer tells of it.
+            let well = matches!(outcome, Outcome::Done);
+            self.router.metrics.prefilled(&prefill.engine().spec.name, well);
+        }
         let Some(usage) = usage else { return };
         self.decision.reported_prompt = Some(usage.prompt);
         self.decision.reported_cached = usage.cached;
+        if self.decision.prefill.is_some() {
+            // What came from the other engine counts as cached.
+            return;
+        }
         let predicted = self.decision.predicted_cached;
         self.router.metrics.reported(
             self.decision.prefix_from,

@@ -2,11 +2,16 @@
 //! went, and what became of it.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use serde::{Serialize, Serializer};
 
-use super::prefix::PrefixSource;
+use super::choose::Choice;
+use super::engine::Engine;
+use super::prefix::{Found, PrefixSource};
+use super::prompt::Prompt;
+use super::request::Request;
 use crate::limits::DECISIONS_SHOWN;
 
 /// What became of a request that was decided on.
@@ -81,6 +86,8 @@ pub struct Decision {
     pub prefix_from: PrefixSource,
     /// The engine it went to (after retries: the last one).
     pub engine: String,
+    /// The engine that computed its prompt for that one.
+    pub prefill: Option<String>,
     /// Tokens that it was expected not to compute.
     pub predicted_cached: u32,
     /// Everyone, best first.
@@ -93,6 +100,47 @@ pub struct Decision {
     pub reported_prompt: Option<u32>,
     /// Tokens that it did not compute, as it said.
     pub reported_cached: Option<u32>,
+}
+
+impl Decision {
+    /// A decision that was made just now. `found`: what each of the engines has.
+    #[expect(clippy::too_many_arguments, reason = "everything that a decision was made from")]
+    pub fn new(
+        id: u64,
+        request: &Request,
+        prompt: &Prompt,
+        prefix_from: PrefixSource,
+        engines: &[Arc<Engine>],
+        found: &[Found],
+        choice: &Choice,
+        took: Duration,
+    ) -> Self {
+        // Of a large fleet the first few say enough.
+        let considered = choice.order.iter().take(16).map(|at| Considered {
+            engine: engines[*at].spec.name.clone(),
+            held_tokens: found[*at].held.tokens,
+            total: choice.totals[*at],
+            parts: choice.parts.iter().map(|(name, scores)| (*name, scores[*at])).collect(),
+        });
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        Self {
+            id,
+            at_ms: now.map_or(0, |since| since.as_millis() as u64),
+            model: request.model.clone(),
+            prompt_tokens: prompt.tokens,
+            tokens_from: prompt.from,
+            inexact: prompt.inexact,
+            prefix_from,
+            engine: engines[choice.chosen].spec.name.clone(),
+            prefill: None,
+            predicted_cached: found[choice.chosen].held.tokens,
+            considered: considered.collect(),
+            took_us: took.as_micros() as u64,
+            outcome: Outcome::Open,
+            reported_prompt: None,
+            reported_cached: None,
+        }
+    }
 }
 
 /// The last decisions.

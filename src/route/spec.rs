@@ -8,6 +8,20 @@ use kvcellar_block::error::{Error, Result};
 use kvcellar_discovery::{EngineSpec, events_address, name_or_empty};
 use kvcellar_index::fleet::Source;
 
+/// Which steps of a request an engine takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineRole {
+    /// All of them.
+    #[default]
+    Both,
+    /// It computes prompts for others.
+    Prefill,
+    /// It goes on with prompts that others have computed; it computes those as well that are not
+    /// worth two steps.
+    Decode,
+}
+
 /// An engine as it is named in options and files.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -21,6 +35,9 @@ pub struct Spec {
     pub events: Option<String>,
     /// Where it replays them.
     pub replay: Option<String>,
+    /// Which steps of a request it takes.
+    #[serde(default)]
+    pub role: EngineRole,
     /// It gets no new requests. A state of an engine, not a part of what tells it apart: see
     /// [`Spec::is_same`].
     #[serde(default)]
@@ -31,7 +48,7 @@ impl EngineSpec for Spec {
     const ADDRESS: &'static str = "url";
     const FLAGS: &'static [&'static str] = &["draining"];
     const HELP: &'static str = "An engine: a URL like `http://10.0.0.1:8000`, or \
-        `url=...[,events=tcp://...][,replay=tcp://...][,name=...][,draining=true]`. May be repeated";
+        `url=...[,events=tcp://...][,replay=tcp://...][,name=...][,role=prefill|decode][,draining=true]`. May be repeated";
     const EXAMPLE: &'static str =
         "url=http://10.0.0.1:8000,events=tcp://10.0.0.1:5557,replay=tcp://10.0.0.1:5558,name=a";
     const FILE_EXAMPLE: &'static str = r#"[{"name": "a", "url": "http://10.0.0.1:8000"}]"#;
@@ -73,6 +90,7 @@ impl EngineSpec for Spec {
             url: format!("http://{}", SocketAddr::new(ip, *http)),
             events: events.map(|(port, _)| at(port)),
             replay: events.map(|(_, port)| at(port)),
+            role: EngineRole::Both,
             draining: false,
         })
     }
@@ -85,7 +103,8 @@ impl EngineSpec for Spec {
 impl Spec {
     /// The same engine, draining or not.
     pub fn is_same(&self, other: &Self) -> bool {
-        (&self.name, &self.url, &self.events, &self.replay) == (&other.name, &other.url, &other.events, &other.replay)
+        let Self { name, url, events, replay, role, draining: _ } = self;
+        (name, url, events, replay, role) == (&other.name, &other.url, &other.events, &other.replay, &other.role)
     }
 
     /// Host and port.

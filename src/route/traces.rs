@@ -157,6 +157,7 @@ mod tests {
             tokens_from: "local",
             inexact: None,
             prefix_from: PrefixSource::Index,
+            prefill: None,
             engine: "a".to_owned(),
             predicted_cached: 64,
             considered: Vec::new(),

@@ -235,3 +235,22 @@ def test_events_that_come_have_an_age(fleet: Fleet, a_and_b: tuple[Fake, Fake], 
         assert post(router, model="m-a", prompt=prompt, max_tokens=1).status_code == 200
         wait_until(lambda: "kvcellar_route_events_age_seconds{" in router.admin.get("/metrics").text, "an age")
         assert router.admin.get("/readyz").json()["events_missing"] == {}
+
+
+@pytest.mark.parametrize("fault", [Fault.NONE, Fault.UNAVAILABLE, Fault.CLOSE_BEFORE, Fault.ERROR])
+def test_a_prompt_that_nobody_hands_over_is_computed_where_it_is_needed(
+    fleet: Fleet, a_and_b: tuple[Fake, Fake], tmp_path: Path, fault: Fault
+) -> None:
+    """The prefill engine knows nothing of transfers, or is ill: the client does not notice."""
+    a, b = a_and_b
+    engines = [{**a.spec(), "role": "prefill"}, {**b.spec(), "role": "decode"}]
+    a.tell("/mode", fault=fault)
+    with routed(tmp_path, fleet, "--prefill-tokens", "1", engines=engines) as router:
+        answers = [post(router) for _ in range(2 * FAILURES_MAX)]
+        assert {(answer.status_code, engine_of(answer)) for answer in answers} == {(200, "b")}
+        assert {row["prefill"] for row in router.decisions()} == {None}
+        failed = router.metric("kvcellar_route_prefills_total", engine="a", outcome="failed")
+        is_ill = fault in {Fault.UNAVAILABLE, Fault.CLOSE_BEFORE}
+        assert failed == (FAILURES_MAX if is_ill else 2 * FAILURES_MAX)
+        assert health(router, "a") == ("broken" if is_ill else "healthy")
+        assert router.metric("kvcellar_route_engine_in_flight") == 0

@@ -21,8 +21,9 @@ use kvcellar_route::prompt::{Checked, Models, Prompt};
 use kvcellar_route::request::{Kind, Request};
 use kvcellar_route::router::{Mode, Router, Setup};
 use kvcellar_route::see::Outcome;
-use kvcellar_route::spec::Spec;
+use kvcellar_route::spec::{EngineRole, Spec};
 use kvcellar_route::tokens::TokenModel;
+use kvcellar_route::two_steps::{PrefillBy, TwoSteps};
 use kvcellar_route::urgency::Objectives;
 
 /// What prompts are like, and how prefixes are looked up.
@@ -146,6 +147,7 @@ impl KnownPrefix {
             url: format!("http://10.0.{}.{}:8000", number / 250, number % 250 + 1),
             events: None,
             replay: None,
+            role: EngineRole::Both,
             draining: false,
         };
         engines.set((0..self.engines).map(spec).collect());
@@ -168,6 +170,7 @@ impl KnownPrefix {
             in_flight_max: 0,
             gate: None,
             objectives: Objectives::new(),
+            two_steps: TwoSteps { by: PrefillBy::Router, tokens_min: u32::MAX },
             seed: 1,
             traces: None,
         };

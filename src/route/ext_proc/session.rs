@@ -26,6 +26,7 @@ use crate::request::{Kind, Refusal, Request};
 use crate::router::{Router, Ticket};
 use crate::see::Outcome;
 use crate::traces;
+use crate::two_steps::{PREFILLER, PrefillBy};
 use crate::urgency::Urgency;
 
 /// Where the gateway reads the address.
@@ -201,6 +202,7 @@ impl PickerSession {
             Request::read(self.kind, body).inspect_err(|refusal| self.router.metrics.refused(refusal.name()))?;
         request.session = self.follows.take();
         request.subset = self.subset.take();
+        request.may_split = self.router.setup.two_steps.by == PrefillBy::Sidecar;
         request.urgency = std::mem::take(&mut self.urgency);
         request.trace = std::mem::take(&mut self.trace);
         let ticket = self.router.route(&request).await?;
@@ -219,6 +221,7 @@ impl PickerSession {
         if let Some(rank) = ticket.rank() {
             headers.push(("x-data-parallel-rank", rank.to_string()));
         }
+        headers.extend(ticket.prefill().map(|engine| (PREFILLER, engine.spec.authority().to_owned())));
         headers.extend(ticket.trace_headers().map(|(name, value)| (name, value.to_owned())));
         let common = CommonResponse {
             header_mutation: Some(set(headers)),
