@@ -45,9 +45,13 @@ impl Told {
     }
 
     fn remove(&mut self, id: EngineId, hash: u64, medium: &str) {
+        self.remove_all(id, &[hash], medium);
+    }
+
+    fn remove_all(&mut self, id: EngineId, hashes: &[u64], medium: &str) {
         self.arena.clear();
-        self.arena.hashes.push(hash);
-        let hashes = Hashes { range: 0..1, digests: None };
+        self.arena.hashes.extend(hashes);
+        let hashes = Hashes { range: 0..hashes.len(), digests: None };
         self.tell(id, Event::Removed(Removed { hashes, medium: Some(medium), ..Removed::default() }));
     }
 
@@ -152,6 +156,38 @@ fn a_removal_from_a_group_of_which_nothing_is_known_changes_nothing() {
     assert_eq!(told.scores(), [(0, 8, 1.0)]);
     let counts = told.index.write().counts();
     assert_eq!((counts.removed, counts.unmatched), (1, 1));
+}
+
+#[test]
+fn a_block_that_was_never_there_stops_no_removal() {
+    let mut told = Told::new(2);
+    let one = told.engine("one");
+    told.store(one, 1, 8, "GPU");
+    told.remove_all(one, &[99, 8, 98, 7], "GPU");
+    assert_eq!(told.scores(), [(0, 6, 0.75)]);
+    assert_eq!(told.index.write().counts().unmatched, 2);
+}
+
+#[test]
+fn a_block_that_is_its_own_parent_is_nobodys() {
+    let mut told = Told::new(2);
+    let one = told.engine("one");
+    told.store(one, 1, 2, "GPU");
+    told.arena.clear();
+    told.arena.hashes.extend([5, 5]);
+    told.arena.tokens.extend([10, 11, 10, 11]);
+    let stored = Stored {
+        hashes: Hashes { range: 0..2, digests: None },
+        tokens: 0..4,
+        block_size: 2,
+        parent: Some(Parent::Number(5)),
+        medium: Some("GPU"),
+        ..Stored::default()
+    };
+    told.tell(one, Event::Stored(Box::new(stored)));
+    assert_eq!(told.scores(), [(0, 2, 0.25)], "what was known stays");
+    told.store(one, 3, 6, "GPU");
+    assert_eq!((told.scores(), told.index.write().orphans()), (vec![(0, 8, 1.0)], 0));
 }
 
 #[test]

@@ -60,6 +60,7 @@ class FakeEngine:
         self.seen = os.open(options.seen, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self.site: web.TCPSite | None = None
         self.last_body = ""
+        self.last_forwarded: list[str] = []
 
     def public(self) -> web.Application:
         """What clients see."""
@@ -138,6 +139,7 @@ class FakeEngine:
             self.note(request, "seen")
             try:
                 self.last_body = (await request.read()).decode()
+                self.last_forwarded = request.headers.getall("x-forwarded-for", [])
                 body = msgspec.json.decode(self.last_body)
                 asked = Asked.of(request.path, body, chat=chat)
             except (ValueError, TypeError, AttributeError) as wrong:
@@ -305,7 +307,8 @@ class FakeEngine:
         return web.Response()
 
     async def state(self, request: web.Request) -> web.StreamResponse:
-        return web.json_response({**self.numbers.state(), "blocks": len(self.cache), "last_body": self.last_body})
+        last = {"last_body": self.last_body, "last_forwarded": self.last_forwarded}
+        return web.json_response({**self.numbers.state(), "blocks": len(self.cache), **last})
 
 
 def parse() -> argparse.Namespace:

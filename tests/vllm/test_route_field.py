@@ -1,6 +1,6 @@
 """What was reported of other routers, played to ours: engines, clients and fleets as they are in the field.
 
-Each test names the report in `docs/router.md` ("Reports from the field") that it stands for.
+`docs/field-reports.md` lists the reports.
 """
 
 import contextlib
@@ -254,3 +254,16 @@ def test_a_prompt_that_nobody_hands_over_is_computed_where_it_is_needed(
         assert failed == (FAILURES_MAX if is_ill else 2 * FAILURES_MAX)
         assert health(router, "a") == ("broken" if is_ill else "healthy")
         assert router.metric("kvcellar_route_engine_in_flight") == 0
+
+
+def test_repeated_headers_reach_the_engine(fleet: Fleet, a_and_b: tuple[Fake, Fake], tmp_path: Path) -> None:
+    with routed(tmp_path, fleet) as router:
+        headers = [
+            ("x-forwarded-for", "10.0.0.1"),
+            ("x-forwarded-for", "10.0.0.2"),
+            ("content-type", "application/json"),
+        ]
+        body = json.dumps({"prompt": [1, 2, 3], "max_tokens": 1})
+        answer = router.client.post("/v1/completions", content=body, headers=headers)
+        state = fleet.engines[engine_of(answer)].operator.get("/state").json()
+        assert state["last_forwarded"] == hops
