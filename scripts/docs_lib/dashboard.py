@@ -299,6 +299,36 @@ ROUTE = [
         "Prompt tokens a second, as learned from answers.",
         {"{{engine}}": gauge("kvcellar_route_engine_prefill_rate", "engine", "avg")},
     ),
+    Panel(
+        "Requests that wait",
+        "In the router's queue, by priority: engines have no room for them. Empty without --queue.",
+        {"{{priority}}": gauge("kvcellar_route_queue_requests", "priority")},
+        stacked=True,
+    ),
+    Panel(
+        "Wait in the queue",
+        "Of requests that were let through. Those that had to go count under refused.",
+        quantiles("kvcellar_route_queue_seconds"),
+        "s",
+    ),
+    Panel(
+        "Engines whose requests fail",
+        "1: the engine answers scrapes, but not requests; it gets one now and then.",
+        {"{{engine}}": gauge("kvcellar_route_engine_broken", "engine", "max")},
+    ),
+    Panel(
+        "Age of events",
+        "Since an engine's last events. One that is asked for prompts and grows older for long tells nothing.",
+        {"{{engine}}": gauge("kvcellar_route_events_age_seconds", "engine", "max")},
+        "s",
+    ),
+    Panel(
+        "Prompts computed for another engine",
+        "By the end of the first step. After a failed one the second engine computes the prompt itself.",
+        {"{{outcome}}": rate("kvcellar_route_prefills_total", "outcome")},
+        "reqps",
+        stacked=True,
+    ),
 ]
 
 ROWS = {"Engines": ENGINE, "Index": INDEX, "Router": ROUTE}
@@ -385,6 +415,27 @@ ALERTS = [
         "5m",
         "warning",
         "Requests through the router {{ $labels.instance }} fail in engines.",
+    ),
+    Alert(
+        "KVCellarRouteEngineBroken",
+        "max by (instance, engine) (kvcellar_route_engine_broken) == 1",
+        "5m",
+        "warning",
+        "The engine {{ $labels.engine }} answers scrapes, but its requests fail.",
+    ),
+    Alert(
+        "KVCellarRouteEventsMissing",
+        "min by (instance, engine) (kvcellar_route_events_connected) == 0",
+        "5m",
+        "warning",
+        "The router {{ $labels.instance }} has no connection to the events of {{ $labels.engine }}.",
+    ),
+    Alert(
+        "KVCellarRouteQueueDrops",
+        'sum by (instance) (rate(kvcellar_route_refused_total{reason=~"queue_full|displaced|deadline"}[5m])) > 0',
+        "10m",
+        "warning",
+        "The fleet behind the router {{ $labels.instance }} is too small: requests have to go.",
     ),
 ]
 

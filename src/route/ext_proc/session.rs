@@ -353,3 +353,87 @@ fn text_of(metadata: Option<&Metadata>, (space, name): (&str, &str)) -> Option<S
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::choose::Policy;
+    use crate::engine::Told;
+    use crate::engines::Engines;
+    use crate::prompt::Models;
+    use crate::router::{Mode, Setup};
+    use crate::two_steps::{PrefillBy, TwoSteps};
+    use crate::urgency::Objectives;
+    use kvcellar_index::tiers::Weights;
+
+    fn router(engines: usize, by: PrefillBy) -> Arc<Router> {
+        let known = Arc::new(Engines::default());
+        let role = |number| if number == 0 { ",role=prefill" } else { "" };
+        let spec = |number| {
+            let text = format!("url=http://10.0.0.{number}:8000,name=e{number}{}", role(number));
+            kvcellar_discovery::parse(&text).expect("an engine")
+        };
+        known.set((0..=engines).map(spec).collect());
+        for engine in known.all().iter() {
+            engine.heard(Told::default());
+        }
+        let setup = Setup {
+            mode: Mode::None,
+            policy: Policy::RoundRobin,
+            weights: Weights::default(),
+            index: None,
+            fleet: None,
+            models: Models::default(),
+            in_flight_max: 0,
+            gate: None,
+            objectives: Objectives::new(),
+            two_steps: TwoSteps { by, tokens_min: 1 },
+            seed: 1,
+            traces: None,
+        };
+        Router::new(known, setup).expect("a router")
+    }
+
+    /// The headers that Envoy is told to set for one completion.
+    async fn headers(router: Arc<Router>, fallbacks: usize) -> HashMap<String, String> {
+        let session_header = "x-session-id".to_owned();
+        let limits = Arc::new(PickerLimits { body_bytes_max: 1 << 20, fallbacks, session_header });
+        let mut session = PickerSession::new(router, limits);
+        let fields = [(":method", "POST"), (":path", "/v1/completions")];
+        let headers = fields.map(|(key, value)| HeaderValue {
+            key: key.to_owned(),
+            raw_value: value.as_bytes().to_vec(),
+            ..HeaderValue::default()
+        });
+        let headers = HttpHeaders { headers: Some(HeaderMap { headers: headers.into() }), ..HttpHeaders::default() };
+        let body = HttpBody { body: br#"{"prompt": "one two"}"#.to_vec(), end_of_stream: true, ..HttpBody::default() };
+        let mut answers = Vec::new();
+        for message in [Message::RequestHeaders(headers), Message::RequestBody(body)] {
+            let message = ProcessingRequest { request: Some(message), ..ProcessingRequest::default() };
+            answers.extend(session.take(message).await);
+        }
+        let Some(Answer::RequestHeaders(answer)) = answers.swap_remove(0).response else { return HashMap::new() };
+        let set = answer.response.and_then(|common| common.header_mutation).map_or(Vec::new(), |it| it.set_headers);
+        let field = |option: HeaderValueOption| {
+            option.header.map(|it| (it.key, String::from_utf8_lossy(&it.raw_value).into_owned()))
+        };
+        set.into_iter().filter_map(field).collect()
+    }
+
+    #[tokio::test]
+    async fn further_engines_are_named_for_gateways_that_try_them() {
+        for (fallbacks, named) in [(0, 1), (1, 2), (5, 3)] {
+            let found = headers(router(3, PrefillBy::Router), fallbacks).await;
+            let engines: Vec<_> = found[DESTINATION].split(',').collect();
+            assert_eq!(engines.len(), named, "{found:?}");
+            let different: std::collections::HashSet<_> = engines.iter().collect();
+            assert!(different.len() == named && !engines.contains(&"10.0.0.0:8000"), "{engines:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_sidecar_is_told_who_computes_the_prompt() {
+        assert_eq!(headers(router(1, PrefillBy::Sidecar), 0).await[PREFILLER], "10.0.0.0:8000");
+        assert!(!headers(router(1, PrefillBy::Router), 0).await.contains_key(PREFILLER), "nobody would ask there");
+    }
+}
