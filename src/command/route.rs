@@ -31,6 +31,7 @@ use kvcellar_route::spec::Spec;
 use kvcellar_route::tokens::TokenModel;
 use kvcellar_route::traces::Traces;
 use kvcellar_route::two_steps::{PrefillBy, TwoSteps};
+use kvcellar_route::upstream::{Upstream, UpstreamOptions};
 use kvcellar_route::urgency::Objectives;
 use kvcellar_route::{admin, ext_proc, scrape, self_check, streams};
 
@@ -72,6 +73,13 @@ pub struct Options {
     /// Where engines are found.
     #[command(flatten)]
     pub places: Places<Spec>,
+    /// Certificates of authorities beside the system's, PEM, for engines at https:// addresses.
+    #[arg(long, value_name = "FILE")]
+    pub engine_ca: Option<PathBuf>,
+    /// File with the engines' API key, for what the router itself asks them (models, token ids).
+    /// Clients' keys go on as they come.
+    #[arg(long, value_name = "FILE")]
+    pub engine_key: Option<PathBuf>,
     /// Where prefixes are looked up. Precise needs engines' events, and a tokenizer for prompts
     /// that come as text.
     #[arg(long, value_enum, default_value = "approximate")]
@@ -291,10 +299,14 @@ async fn run(options: &Options) -> Result<()> {
         seed: options.seed,
         traces: options.otlp.as_deref().map(Traces::open).transpose()?,
     };
-    let router = Router::new(Arc::clone(&engines), setup)?;
+    let upstream = UpstreamOptions {
+        connect: Duration::from_secs(2),
+        ca: options.engine_ca.clone(),
+        key: options.engine_key.clone(),
+    };
+    let router = Router::new(Arc::clone(&engines), Upstream::open(&upstream)?, setup);
     let limits = ProxyLimits {
         body_bytes_max: body,
-        connect: Duration::from_secs(2),
         silence: Duration::from_secs(options.silence_s.max(1)),
         tries: options.tries.max(1),
         session_header: named_header,
@@ -308,7 +320,7 @@ async fn run(options: &Options) -> Result<()> {
         ended = fronts(options, &router, limits, pick) => ended,
         ended = back => ended.map_err(|error| Error::io("serving", "admin", error, "Look at the log")),
         () = options.places.keep(|found| settle(&engines, &mut fleet, found)) => Ok(()),
-        () = scrape::keep(Arc::clone(&engines), Duration::from_millis(options.scrape_ms.max(10))) => Ok(()),
+        () = scrape::keep(Arc::clone(&engines), router.upstream.clone(), Duration::from_millis(options.scrape_ms.max(10))) => Ok(()),
         () = watch(&router) => Ok(()),
         () = admit(&router) => Ok(()),
     };

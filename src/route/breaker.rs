@@ -44,7 +44,7 @@ impl Breaker {
     }
 
     /// It is not closed.
-    pub fn is_open(&self) -> bool {
+    fn is_open(&self) -> bool {
         !matches!(self.0, BreakerState::Closed { .. })
     }
 

@@ -59,6 +59,8 @@ pub struct Engine {
     pub renders_not: AtomicBool,
     /// That it has no metrics has been said.
     pub metrics_missed: AtomicBool,
+    /// That it wants a key has been said.
+    pub key_missed: AtomicBool,
     draining: AtomicBool,
     recent: Mutex<Recent>,
     books: Mutex<Books>,
@@ -88,6 +90,7 @@ impl Engine {
             cold_turn: AtomicU64::new(0),
             renders_not: AtomicBool::new(false),
             metrics_missed: AtomicBool::new(false),
+            key_missed: AtomicBool::new(false),
             recent: Mutex::default(),
             books: Mutex::default(),
             since: Instant::now(),
@@ -164,13 +167,13 @@ impl Engine {
     }
 
     /// `healthy`, `failing`, `unseen`, `asleep`, `draining`, or `broken`: it answers scrapes, but
-    /// its requests fail.
+    /// its requests failed, and it is not yet time to try another one.
     pub fn health(&self) -> &'static str {
         match self.failures.load(Ordering::Relaxed) {
             _ if self.draining.load(Ordering::Relaxed) => "draining",
             UNSEEN => "unseen",
             failures if failures < FAILURES_MAX && self.told.load().asleep => "asleep",
-            failures if failures < FAILURES_MAX && self.breaker().is_open() => "broken",
+            failures if failures < FAILURES_MAX && !self.is_trusted() => "broken",
             failures if failures < FAILURES_MAX => "healthy",
             _ => "failing",
         }

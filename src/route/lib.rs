@@ -47,5 +47,6 @@ pub mod streams;
 pub mod tokens;
 pub mod traces;
 pub mod two_steps;
+pub mod upstream;
 pub mod urgency;
 pub mod view;

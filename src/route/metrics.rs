@@ -275,7 +275,7 @@ impl Metrics {
             };
             let values = [
                 f64::from(u8::from(engine.is_usable())),
-                f64::from(u8::from(engine.breaker().is_open())),
+                f64::from(u8::from(!engine.is_trusted())),
                 requests as f64,
                 tokens as f64,
                 engine.rates().prefill,

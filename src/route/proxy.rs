@@ -18,9 +18,6 @@ use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use http_body::{Body as _, Frame, SizeHint};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::time::{Instant, Sleep};
 
 use super::answer::Tail;
@@ -36,8 +33,6 @@ use super::urgency::Urgency;
 pub struct ProxyLimits {
     /// Bytes of a body.
     pub body_bytes_max: usize,
-    /// How long a connection to an engine may take.
-    pub connect: Duration,
     /// How long an engine may send nothing: before its first byte, and between two.
     pub silence: Duration,
     /// Engines that a request may try.
@@ -50,7 +45,6 @@ pub struct ProxyLimits {
 #[derive(Debug)]
 pub struct Proxy {
     router: Arc<Router>,
-    client: Client<HttpConnector, Full<Bytes>>,
     limits: ProxyLimits,
 }
 
@@ -77,15 +71,7 @@ pub const LATE: &str = "x-kvcellar-late-ms";
 
 /// The routes.
 pub fn routes(router: Arc<Router>, limits: ProxyLimits) -> axum::Router {
-    let mut connector = HttpConnector::new();
-    connector.set_connect_timeout(Some(limits.connect));
-    connector.set_nodelay(true);
-    // Without a timer idle connections would stay until somebody wants one.
-    let client = Client::builder(TokioExecutor::new())
-        .pool_idle_timeout(Duration::from_secs(4))
-        .pool_timer(TokioTimer::new())
-        .build(connector);
-    let proxy = Arc::new(Proxy { router, client, limits });
+    let proxy = Arc::new(Proxy { router, limits });
     axum::Router::new().fallback(pass).with_state(proxy)
 }
 
@@ -153,7 +139,7 @@ impl Proxy {
                     tries_left > 0 && (!was_sent || std::mem::take(&mut may_repeat) && self.router.retries.spend());
                 may && ticket.move_on()
             };
-            match tokio::time::timeout(self.limits.silence, self.client.request(upstream)).await {
+            match tokio::time::timeout(self.limits.silence, self.router.upstream.pass(upstream)).await {
                 Ok(Ok(response)) => {
                     let status = response.status();
                     let well = !is_the_engines_fault(status);
@@ -194,7 +180,7 @@ impl Proxy {
             asked.headers_mut().append(name, value.clone());
         }
         let answered = async {
-            let response = self.client.request(asked).await.ok()?;
+            let response = self.router.upstream.pass(asked).await.ok()?;
             let status = response.status();
             let answer = Limited::new(response.into_body(), self.limits.body_bytes_max).collect().await.ok()?;
             Some((status, answer.to_bytes()))

@@ -6,45 +6,35 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use axum::http::Method;
 use bytes::Bytes;
 use serde_json::Value as Json;
 
 use super::engine::Engine;
 use super::request::{Kind, Request};
+use super::upstream::Upstream;
 use crate::limits;
 
-/// How long an engine may take when nobody waits for it.
-const TIMEOUT: Duration = Duration::from_secs(5);
-
-/// How long an idle connection is kept: less than engines keep it, so that none is used that they
-/// are closing.
-const IDLE: Duration = Duration::from_secs(4);
+/// How long an engine may take when nobody waits for it, and how much it may say.
+const ANSWER: (Duration, usize) = (Duration::from_secs(5), 64 << 20);
 
 /// Asks engines for the ids that a request becomes there.
 #[derive(Debug, Clone)]
 pub struct Remote {
-    client: reqwest::Client,
+    upstream: Upstream,
 }
 
 impl Remote {
-    /// A client.
-    ///
-    /// # Errors
-    /// [`kvcellar_block::error::Error::TryLater`] when there is no HTTP client to be had.
-    pub fn new() -> kvcellar_block::error::Result<Self> {
-        let built = reqwest::Client::builder().timeout(TIMEOUT).pool_idle_timeout(IDLE).no_proxy().build();
-        let client = built.map_err(|error| kvcellar_block::error::Error::TryLater {
-            what: "an HTTP client".to_owned(),
-            holder: error.to_string(),
-        })?;
-        Ok(Self { client })
+    /// Over these connections.
+    pub fn new(upstream: Upstream) -> Self {
+        Self { upstream }
     }
 
     /// Posts JSON to an engine; `None` when it cannot answer.
     pub async fn post(&self, engine: &Engine, path: &str, body: Bytes) -> Option<Json> {
-        let request = self.client.post(format!("{}{path}", engine.spec.url)).header("content-type", "application/json");
-        let answer = request.body(body).send().await.ok()?.error_for_status().ok()?;
-        serde_json::from_slice(&answer.bytes().await.ok()?).ok()
+        let (status, answer) =
+            self.upstream.ask(Method::POST, &format!("{}{path}", engine.spec.url), body, ANSWER).await.ok()?;
+        status.is_success().then(|| serde_json::from_slice(&answer).ok())?
     }
 
     /// The ids of a request, from any of these engines, soon or not at all; of several prompts the

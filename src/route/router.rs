@@ -28,10 +28,10 @@ use super::spec::EngineRole;
 use super::tokens::Inexact;
 use super::traces::{Trace, Traces};
 use super::two_steps::{self, TwoSteps};
+use super::upstream::Upstream;
 use super::urgency::Objectives;
 use super::view::View;
 use crate::limits;
-use kvcellar_block::error::Result;
 use kvcellar_index::Index;
 use kvcellar_index::fleet::FleetView;
 use kvcellar_index::roster::EngineId;
@@ -90,6 +90,8 @@ pub struct Router {
     pub ring: Ring,
     /// How it is set up.
     pub setup: Setup,
+    /// The way to engines.
+    pub upstream: Upstream,
     /// Asks engines for ids.
     pub remote: Remote,
     /// Bounds what is sent a second time.
@@ -103,35 +105,33 @@ pub struct Router {
 impl Router {
     /// A router. To be made within a runtime: in precise mode it starts the task that tells the
     /// index what to expect.
-    ///
-    /// # Errors
-    /// Those of [`Remote::new`].
-    pub fn new(engines: Arc<Engines>, setup: Setup) -> Result<Arc<Self>> {
+    pub fn new(engines: Arc<Engines>, upstream: Upstream, setup: Setup) -> Arc<Self> {
         let expect = setup.index.clone().map(|index| {
             let (sender, receiver) = mpsc::channel(limits::EXPECT_QUEUE);
             tokio::spawn(tell(index, receiver));
             sender
         });
         let sessions = std::num::NonZeroUsize::new(limits::SESSIONS_MAX).unwrap_or(std::num::NonZeroUsize::MIN);
-        Ok(Arc::new(Self {
+        Arc::new(Self {
             engines,
             metrics: Metrics::default(),
             ring: Ring::default(),
-            remote: Remote::new()?,
+            remote: Remote::new(upstream.clone()),
+            upstream,
             retries: RetryBudget::default(),
             sessions: Mutex::new(LruCache::new(sessions)),
             decider: Mutex::new((Decider::new(setup.policy.clone()), fastrand::Rng::with_seed(setup.seed))),
             in_flight: AtomicU64::new(0),
             expect,
             setup,
-        }))
+        })
     }
 
     /// Decides where a request goes, and books it there.
     ///
     /// # Errors
     /// [`Refusal`], which is counted.
-    pub async fn route(self: &Arc<Self>, request: &Request) -> std::result::Result<Ticket, Refusal> {
+    pub async fn route(self: &Arc<Self>, request: &Request) -> Result<Ticket, Refusal> {
         let started = Instant::now();
         let trace = self.setup.traces.as_ref().map(|traces| traces.begin(&request.trace, SystemTime::now()));
         match self.decide(request, started).await {
@@ -149,7 +149,7 @@ impl Router {
         }
     }
 
-    async fn decide(self: &Arc<Self>, request: &Request, started: Instant) -> std::result::Result<Ticket, Refusal> {
+    async fn decide(self: &Arc<Self>, request: &Request, started: Instant) -> Result<Ticket, Refusal> {
         let open = self.in_flight.load(Ordering::Relaxed) as usize;
         if self.setup.in_flight_max > 0 && open >= self.setup.in_flight_max {
             return Err(Refusal::Shed(open));
@@ -266,7 +266,7 @@ impl Router {
     }
 
     /// Engines that may take a request.
-    fn candidates(&self, request: &Request) -> std::result::Result<Vec<Arc<Engine>>, Refusal> {
+    fn candidates(&self, request: &Request) -> Result<Vec<Arc<Engine>>, Refusal> {
         let all = self.engines.all();
         let in_subset = |engine: &Engine| {
             request

@@ -5,10 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use axum::http::{Method, StatusCode};
+use bytes::Bytes;
 use serde::Deserialize;
 
 use super::engine::{Engine, Model, Told};
 use super::engines::Engines;
+use super::upstream::Upstream;
 use crate::limits;
 
 /// Scrapes between two looks at the models.
@@ -20,12 +23,7 @@ struct ServedModels {
 }
 
 /// Keeps asking all engines, for ever.
-pub async fn keep(engines: Arc<Engines>, every: Duration) {
-    let built = reqwest::Client::builder().timeout(Duration::from_millis(limits::SCRAPE_TIMEOUT_MS)).no_proxy().build();
-    let Ok(client) = built else {
-        log::error!("no HTTP client for scrapes: engines stay unseen");
-        return;
-    };
+pub async fn keep(engines: Arc<Engines>, upstream: Upstream, every: Duration) {
     let mut tasks: Vec<(Arc<Engine>, tokio::task::JoinHandle<()>)> = Vec::new();
     loop {
         let list = engines.all();
@@ -38,21 +36,21 @@ pub async fn keep(engines: Arc<Engines>, every: Duration) {
         });
         for engine in list.iter() {
             if !tasks.iter().any(|(known, _)| Arc::ptr_eq(known, engine)) {
-                tasks.push((Arc::clone(engine), tokio::spawn(follow(Arc::clone(engine), client.clone(), every))));
+                tasks.push((Arc::clone(engine), tokio::spawn(follow(Arc::clone(engine), upstream.clone(), every))));
             }
         }
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }
 
-async fn follow(engine: Arc<Engine>, client: reqwest::Client, every: Duration) {
-    let mut turn = 0;
+async fn follow(engine: Arc<Engine>, upstream: Upstream, every: Duration) {
+    let (mut turn, mut said) = (0, false);
     loop {
-        match look(&engine, &client).await {
-            Some(told) => {
+        match look(&engine, &upstream).await {
+            Ok(told) => {
                 // Before it gets requests again: it may have come back with other models.
                 let ask = turn % MODELS_EVERY == 0 || engine.is_back(&told) || engine.models.load().is_empty();
-                if ask && let Some(models) = models(&engine, &client).await {
+                if ask && let Some(models) = models(&engine, &upstream).await {
                     engine.models.store(Arc::new(models));
                 }
                 turn += 1;
@@ -60,8 +58,13 @@ async fn follow(engine: Arc<Engine>, client: reqwest::Client, every: Duration) {
                     log::info!("{}: answers", engine.spec.name);
                 }
             }
-            None if engine.failed() => log::warn!("{}: does not answer", engine.spec.name),
-            None => {}
+            Err(reason) => {
+                // One that has never answered may have been named wrongly: said once, too.
+                let is_new = !std::mem::replace(&mut said, true) && engine.health() == "unseen";
+                if engine.failed() || is_new {
+                    log::warn!("{}: does not answer: {reason}", engine.spec.name);
+                }
+            }
         }
         tokio::time::sleep(every.mul_f64(0.8 + 0.4 * fastrand::f64())).await;
     }
@@ -69,10 +72,16 @@ async fn follow(engine: Arc<Engine>, client: reqwest::Client, every: Duration) {
 
 /// What an engine says of itself. One that has no metrics (`SGLang` without `--enable-metrics`)
 /// says nothing, but is well if it serves its models: its load is what this router gave it.
-async fn look(engine: &Engine, client: &reqwest::Client) -> Option<Told> {
-    let answer = ask(engine, client, "/metrics").await?;
-    if answer.status() == reqwest::StatusCode::NOT_FOUND {
-        get(engine, client, "/v1/models").await?;
+///
+/// # Errors
+/// Why it is not known to be well.
+async fn look(engine: &Engine, upstream: &Upstream) -> Result<Told, String> {
+    let (status, body) = get(engine, upstream, "/metrics").await?;
+    if status == StatusCode::NOT_FOUND {
+        let (status, _) = get(engine, upstream, "/v1/models").await?;
+        if !status.is_success() {
+            return Err(format!("neither /metrics nor /v1/models: {status}"));
+        }
         if !engine.metrics_missed.swap(true, Ordering::Relaxed) {
             log::warn!(
                 "{}: it has no /metrics: its load is known from this router's requests alone, and restarts are not \
@@ -80,33 +89,24 @@ async fn look(engine: &Engine, client: &reqwest::Client) -> Option<Told> {
                 engine.spec.name
             );
         }
-        return Some(Told::default());
+        return Ok(Told::default());
     }
-    Some(read(&String::from_utf8_lossy(&body_of(answer).await?)))
-}
-
-async fn ask(engine: &Engine, client: &reqwest::Client, path: &str) -> Option<reqwest::Response> {
-    client.get(format!("{}{path}", engine.spec.url)).send().await.ok()
-}
-
-async fn get(engine: &Engine, client: &reqwest::Client, path: &str) -> Option<Vec<u8>> {
-    body_of(ask(engine, client, path).await?).await
-}
-
-async fn body_of(answer: reqwest::Response) -> Option<Vec<u8>> {
-    let mut answer = answer.error_for_status().ok()?;
-    let mut body = Vec::new();
-    while let Some(part) = answer.chunk().await.ok()? {
-        if body.len() + part.len() > limits::SCRAPE_BYTES_MAX {
-            return None;
-        }
-        body.extend_from_slice(&part);
+    if !status.is_success() {
+        return Err(format!("/metrics: {status}"));
     }
-    Some(body)
+    Ok(read(&String::from_utf8_lossy(&body)))
 }
 
-async fn models(engine: &Engine, client: &reqwest::Client) -> Option<Vec<Model>> {
-    let body = get(engine, client, "/v1/models").await?;
+async fn get(engine: &Engine, upstream: &Upstream, path: &str) -> Result<(StatusCode, Bytes), String> {
+    let limits = (Duration::from_millis(limits::SCRAPE_TIMEOUT_MS), limits::SCRAPE_BYTES_MAX);
+    upstream.ask(Method::GET, &format!("{}{path}", engine.spec.url), Bytes::new(), limits).await
+}
+
+async fn models(engine: &Engine, upstream: &Upstream) -> Option<Vec<Model>> {
+    let (status, body) = get(engine, upstream, "/v1/models").await.ok()?;
+    if status == StatusCode::UNAUTHORIZED && !engine.key_missed.swap(true, Ordering::Relaxed) {
+        log::warn!("{}: it wants a key to say what it serves: give the router one with --engine-key", engine.spec.name);
+    }
     Some(serde_json::from_slice::<ServedModels>(&body).ok()?.data)
 }
 

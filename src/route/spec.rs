@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use axum::http::Uri;
 use serde::Deserialize;
 
 use kvcellar_block::error::{Error, Result};
@@ -29,7 +30,7 @@ pub struct Spec {
     /// Its name.
     #[serde(default, deserialize_with = "name_or_empty")]
     pub name: String,
-    /// Where it answers, e.g. `http://10.0.0.1:8000`.
+    /// Where it answers, e.g. `http://10.0.0.1:8000` or `https://engines.example/a`.
     pub url: String,
     /// Where it publishes its events, e.g. `tcp://10.0.0.1:5557`.
     pub events: Option<String>,
@@ -56,15 +57,30 @@ impl EngineSpec for Spec {
     const PORTS_DEFAULT: &'static str = "8000:5557:5558";
 
     fn checked(mut self) -> Result<Self> {
-        let wrong = |problem: String| Error::config("url", problem, format!("Write e.g. {}", Self::EXAMPLE));
-        let Some(authority) = self.url.strip_prefix("http://") else {
-            return Err(wrong(format!("`{}` does not begin with http://", self.url)));
+        let wrong = || {
+            let problem = format!("`{}` is no http://host:port or https://host, with or without a path", self.url);
+            Error::config("url", problem, format!("Write e.g. {}", Self::EXAMPLE))
         };
-        let authority = authority.trim_end_matches('/').to_owned();
-        let has_port =
-            authority.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
-        if !has_port || authority.contains('/') {
-            return Err(wrong(format!("`{}` is no http://host:port", self.url)));
+        let (scheme, rest) = self.url.split_once("://").ok_or_else(wrong)?;
+        let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+        let default_port = match scheme {
+            "http" => None,
+            "https" => Some("443"),
+            _ => return Err(wrong()),
+        };
+        // Behind the last colon, unless that is a part of an address in brackets.
+        let port = authority.rsplit_once(':').map(|(_, port)| port).filter(|port| !port.ends_with(']'));
+        let authority = match (port, default_port) {
+            (Some(port), _) if port.parse::<u16>().is_ok() => authority.to_owned(),
+            (None, Some(port)) => format!("{authority}:{port}"),
+            _ => return Err(wrong()),
+        };
+        let path = path.trim_end_matches('/');
+        let url =
+            if path.is_empty() { format!("{scheme}://{authority}") } else { format!("{scheme}://{authority}/{path}") };
+        let is_plain = path.bytes().all(|byte| byte.is_ascii_graphic() && !b"?#".contains(&byte));
+        if authority.starts_with(':') || !is_plain || url.parse::<Uri>().is_err() {
+            return Err(wrong());
         }
         for (name, address) in [("events", &self.events), ("replay", &self.replay)] {
             if let Some(address) = address {
@@ -72,9 +88,9 @@ impl EngineSpec for Spec {
             }
         }
         if self.name.is_empty() {
-            self.name.clone_from(&authority);
+            self.name = authority;
         }
-        self.url = format!("http://{authority}");
+        self.url = url;
         Ok(self)
     }
 
@@ -109,7 +125,8 @@ impl Spec {
 
     /// Host and port.
     pub fn authority(&self) -> &str {
-        self.url.strip_prefix("http://").unwrap_or(&self.url)
+        let rest = self.url.split_once("://").map_or(self.url.as_str(), |(_, rest)| rest);
+        rest.split('/').next().unwrap_or(rest)
     }
 
     /// Its events, for the index.
@@ -136,8 +153,14 @@ mod tests {
         assert_eq!((source.name.as_str(), source.replay.as_deref()), ("a", Some("tcp://h:3")));
         for wrong in [
             "h:8000",
-            "https://h:1",
+            "ftp://h:1",
             "http://h",
+            "http://:1",
+            "http://h:x",
+            "https://h:99999",
+            "http://h:1/a b",
+            "http://h:1/a?b=c",
+            "http://[::1]",
             "url=http://h:1,x=1",
             "name=a",
             "url=http://h:1,url=http://h:2",
@@ -145,6 +168,22 @@ mod tests {
         ] {
             assert!(parse::<Spec>(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn engines_behind_tls_and_below_a_path() {
+        let read = |text: &str| {
+            let spec: Spec = parse(text).expect(text);
+            (spec.authority().to_owned(), spec.url)
+        };
+        assert_eq!(read("https://h"), ("h:443".to_owned(), "https://h:443".to_owned()));
+        assert_eq!(read("https://[::1]"), ("[::1]:443".to_owned(), "https://[::1]:443".to_owned()));
+        assert_eq!(read("https://h:8443/a/b/"), ("h:8443".to_owned(), "https://h:8443/a/b".to_owned()));
+        assert_eq!(
+            read("http://[fd00::1]:8000/x"),
+            ("[fd00::1]:8000".to_owned(), "http://[fd00::1]:8000/x".to_owned())
+        );
+        assert_eq!(parse::<Spec>("https://h/a").expect("an engine").name, "h:443");
     }
 
     #[test]

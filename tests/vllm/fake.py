@@ -49,6 +49,10 @@ class Fake:
     # Tokens a second, and whether prompts are computed one after the other, as on a busy machine.
     prefill_rate: float = 40_000.0
     one_by_one: bool = False
+    # A PEM file with key and certificate; a path that everything lies below; a key that clients need.
+    tls: str = ""
+    prefix: str = ""
+    api_key: str = ""
     port: int = field(default_factory=low_port)
     admin_port: int = field(default_factory=low_port)
     events_port: int = field(default_factory=low_port)
@@ -68,7 +72,7 @@ class Fake:
         """As in the router's file."""
         return {
             "name": self.name,
-            "url": f"http://127.0.0.1:{self.port}",
+            "url": f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}{self.prefix}",
             "events": f"tcp://127.0.0.1:{self.events_port}",
             "replay": f"tcp://127.0.0.1:{self.replay_port}",
             "draining": draining,
@@ -78,7 +82,7 @@ class Fake:
         """Begins a life with an empty cache, and waits for its first answer."""
         assert self.process is None, f"{self.name} lives"
         command = [sys.executable, "-m", "tests.vllm.fake_engine", "--name", self.name, "--seen", str(self.seen)]
-        options = (
+        options = [
             "port",
             "admin_port",
             "events_port",
@@ -87,7 +91,8 @@ class Fake:
             "block_tokens",
             "model",
             "prefill_rate",
-        )
+        ]
+        options += [option for option in ("tls", "prefix", "api_key") if getattr(self, option)]
         for option in options:
             command += [f"--{option.replace('_', '-')}", str(getattr(self, option))]
         command += ["--one-by-one"] if self.one_by_one else []

@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import signal
+import ssl
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -59,12 +60,16 @@ class FakeEngine:
         self.prefill = asyncio.Semaphore(1 if options.one_by_one else SEQUENCES_MAX)
         self.seen = os.open(options.seen, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self.site: web.TCPSite | None = None
+        self.tls: ssl.SSLContext | None = None
+        if options.tls:
+            self.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            self.tls.load_cert_chain(options.tls)
         self.last_body = ""
         self.last_forwarded: list[str] = []
 
     def public(self) -> web.Application:
         """What clients see."""
-        app = web.Application(client_max_size=BODY_BYTES_MAX)
+        app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[self.guard])
         app.router.add_get("/health", self.health)
         app.router.add_get("/v1/models", self.models)
         app.router.add_get("/metrics", self.metrics)
@@ -76,7 +81,22 @@ class FakeEngine:
         for path in OTHER_PATHS:
             app.router.add_post(path, self.other)
         app.router.add_post("/tokenize", self.tokenize)
-        return app
+        if not self.options.prefix:
+            return app
+        whole = web.Application(client_max_size=BODY_BYTES_MAX)
+        whole.add_subapp(self.options.prefix, app)
+        return whole
+
+    @web.middleware
+    async def guard(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """As vLLM with `--api-key`: everything below /v1 wants it."""
+        path = request.path.removeprefix(self.options.prefix)
+        given = request.headers.get("authorization")
+        if self.options.api_key and path.startswith("/v1") and given != f"Bearer {self.options.api_key}":
+            return self.answer({"error": "Unauthorized"}, status=401)
+        return await handler(request)
 
     def private(self) -> web.Application:
         """What the operator of the test sees."""
@@ -117,7 +137,7 @@ class FakeEngine:
     async def listen(self) -> None:
         """Accepts connections, or no longer does; those that are open stay."""
         if self.mode.listening and self.site is None:
-            self.site = web.TCPSite(self.public_runner, "127.0.0.1", self.options.port)
+            self.site = web.TCPSite(self.public_runner, "127.0.0.1", self.options.port, ssl_context=self.tls)
             await self.site.start()
         elif not self.mode.listening and self.site is not None:
             await self.site.stop()
@@ -318,6 +338,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default=answers.MODEL)
     parser.add_argument("--prefill-rate", type=float, default=PREFILL_TOKENS_PER_S)
     parser.add_argument("--one-by-one", action="store_true")
+    parser.add_argument("--tls", default="")
+    parser.add_argument("--prefix", default="")
+    parser.add_argument("--api-key", default="")
     for port in ("port", "admin-port", "events-port", "replay-port", "blocks", "block-tokens"):
         parser.add_argument(f"--{port}", type=int, required=True)
     parser.add_argument("--seen", type=Path, required=True)

@@ -24,6 +24,7 @@ use kvcellar_route::see::Outcome;
 use kvcellar_route::spec::{EngineRole, Spec};
 use kvcellar_route::tokens::TokenModel;
 use kvcellar_route::two_steps::{PrefillBy, TwoSteps};
+use kvcellar_route::upstream::{Upstream, UpstreamOptions};
 use kvcellar_route::urgency::Objectives;
 
 /// What prompts are like, and how prefixes are looked up.
@@ -174,7 +175,7 @@ impl KnownPrefix {
             seed: 1,
             traces: None,
         };
-        Ok((Router::new(engines, setup)?, index))
+        Ok((Router::new(engines, Upstream::open(&UpstreamOptions::default())?, setup), index))
     }
 
     /// Every engine holds a part of the beginning: from half of it to all.

@@ -363,6 +363,7 @@ mod tests {
     use crate::prompt::Models;
     use crate::router::{Mode, Setup};
     use crate::two_steps::{PrefillBy, TwoSteps};
+    use crate::upstream::{Upstream, UpstreamOptions};
     use crate::urgency::Objectives;
     use kvcellar_index::tiers::Weights;
 
@@ -391,7 +392,7 @@ mod tests {
             seed: 1,
             traces: None,
         };
-        Router::new(known, setup).expect("a router")
+        Router::new(known, Upstream::open(&UpstreamOptions::default()).expect("no files"), setup)
     }
 
     /// The headers that Envoy is told to set for one completion.
