@@ -114,7 +114,13 @@ def route() -> list[Metric]:
     """Metrics of `kvcellar route`."""
     source = ROUTE.read_text()
     prefix = _prefix(ROUTE, source)
-    kinds = {"Counts": "counter", "Counter": "counter", "PerEngine": "gauge", "Gauge": "gauge", "Histogram": "histogram"}
+    kinds = {
+        "Counts": "counter",
+        "Counter": "counter",
+        "PerEngine": "gauge",
+        "Gauge": "gauge",
+        "Histogram": "histogram",
+    }
     pattern = r'add\(\s*registry,\s*"(\w+)",\s*"([^"]+)",\s*(\w+)::'
     return [
         Metric(
