@@ -90,7 +90,12 @@ def index() -> list[Metric]:
     ]
     for name, text in re.findall(r'registry\.register\("(\w+)", "([^"]+)"', source):
         kind = "histogram" if name.endswith("_seconds") else "gauge"
-        label = {"source_connected": ("source",), "engine_live": ("engine",), "engine_gaps": ("engine",)}
+        label = {
+            "source_connected": ("source",),
+            "source_silence": ("source",),
+            "engine_live": ("engine",),
+            "engine_gaps": ("engine",),
+        }
         found.append(Metric(f"{prefix}_{name}", kind, label.get(name, ()), text))
     return found
 

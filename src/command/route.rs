@@ -114,7 +114,7 @@ pub struct Options {
     /// engine at once.
     #[arg(long, default_value_t = 0)]
     pub queue: usize,
-    /// Bound of the memory for their bodies.
+    /// Bound of the memory for them, estimated from their bodies.
     #[arg(long, default_value = "256MiB")]
     pub queue_memory: String,
     /// How long a request waits that names no shorter time itself, in s.
@@ -191,6 +191,7 @@ impl Options {
             patience: Duration::from_secs(self.queue_s.max(1)),
             backlog: Duration::from_millis(self.queue_backlog_ms.max(1)),
             concurrency: self.queue_concurrency,
+            starved: Duration::from_secs(5),
         };
         Ok(Some(Gate::new(settings, Arc::clone(engines))))
     }

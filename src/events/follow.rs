@@ -238,6 +238,7 @@ impl<P: AsRef<[u8]>> Follower<P> {
             return self.ask(steps);
         }
         self.phase = Phase::Live;
+        self.unproven = false;
         self.next.get_or_insert(0);
         self.release(steps);
     }

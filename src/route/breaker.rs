@@ -48,13 +48,13 @@ impl Breaker {
         !matches!(self.0, BreakerState::Closed { .. })
     }
 
-    /// The engine gets a request: where its breaker is open, a trial.
-    pub fn begin(&mut self, now_s: f64) {
-        if let BreakerState::Open { until_s, wait_s } = self.0
-            && now_s >= until_s
-        {
+    /// The engine gets a request. Returns whether it is a trial.
+    pub fn begin(&mut self, now_s: f64) -> bool {
+        let is_trial = self.is_open() && self.admits(now_s);
+        if let (true, BreakerState::Open { wait_s, .. } | BreakerState::Trying { wait_s, .. }) = (is_trial, self.0) {
             self.0 = BreakerState::Trying { since_s: now_s, wait_s };
         }
+        is_trial
     }
 
     /// A request was answered. Returns whether the breaker was open.
@@ -65,22 +65,22 @@ impl Breaker {
     }
 
     /// A request has failed. Returns the seconds to wait where that opens the breaker.
-    pub fn failed(&mut self, now_s: f64) -> Option<f64> {
+    pub fn failed(&mut self, now_s: f64, is_trial: bool) -> Option<f64> {
         let wait_s = match self.0 {
             BreakerState::Closed { failures } if failures + 1 < FAILURES_MAX => {
                 self.0 = BreakerState::Closed { failures: failures + 1 };
                 return None;
             }
             BreakerState::Closed { .. } => WAIT_S,
-            BreakerState::Trying { wait_s, .. } => (2.0 * wait_s).min(WAIT_MAX_S),
+            BreakerState::Trying { wait_s, .. } if is_trial => (2.0 * wait_s).min(WAIT_MAX_S),
             // A request from before it opened.
-            BreakerState::Open { .. } => return None,
+            BreakerState::Trying { .. } | BreakerState::Open { .. } => return None,
         };
         self.0 = BreakerState::Open { until_s: now_s + wait_s, wait_s };
         Some(wait_s)
     }
 
-    /// A request ended without saying anything of the engine. If it was the trial, the next one is.
+    /// A trial ended without saying anything of the engine: the next request is one.
     pub fn abandoned(&mut self, now_s: f64) {
         if let BreakerState::Trying { wait_s, .. } = self.0 {
             self.0 = BreakerState::Open { until_s: now_s, wait_s };
@@ -95,9 +95,9 @@ mod tests {
     fn opened() -> Breaker {
         let mut breaker = Breaker::default();
         for _ in 1..FAILURES_MAX {
-            assert_eq!(breaker.failed(10.0), None);
+            assert_eq!(breaker.failed(10.0, false), None);
         }
-        assert_eq!(breaker.failed(10.0), Some(WAIT_S));
+        assert_eq!(breaker.failed(10.0, false), Some(WAIT_S));
         breaker
     }
 
@@ -105,7 +105,7 @@ mod tests {
     fn only_failures_in_a_row_open_it() {
         let mut breaker = Breaker::default();
         for _ in 0..3 * FAILURES_MAX {
-            assert_eq!(breaker.failed(0.0), None);
+            assert_eq!(breaker.failed(0.0, false), None);
             assert!(!breaker.succeeded() && breaker.admits(0.0));
         }
         let breaker = opened();
@@ -115,13 +115,13 @@ mod tests {
     #[test]
     fn one_trial_at_a_time() {
         let mut breaker = opened();
-        assert!(breaker.admits(11.0));
-        breaker.begin(11.0);
-        assert!(!breaker.admits(11.0), "a second one");
+        assert!(breaker.admits(11.0) && breaker.begin(11.0));
+        assert!(!breaker.admits(11.0) && !breaker.begin(11.0), "a second one");
+        assert_eq!(breaker.failed(11.2, false), None, "one from before does not end the trial");
         breaker.abandoned(11.5);
         assert!(breaker.admits(11.5), "its client left: the next one is the trial");
-        breaker.begin(11.5);
-        assert!(breaker.admits(11.5 + TRIAL_S), "a trial without an end");
+        assert!(breaker.begin(11.5) && breaker.admits(11.5 + TRIAL_S), "a trial without an end");
+        assert!(breaker.begin(11.5 + TRIAL_S) && !breaker.admits(11.6 + TRIAL_S), "one more, and not all");
         assert!(breaker.succeeded() && !breaker.is_open());
     }
 
@@ -132,9 +132,9 @@ mod tests {
         let mut waits = Vec::new();
         for _ in 0..8 {
             now_s += WAIT_MAX_S;
-            breaker.begin(now_s);
-            waits.extend(breaker.failed(now_s));
-            assert_eq!(breaker.failed(now_s), None, "one from before");
+            assert!(breaker.begin(now_s));
+            waits.extend(breaker.failed(now_s, true));
+            assert_eq!(breaker.failed(now_s, false), None, "one from before");
         }
         assert_eq!(waits, [2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]);
     }

@@ -150,7 +150,9 @@ pub fn of_responses(body: &Map<String, Json>) -> Result<Map<String, Json>, Inexa
         }
         _ => return Err(RARE),
     }
-    Ok(Map::from_iter([("messages".to_owned(), Json::Array(messages))]))
+    let mut made = Map::from_iter([("messages".to_owned(), Json::Array(messages))]);
+    keep(body, &["chat_template_kwargs"], &mut made);
+    Ok(made)
 }
 
 fn refuse(fields: &Map<String, Json>, rare: &[&str]) -> Result<(), Inexact> {

@@ -1,7 +1,7 @@
 //! One engine: where it is, what it said last, what was promised to it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -137,14 +137,13 @@ impl Engine {
         self.breaker().admits(self.now_s())
     }
 
-    /// A request to it has ended or begun to be answered. `well`: nothing is wrong with the engine.
-    pub fn judged(&self, well: bool) {
+    fn judged(&self, well: bool, is_trial: bool) {
         let name = &self.spec.name;
         if well {
             if self.breaker().succeeded() {
                 log::info!("{name}: answers requests again");
             }
-        } else if let Some(wait_s) = self.breaker().failed(self.now_s()) {
+        } else if let Some(wait_s) = self.breaker().failed(self.now_s(), is_trial) {
             log::warn!("{name}: its requests fail: it gets none for {wait_s} s, then one to try");
         }
     }
@@ -248,6 +247,12 @@ impl Engine {
         models.is_empty() || models.iter().any(|it| it.id == model)
     }
 
+    /// The first model that it serves and that is no adapter; empty where it has not said.
+    pub fn base_model(&self) -> String {
+        let models = self.models.load();
+        models.iter().find(|model| model.parent.is_none()).map_or_else(String::new, |model| model.id.clone())
+    }
+
     /// Whether a model is an adapter here.
     pub fn is_adapter(&self, model: &str) -> bool {
         self.models.load().iter().any(|it| it.id == model && it.parent.is_some())
@@ -286,13 +291,26 @@ impl Told {
     }
 }
 
+/// What a request's end says of its engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Nothing.
+    Unsaid,
+    /// It answers as it should.
+    Well,
+    /// Something is wrong with it.
+    Ill,
+}
+
 /// One promise of a real engine. Given back when it is dropped.
 #[derive(Debug)]
 pub struct Booking {
     engine: Arc<Engine>,
     number: u64,
     has_prompt: bool,
-    judged: AtomicBool,
+    is_trial: bool,
+    /// The worst so far.
+    verdict: AtomicU8,
 }
 
 impl Booking {
@@ -300,8 +318,8 @@ impl Booking {
     pub fn new(engine: Arc<Engine>, promise: Promise) -> Self {
         let has_prompt = promise.tokens > 0;
         let number = engine.books().book(engine.now_s(), promise);
-        engine.breaker().begin(engine.now_s());
-        Self { engine, number, has_prompt, judged: AtomicBool::new(false) }
+        let is_trial = engine.breaker().begin(engine.now_s());
+        Self { engine, number, has_prompt, is_trial, verdict: AtomicU8::new(Verdict::Unsaid as u8) }
     }
 
     /// Where it is booked.
@@ -309,12 +327,17 @@ impl Booking {
         &self.engine
     }
 
-    /// What it says of the engine is known. A later word of the same request counts only if it is
-    /// a bad one.
-    pub fn judged(&self, well: bool) {
-        if !self.judged.swap(true, Ordering::Relaxed) || !well {
-            self.engine.judged(well);
+    /// What it says of the engine. Of one request each verdict counts once, and a bad one is the
+    /// last.
+    pub fn judged(&self, verdict: Verdict) {
+        if self.verdict.fetch_max(verdict as u8, Ordering::Relaxed) < verdict as u8 {
+            self.engine.judged(verdict == Verdict::Well, self.is_trial);
         }
+    }
+
+    /// It is over for the engine, though the booking is still kept.
+    pub fn is_over(&self) {
+        self.engine.books().end(self.engine.now_s(), self.number);
     }
 
     /// The first token has come. Said once or often.
@@ -330,7 +353,7 @@ impl Drop for Booking {
     fn drop(&mut self) {
         let now_s = self.engine.now_s();
         self.engine.books().end(now_s, self.number);
-        if !self.judged.load(Ordering::Relaxed) {
+        if self.is_trial && self.verdict.load(Ordering::Relaxed) == Verdict::Unsaid as u8 {
             self.engine.breaker().abandoned(now_s);
         }
     }
@@ -366,13 +389,17 @@ mod tests {
         engine.heard(Told::default());
         for _ in 0..FAILURES_MAX_OF_REQUESTS {
             assert!(engine.is_trusted());
-            Booking::new(Arc::clone(&engine), Promise::default()).judged(false);
+            let booking = Booking::new(Arc::clone(&engine), Promise::default());
+            booking.judged(Verdict::Ill);
+            booking.judged(Verdict::Ill);
         }
         assert_eq!((engine.is_trusted(), engine.is_usable(), engine.health()), (false, true, "broken"));
         engine.heard(Told::default());
         assert!(!engine.is_trusted(), "a scrape is no request");
         let booking = Booking::new(Arc::clone(&engine), Promise::default());
-        booking.judged(true);
+        booking.judged(Verdict::Unsaid);
+        assert!(!engine.is_trusted());
+        booking.judged(Verdict::Well);
         assert!(engine.is_trusted());
     }
 

@@ -30,7 +30,11 @@ pub fn bytes_of(body: &Map<String, Json>) -> Vec<u8> {
     let turns = list("messages").or_else(|| list("input").filter(|items| items.first().is_some_and(Json::is_object)));
     if let Some(turns) = turns {
         let before = ["system", "instructions", "tools"].iter().filter_map(|name| body.get(*name));
-        before.filter(|value| !value.is_null()).for_each(&mut add);
+        before.filter(|value| !value.is_null()).for_each(|value| match value {
+            // vLLM leaves out a header that is another one with each request.
+            Json::Array(blocks) => blocks.iter().filter(|block| !is_billing(block)).for_each(&mut add),
+            value => add(value),
+        });
         turns.iter().for_each(&mut add);
         return bytes;
     }
@@ -47,6 +51,12 @@ pub fn bytes_of(body: &Map<String, Json>) -> Vec<u8> {
         None => {}
     }
     bytes
+}
+
+/// A block that Claude Code puts first into its system prompt.
+fn is_billing(block: &Json) -> bool {
+    let text = block.get("text").and_then(Json::as_str);
+    text.is_some_and(|text| text.starts_with("x-anthropic-billing-header"))
 }
 
 /// Tokens, about.
@@ -95,6 +105,12 @@ mod tests {
         let turn = json!({"role": "user", "content": text});
         let (one, two) = (turns(&json!([turn])), turns(&json!([turn, turn])));
         assert!(two.len() > one.len() && two[..one.len()] == one[..], "each turn counts");
+        let billed = |number: u32| {
+            let block = |text: String| json!({"type": "text", "text": text});
+            let system = json!([block(format!("x-anthropic-billing-header: {number}")), block("Be brief.".to_owned())]);
+            of(&json!({"system": system, "messages": [turn]}))
+        };
+        assert_eq!(billed(1), billed(2));
         assert_ne!(of(&json!({"system": "x", "messages": [turn]}))[0], of(&json!({"messages": [turn]}))[0]);
     }
 }

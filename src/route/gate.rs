@@ -34,7 +34,12 @@ pub struct GateSettings {
     pub backlog: Duration,
     /// Requests of an engine at most; 0: no bound.
     pub concurrency: usize,
+    /// Time after which a request gets one of [`STARVED_EVERY`] turns, whatever its priority.
+    pub starved: Duration,
 }
+
+/// Of so many turns one is for those who have waited too long.
+const STARVED_EVERY: u32 = 8;
 
 /// How long something is left free for a priority of which nothing more comes.
 const RESERVED_FOR: Duration = Duration::from_secs(30);
@@ -62,6 +67,8 @@ struct Hall {
     answers: HashMap<QueuePlace, oneshot::Sender<Verdict>>,
     /// Requests that were let through and are not booked at an engine yet, by lane.
     passing: HashMap<String, usize>,
+    /// Requests let through since one that starved was, by lane.
+    turns: HashMap<String, u32>,
     /// The highest priority of each lane, and when it was last seen.
     highest: HashMap<String, (i32, Instant)>,
 }
@@ -185,6 +192,7 @@ impl Gate {
             queue: RequestQueue::new(settings.bounds),
             answers: HashMap::new(),
             passing: HashMap::new(),
+            turns: HashMap::new(),
             highest: HashMap::new(),
         };
         Self { settings, engines, hall: Mutex::new(hall), wake: Notify::new(), opened: Instant::now() }
@@ -209,26 +217,27 @@ impl Gate {
         self.wake.notify_one();
     }
 
-    /// Lets a request through as soon as there is room for it. `model`: the one it names.
+    /// Lets a request through as soon as there is room for it. `lane`: a model of the engines that
+    /// may take it; empty: they have not said.
     ///
     /// # Errors
     /// [`Refusal::QueueFull`], [`Refusal::Displaced`], [`Refusal::Late`].
-    pub async fn enter(&self, model: Option<&str>, flow: &Urgency, bytes: usize) -> Result<Pass<'_>, Refusal> {
-        let lane = model.unwrap_or_default().to_owned();
+    pub async fn enter(&self, lane: &str, urgency: &Urgency, bytes: usize) -> Result<Pass<'_>, Refusal> {
+        let lane = lane.to_owned();
         let came = Instant::now();
-        let patience = flow.ttft.map_or(self.settings.patience, |ttft| ttft.min(self.settings.patience));
+        let patience = urgency.ttft.map_or(self.settings.patience, |ttft| ttft.min(self.settings.patience));
         let stay = {
             let mut hall = self.hall();
-            hall.saw(&lane, flow.priority);
-            if !hall.queue.lanes().contains(&lane) && self.has_room(&hall, &lane, flow.priority) {
-                *hall.passing.entry(lane.clone()).or_default() += 1;
+            hall.saw(&lane, urgency.priority);
+            if !hall.queue.lanes().contains(&lane) && self.has_room(&hall, &lane, urgency.priority) {
+                hall.lets_through(&lane);
                 return Ok(Pass { gate: self, lane, waited: Duration::ZERO });
             }
             let now_s = self.now_s();
             let waiting = WaitingRequest {
                 lane: lane.clone(),
-                priority: flow.priority,
-                flow: flow.id.clone(),
+                priority: urgency.priority,
+                flow: urgency.id.clone(),
                 came_s: now_s,
                 deadline_s: now_s + patience.as_secs_f64(),
                 bytes,
@@ -274,9 +283,19 @@ impl Gate {
                 let passing = hall.passing.get(&lane).copied().unwrap_or(0);
                 let highest = hall.highest(&lane);
                 let may = |priority: i32| room.admits(highest.is_none_or(|highest| priority >= highest), passing);
-                let Some((place, _)) = hall.queue.next(&lane, now_s, may) else { break };
+                // What is kept for the highest priority is not kept from those who starve.
+                let turns = hall.turns.get(&lane).copied().unwrap_or(0);
+                let starved = (turns + 1 >= STARVED_EVERY && room.admits(true, passing))
+                    .then(|| hall.queue.starved(&lane, now_s - self.settings.starved.as_secs_f64()))
+                    .flatten();
+                let next = starved.or_else(|| hall.queue.next(&lane, may));
+                let Some(place) = next else { break };
+                hall.queue.remove(place);
                 if hall.tell(place, Verdict::Go) {
-                    *hall.passing.entry(lane.clone()).or_default() += 1;
+                    hall.lets_through(&lane);
+                    if starved.is_some() {
+                        hall.turns.remove(&lane);
+                    }
                 }
             }
         }
@@ -295,6 +314,7 @@ impl Gate {
             .iter()
             .filter(|engine| engine.is_usable() && (lane.is_empty() || engine.serves(lane)))
             .partition(|engine| engine.spec.role == EngineRole::Prefill);
+        let (first, second) = (trusted(first), trusted(second));
         let room = self.room_at(&second);
         if first.is_empty() || room.engines == 0 { room.or_refusal() } else { room.and(self.room_at(&first)) }
     }
@@ -306,8 +326,8 @@ impl Gate {
             let backlog = engine.backlog();
             let most = self.settings.concurrency;
             let free = if most == 0 { usize::MAX } else { most.saturating_sub(backlog.requests) };
-            let is_ahead = backlog.seconds < self.settings.backlog.as_secs_f64()
-                && engine.told.load().waiting <= backlog.unanswered as f64;
+            let waits = engine.told.load().waiting > backlog.unanswered as f64;
+            let is_ahead = backlog.seconds < self.settings.backlog.as_secs_f64() && !waits;
             let takes_lower = is_ahead && free > if most > 1 { most.div_ceil(RESERVED_SHARE) } else { 0 };
             room.any += usize::from(is_ahead && free > 0);
             room.lower += usize::from(takes_lower);
@@ -317,16 +337,30 @@ impl Gate {
     }
 }
 
+/// As whoever decides will see them: those whose requests go well, or all where that is nobody.
+fn trusted(engines: Vec<&Arc<Engine>>) -> Vec<&Arc<Engine>> {
+    let trusted: Vec<_> = engines.iter().copied().filter(|engine| engine.is_trusted()).collect();
+    if trusted.is_empty() { engines } else { trusted }
+}
+
 impl Hall {
     fn saw(&mut self, lane: &str, priority: i32) {
         let now = Instant::now();
         if self.highest.len() >= LANES_SEEN {
             // Where engines do not say what they serve, lanes are what clients make of them.
             self.highest.retain(|_, (_, at)| at.elapsed() < RESERVED_FOR);
+            let highest = &self.highest;
+            self.turns.retain(|lane, _| highest.contains_key(lane));
         }
         if self.highest(lane).is_none_or(|highest| priority >= highest) {
             self.highest.insert(lane.to_owned(), (priority, now));
         }
+    }
+
+    fn lets_through(&mut self, lane: &str) {
+        *self.passing.entry(lane.to_owned()).or_default() += 1;
+        let turns = self.turns.entry(lane.to_owned()).or_default();
+        *turns = turns.saturating_add(1);
     }
 
     /// The highest priority seen lately.
@@ -342,6 +376,8 @@ impl Hall {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
+
     use super::*;
     use crate::books::Promise;
     use crate::engine::{Booking, Told};
@@ -352,6 +388,7 @@ mod tests {
         patience: Duration::from_secs(20),
         backlog: Duration::from_millis(100),
         concurrency: 0,
+        starved: Duration::from_secs(5),
     };
 
     fn engines(count: usize) -> Arc<Engines> {
@@ -378,7 +415,7 @@ mod tests {
     }
 
     async fn is_through(gate: &Gate, priority: i32) -> bool {
-        let entered = tokio::time::timeout(Duration::from_millis(20), gate.enter(Some("m"), &flow(priority), 10)).await;
+        let entered = tokio::time::timeout(Duration::from_millis(20), gate.enter("m", &flow(priority), 10)).await;
         entered.is_ok()
     }
 
@@ -391,7 +428,7 @@ mod tests {
         assert!(!is_through(&gate, 0).await);
         assert_eq!(gate.waiting().0, [], "it has left");
         let plain = flow(0);
-        let (entered, ()) = tokio::join!(gate.enter(Some("m"), &plain, 10), async {
+        let (entered, ()) = tokio::join!(gate.enter("m", &plain, 10), async {
             tokio::task::yield_now().await;
             assert_eq!(gate.waiting(), (vec![(0, 1)], 10));
             drop(long);
@@ -405,10 +442,10 @@ mod tests {
     async fn those_on_their_way_count() {
         let engines = engines(2);
         let gate = Gate::new(SETTINGS, Arc::clone(&engines));
-        let first = gate.enter(Some("m"), &flow(0), 10).await.expect("room");
-        let second = gate.enter(Some("m"), &flow(0), 10).await.expect("room");
+        let first = gate.enter("m", &flow(0), 10).await.expect("room");
+        let second = gate.enter("m", &flow(0), 10).await.expect("room");
         assert!(!is_through(&gate, 0).await, "both engines may be theirs");
-        assert!(gate.enter(Some("n"), &flow(0), 10).await.is_ok(), "another lane");
+        assert!(gate.enter("n", &flow(0), 10).await.is_ok(), "another lane");
         drop((first, second));
         assert!(is_through(&gate, 0).await);
     }
@@ -429,6 +466,39 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_low_priority_beside_a_steady_high_one_gets_its_turn() {
+        let engines = engines(2);
+        let gate = Gate::new(GateSettings { starved: Duration::from_millis(5), ..SETTINGS }, Arc::clone(&engines));
+        let one = busy(&engines, 0, 50.0);
+        assert!(is_through(&gate, 5).await && !is_through(&gate, 0).await, "the idle engine is kept");
+        let (plain, urgent) = (flow(0), flow(5));
+        let mut low = std::pin::pin!(gate.enter("m", &plain, 10));
+        let mut turns = 0;
+        while low.as_mut().now_or_never().is_none() {
+            turns += 1;
+            assert!(turns < 100, "it starves");
+            let mut high = std::pin::pin!(gate.enter("m", &urgent, 10));
+            assert!(high.as_mut().now_or_never().is_none(), "somebody waits before it");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            gate.settle(&mut gate.hall());
+            drop(high.as_mut().now_or_never());
+        }
+        assert!(turns >= 5, "{turns}: not before its turn");
+        drop(one);
+    }
+
+    #[tokio::test]
+    async fn an_engine_that_is_not_trusted_is_no_room() {
+        let engines = engines(2);
+        let gate = Gate::new(SETTINGS, Arc::clone(&engines));
+        for _ in 0..crate::breaker::FAILURES_MAX {
+            busy(&engines, 1, 0.0).judged(crate::engine::Verdict::Ill);
+        }
+        let _one = busy(&engines, 0, 50.0);
+        assert!(!is_through(&gate, 0).await, "the other one gets nothing");
+    }
+
+    #[tokio::test]
     async fn who_has_to_go_is_told() {
         let engines = engines(1);
         let gate = Gate::new(SETTINGS, Arc::clone(&engines));
@@ -436,7 +506,7 @@ mod tests {
         let soon = Urgency { ttft: Some(Duration::from_millis(30)), ..flow(1) };
         let flows = [soon, flow(0), flow(0), flow(0), flow(7)];
         let all = futures_util::future::join_all(
-            flows.iter().map(|flow| async { gate.enter(Some("m"), flow, 10).await.map(drop) }),
+            flows.iter().map(|flow| async { gate.enter("m", flow, 10).await.map(drop) }),
         );
         let keeper = async {
             tokio::time::sleep(Duration::from_millis(100)).await;

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Request as Incoming, State};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
@@ -21,6 +22,7 @@ use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use tokio::time::{Instant, Sleep};
 
 use super::answer::Tail;
+use super::engine::Verdict;
 use super::request::{Kind, Refusal, Request};
 use super::router::{Router, Ticket};
 use super::see::Outcome;
@@ -62,6 +64,9 @@ const HOP_BY_HOP: [HeaderName; 8] = [
 
 /// Asks for the decision in the answer's headers.
 pub const DEBUG: HeaderName = HeaderName::from_static("x-kvcellar-debug");
+
+/// Names an engine's data-parallel rank.
+pub const RANK: &str = "x-data-parallel-rank";
 
 /// Says of an answer that was refused for want of room why.
 pub const DROPPED: &str = "x-kvcellar-dropped-reason";
@@ -105,23 +110,19 @@ impl Proxy {
         {
             return Ok(response);
         }
-        let mut request =
-            Request::read(kind, body.clone()).inspect_err(|refusal| self.router.metrics.refused(refusal.name()))?;
-        let session = parts.headers.get(&self.limits.session_header).and_then(|value| value.to_str().ok());
-        request.session = session.map(str::to_owned);
-        let header = |name: &str| parts.headers.get(name).and_then(|value| value.to_str().ok());
-        request.urgency = Urgency::read(header, &self.router.setup.objectives);
-        for name in traces::HEADERS {
-            let value = parts.headers.get(name).and_then(|value| value.to_str().ok());
-            request.trace.extend(value.map(|value| (name.to_owned(), value.to_owned())));
-        }
-        request.may_split = true;
+        let request = self.request(kind, &parts, &body)?;
         let mut ticket = self.router.route(&request).await?;
         drop(request);
-        let mut body = body;
+        // With what another engine has computed, if it has.
+        let (mut body, whole) = (body.clone(), body);
         if self.router.setup.two_steps.by == PrefillBy::Router && ticket.prefill().is_some() {
             let step = self.prefill(&parts.uri, &parts.headers, &body, &ticket).await;
-            ticket.prefilled(matches!(step, FirstStep::Done(_)), !matches!(step, FirstStep::Failed));
+            let verdict = match step {
+                FirstStep::Done(_) => Verdict::Well,
+                FirstStep::Refused => Verdict::Unsaid,
+                FirstStep::Failed => Verdict::Ill,
+            };
+            ticket.prefilled(matches!(step, FirstStep::Done(_)), verdict);
             if let FirstStep::Done(second) = step {
                 body = second;
             }
@@ -134,28 +135,32 @@ impl Proxy {
             tries_left = tries_left.saturating_sub(1);
             let upstream = Self::upstream(&parts.method, &parts.uri, &parts.headers, &body, &ticket)?;
             let name = ticket.engine().spec.name.clone();
-            let mut move_on = |ticket: &mut Ticket, was_sent: bool| {
+            let mut move_on = |ticket: &mut Ticket, body: &mut Bytes, was_sent: bool| {
                 let may =
                     tries_left > 0 && (!was_sent || std::mem::take(&mut may_repeat) && self.router.retries.spend());
+                if may && was_sent {
+                    // What was handed over may have been fetched, and be another prompt's by now.
+                    ticket.forget_prefill();
+                    body.clone_from(&whole);
+                }
                 may && ticket.move_on()
             };
             match tokio::time::timeout(self.limits.silence, self.router.upstream.pass(upstream)).await {
                 Ok(Ok(response)) => {
                     let status = response.status();
-                    let well = !is_the_engines_fault(status);
-                    ticket.judge(well);
-                    if !well && may_be_repeated(status) && move_on(&mut ticket, true) {
+                    ticket.judge(judged_by(status));
+                    if may_be_repeated(status) && move_on(&mut ticket, &mut body, true) {
                         log::warn!("{name}: it answered {status}: trying another engine");
                         continue;
                     }
                     return Ok(self.answer(response, ticket, debug));
                 }
                 Ok(Err(error)) => {
-                    ticket.judge(false);
+                    ticket.judge(Verdict::Ill);
                     if error.is_connect() {
                         ticket.engine().refused();
                     }
-                    if !move_on(&mut ticket, !error.is_connect()) {
+                    if !move_on(&mut ticket, &mut body, !error.is_connect()) {
                         log::warn!("{name}: {error}: no other engine is tried");
                         ticket.end(Outcome::Failed, None);
                         return Err(Refusal::Upstream(format!("{name}: {error}")));
@@ -168,6 +173,24 @@ impl Proxy {
                 }
             }
         }
+    }
+
+    /// Reads a request.
+    fn request(&self, kind: Kind, parts: &Parts, body: &Bytes) -> Result<Request, Refusal> {
+        let refused = |refusal: &Refusal| self.router.metrics.refused(refusal.name());
+        let climbs = |part: &str| matches!(part.to_ascii_lowercase().replace("%2e", ".").as_str(), "." | "..");
+        if parts.uri.path().split('/').any(climbs) {
+            // Below an engine's path it would lead to somebody else's.
+            return Err(Refusal::BadRequest("the path goes up".to_owned())).inspect_err(refused);
+        }
+        let mut request = Request::read(kind, body.clone()).inspect_err(refused)?;
+        let header = |name: &str| parts.headers.get(name).and_then(|value| value.to_str().ok());
+        request.session = header(self.limits.session_header.as_str()).map(str::to_owned);
+        request.urgency = Urgency::read(header, &self.router.setup.objectives);
+        let traced = |name: &str| Some((name.to_owned(), header(name)?.to_owned()));
+        request.trace.extend(traces::HEADERS.iter().filter_map(|name| traced(name)));
+        request.may_split = true;
+        Ok(request)
     }
 
     /// Has a prompt computed where the ticket says.
@@ -194,7 +217,7 @@ impl Proxy {
                 log::warn!("{name}: it handed no KV over: does it have a connector that does, e.g. NixlConnector?");
                 FirstStep::Refused
             }
-            Ok(Some((status, _))) if !is_the_engines_fault(status) => FirstStep::Refused,
+            Ok(Some((status, _))) if judged_by(status) != Verdict::Ill => FirstStep::Refused,
             _ => {
                 log::warn!("{name}: a prompt was not computed for another engine, which computes it itself");
                 FirstStep::Failed
@@ -249,7 +272,7 @@ impl Proxy {
                 request.headers_mut().insert(two_steps::PREFILLER, place);
             }
             if let Some(rank) = ticket.rank() {
-                request.headers_mut().insert("x-data-parallel-rank", rank.into());
+                request.headers_mut().insert(RANK, rank.into());
             }
             for (name, value) in ticket.trace_headers() {
                 if let (Ok(name), Ok(value)) = (HeaderName::try_from(name), HeaderValue::from_str(value)) {
@@ -293,10 +316,14 @@ impl Proxy {
     }
 }
 
-/// The status says that something is wrong with the engine, or with what is in front of it. A 500
-/// may be the request's own doing, and one client must not be able to close a fleet.
-pub fn is_the_engines_fault(status: StatusCode) -> bool {
-    matches!(status, StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT)
+/// What a status says of the engine, or of what is in front of it. A 500 may be the request's own
+/// doing, and one client must not be able to close a fleet; nor is it a sign of health.
+pub fn judged_by(status: StatusCode) -> Verdict {
+    match status {
+        StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => Verdict::Ill,
+        status if status.is_server_error() => Verdict::Unsaid,
+        _ => Verdict::Well,
+    }
 }
 
 /// The status says that nothing was computed: another engine may do it at no loss.
@@ -314,9 +341,12 @@ enum FirstStep {
     Failed,
 }
 
-/// A client's header goes on to an engine. Where a prompt is computed is not the client's to say.
+/// A client's header goes on to an engine. Where a prompt is computed, and by which rank, is not
+/// the client's to say.
 fn goes_on(name: &HeaderName, headers: &HeaderMap) -> bool {
-    passes(name, headers) && *name != header::HOST && *name != header::CONTENT_LENGTH && *name != two_steps::PREFILLER
+    let is_ours =
+        *name == header::HOST || *name == header::CONTENT_LENGTH || *name == two_steps::PREFILLER || *name == RANK;
+    passes(name, headers) && !is_ours
 }
 
 fn passes(name: &HeaderName, headers: &HeaderMap) -> bool {

@@ -5,21 +5,15 @@
 //! for room in the queue.
 //!
 //! Promises: within the bounds nothing is dropped before its time. In a lane a request of a higher
-//! priority is next, except that one which has waited for [`STARVED_S`] gets every
-//! [`STARVED_EVERY`]th turn; within a priority flows take turns, however many requests each has;
-//! within a flow the earliest deadline is first, then the earliest arrival. Where a bound is
-//! reached the newest request of the lowest priority goes: the new one, or one that waits.
+//! priority is next; who has waited too long is found apart from that. Within a priority flows take
+//! turns, however many requests each has; within a flow the earliest deadline is first, then the
+//! earliest arrival. Where a bound is reached the newest request of the lowest priority goes: the
+//! new one, or one that waits.
 //!
 //! Pure: the time is an argument. Costs are logarithmic in what waits.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::ops::Bound;
-
-/// Time after which a request of a low priority gets its turn now and then, in seconds.
-pub const STARVED_S: f64 = 5.0;
-/// Of so many turns one is for those.
-pub const STARVED_EVERY: u32 = 8;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// What a queue holds at most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,18 +51,34 @@ type QueueTurn = (u64, QueuePlace);
 /// Those of one priority in one lane.
 #[derive(Debug, Default)]
 struct Band {
-    /// Flows in the order of their turns.
-    round: VecDeque<String>,
-    flows: HashMap<String, BTreeSet<QueueTurn>>,
+    /// Flows by their next turn.
+    round: BTreeMap<u64, String>,
+    flows: HashMap<String, WaitingFlow>,
     /// All requests, by arrival.
     places: BTreeSet<QueuePlace>,
+    /// Turns so far.
+    turns: u64,
+}
+
+/// One flow's requests, and the number under which it stands in the round.
+#[derive(Debug, Default)]
+struct WaitingFlow {
+    turn: u64,
+    requests: BTreeSet<QueueTurn>,
+}
+
+impl Band {
+    /// Puts a flow at the end of the round.
+    fn line_up(&mut self, name: &str) -> u64 {
+        self.turns += 1;
+        self.round.insert(self.turns, name.to_owned());
+        self.turns
+    }
 }
 
 #[derive(Debug, Default)]
 struct WaitingLane {
     bands: BTreeMap<Reverse<i32>, Band>,
-    /// Turns since a starved request had its own.
-    turns: u32,
 }
 
 /// The queue.
@@ -161,11 +171,13 @@ impl RequestQueue {
         let lane = self.lanes.entry(waiting.lane.clone()).or_default();
         let band = lane.bands.entry(Reverse(waiting.priority)).or_default();
         band.places.insert(place);
-        let flow = band.flows.entry(waiting.flow.clone()).or_default();
-        if flow.is_empty() {
-            band.round.push_back(waiting.flow.clone());
+        if !band.flows.contains_key(&waiting.flow) {
+            let turn = band.line_up(&waiting.flow);
+            band.flows.insert(waiting.flow.clone(), WaitingFlow { turn, ..WaitingFlow::default() });
         }
-        flow.insert(turn);
+        if let Some(flow) = band.flows.get_mut(&waiting.flow) {
+            flow.requests.insert(turn);
+        }
         self.deadlines.insert(turn);
         self.ranks.insert((waiting.priority, Reverse(place)));
         self.bytes += waiting.bytes;
@@ -189,12 +201,19 @@ impl RequestQueue {
         Some(waiting)
     }
 
-    /// Takes out a lane's next request of those whose priority may go now.
-    pub fn next(&mut self, lane: &str, now_s: f64, may: impl Fn(i32) -> bool) -> Option<(QueuePlace, WaitingRequest)> {
-        let found = self.lanes.get_mut(lane)?;
-        let is_late = |place: &QueuePlace| now_s - self.waiting[place].came_s >= STARVED_S;
-        let place = found.next(may, is_late)?;
-        self.remove(place).map(|waiting| (place, waiting))
+    /// A lane's next request of those whose priority may go now. It is still there; its flow has
+    /// had its turn.
+    pub fn next(&mut self, lane: &str, may: impl Fn(i32) -> bool) -> Option<QueuePlace> {
+        self.lanes.get_mut(lane)?.next(may)
+    }
+
+    /// A lane's oldest request below its highest waiting priority, or of any where a higher one
+    /// does not wait, if it came before `since_s`.
+    pub fn starved(&self, lane: &str, since_s: f64) -> Option<QueuePlace> {
+        let bands = &self.lanes.get(lane)?.bands;
+        let lower = bands.values().skip(usize::from(bands.len() > 1));
+        let oldest = lower.filter_map(|band| band.places.first()).min()?;
+        (self.waiting[oldest].came_s <= since_s).then_some(*oldest)
     }
 
     /// Takes out those whose deadline has passed.
@@ -217,23 +236,13 @@ impl RequestQueue {
 }
 
 impl WaitingLane {
-    fn next(&mut self, may: impl Fn(i32) -> bool, is_late: impl Fn(&QueuePlace) -> bool) -> Option<QueuePlace> {
-        let highest = *self.bands.keys().find(|Reverse(priority)| may(*priority))?;
-        self.turns = self.turns.saturating_add(1);
-        if self.turns >= STARVED_EVERY {
-            let lower = self.bands.range((Bound::Excluded(highest), Bound::Unbounded));
-            let oldest =
-                lower.filter(|(Reverse(priority), _)| may(*priority)).filter_map(|(_, band)| band.places.first());
-            if let Some(starved) = oldest.min().filter(|place| is_late(place)) {
-                self.turns = 0;
-                return Some(*starved);
-            }
-        }
-        let band = self.bands.get_mut(&highest)?;
-        let name = band.round.pop_front()?;
-        let first = band.flows.get(&name)?.first()?.1;
-        band.round.push_back(name);
-        Some(first)
+    fn next(&mut self, may: impl Fn(i32) -> bool) -> Option<QueuePlace> {
+        let (_, band) = self.bands.iter_mut().find(|(Reverse(priority), _)| may(*priority))?;
+        let (_, name) = band.round.pop_first()?;
+        let turn = band.line_up(&name);
+        let flow = band.flows.get_mut(&name)?;
+        flow.turn = turn;
+        flow.requests.first().map(|(_, place)| *place)
     }
 
     fn remove(&mut self, turn: QueueTurn, waiting: &WaitingRequest) {
@@ -241,10 +250,10 @@ impl WaitingLane {
         let Some(band) = self.bands.get_mut(&key) else { return };
         band.places.remove(&turn.1);
         if let Some(flow) = band.flows.get_mut(&waiting.flow) {
-            flow.remove(&turn);
-            if flow.is_empty() {
+            flow.requests.remove(&turn);
+            if flow.requests.is_empty() {
+                band.round.remove(&flow.turn);
                 band.flows.remove(&waiting.flow);
-                band.round.retain(|name| *name != waiting.flow);
             }
         }
         if band.places.is_empty() {
@@ -266,12 +275,17 @@ mod tests {
         WaitingRequest { lane, priority, flow, came_s, deadline_s: came_s + 60.0, bytes: 10 }
     }
 
+    fn next(queue: &mut RequestQueue, lane: &str, may: impl Fn(i32) -> bool) -> Option<(QueuePlace, WaitingRequest)> {
+        let place = queue.next(lane, may)?;
+        queue.remove(place).map(|waiting| (place, waiting))
+    }
+
     fn push(queue: &mut RequestQueue, waiting: WaitingRequest) -> QueuePlace {
         queue.push(waiting).expect("room").0
     }
 
-    fn flows(queue: &mut RequestQueue, now_s: f64) -> String {
-        std::iter::from_fn(|| queue.next("m", now_s, |_| true)).map(|(_, it)| it.flow).collect()
+    fn flows(queue: &mut RequestQueue) -> String {
+        std::iter::from_fn(|| next(queue, "m", |_| true)).map(|(_, it)| it.flow).collect()
     }
 
     #[test]
@@ -281,7 +295,7 @@ mod tests {
             push(&mut queue, waiting(priority, flow, 0.0));
         }
         assert_eq!(queue.by_priority(), BTreeMap::from([(5, 1), (0, 5), (-1, 1)]));
-        assert_eq!(flows(&mut queue, 0.0), "xabcaaz");
+        assert_eq!(flows(&mut queue), "xabcaaz");
         assert!(queue.is_empty() && queue.bytes() == 0 && queue.lanes.is_empty() && queue.ranks.is_empty());
     }
 
@@ -291,7 +305,7 @@ mod tests {
         let late = push(&mut queue, waiting(0, "a", 0.0));
         let soon = push(&mut queue, WaitingRequest { deadline_s: 2.0, ..waiting(0, "a", 1.0) });
         assert_eq!(queue.next_deadline_s(), Some(2.0));
-        assert_eq!(queue.next("m", 1.0, |_| true).map(|(place, _)| place), Some(soon));
+        assert_eq!(next(&mut queue, "m", |_| true).map(|(place, _)| place), Some(soon));
         assert_eq!(queue.expire(59.9), []);
         assert_eq!(queue.expire(60.0), [late]);
         assert_eq!(queue.remove(late), None);
@@ -317,20 +331,14 @@ mod tests {
     }
 
     #[test]
-    fn a_low_priority_is_not_starved() {
+    fn who_starves_is_found() {
         let mut queue = RequestQueue::new(BOUNDS);
-        push(&mut queue, waiting(0, "low", 0.0));
-        let mut waited = None;
-        for turn in 0..1000 {
-            let now_s = f64::from(turn) * 0.1;
-            push(&mut queue, waiting(1, "high", now_s));
-            if queue.next("m", now_s, |_| true).is_some_and(|(_, it)| it.flow == "low") {
-                waited = Some(now_s);
-                break;
-            }
-        }
-        let waited = waited.expect("its turn");
-        assert!((STARVED_S..STARVED_S + 1.0).contains(&waited), "{waited}");
+        let low = push(&mut queue, waiting(0, "low", 0.0));
+        assert_eq!(queue.starved("m", 0.0), Some(low), "alone, but kept away");
+        push(&mut queue, waiting(1, "high", 1.0));
+        push(&mut queue, waiting(-1, "lower", 2.0));
+        assert_eq!((queue.starved("m", -0.1), queue.starved("m", 9.0)), (None, Some(low)));
+        assert_eq!(queue.starved("n", 100.0), None);
     }
 
     #[test]
@@ -338,7 +346,7 @@ mod tests {
         let mut queue = RequestQueue::new(QueueBounds { requests: 2, bytes: 100 });
         push(&mut queue, waiting(0, "a", 0.0));
         let other = push(&mut queue, WaitingRequest { lane: "n".to_owned(), ..waiting(-1, "a", 0.0) });
-        assert_eq!(queue.next("n", 0.0, |priority| priority < 0).map(|(place, _)| place), Some(other));
+        assert_eq!(next(&mut queue, "n", |priority| priority < 0).map(|(place, _)| place), Some(other));
         push(&mut queue, WaitingRequest { lane: "n".to_owned(), ..waiting(-1, "a", 0.0) });
         assert_eq!(queue.push(waiting(1, "b", 0.0)).expect("room").1.len(), 1, "from the other lane");
         assert_eq!(queue.lanes(), ["m"]);
@@ -349,8 +357,8 @@ mod tests {
         let mut queue = RequestQueue::new(BOUNDS);
         push(&mut queue, waiting(5, "x", 0.0));
         push(&mut queue, waiting(0, "a", 0.0));
-        assert_eq!(queue.next("m", 0.0, |priority| priority < 5).map(|(_, it)| it.flow).as_deref(), Some("a"));
-        assert_eq!(queue.next("m", 0.0, |priority| priority < 5), None);
+        assert_eq!(next(&mut queue, "m", |priority| priority < 5).map(|(_, it)| it.flow).as_deref(), Some("a"));
+        assert_eq!(next(&mut queue, "m", |priority| priority < 5), None);
     }
 
     proptest! {
@@ -374,7 +382,7 @@ mod tests {
                         }
                     }
                     3 => {
-                        let next = queue.next("m", now_s, |_| true);
+                        let next = next(&mut queue, "m", |_| true);
                         prop_assert_eq!(next.is_none(), there.is_empty());
                         if let Some((place, waiting)) = next {
                             prop_assert_eq!(there.remove(&place), Some(waiting));

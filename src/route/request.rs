@@ -191,6 +191,14 @@ impl Request {
         })
     }
 
+    /// Bytes that it takes, about: what was read of a body takes far more than the body.
+    pub fn memory(&self) -> usize {
+        const VALUE_BYTES: usize = 80;
+        let is_value = |byte: &&u8| matches!(byte, b',' | b':' | b'[' | b'{');
+        let values = if self.body.is_empty() { 0 } else { self.raw.iter().filter(is_value).count() };
+        self.raw.len() + values * VALUE_BYTES
+    }
+
     /// The chat request that the engine makes of it.
     ///
     /// # Errors

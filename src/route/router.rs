@@ -12,8 +12,7 @@ use super::answer::Usage;
 use super::books::Promise;
 use super::choose::{Policy, choose};
 use super::decider::Decider;
-use super::engine::Booking;
-use super::engine::Engine;
+use super::engine::{Booking, Engine, Verdict};
 use super::engines::Engines;
 use super::estimate;
 use super::gate::Gate;
@@ -27,7 +26,7 @@ use super::see::{Decision, Outcome, Ring};
 use super::spec::EngineRole;
 use super::tokens::Inexact;
 use super::traces::{Trace, Traces};
-use super::two_steps::{self, TwoSteps};
+use super::two_steps::{self, PrefillBy, TwoSteps};
 use super::upstream::Upstream;
 use super::urgency::Objectives;
 use super::view::View;
@@ -150,24 +149,23 @@ impl Router {
     }
 
     async fn decide(self: &Arc<Self>, request: &Request, started: Instant) -> Result<Ticket, Refusal> {
-        let open = self.in_flight.load(Ordering::Relaxed) as usize;
-        if self.setup.in_flight_max > 0 && open >= self.setup.in_flight_max {
-            return Err(Refusal::Shed(open));
-        }
+        self.shed()?;
         // Refused before it waits, if it would be after.
         let mut engines = self.candidates(request)?;
+        let adapter = request.model.as_deref().filter(|model| engines.iter().any(|engine| engine.is_adapter(model)));
+        let prompt = self.prompt(request, adapter, &engines).await;
         let pass = match &self.setup.gate {
             Some(gate) if request.kind != Kind::Other || request.model.is_some() => {
-                let model = request.model.as_deref().filter(|model| engines.iter().all(|engine| engine.serves(model)));
-                let pass = gate.enter(model, &request.urgency, request.raw.len()).await?;
+                // Models of one engine wait for the same.
+                let lane = engines.first().map(|engine| engine.base_model()).unwrap_or_default();
+                let pass = gate.enter(&lane, &request.urgency, request.memory()).await?;
                 self.metrics.waited(pass.waited);
                 engines = self.candidates(request)?;
+                self.shed()?;
                 Some(pass)
             }
             _ => None,
         };
-        let adapter = request.model.as_deref().filter(|model| engines.iter().any(|engine| engine.is_adapter(model)));
-        let prompt = self.prompt(request, adapter, &engines).await;
         let (found, prefix_from) = self.found(&prompt, &engines);
         let session = request.session.as_ref().and_then(|name| self.lock_sessions().get(name).cloned());
         let looks: Vec<_> = engines
@@ -204,7 +202,9 @@ impl Router {
             at: 0,
             booking: None,
             prefill: prefill.map(|(engine, found)| {
-                let promise = Promise { tokens: prompt.tokens, held: found.held.tokens, streams: false };
+                // Its answer, of one token, comes when the prompt is computed.
+                let streams = self.setup.two_steps.by == PrefillBy::Router;
+                let promise = Promise { tokens: prompt.tokens, held: found.held.tokens, streams };
                 Booking::new(engine, promise)
             }),
             prompt,
@@ -219,6 +219,13 @@ impl Router {
         ticket.promise();
         drop(pass);
         Ok(ticket)
+    }
+
+    /// Refuses what is more than may be in flight.
+    fn shed(&self) -> Result<(), Refusal> {
+        let open = self.in_flight.load(Ordering::Relaxed) as usize;
+        let may = self.setup.in_flight_max == 0 || open < self.setup.in_flight_max;
+        if may { Ok(()) } else { Err(Refusal::Shed(open)) }
     }
 
     /// The engine that is to compute a prompt for the one that goes on with it, if that pays.
@@ -422,18 +429,26 @@ impl Ticket {
     }
 
     /// The first step is over. `handed_over`: the engine that goes on need not compute the prompt;
-    /// `well`: nothing is wrong with the engine that was to compute it.
-    pub fn prefilled(&mut self, handed_over: bool, well: bool) {
+    /// `verdict`: on the engine that was to compute it.
+    pub fn prefilled(&mut self, handed_over: bool, verdict: Verdict) {
         let Some(prefill) = self.prefill.take() else { return };
         self.router.metrics.prefilled(&prefill.engine().spec.name, handed_over);
-        prefill.judged(well);
-        drop(prefill);
-        if !handed_over {
+        prefill.judged(verdict);
+        if handed_over {
+            prefill.answered();
+        } else {
             self.decision.prefill = None;
-            self.booking = None;
-            self.promise();
         }
+        drop(prefill);
+        // From now on: the time before was the other engine's.
+        self.booking = None;
+        self.promise();
         self.router.setup.gate.iter().for_each(Gate::wake);
+    }
+
+    /// Whoever goes on has to compute the prompt after all.
+    pub fn forget_prefill(&mut self) {
+        self.decision.prefill = None;
     }
 
     /// The decision, as it is shown.
@@ -484,7 +499,8 @@ impl Ticket {
     pub fn answered(&self) {
         if self.first_byte.set(Instant::now()).is_ok() {
             self.router.metrics.answered(self.decided.elapsed());
-            self.booking.iter().chain(&self.prefill).for_each(Booking::answered);
+            self.booking.iter().for_each(Booking::answered);
+            self.prefill.iter().for_each(Booking::is_over);
             self.router.setup.gate.iter().for_each(Gate::wake);
         }
     }
@@ -505,15 +521,15 @@ impl Ticket {
     }
 
     /// What its engine's answer, or the lack of it, says of the engine. Said once or often.
-    pub fn judge(&self, well: bool) {
-        self.booking.iter().for_each(|booking| booking.judged(well));
+    pub fn judge(&self, verdict: Verdict) {
+        self.booking.iter().for_each(|booking| booking.judged(verdict));
     }
 
     /// It has ended.
     pub fn end(mut self, outcome: Outcome, usage: Option<Usage>) {
         self.decision.outcome = outcome;
         if matches!(outcome, Outcome::Failed | Outcome::Timeout | Outcome::Broken) {
-            self.judge(false);
+            self.judge(Verdict::Ill);
         }
         if let Some(prefill) = self.prefill.take() {
             // A sidecar has sent it; only the answer tells of it.
@@ -553,7 +569,7 @@ impl Drop for Ticket {
             self.decision.outcome = Outcome::Aborted;
         }
         self.router.in_flight.fetch_sub(1, Ordering::Relaxed);
-        self.booking = None;
+        (self.booking, self.prefill) = (None, None);
         self.router.setup.gate.iter().for_each(Gate::wake);
         self.router.metrics.ended(&self.decision.engine, self.decision.outcome);
         if let Some(trace) = &mut self.trace {

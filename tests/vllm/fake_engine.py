@@ -65,7 +65,7 @@ class FakeEngine:
             self.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
             self.tls.load_cert_chain(options.tls)
         self.last_body = ""
-        self.last_forwarded: list[str] = []
+        self.last_headers: dict[str, list[str]] = {}
 
     def public(self) -> web.Application:
         """What clients see."""
@@ -159,7 +159,7 @@ class FakeEngine:
             self.note(request, "seen")
             try:
                 self.last_body = (await request.read()).decode()
-                self.last_forwarded = request.headers.getall("x-forwarded-for", [])
+                self.last_headers = {name.lower(): request.headers.getall(name) for name in request.headers}
                 body = msgspec.json.decode(self.last_body)
                 asked = Asked.of(request.path, body, chat=chat)
             except (ValueError, TypeError, AttributeError) as wrong:
@@ -327,7 +327,7 @@ class FakeEngine:
         return web.Response()
 
     async def state(self, request: web.Request) -> web.StreamResponse:
-        last = {"last_body": self.last_body, "last_forwarded": self.last_forwarded}
+        last = {"last_body": self.last_body, "last_headers": self.last_headers}
         return web.json_response({**self.numbers.state(), "blocks": len(self.cache), **last})
 
 

@@ -260,7 +260,11 @@ def test_repeated_headers_reach_the_engine(fleet: Fleet, a_and_b: tuple[Fake, Fa
     with routed(tmp_path, fleet) as router:
         hops = ["10.0.0.1", "10.0.0.2"]
         headers = [("content-type", "application/json"), *(("x-forwarded-for", hop) for hop in hops)]
+        # What the router says to engines is not a client's to say.
+        headers += [("x-prefiller-host-port", "10.0.0.9:1"), ("x-data-parallel-rank", "7")]
         body = json.dumps({"prompt": [1, 2, 3], "max_tokens": 1})
         answer = router.client.post("/v1/completions", content=body, headers=headers)
         state = fleet.engines[engine_of(answer)].operator.get("/state").json()
-        assert state["last_forwarded"] == hops
+        assert state["last_headers"]["x-forwarded-for"] == hops
+        assert not state["last_headers"].keys() & {"x-prefiller-host-port", "x-data-parallel-rank"}
+        assert router.client.get("/v1/%2e%2E/admin").status_code == 400

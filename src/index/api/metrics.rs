@@ -77,9 +77,8 @@ pub(super) async fn show(State(service): State<Arc<Service>>) -> Response {
     let (connected, live, gaps) = (Labelled::default(), Labelled::default(), Labelled::default());
     let age = Labelled::default();
     for (name, source) in service.fleet.sources() {
-        if let Some(heard) = source.heard {
-            age.get_or_create(&vec![("source".to_owned(), name.clone())]).set(heard.elapsed().as_secs());
-        }
+        let heard = source.heard.unwrap_or(source.since).elapsed().as_secs();
+        age.get_or_create(&vec![("source".to_owned(), name.clone())]).set(heard);
         let up = connected.get_or_create(&vec![("source".to_owned(), name)]).set(source.connected.into());
         debug_assert!(up <= 1);
         for stream in source.streams {
@@ -89,7 +88,7 @@ pub(super) async fn show(State(service): State<Arc<Service>>) -> Response {
         }
     }
     registry.register("source_connected", "The line to a source is up", connected);
-    registry.register("source_age_seconds", "Since a source's last events; missing before the first", age);
+    registry.register("source_silence", "Seconds since a source's last events, or its line's last change", age);
     registry.register("engine_live", "No event of the engine is missing", live);
     registry.register("engine_gaps", "Times an engine was forgotten because events were lost", gaps);
     let mut text = String::new();

@@ -21,7 +21,7 @@ use envoy_types::pb::google::protobuf::{Struct, Value};
 
 use super::PickerLimits;
 use crate::answer::Tail;
-use crate::proxy::{DROPPED, LATE, is_the_engines_fault};
+use crate::proxy::{DROPPED, LATE, RANK, judged_by};
 use crate::request::{Kind, Refusal, Request};
 use crate::router::{Router, Ticket};
 use crate::see::Outcome;
@@ -219,12 +219,15 @@ impl PickerSession {
         let places = places.join(",");
         let mut headers = vec![(DESTINATION, places.clone())];
         if let Some(rank) = ticket.rank() {
-            headers.push(("x-data-parallel-rank", rank.to_string()));
+            headers.push((RANK, rank.to_string()));
         }
         headers.extend(ticket.prefill().map(|engine| (PREFILLER, engine.spec.authority().to_owned())));
+        // What a client says of these is not the client's to say.
+        let is_set = |name: &str| headers.iter().any(|(set, _)| *set == name);
+        let removed = [PREFILLER, RANK].into_iter().filter(|name| !is_set(name)).map(str::to_owned).collect();
         headers.extend(ticket.trace_headers().map(|(name, value)| (name, value.to_owned())));
         let common = CommonResponse {
-            header_mutation: Some(set(headers)),
+            header_mutation: Some(HeaderMutation { remove_headers: removed, ..set(headers) }),
             clear_route_cache: true,
             ..CommonResponse::default()
         };
@@ -270,7 +273,7 @@ impl PickerSession {
         }
         let mutation = (!added.is_empty()).then(|| set(added));
         if let (Some(ticket), Ok(status)) = (&self.ticket, StatusCode::from_u16(status)) {
-            ticket.judge(!is_the_engines_fault(status));
+            ticket.judge(judged_by(status));
         }
         if headers.end_of_stream {
             self.end();
@@ -395,7 +398,8 @@ mod tests {
         Router::new(known, Upstream::open(&UpstreamOptions::default()).expect("no files"), setup)
     }
 
-    /// The headers that Envoy is told to set for one completion.
+    /// The headers that Envoy is told to set for one completion; those to remove have a `-` in
+    /// front.
     async fn headers(router: Arc<Router>, fallbacks: usize) -> HashMap<String, String> {
         let session_header = "x-session-id".to_owned();
         let limits = Arc::new(PickerLimits { body_bytes_max: 1 << 20, fallbacks, session_header });
@@ -414,11 +418,13 @@ mod tests {
             answers.extend(session.take(message).await);
         }
         let Some(Answer::RequestHeaders(answer)) = answers.swap_remove(0).response else { return HashMap::new() };
-        let set = answer.response.and_then(|common| common.header_mutation).map_or(Vec::new(), |it| it.set_headers);
+        let Some(mutation) = answer.response.and_then(|common| common.header_mutation) else { return HashMap::new() };
+        let removed = mutation.remove_headers.iter().map(|name| (format!("-{name}"), String::new()));
+        let removed: Vec<_> = removed.collect();
         let field = |option: HeaderValueOption| {
             option.header.map(|it| (it.key, String::from_utf8_lossy(&it.raw_value).into_owned()))
         };
-        set.into_iter().filter_map(field).collect()
+        mutation.set_headers.into_iter().filter_map(field).chain(removed).collect()
     }
 
     #[tokio::test]
@@ -435,6 +441,12 @@ mod tests {
     #[tokio::test]
     async fn a_sidecar_is_told_who_computes_the_prompt() {
         assert_eq!(headers(router(1, PrefillBy::Sidecar), 0).await[PREFILLER], "10.0.0.0:8000");
-        assert!(!headers(router(1, PrefillBy::Router), 0).await.contains_key(PREFILLER), "nobody would ask there");
+        let found = headers(router(1, PrefillBy::Router), 0).await;
+        assert!(!found.contains_key(PREFILLER), "nobody would ask there");
+        // Nor where a client says.
+        assert!(
+            found.contains_key("-x-prefiller-host-port") && found.contains_key("-x-data-parallel-rank"),
+            "{found:?}"
+        );
     }
 }
