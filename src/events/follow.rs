@@ -124,7 +124,8 @@ impl<P: AsRef<[u8]>> Follower<P> {
     /// Goes on after a batch that somebody else has applied.
     pub fn resume(replays: bool, last: Position) -> Self {
         let recent = VecDeque::from([(last.number, last.print)]);
-        Self { next: Some(last.number + 1), recent, ..Self::new(replays) }
+        // Somebody else's connection was the one before.
+        Self { next: Some(last.number + 1), recent, met: true, ..Self::new(replays) }
     }
 
     /// Number of the next batch; `None` before the first.
