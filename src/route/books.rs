@@ -7,7 +7,7 @@
 //! computed; such a prompt is taken to be after its time.
 //!
 //! Pure: times are arguments, in seconds since any moment. A real engine's promises are given back
-//! whatever happens ([`super::engine::Booking`]).
+//! whatever happens ([`super::booking::Booking`]).
 
 #![expect(clippy::cast_sign_loss, reason = "times since a moment and tokens are never below zero")]
 
@@ -195,7 +195,8 @@ impl Books {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::{Booking, Engine};
+    use crate::booking::Booking;
+    use crate::engine::Engine;
     use std::sync::Arc;
 
     const PREFILL: f64 = 8000.0;

@@ -1,7 +1,6 @@
 //! One engine: where it is, what it said last, what was promised to it.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -9,7 +8,7 @@ use arc_swap::ArcSwap;
 use serde::Deserialize;
 
 use super::approximate::Recent;
-use super::books::{Backlog, Books, Promise};
+use super::books::{Backlog, Books};
 use super::breaker::Breaker;
 use super::estimate;
 use super::spec::Spec;
@@ -137,7 +136,8 @@ impl Engine {
         self.breaker().admits(self.now_s())
     }
 
-    fn judged(&self, well: bool, is_trial: bool) {
+    /// One of its requests ended or began to be answered.
+    pub fn judged(&self, well: bool, is_trial: bool) {
         let name = &self.spec.name;
         if well {
             if self.breaker().succeeded() {
@@ -158,6 +158,11 @@ impl Engine {
     pub fn is_silent(&self) -> bool {
         let until = *self.silent_until.lock().unwrap_or_else(PoisonError::into_inner);
         until.is_some_and(|until| Instant::now() < until)
+    }
+
+    /// It has answered a prompt.
+    pub fn answered_a_prompt(&self) {
+        self.first_answer.get_or_init(Instant::now);
     }
 
     /// How long ago it answered a prompt for the first time.
@@ -291,76 +296,12 @@ impl Told {
     }
 }
 
-/// What a request's end says of its engine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
-    /// Nothing.
-    Unsaid,
-    /// It answers as it should.
-    Well,
-    /// Something is wrong with it.
-    Ill,
-}
-
-/// One promise of a real engine. Given back when it is dropped.
-#[derive(Debug)]
-pub struct Booking {
-    engine: Arc<Engine>,
-    number: u64,
-    has_prompt: bool,
-    is_trial: bool,
-    /// The worst so far.
-    verdict: AtomicU8,
-}
-
-impl Booking {
-    /// Books a request.
-    pub fn new(engine: Arc<Engine>, promise: Promise) -> Self {
-        let has_prompt = promise.tokens > 0;
-        let number = engine.books().book(engine.now_s(), promise);
-        let is_trial = engine.breaker().begin(engine.now_s());
-        Self { engine, number, has_prompt, is_trial, verdict: AtomicU8::new(Verdict::Unsaid as u8) }
-    }
-
-    /// Where it is booked.
-    pub fn engine(&self) -> &Arc<Engine> {
-        &self.engine
-    }
-
-    /// What it says of the engine. Of one request each verdict counts once, and a bad one is the
-    /// last.
-    pub fn judged(&self, verdict: Verdict) {
-        if self.verdict.fetch_max(verdict as u8, Ordering::Relaxed) < verdict as u8 {
-            self.engine.judged(verdict == Verdict::Well, self.is_trial);
-        }
-    }
-
-    /// It is over for the engine, though the booking is still kept.
-    pub fn is_over(&self) {
-        self.engine.books().end(self.engine.now_s(), self.number);
-    }
-
-    /// The first token has come. Said once or often.
-    pub fn answered(&self) {
-        self.engine.books().answered(self.engine.now_s(), self.number);
-        if self.has_prompt {
-            self.engine.first_answer.get_or_init(Instant::now);
-        }
-    }
-}
-
-impl Drop for Booking {
-    fn drop(&mut self) {
-        let now_s = self.engine.now_s();
-        self.engine.books().end(now_s, self.number);
-        if self.is_trial && self.verdict.load(Ordering::Relaxed) == Verdict::Unsaid as u8 {
-            self.engine.breaker().abandoned(now_s);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use super::super::booking::{Booking, Verdict};
+    use super::super::books::Promise;
     use super::super::breaker::FAILURES_MAX as FAILURES_MAX_OF_REQUESTS;
     use super::*;
     use kvcellar_discovery::parse;

@@ -68,7 +68,7 @@ mod tests {
         engines.set(vec![spec("")]);
         let a = engines.find("a").expect("a");
         a.heard(super::super::engine::Told::default());
-        let booking = super::super::engine::Booking::new(
+        let booking = super::super::booking::Booking::new(
             Arc::clone(&a),
             super::super::books::Promise { tokens: 100, ..Default::default() },
         );

@@ -379,8 +379,9 @@ mod tests {
     use futures_util::FutureExt;
 
     use super::*;
+    use crate::booking::{Booking, Verdict as EngineVerdict};
     use crate::books::Promise;
-    use crate::engine::{Booking, Told};
+    use crate::engine::Told;
     use crate::view::Rates;
 
     const SETTINGS: GateSettings = GateSettings {
@@ -492,7 +493,7 @@ mod tests {
         let engines = engines(2);
         let gate = Gate::new(SETTINGS, Arc::clone(&engines));
         for _ in 0..crate::breaker::FAILURES_MAX {
-            busy(&engines, 1, 0.0).judged(crate::engine::Verdict::Ill);
+            busy(&engines, 1, 0.0).judged(EngineVerdict::Ill);
         }
         let _one = busy(&engines, 0, 50.0);
         assert!(!is_through(&gate, 0).await, "the other one gets nothing");

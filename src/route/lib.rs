@@ -13,6 +13,7 @@
 pub mod admin;
 pub mod answer;
 pub mod approximate;
+pub mod booking;
 pub mod books;
 pub mod breaker;
 pub mod choose;

@@ -22,7 +22,7 @@ use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use tokio::time::{Instant, Sleep};
 
 use super::answer::Tail;
-use super::engine::Verdict;
+use super::booking::Verdict;
 use super::request::{Kind, Refusal, Request};
 use super::router::{Router, Ticket};
 use super::see::Outcome;
@@ -111,6 +111,7 @@ impl Proxy {
             return Ok(response);
         }
         let request = self.request(kind, &parts, &body)?;
+        let body = request.raw.clone();
         let mut ticket = self.router.route(&request).await?;
         drop(request);
         // With what another engine has computed, if it has.
@@ -184,6 +185,7 @@ impl Proxy {
             return Err(Refusal::BadRequest("the path goes up".to_owned())).inspect_err(refused);
         }
         let mut request = Request::read(kind, body.clone()).inspect_err(refused)?;
+        request.resolve(&self.router.setup.aliases);
         let header = |name: &str| parts.headers.get(name).and_then(|value| value.to_str().ok());
         request.session = header(self.limits.session_header.as_str()).map(str::to_owned);
         request.urgency = Urgency::read(header, &self.router.setup.objectives);
@@ -241,14 +243,18 @@ impl Proxy {
         let all = self.router.engines.all();
         let lists: Vec<_> =
             all.iter().filter(|engine| engine.is_usable()).map(|engine| engine.models.load_full()).collect();
-        if lists.windows(2).all(|pair| pair[0] == pair[1]) {
+        let aliases = &self.router.setup.aliases;
+        if lists.windows(2).all(|pair| pair[0] == pair[1]) && aliases.is_empty() {
             return None;
         }
         let mut models: Vec<_> = lists.iter().flat_map(|list| list.iter()).collect();
         models.sort_by(|a, b| a.id.cmp(&b.id));
         models.dedup();
         let row = |model: &&super::engine::Model| serde_json::json!({"id": model.id, "object": "model", "owned_by": "vllm", "parent": model.parent});
-        let list: Vec<_> = models.iter().map(row).collect();
+        let is_served = |(_, model): &(&String, &String)| models.iter().any(|it| it.id == **model);
+        let named = aliases.iter().filter(is_served);
+        let named = named.map(|(name, model)| serde_json::json!({"id": name, "object": "model", "owned_by": "vllm", "parent": null, "root": model}));
+        let list: Vec<_> = models.iter().map(row).chain(named).collect();
         Some(axum::Json(serde_json::json!({"object": "list", "data": list})).into_response())
     }
 

@@ -1,7 +1,7 @@
 //! A request as a front end got it, as far as deciding needs it; and why one is refused.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use bytes::Bytes;
 use serde::Deserialize;
@@ -9,6 +9,7 @@ use serde_json::{Map, Value as Json};
 
 use super::dialect;
 use super::tokens::Inexact;
+use super::two_steps::with_model;
 use super::urgency::Urgency;
 
 /// What a request asks for.
@@ -118,6 +119,9 @@ impl Refusal {
     }
 }
 
+/// Models by the other names that clients may use for them.
+pub type Aliases = BTreeMap<String, String>;
+
 /// A request.
 #[derive(Debug)]
 pub struct Request {
@@ -189,6 +193,15 @@ impl Request {
             raw,
             body: fields,
         })
+    }
+
+    /// Names the model that its alias stands for, in what goes on to the engine as well.
+    pub fn resolve(&mut self, aliases: &Aliases) {
+        let Some(model) = self.model.as_ref().and_then(|name| aliases.get(name)) else { return };
+        let Some(raw) = with_model(&self.raw, model) else { return };
+        self.raw = raw.into();
+        self.body.insert("model".to_owned(), Json::String(model.clone()));
+        self.model = Some(model.clone());
     }
 
     /// Bytes that it takes, about: what was read of a body takes far more than the body.

@@ -9,10 +9,11 @@ use lru::LruCache;
 use tokio::sync::mpsc;
 
 use super::answer::Usage;
+use super::booking::{Booking, Verdict};
 use super::books::Promise;
 use super::choose::{Policy, choose};
 use super::decider::Decider;
-use super::engine::{Booking, Engine, Verdict};
+use super::engine::Engine;
 use super::engines::Engines;
 use super::estimate;
 use super::gate::Gate;
@@ -20,7 +21,7 @@ use super::metrics::Metrics;
 use super::prefix::{self, Found, PrefixSource};
 use super::prompt::{Models, Prompt};
 use super::remote::Remote;
-use super::request::{Kind, Refusal, Request};
+use super::request::{Aliases, Kind, Refusal, Request};
 use super::retry_budget::RetryBudget;
 use super::see::{Decision, Outcome, Ring};
 use super::spec::EngineRole;
@@ -68,6 +69,8 @@ pub struct Setup {
     pub gate: Option<Gate>,
     /// Priorities of objectives.
     pub objectives: Objectives,
+    /// Other names of models.
+    pub aliases: Aliases,
     /// When prompts are computed by another engine than the one that goes on with them.
     pub two_steps: TwoSteps,
     /// Of the random numbers that settle ties.

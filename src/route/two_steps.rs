@@ -65,6 +65,14 @@ impl fmt::Debug for Fields<'_> {
     }
 }
 
+/// A body with another model. `None`: it is no JSON object.
+pub fn with_model(body: &[u8], model: &str) -> Option<Vec<u8>> {
+    let Fields { mut fields } = serde_json::from_slice(body).ok()?;
+    let model = to_raw_value(model).ok()?;
+    fields.insert("model".to_owned(), &model);
+    serde_json::to_vec(&fields).ok()
+}
+
 /// The first step's body. `None`: it is no JSON object.
 pub fn first(body: &[u8]) -> Option<Vec<u8>> {
     let Fields { mut fields } = serde_json::from_slice(body).ok()?;
@@ -125,6 +133,14 @@ mod tests {
         for nothing in [&b"{}"[..], br#"{"kv_transfer_params": null}"#, b"oops"] {
             assert_eq!(second(BODY, nothing), None);
         }
+    }
+
+    #[test]
+    fn another_model_changes_nothing_else() {
+        let made = with_model(br#"{"seed": 18446744073709551616, "model": "nick", "x": {"model": "nick"}}"#, "m");
+        let made = String::from_utf8(made.expect("a body")).expect("text");
+        assert_eq!(made, r#"{"model":"m","seed":18446744073709551616,"x":{"model": "nick"}}"#);
+        assert_eq!(with_model(b"model=nick", "m"), None);
     }
 
     #[test]

@@ -136,6 +136,7 @@ def router(fleet: Fleet, tmp_path: Path) -> Iterator[Router]:
     config = tmp_path / "picker.yaml"
     config.write_text(PICKER_CONFIG)
     flags = [*fleet.flags(), "--picker-config", str(config), "--tokenizer", str(real_model()), "--body", "8MiB"]
+    flags += ["--alias", "nick=model"]
     with open_router(tmp_path, *flags) as running:
         running.wait_engines(2)
         yield running
@@ -230,6 +231,9 @@ def check_refusals(client: httpx.Client, status_of_nothing: int) -> None:
     assert post.status_code == 404 and "nobody's" in post.json()["error"]["message"]
     models = client.get("/v1/models")
     assert models.status_code == 200 and models.json()["data"][0]["id"] == "model"
+    # vLLM itself knows no such model.
+    nick = client.post("/v1/completions", json={"model": "nick", "prompt": "x", "max_tokens": 1})
+    assert (nick.status_code, nick.json()["model"]) == (200, "model"), nick.text
     assert client.post("/v1/chat/completions").status_code == status_of_nothing
 
 

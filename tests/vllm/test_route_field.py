@@ -268,3 +268,15 @@ def test_repeated_headers_reach_the_engine(fleet: Fleet, a_and_b: tuple[Fake, Fa
         assert state["last_headers"]["x-forwarded-for"] == hops
         assert not state["last_headers"].keys() & {"x-prefiller-host-port", "x-data-parallel-rank"}
         assert router.client.get("/v1/%2e%2E/admin").status_code == 400
+
+
+def test_a_model_has_other_names(fleet: Fleet, a_and_b: tuple[Fake, Fake], tmp_path: Path) -> None:
+    with routed(tmp_path, fleet, "--alias", "large=m-b", "--alias", "nobodys=m-c") as router:
+        raw = '{"model": "large", "prompt": [1, 2, 3], "max_tokens": 1, "seed": 18446744073709551616}'
+        for _ in range(FAILURES_MAX):
+            assert engine_of(router.client.post("/v1/completions", content=raw)) == "b"
+        body = a_and_b[1].operator.get("/state").json()["last_body"]
+        assert '"model":"m-b"' in body and "18446744073709551616" in body
+        listed = [row["id"] for row in router.client.get("/v1/models").json()["data"]]
+        assert sorted(listed) == ["large", "m-a", "m-b"], "what nobody serves is not listed"
+        assert post(router, model="nobodys", prompt=[1], max_tokens=1).status_code == 404

@@ -46,10 +46,7 @@ pub fn run(engine: DiskEngine, dir: &Path, reserve_bytes: u64, small: Option<Arc
     if !space::free_bytes(dir).is_ok_and(|free| free >= reserve_bytes.saturating_add(PAGE_TRIAL_BYTES)) {
         return PageTrial::NotTried;
     }
-    match Trial::begin(engine, dir, small) {
-        Some(trial) => trial.run().unwrap_or(PageTrial::NotTried),
-        None => PageTrial::NotTried,
-    }
+    Trial::begin(engine, dir, small).and_then(Trial::run).unwrap_or(PageTrial::NotTried)
 }
 
 struct Trial {

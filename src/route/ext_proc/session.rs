@@ -146,7 +146,7 @@ impl PickerSession {
             return self.refuse(&refusal);
         }
         match self.decide(Bytes::new()).await {
-            Ok((common, metadata)) => {
+            Ok((common, metadata, _)) => {
                 vec![with(Answer::RequestHeaders(HeadersResponse { response: Some(common) }), metadata)]
             }
             Err(refusal) => self.refuse_counted(&refusal),
@@ -180,14 +180,18 @@ impl PickerSession {
 
     async fn body_complete(&mut self, ends: bool) -> Vec<ProcessingResponse> {
         let body = Bytes::from(std::mem::take(&mut self.body));
-        let (common, metadata) = match self.decide(body.clone()).await {
+        let (mut common, metadata, goes_on) = match self.decide(body.clone()).await {
             Ok(decided) => decided,
             Err(refusal) => return self.refuse_counted(&refusal),
         };
         if self.request_mode != BodySendMode::FullDuplexStreamed {
+            if goes_on.as_ptr() != body.as_ptr() {
+                common.body_mutation = Some(BodyMutation { mutation: Some(Mutation::Body(goes_on.to_vec())) });
+            }
             return vec![with(Answer::RequestBody(BodyResponse { response: Some(common) }), metadata)];
         }
         let mut answers = vec![with(Answer::RequestHeaders(HeadersResponse { response: Some(common) }), metadata)];
+        let body = goes_on;
         let count = body.len().div_ceil(CHUNK_BYTES).max(1);
         for number in 0..count {
             let end = body.len().min((number + 1) * CHUNK_BYTES);
@@ -197,9 +201,11 @@ impl PickerSession {
         answers
     }
 
-    async fn decide(&mut self, body: Bytes) -> Result<(CommonResponse, Struct), Refusal> {
+    /// Decides. Returns what Envoy is to do, and the body that goes on to the engine.
+    async fn decide(&mut self, body: Bytes) -> Result<(CommonResponse, Struct, Bytes), Refusal> {
         let mut request =
             Request::read(self.kind, body).inspect_err(|refusal| self.router.metrics.refused(refusal.name()))?;
+        request.resolve(&self.router.setup.aliases);
         request.session = self.follows.take();
         request.subset = self.subset.take();
         request.may_split = self.router.setup.two_steps.by == PrefillBy::Sidecar;
@@ -235,7 +241,7 @@ impl PickerSession {
         let text = |text: String| Value { kind: Some(ValueKind::StringValue(text)) };
         let lb = Struct { fields: HashMap::from([(DESTINATION.to_owned(), text(places))]) };
         let lb = Value { kind: Some(ValueKind::StructValue(lb)) };
-        Ok((common, Struct { fields: HashMap::from([("envoy.lb".to_owned(), lb)]) }))
+        Ok((common, Struct { fields: HashMap::from([("envoy.lb".to_owned(), lb)]) }, request.raw))
     }
 
     /// One that the router has not seen.
@@ -364,6 +370,7 @@ mod tests {
     use crate::engine::Told;
     use crate::engines::Engines;
     use crate::prompt::Models;
+    use crate::request::Aliases;
     use crate::router::{Mode, Setup};
     use crate::two_steps::{PrefillBy, TwoSteps};
     use crate::upstream::{Upstream, UpstreamOptions};
@@ -391,6 +398,7 @@ mod tests {
             in_flight_max: 0,
             gate: None,
             objectives: Objectives::new(),
+            aliases: Aliases::new(),
             two_steps: TwoSteps { by, tokens_min: 1 },
             seed: 1,
             traces: None,
