@@ -187,6 +187,9 @@ impl PickerSession {
         if self.request_mode != BodySendMode::FullDuplexStreamed {
             if goes_on.as_ptr() != body.as_ptr() {
                 common.body_mutation = Some(BodyMutation { mutation: Some(Mutation::Body(goes_on.to_vec())) });
+                // Envoy refuses a body of another length than was announced.
+                let length = set(vec![("content-length", goes_on.len().to_string())]);
+                common.header_mutation.get_or_insert_default().set_headers.extend(length.set_headers);
             }
             return vec![with(Answer::RequestBody(BodyResponse { response: Some(common) }), metadata)];
         }
