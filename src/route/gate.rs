@@ -34,7 +34,7 @@ pub struct GateSettings {
     pub backlog: Duration,
     /// Requests of an engine at most; 0: no bound.
     pub concurrency: usize,
-    /// Time after which a request gets one of [`STARVED_EVERY`] turns, whatever its priority.
+    /// Time after which a request gets every eighth turn, whatever its priority.
     pub starved: Duration,
 }
 
