@@ -114,7 +114,7 @@ def overload(router: Router, seconds: float) -> tuple[list[Seen], dict[str, list
     return alone, asyncio.run(load(router, seconds, rates, headers))
 
 
-def check(router: Router, seconds: float, slack: float) -> None:
+def check(router: Router, seconds: float, part: float, slack: float) -> None:
     """Everybody is answered or told, nobody waits for ever, and the important ones hardly notice."""
     process = psutil.Process(router.process.pid)
     alone, both = overload(router, seconds)
@@ -122,10 +122,10 @@ def check(router: Router, seconds: float, slack: float) -> None:
     again = overload(router, seconds)[1]
     grown = process.memory_info().rss - before
     high, low = both["high"] + again["high"], both["low"] + again["low"]
-    unloaded, loaded = quantile(alone, 0.99), quantile(high, 0.99)
+    unloaded, loaded = quantile(alone, part), quantile(high, part)
     ends = Counter((it.status, it.reason) for it in low)
     print(
-        f"high: p50 {quantile(alone, 0.5):.3f} to {quantile(high, 0.5):.3f} s, p99 {unloaded:.3f} to {loaded:.3f} s; "
+        f"high: p50 {quantile(alone, 0.5):.3f} to {quantile(high, 0.5):.3f} s, {part}: {unloaded:.3f} to {loaded:.3f} s; "
         f"low: {dict(ends)}, longest {max(it.ttft_s for it in low):.2f} s; {grown / 2**20:.1f} MiB more"
     )
     assert {it.status for it in high} == {200}
@@ -146,14 +146,14 @@ def test_an_overload_is_carried_by_those_who_can_wait(fleet: Fleet, tmp_path: Pa
     with open_router(tmp_path, "--engines-file", str(fleet.file), *QUEUE) as router:
         router.wait_engines(2)
         # A shared machine: what counts is that it is nothing like the wait of those below.
-        check(router, 6.0, slack=4.0)
+        check(router, 6.0, part=0.9, slack=4.0)
 
 
 @pytest.mark.soak
 def test_a_long_overload(fleet: Fleet, tmp_path: Path) -> None:
     with open_router(tmp_path, "--engines-file", str(fleet.file), *QUEUE) as router:
         router.wait_engines(2)
-        check(router, 60.0, slack=1.5)
+        check(router, 60.0, part=0.99, slack=1.5)
 
 
 def test_without_a_queue_everybody_waits(fleet: Fleet, tmp_path: Path) -> None:
