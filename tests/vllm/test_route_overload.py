@@ -125,7 +125,8 @@ def check(router: Router, seconds: float, part: float, slack: float) -> None:
     unloaded, loaded = quantile(alone, part), quantile(high, part)
     ends = Counter((it.status, it.reason) for it in low)
     print(
-        f"high: p50 {quantile(alone, 0.5):.3f} to {quantile(high, 0.5):.3f} s, {part}: {unloaded:.3f} to {loaded:.3f} s; "
+        f"high: p50 {quantile(alone, 0.5):.3f} to {quantile(high, 0.5):.3f} s, "
+        f"{part} of them {unloaded:.3f} to {loaded:.3f} s; "
         f"low: {dict(ends)}, longest {max(it.ttft_s for it in low):.2f} s; {grown / 2**20:.1f} MiB more"
     )
     assert {it.status for it in high} == {200}
