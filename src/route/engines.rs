@@ -43,6 +43,13 @@ impl Engines {
     }
 }
 
+/// Those whose requests go well. All of them, where that is nobody: an engine that may fail is
+/// better than none.
+pub fn trusted<E: AsRef<Engine> + Clone>(engines: Vec<E>) -> Vec<E> {
+    let trusted: Vec<_> = engines.iter().filter(|engine| (*engine).as_ref().is_trusted()).cloned().collect();
+    if trusted.is_empty() { engines } else { trusted }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

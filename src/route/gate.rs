@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, oneshot};
 
 use super::engine::Engine;
-use super::engines::Engines;
+use super::engines::{Engines, trusted};
 use super::queue::{QueueBounds, QueuePlace, RequestQueue, WaitingRequest};
 use super::request::Refusal;
 use super::spec::EngineRole;
@@ -335,12 +335,6 @@ impl Gate {
         }
         room
     }
-}
-
-/// As whoever decides will see them: those whose requests go well, or all where that is nobody.
-fn trusted(engines: Vec<&Arc<Engine>>) -> Vec<&Arc<Engine>> {
-    let trusted: Vec<_> = engines.iter().copied().filter(|engine| engine.is_trusted()).collect();
-    if trusted.is_empty() { engines } else { trusted }
 }
 
 impl Hall {

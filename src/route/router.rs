@@ -14,7 +14,7 @@ use super::books::Promise;
 use super::choose::{Policy, choose};
 use super::decider::Decider;
 use super::engine::Engine;
-use super::engines::Engines;
+use super::engines::{Engines, trusted};
 use super::estimate;
 use super::gate::Gate;
 use super::metrics::Metrics;
@@ -356,13 +356,6 @@ impl Router {
             }
         }
     }
-}
-
-/// Those whose requests go well. All of them, where that is nobody: an engine that may fail is
-/// better than none.
-fn trusted(engines: Vec<Arc<Engine>>) -> Vec<Arc<Engine>> {
-    let trusted: Vec<_> = engines.iter().filter(|engine| engine.is_trusted()).cloned().collect();
-    if trusted.is_empty() { engines } else { trusted }
 }
 
 /// Tells the index what to expect, beside decisions: its writer may be busy.
