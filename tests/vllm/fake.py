@@ -49,7 +49,7 @@ class Fake:
     # Tokens a second, and whether prompts are computed one after the other, as on a busy machine.
     prefill_rate: float = 40_000.0
     one_by_one: bool = False
-    # A PEM file with key and certificate; a path that everything lies below; a key that clients need.
+    # A PEM file with key and certificate; a path that everything lies below; a key clients need.
     tls: str = ""
     prefix: str = ""
     api_key: str = ""

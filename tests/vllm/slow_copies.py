@@ -1,4 +1,4 @@
-"""The brake on copies of blocks (slow_copies.c): made, loaded into an engine's process, used inside it."""
+"""The brake on copies of blocks (slow_copies.c): made, loaded into an engine, used inside it."""
 
 import ctypes
 import os

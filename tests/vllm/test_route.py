@@ -198,7 +198,10 @@ def check_conversation(client: httpx.Client, router: Router, fleet: Fleet) -> No
 
 
 def check_other_apis(client: httpx.Client, router: Router, fleet: Fleet) -> None:
-    """Anthropic's and OpenAI's newer API: the same tokens as a chat, and as many of them cached as was foreseen."""
+    """Anthropic's and OpenAI's newer API: the same tokens as a chat.
+
+    As many of them are cached as was foreseen.
+    """
     random = Random(5)
     for path in ("/v1/messages", "/v1/responses"):
         fleet.reset()

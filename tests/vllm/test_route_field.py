@@ -1,4 +1,4 @@
-"""What was reported of other routers, played to ours: engines, clients and fleets as they are in the field.
+"""What was reported of other routers, played to ours: engines, clients and fleets.
 
 `docs/field-reports.md` lists the reports.
 """
@@ -24,7 +24,7 @@ from tests.vllm.router import Router, open_router
 from tests.vllm.soak_fleet import Fleet
 
 ASKED = 20
-# Of the router: failures in a row after which an engine gets no requests, and how long it gets none.
+# Of the router: failures in a row after which an engine gets no requests, and for how long.
 FAILURES_MAX = 5
 # Of the router: how long engines may take in all to tell token ids.
 IDS_WITHIN_S = 0.5

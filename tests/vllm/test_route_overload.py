@@ -115,7 +115,7 @@ def overload(router: Router, seconds: float) -> tuple[list[Seen], dict[str, list
 
 
 def check(router: Router, seconds: float, part: float, slack: float) -> None:
-    """Everybody is answered or told, nobody waits for ever, and the important ones hardly notice."""
+    """Everybody is answered or told, nobody waits for ever; the important ones hardly notice."""
     process = psutil.Process(router.process.pid)
     alone, both = overload(router, seconds)
     before = process.memory_info().rss
