@@ -107,6 +107,7 @@ _ROUTE_LABELS = {
     "inexact": ("reason",),
     "outcomes": ("engine", "outcome"),
     "retries": ("engine",),
+    "aliased": ("alias", "model"),
     "prefills": ("engine", "outcome"),
     "events_connected": ("engine",),
     "events_age_seconds": ("engine",),
@@ -126,15 +127,15 @@ def route() -> list[Metric]:
         "Gauge": "gauge",
         "Histogram": "histogram",
     }
-    pattern = r'add\(\s*registry,\s*"(\w+)",\s*"([^"]+)",\s*(\w+)::'
+    pattern = r'(add|counts)\(\s*registry,\s*"(\w+)",\s*"([^"]+)"(?:,\s*(\w+)::)?'
     return [
         Metric(
             f"{prefix}_{name}",
-            kinds[how],
+            "counter" if made_by == "counts" else kinds[how],
             ("engine",) if name.startswith("engine_") else _ROUTE_LABELS.get(name, ()),
             text,
         )
-        for name, text, how in re.findall(pattern, source)
+        for made_by, name, text, how in re.findall(pattern, source)
     ]
 
 

@@ -18,6 +18,7 @@ use kvcellar_index::Index;
 use kvcellar_index::api::serving;
 use kvcellar_index::fleet::Fleet;
 use kvcellar_index::tiers::Weights;
+use kvcellar_route::aliases::Aliases;
 use kvcellar_route::choose::Policy;
 use kvcellar_route::engines::Engines;
 use kvcellar_route::gate::{Gate, GateSettings};
@@ -25,7 +26,6 @@ use kvcellar_route::picker_config::PickerConfig;
 use kvcellar_route::prompt::{Checked, Models};
 use kvcellar_route::proxy::{self, ProxyLimits};
 use kvcellar_route::queue::QueueBounds;
-use kvcellar_route::request::Aliases;
 use kvcellar_route::router::{Mode, Router, Setup};
 use kvcellar_route::scorers::Scorer;
 use kvcellar_route::spec::Spec;
@@ -131,8 +131,9 @@ pub struct Options {
     /// have 0. May be repeated.
     #[arg(long = "objective", value_name = "NAME=PRIORITY")]
     pub objectives: Vec<String>,
-    /// Another name of a model, under which clients may ask for it. May be repeated.
-    #[arg(long = "alias", value_name = "NAME=MODEL")]
+    /// Another name of a model, under which clients may ask for it. May be repeated. Several models
+    /// with one name share its requests by weight: chat=MODEL@9 chat=OTHER@1.
+    #[arg(long = "alias", value_name = "NAME=MODEL[@WEIGHT]")]
     pub aliases: Vec<String>,
     /// Who has prompts computed by engines with role=prefill: this router, or a sidecar of the
     /// engine that decodes, which finds the other one in the header x-prefiller-host-port.
@@ -198,20 +199,6 @@ impl Options {
             starved: Duration::from_secs(5),
         };
         Ok(Some(Gate::new(settings, Arc::clone(engines))))
-    }
-
-    fn aliases(&self) -> Result<Aliases> {
-        let mut found = Aliases::new();
-        for text in &self.aliases {
-            let parts = text.split_once('=').map(|(name, model)| (name.trim(), model.trim()));
-            let Some((name, model)) = parts.filter(|(name, model)| !name.is_empty() && !model.is_empty()) else {
-                return Err(Error::config("alias", format!("`{text}` is no NAME=MODEL"), "Write e.g. chat=my/model"));
-            };
-            if found.insert(name.to_owned(), model.to_owned()).is_some() {
-                return Err(Error::config("alias", format!("`{name}` stands for two models"), "Name one of them"));
-            }
-        }
-        Ok(found)
     }
 
     fn objectives(&self) -> Result<Objectives> {
@@ -314,7 +301,7 @@ async fn run(options: &Options) -> Result<()> {
         in_flight_max: options.in_flight,
         gate: options.gate(&engines)?,
         objectives: options.objectives()?,
-        aliases: options.aliases()?,
+        aliases: Aliases::parse(&options.aliases)?,
         two_steps: TwoSteps { by: options.prefill_by, tokens_min: options.prefill_tokens.max(1) },
         seed: options.seed,
         traces: options.otlp.as_deref().map(Traces::open).transpose()?,

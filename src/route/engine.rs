@@ -252,6 +252,11 @@ impl Engine {
         models.is_empty() || models.iter().any(|it| it.id == model)
     }
 
+    /// Whether it may get requests for a model, or for any.
+    pub fn takes(&self, model: Option<&str>) -> bool {
+        self.is_usable() && model.is_none_or(|model| self.serves(model))
+    }
+
     /// The first model that it serves and that is no adapter; empty where it has not said.
     pub fn base_model(&self) -> String {
         let models = self.models.load();

@@ -312,7 +312,7 @@ impl Gate {
         let all = self.engines.all();
         let (first, second): (Vec<_>, Vec<_>) = all
             .iter()
-            .filter(|engine| engine.is_usable() && (lane.is_empty() || engine.serves(lane)))
+            .filter(|engine| engine.takes(Some(lane).filter(|lane| !lane.is_empty())))
             .partition(|engine| engine.spec.role == EngineRole::Prefill);
         let (first, second) = (trusted(first), trusted(second));
         let room = self.room_at(&second);

@@ -11,6 +11,7 @@
 //! booked is given back.
 
 pub mod admin;
+pub mod aliases;
 pub mod answer;
 pub mod approximate;
 pub mod booking;

@@ -29,6 +29,7 @@ pub struct Metrics {
     inexact: Counts,
     outcomes: Counts,
     retries: Counts,
+    aliased: Counts,
     prefills: Counts,
     predictions: Counts,
     mismatched: Counter,
@@ -64,38 +65,22 @@ impl Default for Metrics {
             engines: of_engines(registry),
             events: of_events(registry),
             queue: QueueMetrics::new(registry),
-            decisions: add(
+            decisions: counts(registry, "decisions", "Decisions, by engine and by where prefixes were looked up"),
+            refused: counts(registry, "refused", "Requests that were not passed on, by reason"),
+            inexact: counts(registry, "inexact", "Prompts whose ids this process could not say, by reason"),
+            outcomes: counts(registry, "outcomes", "Requests that were passed on, by engine and end"),
+            retries: counts(registry, "retries", "Requests that another engine got, by the engine that failed"),
+            aliased: counts(
                 registry,
-                "decisions",
-                "Decisions, by engine and by where prefixes were looked up",
-                Counts::default(),
+                "aliased",
+                "Requests that named an alias, by alias and the model that they went on to",
             ),
-            refused: add(registry, "refused", "Requests that were not passed on, by reason", Counts::default()),
-            inexact: add(
-                registry,
-                "inexact",
-                "Prompts whose ids this process could not say, by reason",
-                Counts::default(),
-            ),
-            outcomes: add(registry, "outcomes", "Requests that were passed on, by engine and end", Counts::default()),
-            retries: add(
-                registry,
-                "retries",
-                "Requests that another engine got, by the engine that failed",
-                Counts::default(),
-            ),
-            prefills: add(
+            prefills: counts(
                 registry,
                 "prefills",
                 "Prompts that an engine computed for another one, by engine and end",
-                Counts::default(),
             ),
-            predictions: add(
-                registry,
-                "predictions",
-                "Predicted cached tokens against those reported",
-                Counts::default(),
-            ),
+            predictions: counts(registry, "predictions", "Predicted cached tokens against those reported"),
             mismatched: add(
                 registry,
                 "prompts_mismatched",
@@ -187,6 +172,11 @@ impl QueueMetrics {
     }
 }
 
+/// Counters by label that the registry knows, too.
+fn counts(registry: &mut Registry, name: &str, help: &str) -> Counts {
+    add(registry, name, help, Counts::default())
+}
+
 /// A metric that the registry knows, too.
 fn add<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metric: M) -> M {
     registry.register(name, help, metric.clone());
@@ -218,6 +208,11 @@ impl Metrics {
     /// Another engine got a request after this one failed.
     pub fn retried(&self, engine: &str) {
         self.retries.get_or_create(&labels([("engine", engine)])).inc();
+    }
+
+    /// A request that named an alias goes on to a model.
+    pub fn aliased(&self, alias: &str, model: &str) {
+        self.aliased.get_or_create(&labels([("alias", alias), ("model", model)])).inc();
     }
 
     /// An engine computed a prompt for another one, or failed to.

@@ -68,9 +68,6 @@ pub const DEBUG: HeaderName = HeaderName::from_static("x-kvcellar-debug");
 /// Names an engine's data-parallel rank.
 pub const RANK: &str = "x-data-parallel-rank";
 
-/// Says of an answer that was refused for want of room why.
-pub const DROPPED: &str = "x-kvcellar-dropped-reason";
-
 /// Says by how many ms an answer's head came later than it was wanted.
 pub const LATE: &str = "x-kvcellar-late-ms";
 
@@ -82,12 +79,9 @@ pub fn routes(router: Arc<Router>, limits: ProxyLimits) -> axum::Router {
 
 fn refuse(refusal: &Refusal) -> Response {
     let status = StatusCode::from_u16(refusal.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    let mut response = (status, [(header::CONTENT_TYPE, "application/json")], refusal.body()).into_response();
-    if refusal.is_for_room() {
-        response.headers_mut().insert(DROPPED, HeaderValue::from_static(refusal.name()));
-    }
-    if refusal.is_for_room() || matches!(refusal, Refusal::NoEngine(_)) {
-        response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    let mut response = (status, refusal.body()).into_response();
+    for (name, value) in refusal.headers() {
+        response.headers_mut().insert(HeaderName::from_static(name), HeaderValue::from_static(value));
     }
     response
 }
@@ -185,13 +179,13 @@ impl Proxy {
             return Err(Refusal::BadRequest("the path goes up".to_owned())).inspect_err(refused);
         }
         let mut request = Request::read(kind, body.clone()).inspect_err(refused)?;
-        request.resolve(&self.router.setup.aliases);
         let header = |name: &str| parts.headers.get(name).and_then(|value| value.to_str().ok());
         request.session = header(self.limits.session_header.as_str()).map(str::to_owned);
         request.urgency = Urgency::read(header, &self.router.setup.objectives);
         let traced = |name: &str| Some((name.to_owned(), header(name)?.to_owned()));
         request.trace.extend(traces::HEADERS.iter().filter_map(|name| traced(name)));
         request.may_split = true;
+        self.router.resolve(&mut request);
         Ok(request)
     }
 
@@ -251,8 +245,9 @@ impl Proxy {
         models.sort_by(|a, b| a.id.cmp(&b.id));
         models.dedup();
         let row = |model: &&super::engine::Model| serde_json::json!({"id": model.id, "object": "model", "owned_by": "vllm", "parent": model.parent});
-        let is_served = |(_, model): &(&String, &String)| models.iter().any(|it| it.id == **model);
-        let named = aliases.iter().filter(is_served);
+        let is_served = |model: &str| models.iter().any(|it| it.id == model);
+        let named =
+            aliases.iter().filter_map(|(name, mut stands_for)| Some((name, stands_for.find(|it| is_served(it))?)));
         let named = named.map(|(name, model)| serde_json::json!({"id": name, "object": "model", "owned_by": "vllm", "parent": null, "root": model}));
         let list: Vec<_> = models.iter().map(row).chain(named).collect();
         Some(axum::Json(serde_json::json!({"object": "list", "data": list})).into_response())

@@ -1,7 +1,7 @@
 //! A request as a front end got it, as far as deciding needs it; and why one is refused.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
 use bytes::Bytes;
 use serde::Deserialize;
@@ -42,6 +42,9 @@ impl Kind {
         }
     }
 }
+
+/// Says of an answer that was refused for want of room why.
+pub const DROPPED: &str = "x-kvcellar-dropped-reason";
 
 /// Why a request is not passed on.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -113,14 +116,19 @@ impl Refusal {
         matches!(self, Self::Shed(_) | Self::QueueFull | Self::Displaced | Self::Late(_))
     }
 
+    /// The headers that say to a client what it is, beside the status.
+    pub fn headers(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
+        let dropped = self.is_for_room().then(|| (DROPPED, self.name()));
+        let comes_again = self.is_for_room() || matches!(self, Self::NoEngine(_));
+        let again = comes_again.then_some(("retry-after", "1"));
+        std::iter::once(("content-type", "application/json")).chain(dropped).chain(again)
+    }
+
     /// Its body, as `OpenAI` clients read it.
     pub fn body(&self) -> String {
         serde_json::json!({"error": {"message": self.to_string(), "type": self.name(), "param": null, "code": self.status()}}).to_string()
     }
 }
-
-/// Models by the other names that clients may use for them.
-pub type Aliases = BTreeMap<String, String>;
 
 /// A request.
 #[derive(Debug)]
@@ -195,13 +203,12 @@ impl Request {
         })
     }
 
-    /// Names the model that its alias stands for, in what goes on to the engine as well.
-    pub fn resolve(&mut self, aliases: &Aliases) {
-        let Some(model) = self.model.as_ref().and_then(|name| aliases.get(name)) else { return };
+    /// Goes on under another model's name, to the engine as well.
+    pub fn rename(&mut self, model: &str) {
         let Some(raw) = with_model(&self.raw, model) else { return };
         self.raw = raw.into();
-        self.body.insert("model".to_owned(), Json::String(model.clone()));
-        self.model = Some(model.clone());
+        self.body.insert("model".to_owned(), Json::String(model.to_owned()));
+        self.model = Some(model.to_owned());
     }
 
     /// Bytes that it takes, about: what was read of a body takes far more than the body.

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use lru::LruCache;
 use tokio::sync::mpsc;
+use xxhash_rust::xxh3::xxh3_64;
 
+use super::aliases::Aliases;
 use super::answer::Usage;
 use super::booking::{Booking, Verdict};
 use super::books::Promise;
@@ -21,7 +23,7 @@ use super::metrics::Metrics;
 use super::prefix::{self, Found, PrefixSource};
 use super::prompt::{Models, Prompt};
 use super::remote::Remote;
-use super::request::{Aliases, Kind, Refusal, Request};
+use super::request::{Kind, Refusal, Request};
 use super::retry_budget::RetryBudget;
 use super::see::{Decision, Outcome, Ring};
 use super::spec::EngineRole;
@@ -69,7 +71,7 @@ pub struct Setup {
     pub gate: Option<Gate>,
     /// Priorities of objectives.
     pub objectives: Objectives,
-    /// Other names of models.
+    /// Names that clients may use for models.
     pub aliases: Aliases,
     /// When prompts are computed by another engine than the one that goes on with them.
     pub two_steps: TwoSteps,
@@ -127,6 +129,20 @@ impl Router {
             expect,
             setup,
         })
+    }
+
+    /// Goes on with the model that a request's alias stands for. Requests of one session, or else
+    /// of one fairness id, get the same model of those that share a name.
+    pub fn resolve(&self, request: &mut Request) {
+        let aliases = &self.setup.aliases;
+        let Some(name) = request.model.clone().filter(|_| !aliases.is_empty()) else { return };
+        let who = request.session.as_deref().or(Some(request.urgency.id.as_str()).filter(|id| !id.is_empty()));
+        let key = who.map_or_else(|| fastrand::u64(..), |who| xxh3_64(who.as_bytes()));
+        let all = self.engines.all();
+        let is_served = |model: &str| all.iter().any(|engine| engine.takes(Some(model)));
+        let Some(model) = aliases.model(&name, key, is_served) else { return };
+        request.rename(model);
+        self.metrics.aliased(&name, model);
     }
 
     /// Decides where a request goes, and books it there.
@@ -246,9 +262,9 @@ impl Router {
             return None;
         }
         let all = self.engines.all();
-        let serves = |engine: &Engine| request.model.as_ref().is_none_or(|model| engine.serves(model));
+        let model = request.model.as_deref();
         let may = |engine: &&Arc<Engine>| {
-            engine.spec.role == EngineRole::Prefill && engine.is_usable() && engine.is_trusted() && serves(engine)
+            engine.spec.role == EngineRole::Prefill && engine.is_trusted() && engine.takes(model)
         };
         let engines: Vec<_> = all.iter().filter(may).cloned().collect();
         if engines.is_empty() || !two_steps::can_be_split(&request.body) {

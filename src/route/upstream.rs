@@ -169,7 +169,8 @@ mod tests {
         assert!(open(None, None).is_ok());
         assert!(open(Some(file.path()), None).expect_err("empty").to_string().contains("engine-ca"));
         assert!(open(None, Some(file.path())).expect_err("empty").to_string().contains("engine-key"));
-        std::fs::write(file.path(), "two\\nlines").expect("written");
+        std::fs::write(file.path(), "two\nlines").expect("written");
+        assert!(open(None, Some(file.path())).expect_err("no header").to_string().contains("engine-key"));
         assert!(open(None, Some(Path::new("/no/such/file"))).is_err());
         std::fs::write(file.path(), " secret\n").expect("written");
         let made = open(None, Some(file.path())).expect("a key");

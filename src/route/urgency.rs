@@ -37,11 +37,6 @@ impl Urgency {
             ttft,
         }
     }
-
-    /// Whether a front end has to hand over this header.
-    pub fn reads(name: &str) -> bool {
-        [OBJECTIVE, FAIRNESS, TTFT].iter().flatten().any(|known| *known == name)
-    }
 }
 
 #[cfg(test)]
@@ -66,6 +61,5 @@ mod tests {
         for nonsense in ["0", "-1", "soon", "99999999999999999999999"] {
             assert_eq!(read(&[("x-llm-d-slo-ttft-ms", nonsense)]).ttft, None, "{nonsense}");
         }
-        assert!(Urgency::reads("x-slo-ttft-ms") && !Urgency::reads("host"));
     }
 }

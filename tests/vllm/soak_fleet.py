@@ -1,11 +1,12 @@
 """A soak's engines, which come and go: listed or not, draining, dying, frozen, deaf, or saying nonsense."""
 
 import asyncio
+import contextlib
 import itertools
 import json
 import signal
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -174,3 +175,14 @@ class Fleet:
             self._disturbed.discard(guest.name)
             await asyncio.sleep(self.random.choice([0.0, 1.0]))
             await asyncio.to_thread(guest.close)
+
+
+@contextlib.contextmanager
+def open_fleet(work_dir: Path, engines: dict[str, Fake]) -> Iterator[Fleet]:
+    """Engines that run, and the file that names them."""
+    fleet = Fleet(work_dir / "engines.json", engines, Random(1))
+    try:
+        fleet.start()
+        yield fleet
+    finally:
+        fleet.close()

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from random import Random
 
 import httpx
 import psutil
@@ -15,7 +14,7 @@ from tests.vllm.fake_faults import HEADER, ID_HEADER, Fault
 from tests.vllm.processes import wait_until
 from tests.vllm.router import Router, open_router
 from tests.vllm.soak_books import read
-from tests.vllm.soak_fleet import Fleet
+from tests.vllm.soak_fleet import Fleet, open_fleet
 from tests.vllm.soak_plan import body_of
 
 PROMPT = list(range(1, 100))
@@ -26,12 +25,8 @@ FAILURES = 6
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """Two engines."""
     work_dir = tmp_path_factory.mktemp("faults")
-    made = Fleet(work_dir / "engines.json", {name: Fake(name, work_dir) for name in "ab"}, Random(1))
-    try:
-        made.start()
+    with open_fleet(work_dir, {name: Fake(name, work_dir) for name in "ab"}) as made:
         yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import contextlib
 import json
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -21,7 +22,7 @@ from tests.vllm.fake import Fake
 from tests.vllm.fake_faults import HEADER, Fault
 from tests.vllm.processes import wait_until
 from tests.vllm.router import Router, open_router
-from tests.vllm.soak_fleet import Fleet
+from tests.vllm.soak_fleet import Fleet, open_fleet
 
 ASKED = 20
 # Of the router: failures in a row after which an engine gets no requests, and for how long.
@@ -34,13 +35,8 @@ IDS_WITHIN_S = 0.5
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """Two engines with a model each."""
     work_dir = tmp_path_factory.mktemp("field")
-    engines = {name: Fake(name, work_dir, model=f"m-{name}") for name in "ab"}
-    made = Fleet(work_dir / "engines.json", engines, Random(1))
-    try:
-        made.start()
+    with open_fleet(work_dir, {name: Fake(name, work_dir, model=f"m-{name}") for name in "ab"}) as made:
         yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture
@@ -268,6 +264,27 @@ def test_repeated_headers_reach_the_engine(fleet: Fleet, a_and_b: tuple[Fake, Fa
         assert state["last_headers"]["x-forwarded-for"] == hops
         assert not state["last_headers"].keys() & {"x-prefiller-host-port", "x-data-parallel-rank"}
         assert router.client.get("/v1/%2e%2E/admin").status_code == 400
+
+
+def test_models_share_a_name_by_weight(fleet: Fleet, a_and_b: tuple[Fake, Fake], tmp_path: Path) -> None:
+    """Sessions stay with one; and where one is gone, the other has all."""
+    asked = 3 * ASKED
+    body = {"model": "chat", "prompt": [1, 2, 3], "max_tokens": 1}
+    with routed(tmp_path, fleet, "--alias", "chat=m-a@3", "--alias", "chat=m-b@1") as router:
+        ask = lambda **headers: engine_of(router.client.post("/v1/completions", json=body, headers=headers))  # noqa: E731
+        found = Counter(ask() for _ in range(asked))
+        # Of 60 draws at 3 to 1, fewer than 2 or more than 33 for b happen once in a million times.
+        assert 2 <= found["b"] <= asked // 2 + 3, found
+        for session in range(ASKED):
+            assert len({ask(**{"x-session-id": str(session)}) for _ in range(3)}) == 1
+        counted = {model: router.metric("kvcellar_route_aliased_total", model=model) for model in ("m-a", "m-b")}
+        assert sum(counted.values()) == asked + 3 * ASKED and counted["m-b"] >= found["b"]
+        a_and_b[1].kill()
+        try:
+            wait_until(lambda: health(router, "b") != "healthy", "the end of b")
+            assert {ask() for _ in range(ASKED)} == {"a"}
+        finally:
+            a_and_b[1].start()
 
 
 def test_a_model_has_other_names(fleet: Fleet, a_and_b: tuple[Fake, Fake], tmp_path: Path) -> None:

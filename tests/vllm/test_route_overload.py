@@ -17,7 +17,7 @@ import pytest
 from tests.deadlines import deadline
 from tests.vllm.fake import Fake
 from tests.vllm.router import Router, open_router
-from tests.vllm.soak_fleet import Fleet
+from tests.vllm.soak_fleet import Fleet, open_fleet
 
 PROMPT_TOKENS = 2000
 # Two engines compute 20 such prompts a second.
@@ -51,12 +51,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """Two engines that compute one prompt after the other."""
     work_dir = tmp_path_factory.mktemp("overload")
     engines = {name: Fake(name, work_dir, prefill_rate=PREFILL_RATE, one_by_one=True) for name in "ab"}
-    made = Fleet(work_dir / "engines.json", engines, Random(1))
-    try:
-        made.start()
+    with open_fleet(work_dir, engines) as made:
         yield made
-    finally:
-        made.close()
 
 
 async def ask(session: aiohttp.ClientSession, random: Random, headers: dict[str, str]) -> Seen:

@@ -14,11 +14,12 @@ use kvcellar_block::error::{Error, Result};
 use kvcellar_events::wire::{Batch, BatchArena, Event, Hashes, Stored};
 use kvcellar_index::Index;
 use kvcellar_index::tiers::Weights;
+use kvcellar_route::aliases::Aliases;
 use kvcellar_route::choose::Policy;
 use kvcellar_route::engine::Told;
 use kvcellar_route::engines::Engines;
 use kvcellar_route::prompt::{Checked, Models, Prompt};
-use kvcellar_route::request::{Aliases, Kind, Request};
+use kvcellar_route::request::{Kind, Request};
 use kvcellar_route::router::{Mode, Router, Setup};
 use kvcellar_route::see::Outcome;
 use kvcellar_route::spec::{EngineRole, Spec};
@@ -171,7 +172,7 @@ impl KnownPrefix {
             in_flight_max: 0,
             gate: None,
             objectives: Objectives::new(),
-            aliases: Aliases::new(),
+            aliases: Aliases::default(),
             two_steps: TwoSteps { by: PrefillBy::Router, tokens_min: u32::MAX },
             seed: 1,
             traces: None,

@@ -21,7 +21,7 @@ use envoy_types::pb::google::protobuf::{Struct, Value};
 
 use super::PickerLimits;
 use crate::answer::Tail;
-use crate::proxy::{DROPPED, LATE, RANK, judged_by};
+use crate::proxy::{LATE, RANK, judged_by};
 use crate::request::{Kind, Refusal, Request};
 use crate::router::{Router, Ticket};
 use crate::see::Outcome;
@@ -208,12 +208,12 @@ impl PickerSession {
     async fn decide(&mut self, body: Bytes) -> Result<(CommonResponse, Struct, Bytes), Refusal> {
         let mut request =
             Request::read(self.kind, body).inspect_err(|refusal| self.router.metrics.refused(refusal.name()))?;
-        request.resolve(&self.router.setup.aliases);
         request.session = self.follows.take();
         request.subset = self.subset.take();
         request.may_split = self.router.setup.two_steps.by == PrefillBy::Sidecar;
         request.urgency = std::mem::take(&mut self.urgency);
         request.trace = std::mem::take(&mut self.trace);
+        self.router.resolve(&mut request);
         let ticket = self.router.route(&request).await?;
         let mut places = Vec::new();
         for engine in std::iter::once(ticket.engine()).chain(ticket.fallbacks().take(self.limits.fallbacks)) {
@@ -255,13 +255,7 @@ impl PickerSession {
 
     fn refuse_counted(&mut self, refusal: &Refusal) -> Vec<ProcessingResponse> {
         self.over = true;
-        let mut headers = vec![("content-type", "application/json".to_owned())];
-        if refusal.is_for_room() {
-            headers.push((DROPPED, refusal.name().to_owned()));
-        }
-        if refusal.is_for_room() || matches!(refusal, Refusal::NoEngine(_)) {
-            headers.push(("retry-after", "1".to_owned()));
-        }
+        let headers = refusal.headers().map(|(name, value)| (name, value.to_owned())).collect();
         vec![immediate(refusal.status(), headers, &refusal.body())]
     }
 
@@ -369,11 +363,11 @@ fn text_of(metadata: Option<&Metadata>, (space, name): (&str, &str)) -> Option<S
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::aliases::Aliases;
     use crate::choose::Policy;
     use crate::engine::Told;
     use crate::engines::Engines;
     use crate::prompt::Models;
-    use crate::request::Aliases;
     use crate::router::{Mode, Setup};
     use crate::two_steps::{PrefillBy, TwoSteps};
     use crate::upstream::{Upstream, UpstreamOptions};
@@ -401,7 +395,7 @@ mod tests {
             in_flight_max: 0,
             gate: None,
             objectives: Objectives::new(),
-            aliases: Aliases::new(),
+            aliases: Aliases::default(),
             two_steps: TwoSteps { by, tokens_min: 1 },
             seed: 1,
             traces: None,
