@@ -108,6 +108,7 @@ _ROUTE_LABELS = {
     "outcomes": ("engine", "outcome"),
     "retries": ("engine",),
     "aliased": ("alias", "model"),
+    "sources": ("engine",),
     "prefills": ("engine", "outcome"),
     "events_connected": ("engine",),
     "events_age_seconds": ("engine",),

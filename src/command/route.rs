@@ -28,6 +28,7 @@ use kvcellar_route::proxy::{self, ProxyLimits};
 use kvcellar_route::queue::QueueBounds;
 use kvcellar_route::router::{Mode, Router, Setup};
 use kvcellar_route::scorers::Scorer;
+use kvcellar_route::source::{HintsFor, SourceHints};
 use kvcellar_route::spec::Spec;
 use kvcellar_route::tokens::TokenModel;
 use kvcellar_route::traces::Traces;
@@ -142,6 +143,14 @@ pub struct Options {
     /// Tokens that an engine would have to compute for another one to do it.
     #[arg(long, default_value_t = 512)]
     pub prefill_tokens: u32,
+    /// Who is told which other engine holds a prompt's KV in host memory, to fetch it there: a
+    /// sidecar, in the header x-kv-cache-source-host-port, or vLLM's tier p2p, in the body. With
+    /// --mode precise.
+    #[arg(long, value_enum, default_value = "nobody")]
+    pub source_hints: HintsFor,
+    /// Tokens that the other engine must hold beyond those of the chosen one.
+    #[arg(long, default_value_t = 512)]
+    pub source_tokens: u32,
     /// Time between two scrapes of an engine, in ms.
     #[arg(long, default_value_t = 500)]
     pub scrape_ms: u64,
@@ -199,6 +208,14 @@ impl Options {
             starved: Duration::from_secs(5),
         };
         Ok(Some(Gate::new(settings, Arc::clone(engines))))
+    }
+
+    fn sources(&self, mode: Mode) -> Result<SourceHints> {
+        if self.source_hints != HintsFor::Nobody && mode != Mode::Precise {
+            let problem = "only an index knows who holds what in which tier";
+            return Err(Error::config("source-hints", problem.to_owned(), "Add --mode precise"));
+        }
+        Ok(SourceHints { to: self.source_hints, tokens_min: self.source_tokens.max(1) })
     }
 
     fn objectives(&self) -> Result<Objectives> {
@@ -299,10 +316,11 @@ async fn run(options: &Options) -> Result<()> {
         fleet: fleet.as_ref().map(Fleet::states),
         models: options.models()?,
         in_flight_max: options.in_flight,
-        gate: options.gate(&engines)?,
+        gate: options.gate(&engines)?.map(Arc::new),
         objectives: options.objectives()?,
         aliases: Aliases::parse(&options.aliases)?,
         two_steps: TwoSteps { by: options.prefill_by, tokens_min: options.prefill_tokens.max(1) },
+        source_hints: options.sources(weighing.mode)?,
         seed: options.seed,
         traces: options.otlp.as_deref().map(Traces::open).transpose()?,
     };

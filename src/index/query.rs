@@ -9,7 +9,7 @@
 use super::roster::{EngineId, EngineView, Need, Roster};
 use super::sets::{SetRef, Sets};
 use super::table::{HolderTable, TableView};
-use super::tiers::{Column, FleetTier, TIERS, Weights, unpack};
+use super::tiers::{ALL, Column, FleetTier, TIERS, Weights, unpack};
 
 /// Blocks that are looked for ahead of the one looked at.
 const AHEAD: usize = 16;
@@ -70,8 +70,10 @@ struct Track {
 }
 
 /// Reusable memory of passes.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct PrefixScorer {
+    /// Tiers that count, as a mask.
+    counted: u8,
     tracks: Vec<Track>,
     touched: Vec<u32>,
     holders: Vec<u32>,
@@ -96,7 +98,25 @@ fn has_enough(tracks: &[Track], engine: &EngineView, point: u32, end: u32) -> bo
         })
 }
 
+impl Default for PrefixScorer {
+    fn default() -> Self {
+        Self::of_tiers(&ALL)
+    }
+}
+
 impl PrefixScorer {
+    /// One for which engines hold only what they have in these tiers.
+    pub fn of_tiers(tiers: &[FleetTier]) -> Self {
+        Self {
+            counted: tiers.iter().fold(0, |mask, tier| mask | tier.bit()),
+            tracks: Vec::new(),
+            touched: Vec::new(),
+            holders: Vec::new(),
+            usable: Vec::new(),
+            scores: Vec::new(),
+        }
+    }
+
     /// Scores every engine that has anything of the prompt, or only `candidates`; best first, then
     /// by engine number.
     pub fn score(
@@ -177,6 +197,10 @@ impl PrefixScorer {
         let mut alive = false;
         for holder in &self.holders {
             let (column, mask) = unpack(*holder);
+            let mask = mask & self.counted;
+            if mask == 0 {
+                continue;
+            }
             let Some(track) = self.tracks.get_mut(column.0 as usize) else { continue };
             if track.end == u32::MAX {
                 continue;

@@ -41,7 +41,7 @@ async fn ready(State(router): State<Arc<Router>>) -> Response {
 }
 
 async fn metrics(State(router): State<Arc<Router>>) -> Response {
-    match router.metrics.text(&router.engines, router.setup.fleet.as_ref(), router.setup.gate.as_ref()) {
+    match router.metrics.text(&router.engines, router.setup.fleet.as_ref(), router.setup.gate.as_deref()) {
         Some(text) => ([(header::CONTENT_TYPE, METRICS_TYPE)], text).into_response(),
         None => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }

@@ -30,6 +30,7 @@ pub struct Metrics {
     outcomes: Counts,
     retries: Counts,
     aliased: Counts,
+    sources: Counts,
     prefills: Counts,
     predictions: Counts,
     mismatched: Counter,
@@ -75,6 +76,7 @@ impl Default for Metrics {
                 "aliased",
                 "Requests that named an alias, by alias and the model that they went on to",
             ),
+            sources: counts(registry, "sources", "Requests that were told to fetch KV from an engine, by that engine"),
             prefills: counts(
                 registry,
                 "prefills",
@@ -213,6 +215,11 @@ impl Metrics {
     /// A request that named an alias goes on to a model.
     pub fn aliased(&self, alias: &str, model: &str) {
         self.aliased.get_or_create(&labels([("alias", alias), ("model", model)])).inc();
+    }
+
+    /// A request goes on with the advice to fetch KV from this engine.
+    pub fn sourced(&self, engine: &str) {
+        self.sources.get_or_create(&labels([("engine", engine)])).inc();
     }
 
     /// An engine computed a prompt for another one, or failed to.

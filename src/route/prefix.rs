@@ -63,13 +63,24 @@ fn usable(tokens: u32, prompt: u32, block: u32) -> u32 {
 
 /// Asks the index. Engines that it does not know have nothing.
 pub fn precise(index: &Index, keys: &[u64], prompt: u32, engines: &[Arc<Engine>], weights: &Weights) -> Vec<Found> {
+    precise_with(&mut PrefixScorer::default(), index, keys, prompt, engines, weights)
+}
+
+/// As [`precise`], with a scorer that may count some tiers only.
+pub fn precise_with(
+    scorer: &mut PrefixScorer,
+    index: &Index,
+    keys: &[u64],
+    prompt: u32,
+    engines: &[Arc<Engine>],
+    weights: &Weights,
+) -> Vec<Found> {
     let roster = index.roster();
     let block = roster.block_tokens;
     let places: HashMap<&str, usize> =
         engines.iter().enumerate().map(|(at, engine)| (engine.spec.name.as_str(), at)).collect();
     let mut found = vec![Found::default(); engines.len()];
-    let mut scorer = PrefixScorer::default();
-    for score in index.score(&mut scorer, keys, None, weights) {
+    for score in index.score(scorer, keys, None, weights) {
         let Some(view) = roster.get(score.engine) else { continue };
         let (base, rank) = split_rank(&view.name);
         let Some(&at) = places.get(base) else { continue };

@@ -24,8 +24,10 @@ use tokio::time::{Instant, Sleep};
 use super::answer::Tail;
 use super::booking::Verdict;
 use super::request::{Kind, Refusal, Request};
-use super::router::{Router, Ticket};
+use super::router::Router;
 use super::see::Outcome;
+use super::source::SOURCE;
+use super::ticket::Ticket;
 use super::traces;
 use super::two_steps::{self, PrefillBy};
 use super::urgency::Urgency;
@@ -262,7 +264,8 @@ impl Proxy {
     ) -> Result<hyper::Request<Full<Bytes>>, Refusal> {
         let path = uri.path_and_query().map_or("/", |it| it.as_str());
         let target = format!("{}{path}", ticket.engine().spec.url);
-        let mut request = hyper::Request::builder().method(method).uri(target).body(Full::new(body.clone()));
+        let mut request =
+            hyper::Request::builder().method(method).uri(target).body(Full::new(ticket.body(body.clone())));
         if let Ok(request) = &mut request {
             for (name, value) in headers.iter().filter(|(name, _)| goes_on(name, headers)) {
                 request.headers_mut().append(name, value.clone());
@@ -271,6 +274,11 @@ impl Proxy {
             if let Some(place) = ticket.prefill().and_then(|engine| HeaderValue::from_str(engine.spec.authority()).ok())
             {
                 request.headers_mut().insert(two_steps::PREFILLER, place);
+            }
+            if let Some((name, place)) = ticket.source_header()
+                && let Ok(place) = HeaderValue::from_str(place)
+            {
+                request.headers_mut().insert(name, place);
             }
             if let Some(rank) = ticket.rank() {
                 request.headers_mut().insert(RANK, rank.into());
@@ -342,12 +350,11 @@ enum FirstStep {
     Failed,
 }
 
-/// A client's header goes on to an engine. Where a prompt is computed, and by which rank, is not
-/// the client's to say.
+/// A client's header goes on to an engine. Where a prompt is computed or fetched from, and by which
+/// rank, is not the client's to say.
 fn goes_on(name: &HeaderName, headers: &HeaderMap) -> bool {
-    let is_ours =
-        *name == header::HOST || *name == header::CONTENT_LENGTH || *name == two_steps::PREFILLER || *name == RANK;
-    passes(name, headers) && !is_ours
+    let is_ours = [two_steps::PREFILLER, RANK, SOURCE].iter().any(|ours| name == ours);
+    passes(name, headers) && !is_ours && *name != header::HOST && *name != header::CONTENT_LENGTH
 }
 
 fn passes(name: &HeaderName, headers: &HeaderMap) -> bool {

@@ -3,21 +3,19 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
 use lru::LruCache;
-use tokio::sync::mpsc;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::aliases::Aliases;
-use super::answer::Usage;
-use super::booking::{Booking, Verdict};
+use super::booking::Booking;
 use super::books::Promise;
 use super::choose::{Policy, choose};
 use super::decider::Decider;
 use super::engine::Engine;
 use super::engines::{Engines, trusted};
-use super::estimate;
+use super::expectations::Expectations;
 use super::gate::Gate;
 use super::metrics::Metrics;
 use super::prefix::{self, Found, PrefixSource};
@@ -25,10 +23,12 @@ use super::prompt::{Models, Prompt};
 use super::remote::Remote;
 use super::request::{Kind, Refusal, Request};
 use super::retry_budget::RetryBudget;
-use super::see::{Decision, Outcome, Ring};
+use super::see::{Decision, Ring};
+use super::source::{HintsFor, KvSource, SourceHints};
 use super::spec::EngineRole;
+use super::ticket::{Ticket, TicketOffice};
 use super::tokens::Inexact;
-use super::traces::{Trace, Traces};
+use super::traces::Traces;
 use super::two_steps::{self, PrefillBy, TwoSteps};
 use super::upstream::Upstream;
 use super::urgency::Objectives;
@@ -36,7 +36,6 @@ use super::view::View;
 use crate::limits;
 use kvcellar_index::Index;
 use kvcellar_index::fleet::FleetView;
-use kvcellar_index::roster::EngineId;
 use kvcellar_index::tiers::Weights;
 
 /// Where prefixes are looked up.
@@ -68,20 +67,20 @@ pub struct Setup {
     /// Requests in flight at most; 0: no bound.
     pub in_flight_max: usize,
     /// Where requests wait for engines to have room, if they do.
-    pub gate: Option<Gate>,
+    pub gate: Option<Arc<Gate>>,
     /// Priorities of objectives.
     pub objectives: Objectives,
     /// Names that clients may use for models.
     pub aliases: Aliases,
     /// When prompts are computed by another engine than the one that goes on with them.
     pub two_steps: TwoSteps,
+    /// Whether engines are told who else holds a prompt.
+    pub source_hints: SourceHints,
     /// Of the random numbers that settle ties.
     pub seed: u64,
     /// Where traces go.
     pub traces: Option<Traces>,
 }
-
-type Expectation = (EngineId, Vec<u64>);
 
 /// The router.
 #[derive(Debug)]
@@ -89,9 +88,9 @@ pub struct Router {
     /// The engines.
     pub engines: Arc<Engines>,
     /// Its numbers.
-    pub metrics: Metrics,
+    pub metrics: Arc<Metrics>,
     /// Its last decisions.
-    pub ring: Ring,
+    pub ring: Arc<Ring>,
     /// How it is set up.
     pub setup: Setup,
     /// The way to engines.
@@ -102,31 +101,26 @@ pub struct Router {
     pub retries: RetryBudget,
     sessions: Mutex<LruCache<String, String>>,
     decider: Mutex<(Decider, fastrand::Rng)>,
-    in_flight: AtomicU64,
-    expect: Option<mpsc::Sender<Expectation>>,
+    in_flight: Arc<AtomicU64>,
+    expectations: Option<Arc<Expectations>>,
 }
 
 impl Router {
     /// A router. To be made within a runtime: in precise mode it starts the task that tells the
     /// index what to expect.
     pub fn new(engines: Arc<Engines>, upstream: Upstream, setup: Setup) -> Arc<Self> {
-        let expect = setup.index.clone().map(|index| {
-            let (sender, receiver) = mpsc::channel(limits::EXPECT_QUEUE);
-            tokio::spawn(tell(index, receiver));
-            sender
-        });
         let sessions = std::num::NonZeroUsize::new(limits::SESSIONS_MAX).unwrap_or(std::num::NonZeroUsize::MIN);
         Arc::new(Self {
             engines,
-            metrics: Metrics::default(),
-            ring: Ring::default(),
+            metrics: Arc::default(),
+            ring: Arc::default(),
             remote: Remote::new(upstream.clone()),
             upstream,
             retries: RetryBudget::default(),
             sessions: Mutex::new(LruCache::new(sessions)),
             decider: Mutex::new((Decider::new(setup.policy.clone()), fastrand::Rng::with_seed(setup.seed))),
-            in_flight: AtomicU64::new(0),
-            expect,
+            in_flight: Arc::default(),
+            expectations: setup.index.clone().map(|index| Arc::new(Expectations::of(index))),
             setup,
         })
     }
@@ -212,11 +206,13 @@ impl Router {
         let mut decision =
             Decision::new(decided.number, request, &prompt, prefix_from, &engines, &found, &choice, took);
         decision.prefill.clone_from(&prefill.as_ref().map(|(engine, _)| engine.spec.name.clone()));
+        let source = self.source(request, &prompt, (chosen, found[choice.chosen]), prefill.as_ref());
+        decision.source = source.as_ref().map(|source| source.engine.spec.name.clone());
         let order = choice.order.iter().map(|at| (Arc::clone(&engines[*at]), found[*at])).collect();
         self.in_flight.fetch_add(1, Ordering::Relaxed);
         self.retries.earn();
         let mut ticket = Ticket {
-            router: Arc::clone(self),
+            office: self.office(),
             order,
             at: 0,
             booking: None,
@@ -226,6 +222,7 @@ impl Router {
                 let promise = Promise { tokens: prompt.tokens, held: found.held.tokens, streams };
                 Booking::new(engine, promise)
             }),
+            source,
             prompt,
             age: 0,
             streams: request.streams(),
@@ -235,9 +232,21 @@ impl Router {
             due: request.urgency.ttft.and_then(|ttft| started.checked_add(ttft)),
             trace: None,
         };
+        ticket.source.iter().for_each(|source| self.metrics.sourced(&source.engine.spec.name));
         ticket.promise();
         drop(pass);
         Ok(ticket)
+    }
+
+    fn office(&self) -> TicketOffice {
+        TicketOffice {
+            metrics: Arc::clone(&self.metrics),
+            ring: Arc::clone(&self.ring),
+            gate: self.setup.gate.clone(),
+            in_flight: Arc::clone(&self.in_flight),
+            expectations: self.expectations.clone(),
+            hints_for: self.setup.source_hints.to,
+        }
     }
 
     /// Refuses what is more than may be in flight.
@@ -280,6 +289,38 @@ impl Router {
             engines[chosen].recent().used(&prompt.hashes);
         }
         Some((Arc::clone(&engines[chosen]), found[chosen]))
+    }
+
+    /// Who else holds a prompt that an engine would have to compute, if engines are told.
+    fn source(
+        &self,
+        request: &Request,
+        prompt: &Prompt,
+        chosen: (&Arc<Engine>, Found),
+        prefill: Option<&(Arc<Engine>, Found)>,
+    ) -> Option<KvSource> {
+        let hints = self.setup.source_hints;
+        let index = self.setup.index.as_ref().filter(|_| prompt.is_exact && !prompt.keys.is_empty())?;
+        let is_text = matches!(request.kind, Kind::Completion | Kind::Chat);
+        let (computes, held) = match (hints.to, prefill) {
+            // What is handed over in two steps leaves no place for another source in a body.
+            (HintsFor::Nobody, _) | (HintsFor::Engine, Some(_)) => return None,
+            (_, Some((engine, found))) => (engine, found),
+            (_, None) => (chosen.0, &chosen.1),
+        };
+        if !is_text || held.held.tokens.saturating_add(hints.tokens_min) >= prompt.tokens {
+            return None;
+        }
+        let all = self.engines.all();
+        let model = request.model.as_deref();
+        let may = |engine: &&Arc<Engine>| engine.takes(model) && engine.is_trusted();
+        let engines: Vec<_> = all.iter().filter(may).cloned().collect();
+        let beside = (computes.as_ref(), held.held.tokens);
+        let source = {
+            let (_, random) = &mut *self.decider.lock().unwrap_or_else(PoisonError::into_inner);
+            KvSource::choose(index, &prompt.keys, prompt.tokens, &engines, beside, hints.tokens_min, random)?
+        };
+        two_steps::can_be_split(&request.body).then_some(source)
     }
 
     /// Tokens of the index's blocks.
@@ -371,223 +412,5 @@ impl Router {
                 (engines.iter().map(guess).collect(), PrefixSource::Guess)
             }
         }
-    }
-}
-
-/// Tells the index what to expect, beside decisions: its writer may be busy.
-async fn tell(index: Arc<Index>, mut receiver: mpsc::Receiver<Expectation>) {
-    let started = Instant::now();
-    let now_ms = || started.elapsed().as_millis() as u64;
-    let mut tick = tokio::time::interval(Duration::from_millis(50));
-    loop {
-        tokio::select! {
-            told = receiver.recv() => match told {
-                Some((engine, keys)) => index.write().expect(engine, &keys, now_ms() + limits::EXPECT_MS),
-                None => return,
-            },
-            _ = tick.tick() => index.write().expire(now_ms()),
-        }
-    }
-}
-
-/// A request that was decided on. Dropped without an end it counts as aborted; what it booked is
-/// given back in any case.
-#[derive(Debug)]
-pub struct Ticket {
-    router: Arc<Router>,
-    order: Vec<(Arc<Engine>, Found)>,
-    at: usize,
-    booking: Option<Booking>,
-    /// The first step, at the engine that computes the prompt.
-    prefill: Option<Booking>,
-    prompt: Prompt,
-    /// Its answer comes in parts.
-    streams: bool,
-    /// Age of the prompt's first block on the engine, as guessed.
-    age: u64,
-    decision: Decision,
-    decided: Instant,
-    first_byte: OnceLock<Instant>,
-    /// When its first token was wanted.
-    due: Option<Instant>,
-    trace: Option<Trace>,
-}
-
-impl Ticket {
-    /// The engine it goes to.
-    pub fn engine(&self) -> &Arc<Engine> {
-        &self.order[self.at].0
-    }
-
-    /// Engines to try if that one fails, best first.
-    pub fn fallbacks(&self) -> impl Iterator<Item = &Arc<Engine>> {
-        self.order[self.at + 1..].iter().map(|(engine, _)| engine)
-    }
-
-    /// The data-parallel rank that has the prefix, where the engine has several.
-    pub fn rank(&self) -> Option<u32> {
-        self.order[self.at].1.rank
-    }
-
-    /// Headers that go with the request, so that the engine's trace is a part of its own.
-    pub fn trace_headers(&self) -> impl Iterator<Item = (&str, &str)> {
-        let headers = self.trace.iter().flat_map(Trace::headers);
-        headers.map(|(name, value)| (name.as_str(), value.as_str()))
-    }
-
-    /// The engine that is to compute its prompt before the other one goes on with it.
-    pub fn prefill(&self) -> Option<&Arc<Engine>> {
-        self.prefill.as_ref().map(Booking::engine)
-    }
-
-    /// The first step is over. `handed_over`: the engine that goes on need not compute the prompt;
-    /// `verdict`: on the engine that was to compute it.
-    pub fn prefilled(&mut self, handed_over: bool, verdict: Verdict) {
-        let Some(prefill) = self.prefill.take() else { return };
-        self.router.metrics.prefilled(&prefill.engine().spec.name, handed_over);
-        prefill.judged(verdict);
-        if handed_over {
-            prefill.answered();
-        } else {
-            self.decision.prefill = None;
-        }
-        drop(prefill);
-        // From now on: the time before was the other engine's.
-        self.booking = None;
-        self.promise();
-        self.router.setup.gate.iter().for_each(Gate::wake);
-    }
-
-    /// Whoever goes on has to compute the prompt after all.
-    pub fn forget_prefill(&mut self) {
-        self.decision.prefill = None;
-    }
-
-    /// The decision, as it is shown.
-    pub fn decision(&self) -> &Decision {
-        &self.decision
-    }
-
-    /// Books it at its engine, and takes the engine to hold the prompt from now on.
-    fn promise(&mut self) {
-        let (engine, found) = &self.order[self.at];
-        // What another engine computes is not computed here.
-        let held = if self.decision.prefill.is_some() { self.prompt.tokens } else { found.held.tokens };
-        let promise = Promise { tokens: self.prompt.tokens, held, streams: self.streams };
-        self.booking = Some(Booking::new(Arc::clone(engine), promise));
-        if !self.prompt.hashes.is_empty() {
-            self.age = engine.recent().give(&self.prompt.hashes);
-        }
-        let (Some(index), Some(expect)) = (&self.router.setup.index, &self.router.expect) else { return };
-        let stream = found.stream.or_else(|| prefix::stream_of(index, engine, found.rank));
-        if let Some(stream) = stream.filter(|_| !self.prompt.keys.is_empty())
-            && expect.try_send((stream, self.prompt.keys.clone())).is_err()
-        {
-            self.router.metrics.dropped();
-        }
-    }
-
-    /// Its engine could not be reached, or broke off before its first byte: moves on. `false`:
-    /// nobody is left, and it stays where it failed.
-    pub fn move_on(&mut self) -> bool {
-        let may = |engine: &Engine| engine.is_usable() && engine.is_trusted();
-        let Some(at) = (self.at + 1..self.order.len()).find(|at| may(&self.order[*at].0)) else { return false };
-        self.router.metrics.retried(&self.engine().spec.name);
-        self.booking = None;
-        self.move_to(at);
-        true
-    }
-
-    /// Another engine has it now.
-    fn move_to(&mut self, at: usize) {
-        self.at = at;
-        let (engine, found) = &self.order[at];
-        self.decision.engine.clone_from(&engine.spec.name);
-        self.decision.predicted_cached = found.held.tokens;
-        self.promise();
-    }
-
-    /// The first byte of the answer's body has come. Said once or often.
-    pub fn answered(&self) {
-        if self.first_byte.set(Instant::now()).is_ok() {
-            self.router.metrics.answered(self.decided.elapsed());
-            self.booking.iter().for_each(Booking::answered);
-            self.prefill.iter().for_each(Booking::is_over);
-            self.router.setup.gate.iter().for_each(Gate::wake);
-        }
-    }
-
-    /// By how much the answer comes later than it was wanted.
-    pub fn late_by(&self) -> Option<Duration> {
-        self.due.map(|due| Instant::now().saturating_duration_since(due)).filter(|late| !late.is_zero())
-    }
-
-    /// The gateway says where it went, which may be a fallback.
-    pub fn served_by(&mut self, endpoint: &str) {
-        let at = self.order.iter().position(|(engine, _)| engine.spec.authority() == endpoint);
-        if let Some(at) = at.filter(|at| *at != self.at) {
-            self.router.metrics.retried(&self.engine().spec.name);
-            self.booking = None;
-            self.move_to(at);
-        }
-    }
-
-    /// What its engine's answer, or the lack of it, says of the engine. Said once or often.
-    pub fn judge(&self, verdict: Verdict) {
-        self.booking.iter().for_each(|booking| booking.judged(verdict));
-    }
-
-    /// It has ended.
-    pub fn end(mut self, outcome: Outcome, usage: Option<Usage>) {
-        self.decision.outcome = outcome;
-        if matches!(outcome, Outcome::Failed | Outcome::Timeout | Outcome::Broken) {
-            self.judge(Verdict::Ill);
-        }
-        if let Some(prefill) = self.prefill.take() {
-            // A sidecar has sent it; only the answer tells of it.
-            let well = matches!(outcome, Outcome::Done);
-            self.router.metrics.prefilled(&prefill.engine().spec.name, well);
-        }
-        let Some(usage) = usage else { return };
-        self.decision.reported_prompt = Some(usage.prompt);
-        self.decision.reported_cached = usage.cached;
-        if self.decision.prefill.is_some() {
-            // What came from the other engine counts as cached.
-            return;
-        }
-        let predicted = self.decision.predicted_cached;
-        self.router.metrics.reported(
-            self.decision.prefix_from,
-            self.prompt.is_exact,
-            self.prompt.tokens,
-            predicted,
-            usage,
-        );
-        if let (Some(cached), PrefixSource::Guess) = (usage.cached, self.decision.prefix_from) {
-            let blocks = |tokens: u32| tokens as usize / estimate::BLOCK_TOKENS;
-            // The estimate of tokens is off by some; a third less is an eviction, and half as much
-            // again is from a tier that the guess does not know.
-            let expected = blocks(predicted);
-            let differs = cached * 3 < predicted * 2 || cached * 2 > predicted * 3;
-            let found = if differs { blocks(cached) } else { expected };
-            self.engine().recent().learn(expected, found, self.age);
-        }
-    }
-}
-
-impl Drop for Ticket {
-    fn drop(&mut self) {
-        if self.decision.outcome == Outcome::Open {
-            self.decision.outcome = Outcome::Aborted;
-        }
-        self.router.in_flight.fetch_sub(1, Ordering::Relaxed);
-        (self.booking, self.prefill) = (None, None);
-        self.router.setup.gate.iter().for_each(Gate::wake);
-        self.router.metrics.ended(&self.decision.engine, self.decision.outcome);
-        if let Some(trace) = &mut self.trace {
-            let first = self.first_byte.get().map(|at| SystemTime::now() - at.elapsed());
-            trace.end(&self.decision, first);
-        }
-        self.router.ring.push(self.decision.clone());
     }
 }

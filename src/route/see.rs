@@ -88,6 +88,8 @@ pub struct Decision {
     pub engine: String,
     /// The engine that computed its prompt for that one.
     pub prefill: Option<String>,
+    /// The engine that it may fetch KV from.
+    pub source: Option<String>,
     /// Tokens that it was expected not to compute.
     pub predicted_cached: u32,
     /// Everyone, best first.
@@ -133,6 +135,7 @@ impl Decision {
             prefix_from,
             engine: engines[choice.chosen].spec.name.clone(),
             prefill: None,
+            source: None,
             predicted_cached: found[choice.chosen].held.tokens,
             considered: considered.collect(),
             took_us: took.as_micros() as u64,

@@ -39,6 +39,9 @@ pub struct Spec {
     /// Which steps of a request it takes.
     #[serde(default)]
     pub role: EngineRole,
+    /// Host and port at which other engines fetch its KV, e.g. `10.0.0.1:5710`; of its first
+    /// data-parallel rank. See [`super::source`].
+    pub peer: Option<String>,
     /// It gets no new requests. A state of an engine, not a part of what tells it apart: see
     /// [`Spec::is_same`].
     #[serde(default)]
@@ -49,7 +52,7 @@ impl EngineSpec for Spec {
     const ADDRESS: &'static str = "url";
     const FLAGS: &'static [&'static str] = &["draining"];
     const HELP: &'static str = "An engine: a URL like `http://10.0.0.1:8000`, or \
-        `url=...[,events=tcp://...][,replay=tcp://...][,name=...][,role=prefill|decode][,draining=true]`. May be repeated";
+        `url=...[,events=tcp://...][,replay=tcp://...][,name=...][,role=prefill|decode][,peer=HOST:PORT][,draining=true]`. May be repeated";
     const EXAMPLE: &'static str =
         "url=http://10.0.0.1:8000,events=tcp://10.0.0.1:5557,replay=tcp://10.0.0.1:5558,name=a";
     const FILE_EXAMPLE: &'static str = r#"[{"name": "a", "url": "http://10.0.0.1:8000"}]"#;
@@ -87,6 +90,13 @@ impl EngineSpec for Spec {
                 events_address::<Self>(name, address)?;
             }
         }
+        if let Some(peer) = &self.peer {
+            let parts = peer.rsplit_once(':').filter(|(host, _)| !host.is_empty());
+            if parts.and_then(|(_, port)| port.parse::<u16>().ok()).is_none() {
+                let remedy = "Write host and port, e.g. peer=10.0.0.1:5710";
+                return Err(Error::config("peer", format!("`{peer}` is no HOST:PORT"), remedy));
+            }
+        }
         if self.name.is_empty() {
             self.name = authority;
         }
@@ -107,6 +117,7 @@ impl EngineSpec for Spec {
             events: events.map(|(port, _)| at(port)),
             replay: events.map(|(_, port)| at(port)),
             role: EngineRole::Both,
+            peer: None,
             draining: false,
         })
     }
@@ -119,8 +130,7 @@ impl EngineSpec for Spec {
 impl Spec {
     /// The same engine, draining or not.
     pub fn is_same(&self, other: &Self) -> bool {
-        let Self { name, url, events, replay, role, draining: _ } = self;
-        (name, url, events, replay, role) == (&other.name, &other.url, &other.events, &other.replay, &other.role)
+        Self { draining: other.draining, ..self.clone() } == *other
     }
 
     /// Host and port.
@@ -165,6 +175,8 @@ mod tests {
             "name=a",
             "url=http://h:1,url=http://h:2",
             "url=http://h:1,events=h:2",
+            "url=http://h:1,peer=h",
+            "url=http://h:1,peer=:5710",
         ] {
             assert!(parse::<Spec>(wrong).is_err(), "{wrong}");
         }

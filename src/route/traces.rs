@@ -158,6 +158,7 @@ mod tests {
             inexact: None,
             prefix_from: PrefixSource::Index,
             prefill: None,
+            source: None,
             engine: "a".to_owned(),
             predicted_cached: 64,
             considered: Vec::new(),

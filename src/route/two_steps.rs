@@ -73,6 +73,14 @@ pub fn with_model(body: &[u8], model: &str) -> Option<Vec<u8>> {
     serde_json::to_vec(&fields).ok()
 }
 
+/// A body with something for the engine's connector. `None`: it is no JSON object.
+pub fn with_transfer(body: &[u8], params: &Json) -> Option<Vec<u8>> {
+    let Fields { mut fields } = serde_json::from_slice(body).ok()?;
+    let params = to_raw_value(params).ok()?;
+    fields.insert(TRANSFER.to_owned(), &params);
+    serde_json::to_vec(&fields).ok()
+}
+
 /// The first step's body. `None`: it is no JSON object.
 pub fn first(body: &[u8]) -> Option<Vec<u8>> {
     let Fields { mut fields } = serde_json::from_slice(body).ok()?;

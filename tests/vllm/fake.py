@@ -49,6 +49,8 @@ class Fake:
     # Tokens a second, and whether prompts are computed one after the other, as on a busy machine.
     prefill_rate: float = 40_000.0
     one_by_one: bool = False
+    # Whether events say that each block lies in host memory, too.
+    host_tier: bool = False
     # A PEM file with key and certificate; a path that everything lies below; a key clients need.
     tls: str = ""
     prefix: str = ""
@@ -96,6 +98,7 @@ class Fake:
         for option in options:
             command += [f"--{option.replace('_', '-')}", str(getattr(self, option))]
         command += ["--one-by-one"] if self.one_by_one else []
+        command += ["--host-tier"] if self.host_tier else []
         log = self.work_dir / f"{self.name}.log"
         with log.open("ab") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)

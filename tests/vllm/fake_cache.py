@@ -24,6 +24,8 @@ class PrefixCache:
 
     capacity: int
     block_tokens: int
+    # Where events say that a block lies: an engine with a host tier has a copy of each block there.
+    media: tuple[str, ...] = ("GPU",)
     events: list[Event] = field(default_factory=list)
     # The oldest first. Of one prompt the last block is the oldest, so a prefix outlives what
     # follows it.
@@ -107,23 +109,22 @@ class PrefixCache:
         if oldest is None:
             return False
         del self._ages[oldest]
-        self.events.append({"type": "BlockRemoved", "block_hashes": [oldest], "medium": "GPU", "group_idx": 0})
+        removed = {"type": "BlockRemoved", "block_hashes": [oldest], "group_idx": 0}
+        self.events.extend({**removed, "medium": medium} for medium in self.media)
         return True
 
     def _tell_stored(self, chain: list[int], first: int, tokens: Sequence[int]) -> None:
         size = self.block_tokens
-        self.events.append(
-            {
-                "type": "BlockStored",
-                "block_hashes": chain[first:],
-                "parent_block_hash": chain[first - 1] if first else None,
-                "token_ids": list(tokens[first * size : len(chain) * size]),
-                "block_size": size,
-                "lora_id": None,
-                "medium": "GPU",
-                "lora_name": None,
-                "extra_keys": [None] * (len(chain) - first),
-                "group_idx": 0,
-                "kv_cache_spec_kind": "full_attention",
-            }
-        )
+        stored = {
+            "type": "BlockStored",
+            "block_hashes": chain[first:],
+            "parent_block_hash": chain[first - 1] if first else None,
+            "token_ids": list(tokens[first * size : len(chain) * size]),
+            "block_size": size,
+            "lora_id": None,
+            "lora_name": None,
+            "extra_keys": [None] * (len(chain) - first),
+            "group_idx": 0,
+            "kv_cache_spec_kind": "full_attention",
+        }
+        self.events.extend({**stored, "medium": medium} for medium in self.media)

@@ -51,7 +51,8 @@ class FakeEngine:
     def __init__(self, options: argparse.Namespace) -> None:
         """Opens its sockets for events; HTTP is opened by `serve`."""
         self.options = options
-        self.cache = PrefixCache(options.blocks, options.block_tokens)
+        media = ("GPU", "CPU") if options.host_tier else ("GPU",)
+        self.cache = PrefixCache(options.blocks, options.block_tokens, media)
         self.publisher = Publisher(options.events_port, options.replay_port)
         self.numbers = Numbers(options.blocks, options.block_tokens)
         self.mode = Mode()
@@ -338,6 +339,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default=answers.MODEL)
     parser.add_argument("--prefill-rate", type=float, default=PREFILL_TOKENS_PER_S)
     parser.add_argument("--one-by-one", action="store_true")
+    parser.add_argument("--host-tier", action="store_true")
     parser.add_argument("--tls", default="")
     parser.add_argument("--prefix", default="")
     parser.add_argument("--api-key", default="")

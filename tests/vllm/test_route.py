@@ -15,7 +15,7 @@ import pytest
 from tests.vllm.places import real_model, temporary_pool_dir
 from tests.vllm.processes import wait_until
 from tests.vllm.router import Router, open_envoy, open_router
-from tests.vllm.server import Server, free_port, open_server
+from tests.vllm.server import BLOCK_TOKENS, Server, free_port, open_server
 from tests.vllm.sizes import kv_mib
 
 WORDS = [
@@ -362,3 +362,27 @@ def test_predictions_meet_the_engines_counts(fleet: Fleet, tmp_path: Path, mode:
         assert router.metric("kvcellar_route_prompts_mismatched_total") == 0
         if mode == "precise":
             assert equal >= 0.99 * requests
+
+
+def test_real_events_say_who_holds_a_prompt_in_host_memory(fleet: Fleet, tmp_path: Path) -> None:
+    """The other engine is told of it, and computes the prompt all the same where it cannot fetch."""
+    fleet.reset()
+    flags = [*fleet.flags(), "--mode", "precise", "--policy", "round-robin", "--source-hints", "engine"]
+    random = Random(5)
+    with open_router(tmp_path, *flags, "--source-tokens", str(8 * BLOCK_TOKENS)) as router:
+        router.wait_engines(2)
+
+        def is_told() -> bool:
+            """A prompt that `a` holds goes to `b`. Events may still be on their way; then the next prompt is tried."""
+            prompt = [random.randrange(100, 40_000) for _ in range(10 * BLOCK_TOKENS)]
+            body = {"model": "model", "prompt": prompt, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+            first = fleet.lives["a"][1].client.post("/v1/completions", json=body).json()
+            while not (decisions := router.decisions()) or decisions[-1]["engine"] != "a":
+                router.client.post("/v1/completions", json={**body, "prompt": [1, 2, 3]}).raise_for_status()
+            second = router.client.post("/v1/completions", json=body).json()
+            decision = router.decisions()[-1]
+            assert (decision["engine"], second["choices"][0]["text"]) == ("b", first["choices"][0]["text"])
+            assert decision["source"] in (None, "a")
+            return decision["source"] == "a"
+
+        wait_until(is_told, "a hint")

@@ -22,6 +22,7 @@ use kvcellar_route::prompt::{Checked, Models, Prompt};
 use kvcellar_route::request::{Kind, Request};
 use kvcellar_route::router::{Mode, Router, Setup};
 use kvcellar_route::see::Outcome;
+use kvcellar_route::source::SourceHints;
 use kvcellar_route::spec::{EngineRole, Spec};
 use kvcellar_route::tokens::TokenModel;
 use kvcellar_route::two_steps::{PrefillBy, TwoSteps};
@@ -150,6 +151,7 @@ impl KnownPrefix {
             events: None,
             replay: None,
             role: EngineRole::Both,
+            peer: None,
             draining: false,
         };
         engines.set((0..self.engines).map(spec).collect());
@@ -174,6 +176,7 @@ impl KnownPrefix {
             objectives: Objectives::new(),
             aliases: Aliases::default(),
             two_steps: TwoSteps { by: PrefillBy::Router, tokens_min: u32::MAX },
+            source_hints: SourceHints::default(),
             seed: 1,
             traces: None,
         };

@@ -21,10 +21,13 @@ use envoy_types::pb::google::protobuf::{Struct, Value};
 
 use super::PickerLimits;
 use crate::answer::Tail;
+use crate::engine::Engine;
 use crate::proxy::{LATE, RANK, judged_by};
 use crate::request::{Kind, Refusal, Request};
-use crate::router::{Router, Ticket};
+use crate::router::Router;
 use crate::see::Outcome;
+use crate::source::SOURCE;
+use crate::ticket::Ticket;
 use crate::traces;
 use crate::two_steps::{PREFILLER, PrefillBy};
 use crate::urgency::Urgency;
@@ -216,7 +219,10 @@ impl PickerSession {
         self.router.resolve(&mut request);
         let ticket = self.router.route(&request).await?;
         let mut places = Vec::new();
-        for engine in std::iter::once(ticket.engine()).chain(ticket.fallbacks().take(self.limits.fallbacks)) {
+        // An engine must not be told to fetch from itself.
+        let is_source = |engine: &Arc<Engine>| ticket.source().is_some_and(|source| source.engine.spec == engine.spec);
+        let fallbacks = ticket.fallbacks().filter(|engine| !is_source(engine)).take(self.limits.fallbacks);
+        for engine in std::iter::once(ticket.engine()).chain(fallbacks) {
             if let Some(place) = engine.endpoint().await {
                 places.push(place);
             }
@@ -231,20 +237,22 @@ impl PickerSession {
             headers.push((RANK, rank.to_string()));
         }
         headers.extend(ticket.prefill().map(|engine| (PREFILLER, engine.spec.authority().to_owned())));
+        headers.extend(ticket.source_header().map(|(name, place)| (name, place.to_owned())));
         // What a client says of these is not the client's to say.
         let is_set = |name: &str| headers.iter().any(|(set, _)| *set == name);
-        let removed = [PREFILLER, RANK].into_iter().filter(|name| !is_set(name)).map(str::to_owned).collect();
+        let removed = [PREFILLER, RANK, SOURCE].into_iter().filter(|name| !is_set(name)).map(str::to_owned).collect();
         headers.extend(ticket.trace_headers().map(|(name, value)| (name, value.to_owned())));
         let common = CommonResponse {
             header_mutation: Some(HeaderMutation { remove_headers: removed, ..set(headers) }),
             clear_route_cache: true,
             ..CommonResponse::default()
         };
+        let body = ticket.body(request.raw);
         self.ticket = Some(ticket);
         let text = |text: String| Value { kind: Some(ValueKind::StringValue(text)) };
         let lb = Struct { fields: HashMap::from([(DESTINATION.to_owned(), text(places))]) };
         let lb = Value { kind: Some(ValueKind::StructValue(lb)) };
-        Ok((common, Struct { fields: HashMap::from([("envoy.lb".to_owned(), lb)]) }, request.raw))
+        Ok((common, Struct { fields: HashMap::from([("envoy.lb".to_owned(), lb)]) }, body))
     }
 
     /// One that the router has not seen.
@@ -369,6 +377,7 @@ mod tests {
     use crate::engines::Engines;
     use crate::prompt::Models;
     use crate::router::{Mode, Setup};
+    use crate::source::SourceHints;
     use crate::two_steps::{PrefillBy, TwoSteps};
     use crate::upstream::{Upstream, UpstreamOptions};
     use crate::urgency::Objectives;
@@ -397,6 +406,7 @@ mod tests {
             objectives: Objectives::new(),
             aliases: Aliases::default(),
             two_steps: TwoSteps { by, tokens_min: 1 },
+            source_hints: SourceHints::default(),
             seed: 1,
             traces: None,
         };
