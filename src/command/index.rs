@@ -33,12 +33,7 @@ impl Sources {
     /// # Errors
     /// [`Error::Config`], [`Error::Io`], [`Error::TryLater`].
     pub async fn look(&self) -> Result<Vec<Source>> {
-        Ok(self.with_models(self.places.look().await?))
-    }
-
-    /// Keeps a fleet as it is found, for ever.
-    pub async fn keep(&self, fleet: &mut Fleet) {
-        self.places.keep(|found| fleet.set(self.with_models(found))).await;
+        Ok(self.with_models(self.places.open().await?.look().await?))
     }
 
     fn with_models(&self, mut found: Vec<Source>) -> Vec<Source> {
@@ -101,8 +96,10 @@ async fn run(options: &Options) -> Result<()> {
     });
     let token = token.transpose()?;
     let index = Arc::new(Index::new(options.block_tokens, memory as usize)?);
-    let found = options.sources.look().await?;
-    if found.is_empty() && !options.sources.places.may_change() {
+    let sources = &options.sources;
+    let finder = sources.places.open().await?;
+    let found = sources.with_models(finder.look().await?);
+    if found.is_empty() && !sources.places.may_change() {
         return Err(kvcellar_discovery::nobody());
     }
     if token.is_none() && !options.listen.ip().is_loopback() {
@@ -132,7 +129,7 @@ async fn run(options: &Options) -> Result<()> {
         ended = serving::serve(listener, router, serving::told_to_stop()) => {
             ended.map_err(|error| Error::io("serving", "http", error, "Look at the log"))
         }
-        () = options.sources.keep(&mut fleet) => Ok(()),
+        () = finder.keep(|found| fleet.set(sources.with_models(found))) => Ok(()),
         () = expiry => Ok(()),
     }
 }

@@ -129,7 +129,7 @@ pub struct Options {
     #[arg(long, default_value_t = 0)]
     pub queue_concurrency: usize,
     /// Priority of requests whose header x-llm-d-inference-objective names it, e.g. chat=10. Others
-    /// have 0. May be repeated.
+    /// have 0, or what an `InferenceObjective` of --inference-pool says. May be repeated.
     #[arg(long = "objective", value_name = "NAME=PRIORITY")]
     pub objectives: Vec<String>,
     /// Another name of a model, under which clients may ask for it. May be repeated. Several models
@@ -226,7 +226,7 @@ impl Options {
                 Error::config("objective", format!("`{text}` names no priority"), "Write NAME=PRIORITY, e.g. chat=10")
             })
         };
-        self.objectives.iter().map(read).collect()
+        Ok(Objectives::new(self.objectives.iter().map(read).collect::<Result<_>>()?))
     }
 
     fn models(&self) -> Result<Models> {
@@ -282,7 +282,8 @@ fn weighing(options: &Options) -> Result<PickerConfig> {
 
 async fn run(options: &Options) -> Result<()> {
     let weighing = weighing(options)?;
-    let found = options.places.look().await?;
+    let finder = options.places.open().await?;
+    let found = finder.look().await?;
     if found.is_empty() && !options.places.may_change() {
         return Err(kvcellar_discovery::nobody());
     }
@@ -344,7 +345,8 @@ async fn run(options: &Options) -> Result<()> {
     let outcome = tokio::select! {
         ended = fronts(options, &router, limits, pick) => ended,
         ended = back => ended.map_err(|error| Error::io("serving", "admin", error, "Look at the log")),
-        () = options.places.keep(|found| settle(&engines, &mut fleet, found)) => Ok(()),
+        () = finder.keep(|found| settle(&engines, &mut fleet, found)) => Ok(()),
+        () = finder.keep_priorities(|found| router.setup.objectives.set_objects(&found)) => Ok(()),
         () = scrape::keep(Arc::clone(&engines), router.upstream.clone(), Duration::from_millis(options.scrape_ms.max(10))) => Ok(()),
         () = watch(&router) => Ok(()),
         () = admit(&router) => Ok(()),

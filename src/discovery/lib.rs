@@ -1,6 +1,6 @@
 //! Where the engines of a fleet are, for the index and for the router: one grammar for an engine on
 //! the command line and in a file, a file that is read again when it changes, names that are
-//! resolved again, pods that are listed again.
+//! resolved again, pods of Kubernetes that are watched.
 //!
 //! What an engine is differs between the two, and only that is theirs, as an [`EngineSpec`]: the
 //! index needs the sockets of its events (`endpoint`, which it may open itself: `bind`) and the
@@ -9,9 +9,10 @@
 //! the first port behind a name is that of the events there and of the API here.
 
 mod engine;
+mod kubernetes;
+mod limits;
 mod places;
-#[cfg(feature = "kubernetes")]
-mod pods;
 
-pub use engine::{EngineSpec, events_address, name_or_empty, parse, read_file};
-pub use places::{Places, nobody};
+pub use engine::{EngineRole, EngineSpec, PodNotes, events_address, name_or_empty, parse, read_file};
+pub use kubernetes::Priorities;
+pub use places::{Finder, Places, nobody};

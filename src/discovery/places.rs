@@ -1,14 +1,17 @@
 //! The places where engines are looked for, as flags, and looking there again while a command runs.
 
 use std::marker::PhantomData;
-use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use clap::Args;
 
-use super::engine::{EngineSpec, parse, read_file};
+use super::engine::{EngineSpec, Ports, parse, read_file};
+use super::kubernetes::{Cluster, ClusterOptions, Priorities, Waiter};
 use kvcellar_block::error::{Error, Result};
+
+/// Option with the ports of pods.
+const KUBERNETES_PORTS: &str = "kubernetes-ports";
 
 /// Time between two looks.
 const EVERY: Duration = Duration::from_secs(2);
@@ -26,11 +29,9 @@ pub struct Places<E: EngineSpec> {
         E::PORTS
     ))]
     dns: Option<String>,
-    #[cfg(feature = "kubernetes")]
     #[command(flatten)]
-    pods: Option<super::pods::Pods>,
-    #[cfg(feature = "kubernetes")]
-    #[arg(long, default_value = E::PORTS_DEFAULT, help = format!("Ports of engines that are pods: {}", E::PORTS))]
+    cluster: ClusterOptions,
+    #[arg(long, default_value = E::PORTS_DEFAULT, help = format!("Ports of pods found by --kubernetes-labels: {}", E::PORTS))]
     kubernetes_ports: String,
     #[arg(skip)]
     of: PhantomData<E>,
@@ -38,51 +39,72 @@ pub struct Places<E: EngineSpec> {
 
 /// Nobody was named, and nobody can come.
 pub fn nobody() -> Error {
-    Error::config("engine", "no engine is named", "Give --engine, --engines-file or --dns")
+    let remedy = "Give --engine, --engines-file, --dns, --kubernetes-labels or --inference-pool";
+    Error::config("engine", "no engine is named", remedy)
 }
 
 impl<E: EngineSpec> Places<E> {
-    /// All engines there are now.
+    /// Begins to look.
     ///
     /// # Errors
-    /// [`Error::Config`], [`Error::Io`]; [`Error::TryLater`] when a name cannot be resolved or pods
-    /// cannot be listed.
-    pub async fn look(&self) -> Result<Vec<E>> {
-        let mut found = self.engines.iter().map(|text| parse(text)).collect::<Result<Vec<E>>>()?;
-        if let Some(path) = &self.engines_file {
-            found.extend(read_file::<E>(path)?);
-        }
-        if let Some(name) = &self.dns {
-            found.extend(resolve::<E>(name).await?);
-        }
-        #[cfg(feature = "kubernetes")]
-        if let Some(pods) = &self.pods {
-            let ports = Ports::parse::<E>("kubernetes-ports", &self.kubernetes_ports)?;
-            for (name, ip) in pods.look().await? {
-                found.push(ports.engine(Some(name), ip)?);
-            }
-        }
-        Ok(found)
+    /// [`Error::Config`]; [`Error::TryLater`] when the Kubernetes API cannot be reached.
+    pub async fn open(&self) -> Result<Finder<'_, E>> {
+        Ports::parse::<E>(KUBERNETES_PORTS, &self.kubernetes_ports)?;
+        let cluster = if self.cluster.is_given() { Some(self.cluster.watch(E::HAS_PRIORITIES).await?) } else { None };
+        Ok(Finder { places: self, cluster })
     }
 
     /// Other engines may be found later.
     pub fn may_change(&self) -> bool {
-        self.engines_file.is_some() || self.is_asked_again()
+        self.engines_file.is_some() || self.dns.is_some() || self.cluster.is_given()
+    }
+}
+
+/// Looks for engines, for as long as it lives.
+#[derive(Debug)]
+pub struct Finder<'p, E: EngineSpec> {
+    places: &'p Places<E>,
+    cluster: Option<Cluster>,
+}
+
+impl<E: EngineSpec> Finder<'_, E> {
+    /// All engines there are now.
+    ///
+    /// # Errors
+    /// [`Error::Config`], [`Error::Io`]; [`Error::TryLater`] when a name cannot be resolved.
+    pub async fn look(&self) -> Result<Vec<E>> {
+        let places = self.places;
+        let mut found = places.engines.iter().map(|text| parse(text)).collect::<Result<Vec<E>>>()?;
+        if let Some(path) = &places.engines_file {
+            found.extend(read_file::<E>(path)?);
+        }
+        if let Some(name) = &places.dns {
+            found.extend(resolve::<E>(name).await?);
+        }
+        if let Some(cluster) = &self.cluster {
+            found.extend(cluster.engines::<E>(&Ports::parse::<E>(KUBERNETES_PORTS, &places.kubernetes_ports)?)?);
+        }
+        Ok(found)
     }
 
-    /// Looks again for ever, and passes on what is found: every few seconds where names or pods are
-    /// asked for engines, else when the file has changed. What cannot be read leaves the engines as
-    /// they are and is logged once.
+    /// Looks again for ever, and passes on what is found: at every change in a cluster, every few
+    /// seconds where a name is asked for engines, and when the file has changed. What cannot be read
+    /// leaves the engines as they are and is logged once.
     pub async fn keep(&self, set: impl FnMut(Vec<E>)) {
         self.keep_every(EVERY, set).await;
     }
 
     async fn keep_every(&self, every: Duration, mut set: impl FnMut(Vec<E>)) {
-        let (mut last_change, mut last_problem) = (changed_at(self.engines_file.as_deref()), String::new());
+        let file = self.places.engines_file.as_deref();
+        let (mut last_change, mut last_problem) = (changed_at(file), String::new());
+        let mut waiter = self.cluster.as_ref().map(Cluster::waiter);
         loop {
-            tokio::time::sleep(every).await;
-            let change = changed_at(self.engines_file.as_deref());
-            if !self.is_asked_again() && change == last_change {
+            let cluster_has_changed = tokio::select! {
+                () = tokio::time::sleep(every) => false,
+                () = changed(waiter.as_mut()) => true,
+            };
+            let change = changed_at(file);
+            if !cluster_has_changed && self.places.dns.is_none() && change == last_change {
                 continue;
             }
             last_change = change;
@@ -100,44 +122,28 @@ impl<E: EngineSpec> Places<E> {
         }
     }
 
-    /// Some engines are found anew every time.
-    fn is_asked_again(&self) -> bool {
-        #[cfg(feature = "kubernetes")]
-        let pods = self.pods.is_some();
-        #[cfg(not(feature = "kubernetes"))]
-        let pods = false;
-        self.dns.is_some() || pods
+    /// Passes on the priorities of a pool's objectives, now and at every change, for ever.
+    pub async fn keep_priorities(&self, mut set: impl FnMut(Priorities)) {
+        let mut waiter = self.cluster.as_ref().map(Cluster::waiter);
+        loop {
+            if let Some(cluster) = &self.cluster {
+                set(cluster.objectives());
+            }
+            changed(waiter.as_mut()).await;
+        }
+    }
+}
+
+/// Returns at a change in a cluster; never, where there is none.
+async fn changed(waiter: Option<&mut Waiter>) {
+    match waiter {
+        Some(waiter) => waiter.changed().await,
+        None => std::future::pending().await,
     }
 }
 
 fn changed_at(file: Option<&Path>) -> Option<SystemTime> {
     file.and_then(|path| path.metadata().ok()?.modified().ok())
-}
-
-/// Ports of engines that are found by their addresses.
-struct Ports<'t> {
-    /// The option that gives them, and its value.
-    from: (&'static str, &'t str),
-    numbers: Vec<u16>,
-}
-
-impl<'t> Ports<'t> {
-    fn parse<E: EngineSpec>(field: &'static str, text: &'t str) -> Result<Self> {
-        let from = (field, text);
-        let numbers = text.split(':').map(|part| part.parse::<u16>().map_err(|_| Self::wrong::<E>(from)));
-        Ok(Self { from, numbers: numbers.collect::<Result<_>>()? })
-    }
-
-    fn wrong<E: EngineSpec>((field, text): (&str, &str)) -> Error {
-        Error::config(field, format!("`{text}` is no {}", E::PORTS), format!("Write e.g. {}", E::PORTS_DEFAULT))
-    }
-
-    /// The engine at an address, named by its first port there unless it has a name.
-    fn engine<E: EngineSpec>(&self, name: Option<String>, ip: IpAddr) -> Result<E> {
-        let first = self.numbers.first().copied().unwrap_or_default();
-        let name = name.unwrap_or_else(|| SocketAddr::new(ip, first).to_string());
-        E::at(name, ip, &self.numbers).ok_or_else(|| Self::wrong::<E>(self.from))
-    }
 }
 
 /// The engines behind a name with one address for each of them: `host:` and their ports.
@@ -172,12 +178,28 @@ mod tests {
         <Command as clap::Parser>::try_parse_from(all).expect("arguments").places
     }
 
+    async fn engines(places: &Places<Plain>) -> Result<Vec<Plain>> {
+        places.open().await?.look().await
+    }
+
+    #[test]
+    fn flags_of_a_cluster_go_together() {
+        let refused = |arguments: &[&str]| {
+            let all = ["command"].iter().chain(arguments);
+            <Command as clap::Parser>::try_parse_from(all).expect_err("refused").to_string()
+        };
+        assert!(refused(&["--inference-pool", "p", "--kubernetes-labels", "a=b"]).contains("cannot be used with"));
+        assert!(refused(&["--kubernetes-namespace", "n"]).contains("--inference-pool"));
+        assert!(refused(&["--inference-pool-events", "1:2"]).contains("--inference-pool"));
+        assert!(places(&["--inference-pool", "p", "--kubernetes-namespace", "n"]).may_change());
+    }
+
     #[tokio::test]
     async fn a_name_gives_its_addresses() {
-        let found = places(&["--dns", "localhost:8000"]).look().await.expect("loopback");
+        let found = engines(&places(&["--dns", "localhost:8000"])).await.expect("loopback");
         assert!(found.contains(&parse("events=tcp://127.0.0.1:8000,name=127.0.0.1:8000").expect("an engine")));
         for wrong in ["localhost", "localhost:", "localhost:x", "localhost:1:2", "localhost:70000"] {
-            let error = places(&["--dns", wrong]).look().await.expect_err(wrong).to_string();
+            let error = engines(&places(&["--dns", wrong])).await.expect_err(wrong).to_string();
             assert!(error.contains("port"), "{wrong}: {error}");
         }
     }
@@ -188,9 +210,9 @@ mod tests {
         std::fs::write(file.path(), r#"[{"events": "tcp://h:2"}]"#).expect("written");
         let path = file.path().to_str().expect("a path");
         let places = places(&["--engine", "tcp://h:1", "--engines-file", path]);
-        let found = places.look().await.expect("engines");
+        let found = engines(&places).await.expect("engines");
         assert_eq!(found.iter().map(EngineSpec::name).collect::<Vec<_>>(), ["tcp://h:1", "tcp://h:2"]);
-        assert!(places.may_change() && !places.is_asked_again());
+        assert!(places.may_change());
     }
 
     #[tokio::test]
@@ -204,7 +226,8 @@ mod tests {
         write("[]", 1);
         let places = places(&["--engines-file", file.path().to_str().expect("a path")]);
         let counts = std::cell::RefCell::new(Vec::new());
-        let keeping = places.keep_every(Duration::from_millis(1), |found| counts.borrow_mut().push(found.len()));
+        let finder = places.open().await.expect("flags alone");
+        let keeping = finder.keep_every(Duration::from_millis(1), |found| counts.borrow_mut().push(found.len()));
         let changing = async {
             let pause = || tokio::time::sleep(Duration::from_millis(50));
             pause().await;

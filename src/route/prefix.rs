@@ -95,6 +95,8 @@ pub fn precise_with(
             left -= tiers[tier];
         }
         let held = Held { tokens, tiers, share: score.score };
+        // An engine that is one rank refuses to be told which.
+        let rank = rank.filter(|_| engines[at].spec.rank.is_none());
         found[at] = Found { held, stream: Some(score.engine), rank };
     }
     found
@@ -107,8 +109,9 @@ pub fn knows_any(index: &Index, engines: &[Arc<Engine>]) -> bool {
     engines.iter().any(|engine| heard.contains(engine.spec.name.as_str()))
 }
 
-/// The streams of an engine in the index: its first, or that of a rank.
+/// The streams of an engine in the index: its first, or that of a rank, or of the rank that it is.
 pub fn stream_of(index: &Index, engine: &Engine, rank: Option<u32>) -> Option<EngineId> {
+    let rank = rank.or(engine.spec.rank);
     let name = PublisherStream { topic: String::new(), rank }.engine(&engine.spec.name);
     index.roster().find(&name).map(|view| view.id)
 }
@@ -144,6 +147,8 @@ pub fn approximate(recent: &Recent, hashes: &[u64], prompt: u32) -> Found {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kvcellar_events::wire::{Batch, BatchArena, Event, Hashes, Stored};
+    use kvcellar_index::keys::{self, Extras};
 
     #[test]
     fn the_last_token_is_always_computed() {
@@ -157,6 +162,39 @@ mod tests {
         assert_eq!(longest(&prompt, PrefixSource::Index, &found, 16), Some(2));
         assert_eq!(longest(&prompt, PrefixSource::Index, &found[..1], 16), None);
         assert_eq!(longest(&prompt, PrefixSource::Guess, &found, 16), None);
+    }
+
+    #[test]
+    fn an_engine_that_is_one_rank_is_found_and_not_told_which() {
+        const BLOCK: usize = 16;
+        let index = Index::new(BLOCK as u32, 256 << 20).expect("an index");
+        let tokens: Vec<u32> = (0..2 * BLOCK as u32).collect();
+        let mut arena = BatchArena::default();
+        arena.hashes.extend([1, 2]);
+        arena.tokens.extend_from_slice(&tokens);
+        let stored = Stored {
+            hashes: Hashes { range: 0..2, digests: None },
+            tokens: 0..tokens.len(),
+            block_size: BLOCK as u32,
+            medium: Some("GPU"),
+            ..Stored::default()
+        };
+        let batch = Batch { events: vec![Event::Stored(Box::new(stored))], ..Batch::default() };
+        let stream = {
+            let mut writer = index.write();
+            let id = writer.engine("a/dp3", "").expect("room");
+            writer.apply(id, &batch, &arena);
+            id
+        };
+        let mut prompt = Vec::new();
+        keys::of_prompt(keys::root("", None), &tokens, BLOCK, &Extras::default(), &mut prompt);
+        let keys = prompt;
+        for (text, rank) in [("name=a,url=http://h:1,rank=3", None), ("name=a,url=http://h:1", Some(3))] {
+            let engine = Arc::new(Engine::new(kvcellar_discovery::parse(text).expect("an engine")));
+            let found = precise(&index, &keys, 33, &[Arc::clone(&engine)], &Weights::default());
+            assert_eq!((found[0].held.tokens, found[0].stream, found[0].rank), (32, Some(stream), rank), "{text}");
+            assert_eq!(stream_of(&index, &engine, rank), Some(stream), "{text}");
+        }
     }
 
     #[test]

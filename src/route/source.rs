@@ -104,7 +104,7 @@ impl KvSource {
         let named = named.and_then(|(host, port)| Some((host, port.parse().ok()?)));
         let host = || spec.authority().rsplit_once(':').map_or(spec.authority(), |(host, _)| host);
         let (host, port) = named.unwrap_or_else(|| (host(), PEER_PORT));
-        let rank = self.rank.and_then(|rank| u16::try_from(rank).ok()).unwrap_or(0);
+        let rank = self.rank.or(spec.rank).and_then(|rank| u16::try_from(rank).ok()).unwrap_or(0);
         (host, port.saturating_add(rank))
     }
 }

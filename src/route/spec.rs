@@ -4,24 +4,13 @@ use std::net::{IpAddr, SocketAddr};
 
 use axum::http::Uri;
 use serde::Deserialize;
+use serde::de::{Deserializer, Error as _};
 
 use kvcellar_block::error::{Error, Result};
-use kvcellar_discovery::{EngineSpec, events_address, name_or_empty};
+use kvcellar_discovery::{EngineSpec, PodNotes, events_address, name_or_empty};
 use kvcellar_index::fleet::Source;
 
-/// Which steps of a request an engine takes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum EngineRole {
-    /// All of them.
-    #[default]
-    Both,
-    /// It computes prompts for others.
-    Prefill,
-    /// It goes on with prompts that others have computed; it computes those as well that are not
-    /// worth two steps.
-    Decode,
-}
+pub use kvcellar_discovery::EngineRole;
 
 /// An engine as it is named in options and files.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -42,6 +31,10 @@ pub struct Spec {
     /// Host and port at which other engines fetch its KV, e.g. `10.0.0.1:5710`; of its first
     /// data-parallel rank. See [`super::source`].
     pub peer: Option<String>,
+    /// Its data-parallel rank, where each rank is an engine with an address of its own. Nobody has to
+    /// tell it which rank a request is for.
+    #[serde(default, deserialize_with = "number")]
+    pub rank: Option<u32>,
     /// It gets no new requests. A state of an engine, not a part of what tells it apart: see
     /// [`Spec::is_same`].
     #[serde(default)]
@@ -52,12 +45,13 @@ impl EngineSpec for Spec {
     const ADDRESS: &'static str = "url";
     const FLAGS: &'static [&'static str] = &["draining"];
     const HELP: &'static str = "An engine: a URL like `http://10.0.0.1:8000`, or \
-        `url=...[,events=tcp://...][,replay=tcp://...][,name=...][,role=prefill|decode][,peer=HOST:PORT][,draining=true]`. May be repeated";
+        `url=...[,events=tcp://...][,replay=tcp://...][,name=...][,role=prefill|decode][,rank=0][,peer=HOST:PORT][,draining=true]`. May be repeated";
     const EXAMPLE: &'static str =
         "url=http://10.0.0.1:8000,events=tcp://10.0.0.1:5557,replay=tcp://10.0.0.1:5558,name=a";
     const FILE_EXAMPLE: &'static str = r#"[{"name": "a", "url": "http://10.0.0.1:8000"}]"#;
     const PORTS: &'static str = "port[:events-port:replay-port]";
     const PORTS_DEFAULT: &'static str = "8000:5557:5558";
+    const HAS_PRIORITIES: bool = true;
 
     fn checked(mut self) -> Result<Self> {
         let wrong = || {
@@ -118,8 +112,27 @@ impl EngineSpec for Spec {
             replay: events.map(|(_, port)| at(port)),
             role: EngineRole::Both,
             peer: None,
+            rank: None,
             draining: false,
         })
+    }
+
+    fn of_pool(name: String, ip: IpAddr, target: u16, (events, replay): (u16, Option<u16>)) -> Self {
+        let at = |port| SocketAddr::new(ip, port);
+        Self {
+            name,
+            url: format!("http://{}", at(target)),
+            events: Some(format!("tcp://{}", at(events))),
+            replay: replay.map(|port| format!("tcp://{}", at(port))),
+            role: EngineRole::Both,
+            peer: None,
+            rank: None,
+            draining: false,
+        }
+    }
+
+    fn noted(self, PodNotes { role, draining, rank }: PodNotes) -> Self {
+        Self { role, rank, draining, ..self }
     }
 
     fn name(&self) -> &str {
@@ -147,6 +160,17 @@ impl Spec {
         let model = Some(String::new());
         Some(Source { name: self.name.clone(), endpoint, replay: self.replay.clone(), model, bind: false })
     }
+}
+
+/// Reads a number as files write it, or as text, as options do.
+fn number<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<u32>, D::Error> {
+    let value = serde_json::Value::deserialize(deserializer)?;
+    let text = match &value {
+        serde_json::Value::Null => return Ok(None),
+        serde_json::Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    text.parse().map(Some).map_err(|_| D::Error::custom(format!("`{text}` is no number of 0 or more")))
 }
 
 #[cfg(test)]
@@ -177,6 +201,7 @@ mod tests {
             "url=http://h:1,events=h:2",
             "url=http://h:1,peer=h",
             "url=http://h:1,peer=:5710",
+            "url=http://h:1,rank=x",
         ] {
             assert!(parse::<Spec>(wrong).is_err(), "{wrong}");
         }
@@ -209,12 +234,24 @@ mod tests {
     }
 
     #[test]
+    fn engines_of_a_pool() {
+        let ip = "10.0.0.1".parse().expect("an address");
+        let spec = Spec::of_pool("a-rank-3".to_owned(), ip, 8003, (5560, Some(5660)));
+        let spec = spec.noted(PodNotes { role: EngineRole::Decode, draining: true, rank: Some(3) });
+        let written = "name=a-rank-3,url=http://10.0.0.1:8003,events=tcp://10.0.0.1:5560,\
+            replay=tcp://10.0.0.1:5660,role=decode,rank=3,draining=true";
+        assert_eq!(spec, parse::<Spec>(written).expect("an engine"));
+        assert!(spec.is_same(&Spec { draining: false, ..spec.clone() }));
+        assert!(!spec.is_same(&Spec { rank: None, ..spec.clone() }));
+    }
+
+    #[test]
     fn a_file_of_engines() {
         let file = tempfile::NamedTempFile::new().expect("a file");
-        std::fs::write(file.path(), r#"[{"url": "http://h:1/"}, {"url": "http://h:2", "draining": true}]"#)
+        std::fs::write(file.path(), r#"[{"url": "http://h:1/"}, {"url": "http://h:2", "rank": 1, "draining": true}]"#)
             .expect("written");
         let found: Vec<Spec> = read_file(file.path()).expect("two engines");
-        assert_eq!((found[0].name.as_str(), found[1].draining), ("h:1", true));
+        assert_eq!((found[0].name.as_str(), found[1].rank, found[1].draining), ("h:1", Some(1), true));
         std::fs::write(file.path(), r#"[{"url": "http://h:1", "colour": 1}]"#).expect("written");
         assert!(read_file::<Spec>(file.path()).expect_err("an unknown field").to_string().contains("colour"));
     }

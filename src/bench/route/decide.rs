@@ -152,6 +152,7 @@ impl KnownPrefix {
             replay: None,
             role: EngineRole::Both,
             peer: None,
+            rank: None,
             draining: false,
         };
         engines.set((0..self.engines).map(spec).collect());
@@ -173,7 +174,7 @@ impl KnownPrefix {
             models: Models { named },
             in_flight_max: 0,
             gate: None,
-            objectives: Objectives::new(),
+            objectives: Objectives::default(),
             aliases: Aliases::default(),
             two_steps: TwoSteps { by: PrefillBy::Router, tokens_min: u32::MAX },
             source_hints: SourceHints::default(),

@@ -58,6 +58,11 @@ impl EngineSpec for Source {
         Some(Self { name, endpoint: at(port), replay: replay.map(at), model: None, bind: false })
     }
 
+    fn of_pool(name: String, ip: IpAddr, _target: u16, (events, replay): (u16, Option<u16>)) -> Self {
+        let at = |port| format!("tcp://{}", SocketAddr::new(ip, port));
+        Self { name, endpoint: at(events), replay: replay.map(at), model: None, bind: false }
+    }
+
     fn name(&self) -> &str {
         &self.name
     }

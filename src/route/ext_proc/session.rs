@@ -403,7 +403,7 @@ mod tests {
             models: Models::default(),
             in_flight_max: 0,
             gate: None,
-            objectives: Objectives::new(),
+            objectives: Objectives::default(),
             aliases: Aliases::default(),
             two_steps: TwoSteps { by, tokens_min: 1 },
             source_hints: SourceHints::default(),
