@@ -21,6 +21,7 @@ use kvcellar_events::publisher::Publisher;
 use kvcellar_events::recording::{RecordedBatch, RecordingEntry};
 use kvcellar_events::subscriber::{PublisherStream, Sink, follow};
 use kvcellar_events::wire::{Batch, BatchArena, Event, Hashes, Parent, Removed, Stored};
+use kvcellar_events::zmtp::LineFault;
 use kvcellar_index::api::serving;
 use kvcellar_index::tiers::{ALL, FleetTier, TIERS};
 
@@ -181,6 +182,11 @@ impl Sink for Counter {
     fn garbage(&mut self) {
         self.change(&self.source, |told| told.garbage += 1);
     }
+
+    fn breach(&mut self, fault: &LineFault) {
+        log::warn!("{}: {fault}: the line is dropped, and made again", self.source);
+        self.garbage();
+    }
 }
 
 /// Waits until it is time, or told to stop.
@@ -333,6 +339,10 @@ impl Sink for Recorder {
     fn state(&mut self, _stream: &PublisherStream, _counts: BatchCounts, _next: Option<u64>, _live: bool) {}
 
     fn garbage(&mut self) {}
+
+    fn breach(&mut self, fault: &LineFault) {
+        log::warn!("{}: {fault}: the line is dropped, and made again", self.source);
+    }
 }
 
 async fn record(options: &RecordOptions) -> Result<()> {

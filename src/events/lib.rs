@@ -6,10 +6,13 @@
 
 pub mod decode;
 pub mod encode;
+mod endpoint;
 pub mod follow;
+mod incoming;
 pub mod limits;
 pub mod msgpack;
 pub mod publisher;
 pub mod recording;
 pub mod subscriber;
 pub mod wire;
+pub mod zmtp;

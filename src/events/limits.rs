@@ -36,3 +36,29 @@ pub const CONNECT_BACKOFF_MS: (u64, u64) = (100, 2_000);
 /// Streams (topics and data-parallel ranks) behind one address. Batches of further ones are dropped
 /// and counted.
 pub const STREAMS_MAX: usize = 256;
+
+/// Bytes of one message: the largest batch, and the short frames before it. A publisher that
+/// announces more loses its connection, before anything of it is kept.
+pub const MESSAGE_BYTES_MAX: u64 = EVENT_PAYLOAD_BYTES_MAX as u64 + 4096;
+
+/// Frames of one message. One with more ends the connection.
+pub const FRAMES_MAX: usize = 8;
+
+/// How long a connection and its handshake may take, in ms. Then it is given up.
+pub const HANDSHAKE_MS: u64 = 5_000;
+
+/// Bytes for which there is room before a read.
+pub const READ_BYTES: usize = 64 << 10;
+
+/// Bytes that the system keeps for a subscriber that is busy.
+pub const RECEIVE_BUFFER_BYTES: u32 = 4 << 20;
+
+/// Publishers that may be connected at a time to an address of ours. Further ones wait in the
+/// system's queue.
+pub const PUBLISHERS_MAX: usize = 256;
+
+/// Messages of publishers connected to an address of ours that wait to be followed. Beyond it
+/// publishers wait.
+pub const PUBLISHED_QUEUE: usize = 64;
+
+const _: () = assert!(READ_BYTES as u64 <= MESSAGE_BYTES_MAX, "a read brings less than a message may be");

@@ -2,21 +2,23 @@
 //!
 //! One task an address. Several data-parallel ranks, or several topics, behind it are several
 //! streams, each with a [`Follower`] of its own. A line that breaks is made anew with growing
-//! pauses; what was missed comes by replay. The address may also be one that engines connect to.
+//! pauses; what was missed comes by replay. The address may also be one that engines connect to. A
+//! publisher that breaks the protocol loses its line, too, and the pauses grow until it keeps it.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::StreamExt;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
-use zeromq::{DealerSocket, Socket, SocketEvent, SocketRecv, SocketSend, SubSocket};
 
 use super::decode;
+use super::endpoint;
 use super::follow::{BatchCounts, FollowStep, Follower, Position, Why};
-use super::publisher::{END, frames};
+use super::incoming::Incoming;
+use super::publisher::END;
+use super::zmtp::{Connection, LineFault, SocketRole};
 use crate::limits;
 
 /// Where a publisher is.
@@ -61,6 +63,8 @@ pub trait Sink: Send {
     fn state(&mut self, stream: &PublisherStream, counts: BatchCounts, next: Option<u64>, live: bool);
     /// A message that is none of this protocol.
     fn garbage(&mut self);
+    /// A publisher has broken the protocol of lines, and has lost its own.
+    fn breach(&mut self, fault: &LineFault);
 }
 
 enum Reply {
@@ -83,6 +87,8 @@ struct Follow<S> {
     replays: HashMap<PublisherStream, Replay>,
     replay_number: u64,
     replies: mpsc::Sender<(PublisherStream, u64, Reply)>,
+    /// The line was made.
+    is_up: bool,
 }
 
 /// Follows an address for ever: dropping the future ends it. `known`: streams whose beginning
@@ -91,36 +97,51 @@ pub async fn follow<S: Sink>(address: Address, known: Vec<(PublisherStream, Posi
     let (replies, mut incoming) = mpsc::channel(limits::REPLAY_QUEUE);
     let replays = address.replay.is_some();
     let streams = known.into_iter().map(|(stream, last)| (stream, Follower::resume(replays, last))).collect();
-    let mut follow = Follow { address, sink, streams, replays: HashMap::new(), replay_number: 0, replies };
-    let (first_ms, longest_ms) = limits::CONNECT_BACKOFF_MS;
-    let mut pause_ms = first_ms;
+    let mut follow =
+        Follow { address, sink, streams, replays: HashMap::new(), replay_number: 0, replies, is_up: false };
+    let mut pauses = Pauses::default();
     loop {
-        if follow.connection(&mut incoming).await {
-            pause_ms = first_ms;
+        let fault = follow.connection(&mut incoming).await;
+        if fault.is_breach() {
+            follow.sink.breach(&fault);
         }
         follow.sink.connected(false);
-        sleep(Duration::from_millis(pause_ms)).await;
-        pause_ms = (2 * pause_ms).min(longest_ms);
+        let was_up = std::mem::take(&mut follow.is_up);
+        sleep(pauses.after(was_up && !fault.is_breach())).await;
+    }
+}
+
+/// Pauses between lines.
+#[derive(Debug)]
+struct Pauses {
+    next_ms: u64,
+}
+
+impl Default for Pauses {
+    fn default() -> Self {
+        Self { next_ms: limits::CONNECT_BACKOFF_MS.0 }
+    }
+}
+
+impl Pauses {
+    /// The pause after a line. `was_good`: it was made, and ended in order. After others pauses
+    /// grow.
+    fn after(&mut self, was_good: bool) -> Duration {
+        let (first_ms, longest_ms) = limits::CONNECT_BACKOFF_MS;
+        let pause_ms = if was_good { first_ms } else { self.next_ms };
+        self.next_ms = (2 * pause_ms).min(longest_ms);
+        Duration::from_millis(pause_ms)
     }
 }
 
 impl<S: Sink> Follow<S> {
-    /// One connection, from its first try to its end. `true`: it was made.
-    async fn connection(&mut self, incoming: &mut mpsc::Receiver<(PublisherStream, u64, Reply)>) -> bool {
-        let mut socket = SubSocket::new();
-        let mut events = socket.monitor();
-        if socket.subscribe("").await.is_err() {
-            return false;
-        }
-        let made = if self.address.bind {
-            socket.bind(&self.address.endpoint).await.is_ok()
-        } else {
-            let longest = Duration::from_millis(limits::REPLAY_ANSWER_MS);
-            matches!(timeout(longest, socket.connect(&self.address.endpoint)).await, Ok(Ok(())))
+    /// One connection, from its first try to its end, which it returns.
+    async fn connection(&mut self, replies: &mut mpsc::Receiver<(PublisherStream, u64, Reply)>) -> LineFault {
+        let mut incoming = match Incoming::open(&self.address.endpoint, self.address.bind).await {
+            Ok(incoming) => incoming,
+            Err(fault) => return fault,
         };
-        if !made {
-            return false;
-        }
+        self.is_up = true;
         self.sink.connected(true);
         if !self.address.bind {
             self.meet().await;
@@ -129,18 +150,17 @@ impl<S: Sink> Follow<S> {
             tokio::select! {
                 // Replies first: messages wait in the follower until a replay has ended.
                 biased;
-                Some((stream, number, reply)) = incoming.recv() => self.reply(&stream, number, reply),
-                message = socket.recv() => match message {
-                    Ok(message) => self.message(&message.into_vec()),
-                    Err(_) if self.address.bind => {}
-                    Err(_) => return true,
-                },
-                event = events.next() => match event {
+                Some((stream, number, reply)) = replies.recv() => self.reply(&stream, number, reply),
+                message = incoming.next() => match message {
+                    Ok(message) => self.message(&message),
                     // A publisher that connects to us and goes is missed by nobody but its own
                     // stream, where a gap will tell.
-                    Some(SocketEvent::Disconnected(_)) if !self.address.bind => return true,
-                    Some(_) => {}
-                    None => return true,
+                    Err(fault) if self.address.bind => {
+                        if fault.is_breach() {
+                            self.sink.breach(&fault);
+                        }
+                    }
+                    Err(fault) => return fault,
                 },
             }
         }
@@ -251,17 +271,15 @@ fn parse(parts: &[Bytes]) -> Option<(PublisherStream, u64, Bytes)> {
     Some((PublisherStream { topic: String::from_utf8_lossy(&topic).into_owned(), rank }, number, payload.clone()))
 }
 
-async fn request(endpoint: &str, from: u64) -> Option<DealerSocket> {
-    let mut socket = DealerSocket::new();
-    socket.connect(endpoint).await.ok()?;
-    socket.send(frames(&[Bytes::new(), Bytes::copy_from_slice(&from.to_be_bytes())])).await.ok()?;
-    Some(socket)
+async fn request(endpoint: &str, from: u64) -> Result<Connection, LineFault> {
+    let mut connection = Connection::open(endpoint::connect(endpoint).await?, SocketRole::Dealer).await?;
+    connection.send(&[&[], &from.to_be_bytes()]).await?;
+    Ok(connection)
 }
 
 /// The stream that a publisher's first replayed batch belongs to.
 async fn first_stream(endpoint: &str) -> Option<PublisherStream> {
-    let mut socket = request(endpoint, 0).await?;
-    let parts = socket.recv().await.ok()?.into_vec();
+    let parts = request(endpoint, 0).await.ok()?.message().await.ok()?;
     let (_, parts) = parts.split_first()?;
     if is_end(parts) { None } else { parse(parts).map(|(stream, _, _)| stream) }
 }
@@ -278,10 +296,9 @@ async fn replay(
     replies: &mpsc::Sender<(PublisherStream, u64, Reply)>,
 ) -> Reply {
     let longest = Duration::from_millis(limits::REPLAY_ANSWER_MS);
-    let Ok(Some(mut socket)) = timeout(longest, request(endpoint, from)).await else { return Reply::Failed };
+    let Ok(Ok(mut connection)) = timeout(longest, request(endpoint, from)).await else { return Reply::Failed };
     loop {
-        let Ok(Ok(message)) = timeout(longest, socket.recv()).await else { return Reply::Failed };
-        let parts = message.into_vec();
+        let Ok(Ok(parts)) = timeout(longest, connection.message()).await else { return Reply::Failed };
         let Some((_, parts)) = parts.split_first() else { return Reply::Failed };
         if is_end(parts) {
             return Reply::Ended;
@@ -293,5 +310,18 @@ async fn replay(
         if replies.send((asked.clone(), number, Reply::Batch(stream, at, payload))).await.is_err() {
             return Reply::Failed;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_until_a_line_ends_in_order() {
+        let mut pauses = Pauses::default();
+        let bad: Vec<u128> = (0..7).map(|_| pauses.after(false).as_millis()).collect();
+        assert_eq!(bad, [100, 200, 400, 800, 1600, 2000, 2000]);
+        assert_eq!((pauses.after(true).as_millis(), pauses.after(false).as_millis()), (100, 200));
     }
 }

@@ -18,6 +18,7 @@ use kvcellar_events::decode::decode;
 use kvcellar_events::follow::{BatchCounts, Position, Why};
 use kvcellar_events::subscriber::{self, PublisherStream, Sink};
 use kvcellar_events::wire::BatchArena;
+use kvcellar_events::zmtp::LineFault;
 
 pub use source::Source;
 
@@ -132,6 +133,7 @@ impl Fleet {
                 source: source.clone(),
                 engines: HashMap::new(),
                 arena: BatchArena::default(),
+                breach: None,
             };
             let known = self.known(&source);
             let task = tokio::spawn(subscriber::follow(source.address(), known, sink));
@@ -198,6 +200,8 @@ struct IndexSink {
     source: Source,
     engines: HashMap<PublisherStream, Option<EngineId>>,
     arena: BatchArena,
+    /// The last breach of the protocol that was said, until a batch comes.
+    breach: Option<String>,
 }
 
 impl IndexSink {
@@ -255,6 +259,7 @@ impl Sink for IndexSink {
         let last = Position::of(number, payload);
         writer.set_mark(id, EventMark { topic: stream.topic.clone(), rank: stream.rank, last });
         drop(writer);
+        self.breach = None;
         self.change(|state| state.heard = Some(Instant::now()));
         if decoded.is_err() {
             self.garbage();
@@ -283,5 +288,14 @@ impl Sink for IndexSink {
 
     fn garbage(&mut self) {
         self.change(|state| state.garbage += 1);
+    }
+
+    fn breach(&mut self, fault: &LineFault) {
+        let said = fault.to_string();
+        if self.breach.as_ref() != Some(&said) {
+            log::warn!("{}: {said}: its line is dropped, and made again", self.source.name);
+            self.breach = Some(said);
+        }
+        self.garbage();
     }
 }

@@ -46,6 +46,8 @@ pub struct Links {
     ghosts: VecDeque<(u64, u16)>,
     ghost_count: usize,
     stamp: u16,
+    /// Hashes in each tier.
+    in_tier: [usize; TOLD_TIERS],
 }
 
 impl Links {
@@ -68,6 +70,22 @@ impl Links {
     /// Hashes without.
     pub fn ghosts(&self) -> usize {
         self.ghost_count
+    }
+
+    /// Hashes in each tier that events tell of.
+    pub fn in_tiers(&self) -> [usize; TOLD_TIERS] {
+        self.in_tier
+    }
+
+    /// A hash has come into and left these tiers.
+    fn moved(in_tier: &mut [usize; TOLD_TIERS], before: u8, after: u8) {
+        if before == after {
+            return;
+        }
+        for (tier, count) in in_tier.iter_mut().enumerate() {
+            *count += usize::from(after >> tier & 1);
+            *count -= usize::from(before >> tier & 1);
+        }
     }
 
     /// All of them.
@@ -105,11 +123,13 @@ impl Links {
                     link.key = key;
                 }
                 link.counts[tier as usize] = link.counts[tier as usize].saturating_add(1);
+                Self::moved(&mut self.in_tier, before, link.mask());
                 (*link, named || link.mask() != before)
             }
             Entry::Vacant(entry) => {
                 let mut link = HashLink { key, counts: [0; TOLD_TIERS], stamp: 0 };
                 link.counts[tier as usize] = 1;
+                Self::moved(&mut self.in_tier, 0, link.mask());
                 entry.insert(link);
                 (link, true)
             }
@@ -124,6 +144,7 @@ impl Links {
         let count = &mut link.counts[tier as usize];
         *count = count.checked_sub(1)?;
         let link = *link;
+        Self::moved(&mut self.in_tier, before, link.mask());
         if link.mask() == 0 {
             self.lay_to_rest(hash);
         }
@@ -133,11 +154,13 @@ impl Links {
     /// No copy in these tiers any more.
     pub fn remove_all(&mut self, hash: u64, tiers: u8) {
         let Some(link) = self.by_hash.get_mut(&hash).filter(|link| link.mask() & tiers != 0) else { return };
+        let before = link.mask();
         for (tier, count) in link.counts.iter_mut().enumerate() {
             if tiers & 1 << tier != 0 {
                 *count = 0;
             }
         }
+        Self::moved(&mut self.in_tier, before, link.mask());
         if link.mask() == 0 {
             self.lay_to_rest(hash);
         }
@@ -153,9 +176,9 @@ impl Links {
     /// A link as another index knew it.
     pub fn restore(&mut self, hash: u64, key: u64, counts: [u8; TOLD_TIERS]) -> HashLink {
         let link = HashLink { key, counts, stamp: 0 };
-        if self.by_hash.insert(hash, link).is_some_and(|before| before.mask() == 0) {
-            self.ghost_count -= 1;
-        }
+        let before = self.by_hash.insert(hash, link);
+        self.ghost_count -= usize::from(before.is_some_and(|before| before.mask() == 0));
+        Self::moved(&mut self.in_tier, before.map_or(0, |before| before.mask()), link.mask());
         if link.mask() == 0 {
             self.lay_to_rest(hash);
         }
@@ -233,6 +256,11 @@ mod tests {
         assert_eq!((links.held(), links.ghosts()), (1, 0));
         links.remove_all(7, FleetTier::Cpu.bit());
         assert_eq!((links.held(), links.ghosts(), links.get(7).map(|link| link.key)), (0, 1, Some(70)));
+        assert_eq!(links.in_tiers(), [0; TOLD_TIERS]);
+        links.restore(7, 70, [1, 2, 0, 0, 0]);
+        links.restore(8, 80, [0, 0, 3, 0, 0]);
+        links.restore(7, 70, [0, 2, 0, 0, 0]);
+        assert_eq!(links.in_tiers(), [0, 1, 1, 0, 0]);
     }
 
     #[test]

@@ -143,6 +143,15 @@ impl IndexWriter {
             .fold((0, 0), |(held, ghosts), state| (held + state.links.held(), ghosts + state.links.ghosts()))
     }
 
+    /// An engine's blocks in each tier that events tell of, of its own size.
+    pub fn blocks_in_tiers(&self, id: EngineId) -> [usize; TOLD_TIERS] {
+        let mut sum = [0; TOLD_TIERS];
+        for state in self.columns_of(id).iter().filter_map(|column| self.column(*column)) {
+            sum.iter_mut().zip(state.links.in_tiers()).for_each(|(sum, count)| *sum += count);
+        }
+        sum
+    }
+
     /// Applies a batch of an engine's events.
     pub fn apply(&mut self, id: EngineId, batch: &Batch<'_>, arena: &BatchArena) {
         self.counts.batches += 1;
