@@ -89,8 +89,9 @@ def index() -> list[Metric]:
         for how, name, text in re.findall(r'\b(number|count)\(&mut registry, "(\w+)", "([^"]+)"', source)
     ]
     for name, text in re.findall(r'registry\.register\("(\w+)", "([^"]+)"', source):
-        kind = "histogram" if name.endswith("_seconds") else "gauge"
+        kind = "histogram" if name.endswith("_seconds") else "counter" if name == "clients_cut" else "gauge"
         label = {
+            "clients_cut": ("reason",),
             "source_connected": ("source",),
             "source_silence": ("source",),
             "engine_live": ("engine",),
@@ -114,6 +115,7 @@ _ROUTE_LABELS = {
     "events_age_seconds": ("engine",),
     "queue_requests": ("priority",),
     "predictions": ("prefix", "reported"),
+    "clients_cut": ("reason",),
 }
 
 

@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::clients::ClientOptions;
 use kvcellar_block::error::{Error, Result};
 use kvcellar_discovery::Places;
 use kvcellar_engine::config::size;
 use kvcellar_index::Index;
-use kvcellar_index::api::serving;
+use kvcellar_index::api::serving::{self, Server};
 use kvcellar_index::api::{self, Service, ServiceLimits};
 use kvcellar_index::fleet::{Fleet, Source};
 use kvcellar_index::tiers::Weights;
@@ -72,6 +73,9 @@ pub struct Options {
     /// Largest body of a request.
     #[arg(long, default_value = "16MiB")]
     pub body: String,
+    /// What clients may do.
+    #[command(flatten)]
+    pub clients: ClientOptions,
 }
 
 /// Runs the service until it is told to stop.
@@ -118,7 +122,12 @@ async fn run(options: &Options) -> Result<()> {
     let limits =
         ServiceLimits { body_bytes_max: body as usize, requests_per_second: options.requests_per_second, token };
     let listener = serving::listen("listen", options.listen, "index at http://").await?;
-    let router = api::routes(Arc::clone(&service), limits);
+    let server = Server {
+        listener,
+        router: api::routes(Arc::clone(&service), limits),
+        limits: options.clients.limits(),
+        counts: Arc::clone(&service.clients),
+    };
     let expiry = async {
         loop {
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -126,10 +135,8 @@ async fn run(options: &Options) -> Result<()> {
         }
     };
     tokio::select! {
-        ended = serving::serve(listener, router, serving::told_to_stop()) => {
-            ended.map_err(|error| Error::io("serving", "http", error, "Look at the log"))
-        }
         () = finder.keep(|found| fleet.set(sources.with_models(found))) => Ok(()),
+        () = server.serve(serving::told_to_stop()) => Ok(()),
         () = expiry => Ok(()),
     }
 }

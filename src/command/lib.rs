@@ -1,5 +1,6 @@
 //! The `kvcellar` command: options, and what is printed. The work is the other crates'.
 
+pub mod clients;
 pub mod doctor;
 pub mod events;
 pub mod health;

@@ -10,12 +10,14 @@ use std::time::Duration;
 use axum::http::HeaderName;
 use clap::{Args, ValueEnum};
 
+use super::clients::ClientOptions;
 use super::health;
 use kvcellar_block::error::{Error, Result};
 use kvcellar_discovery::Places;
 use kvcellar_engine::config::size;
 use kvcellar_index::Index;
-use kvcellar_index::api::serving;
+use kvcellar_index::api::clients::ClientLimits;
+use kvcellar_index::api::serving::{self, Server};
 use kvcellar_index::fleet::Fleet;
 use kvcellar_index::tiers::Weights;
 use kvcellar_route::aliases::Aliases;
@@ -36,6 +38,10 @@ use kvcellar_route::two_steps::{PrefillBy, TwoSteps};
 use kvcellar_route::upstream::{Upstream, UpstreamOptions};
 use kvcellar_route::urgency::Objectives;
 use kvcellar_route::{admin, ext_proc, scrape, self_check, streams};
+
+/// Connections to the admin address that may be open at a time: few ask there, and they are not to
+/// wait for clients.
+const ADMIN_CONNECTIONS: usize = 256;
 
 /// How engines are weighed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -109,6 +115,9 @@ pub struct Options {
     /// Largest body of a request.
     #[arg(long, default_value = "32MiB")]
     pub body: String,
+    /// What clients of the HTTP front end may do.
+    #[command(flatten)]
+    pub clients: ClientOptions,
     /// Requests in flight at most; 0: no bound. Further ones are refused with 429.
     #[arg(long, default_value_t = 0)]
     pub in_flight: usize,
@@ -255,11 +264,11 @@ fn weight(text: &str) -> Result<(Scorer, f64)> {
 }
 
 /// Routes to exactly these engines from now on, and follows their events where an index needs them.
-fn settle(engines: &Engines, fleet: &mut Option<Fleet>, found: Vec<Spec>) {
+fn settle(router: &Router, fleet: &mut Option<Fleet>, found: Vec<Spec>) {
     if let Some(fleet) = fleet {
         fleet.set(found.iter().filter_map(Spec::source).collect());
     }
-    engines.set(found);
+    router.set_engines(found);
 }
 
 /// What is weighed how: from a file, else from flags.
@@ -339,14 +348,19 @@ async fn run(options: &Options) -> Result<()> {
     };
     let pick = ext_proc::PickerLimits { body_bytes_max: body, fallbacks: weighing.fallbacks, session_header };
     let shown = serving::listen("admin", options.admin, "admin at http://").await?;
-    settle(&engines, &mut fleet, found);
+    settle(&router, &mut fleet, found);
     let checks = tokio::spawn(self_check::run(Arc::clone(&router)));
-    let back = serving::serve(shown, admin::routes(Arc::clone(&router)), std::future::pending());
+    let back = Server {
+        listener: shown,
+        router: admin::routes(Arc::clone(&router)),
+        limits: ClientLimits { connections: ADMIN_CONNECTIONS, ..options.clients.limits() },
+        counts: Arc::default(),
+    };
     let outcome = tokio::select! {
         ended = fronts(options, &router, limits, pick) => ended,
-        ended = back => ended.map_err(|error| Error::io("serving", "admin", error, "Look at the log")),
-        () = finder.keep(|found| settle(&engines, &mut fleet, found)) => Ok(()),
+        () = finder.keep(|found| settle(&router, &mut fleet, found)) => Ok(()),
         () = finder.keep_priorities(|found| router.setup.objectives.set_objects(&found)) => Ok(()),
+        () = back.serve(std::future::pending()) => Ok(()),
         () = scrape::keep(Arc::clone(&engines), router.upstream.clone(), Duration::from_millis(options.scrape_ms.max(10))) => Ok(()),
         () = watch(&router) => Ok(()),
         () = admit(&router) => Ok(()),
@@ -386,8 +400,14 @@ async fn fronts(
     let http = async {
         let Some(address) = options.http else { return std::future::pending().await };
         let listener = serving::listen("http", address, "router at http://").await?;
-        let ended = serving::serve(listener, proxy::routes(Arc::clone(router), limits), serving::told_to_stop()).await;
-        ended.map_err(|error| Error::io("serving", "http", error, "Look at the log"))
+        let server = Server {
+            listener,
+            router: proxy::routes(Arc::clone(router), limits),
+            limits: options.clients.limits(),
+            counts: Arc::clone(&router.metrics.clients),
+        };
+        server.serve(serving::told_to_stop()).await;
+        Ok(())
     };
     let picker = async {
         let Some(address) = options.ext_proc else { return std::future::pending().await };

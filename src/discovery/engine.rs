@@ -24,6 +24,17 @@ pub enum EngineRole {
     Decode,
 }
 
+impl EngineRole {
+    /// As it is written in options, and shown.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Both => "both",
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
+        }
+    }
+}
+
 /// What a pod says of an engine in it, beside its address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PodNotes {

@@ -5,8 +5,11 @@
 //! are used, and whatever is wrong with a request is said in a 4xx answer. Answers take no lock
 //! that a writer holds for longer than a batch.
 
+pub mod clients;
+mod connection;
 mod limits;
 mod metrics;
+pub mod paced;
 pub mod serving;
 
 use std::collections::{BTreeMap, HashMap};
@@ -27,6 +30,7 @@ use super::keys::{self, Extras, Multimodal};
 use super::query::PrefixScorer;
 use super::roster::EngineId;
 use super::tiers::{ALL, TIERS, Weights};
+use clients::ClientCounts;
 pub use limits::ServiceLimits;
 
 /// The content type of `/metrics`.
@@ -45,12 +49,21 @@ pub struct Service {
     pub started: Instant,
     /// Questions asked and how long they took.
     pub asked: metrics::Asked,
+    /// What there is of its clients.
+    pub clients: Arc<ClientCounts>,
 }
 
 impl Service {
     /// A service over an index and its subscriptions.
     pub fn new(index: Arc<Index>, fleet: FleetView, weights: Weights) -> Self {
-        Self { index, fleet, weights, started: Instant::now(), asked: metrics::Asked::default() }
+        Self {
+            index,
+            fleet,
+            weights,
+            started: Instant::now(),
+            asked: metrics::Asked::default(),
+            clients: Arc::default(),
+        }
     }
 
     fn now_ms(&self) -> u64 {
@@ -250,6 +263,7 @@ struct EngineRow {
     model: String,
     blocks: usize,
     remembered: usize,
+    tiers: BTreeMap<&'static str, usize>,
 }
 
 async fn engines(State(service): State<Arc<Service>>) -> Response {
@@ -257,7 +271,14 @@ async fn engines(State(service): State<Arc<Service>>) -> Response {
     let writer = service.index.write();
     let row = |engine: &super::roster::EngineView| {
         let (blocks, remembered) = writer.blocks_of(engine.id);
-        EngineRow { engine: engine.name.clone(), model: engine.model.clone(), blocks, remembered }
+        let tiers = ALL.iter().zip(writer.blocks_in_tiers(engine.id)).filter(|(_, count)| *count > 0);
+        EngineRow {
+            engine: engine.name.clone(),
+            model: engine.model.clone(),
+            blocks,
+            remembered,
+            tiers: tiers.map(|(tier, count)| (tier.name(), count)).collect(),
+        }
     };
     let engines: Vec<EngineRow> = roster.engines.iter().flatten().map(row).collect();
     drop(writer);

@@ -52,13 +52,28 @@ async fn decisions(State(router): State<Arc<Router>>) -> Response {
 }
 
 async fn engines(State(router): State<Arc<Router>>) -> Response {
+    let sources = router.setup.fleet.as_ref().map(kvcellar_index::fleet::FleetView::sources);
+    let faults = router.setup.fleet.as_ref().map(|fleet| streams::faults(&router.engines, fleet)).unwrap_or_default();
     let row = |engine: &Arc<super::engine::Engine>| {
         let told = engine.told.load();
         let models: Vec<String> = engine.models.load().iter().map(|model| model.id.clone()).collect();
         let (blocks, capacity) = engine.recent().sizes();
+        let backlog_s = engine.backlog().seconds;
+        let (requests, tokens) = {
+            let books = engine.books();
+            (books.requests(), books.tokens())
+        };
+        let events = sources.as_ref().and_then(|sources| sources.get(&engine.spec.name)).map(|source| {
+            json!({
+                "connected": source.connected, "age_s": source.heard.map(|heard| heard.elapsed().as_secs_f64()),
+                "fault": faults.get(&engine.spec.name).map(|fault| fault.as_str()),
+            })
+        });
         json!({
             "name": engine.spec.name, "url": engine.spec.url, "health": engine.health(), "models": models,
             "running": told.running, "waiting": told.waiting, "kv_usage": told.kv_usage, "kv_tokens": told.kv_tokens,
+            "in_flight": requests, "in_flight_tokens": tokens, "backlog_s": backlog_s,
+            "role": engine.spec.role.name(), "events": events, "dram_blocks": told.offloaded.dram, "nvme_blocks": told.offloaded.nvme,
             "remembered_blocks": blocks, "remembered_blocks_max": capacity, "prefill_tokens_per_second": engine.rates().prefill,
         })
     };

@@ -12,6 +12,7 @@ use super::books::{Backlog, Books};
 use super::breaker::Breaker;
 use super::estimate;
 use super::spec::Spec;
+use super::tally::Tally;
 use super::view::{Adapter, Held, Look, Rates};
 use crate::limits;
 
@@ -22,6 +23,15 @@ pub struct Model {
     pub id: String,
     /// Of an adapter: its base model.
     pub parent: Option<String>,
+}
+
+/// Blocks in an engine's offload tiers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct OffloadedBlocks {
+    /// In the dram tier.
+    pub dram: Option<u64>,
+    /// In the nvme tier.
+    pub nvme: Option<u64>,
 }
 
 /// What an engine said last.
@@ -41,6 +51,9 @@ pub struct Told {
     pub adapters: Option<(usize, Vec<String>, Vec<String>)>,
     /// It was put to sleep, and computes nothing until it is woken.
     pub asleep: bool,
+    /// Blocks in its offload tiers, as KV Cellar in it counts them, fastest first; `None`: it has
+    /// no such tier, or does not say.
+    pub offloaded: OffloadedBlocks,
 }
 
 /// An engine.
@@ -52,6 +65,8 @@ pub struct Engine {
     pub told: ArcSwap<Told>,
     /// What it serves; empty: not known.
     pub models: ArcSwap<Vec<Model>>,
+    /// What is counted of its requests.
+    pub tally: Tally,
     /// When it got its last cold request.
     pub cold_turn: AtomicU64,
     /// It tokenizes, but does not render.
@@ -86,6 +101,7 @@ impl Engine {
             spec,
             told: ArcSwap::default(),
             models: ArcSwap::default(),
+            tally: Tally::default(),
             cold_turn: AtomicU64::new(0),
             renders_not: AtomicBool::new(false),
             metrics_missed: AtomicBool::new(false),

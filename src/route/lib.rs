@@ -48,6 +48,7 @@ pub mod source;
 pub mod spec;
 pub mod speed;
 pub mod streams;
+pub mod tally;
 pub mod ticket;
 pub mod tokens;
 pub mod traces;

@@ -1,6 +1,7 @@
 //! The router's numbers, in Prometheus's text format.
 
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use prometheus_client::encoding::text::encode;
@@ -11,10 +12,11 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Metric, Registry};
 
 use super::answer::Usage;
+use super::engine::Engine;
 use super::engines::Engines;
 use super::gate::Gate;
 use super::prefix::PrefixSource;
-use super::see::Outcome;
+use kvcellar_index::api::clients::ClientCounts;
 use kvcellar_index::fleet::FleetView;
 
 type Counts = Family<Vec<(String, String)>, Counter>;
@@ -23,25 +25,43 @@ type PerEngine = Family<Vec<(String, String)>, Gauge<f64, AtomicU64>>;
 /// Everything that is counted.
 #[derive(Debug)]
 pub struct Metrics {
-    registry: Registry,
-    decisions: Counts,
+    /// What there is of the front end's clients.
+    pub clients: Arc<ClientCounts>,
+    /// Written by one reader at a time: series of engines are made anew for each.
+    registry: Mutex<Registry>,
+    of_engines: EngineMetrics,
     refused: Counts,
     inexact: Counts,
-    outcomes: Counts,
-    retries: Counts,
     aliased: Counts,
-    sources: Counts,
-    prefills: Counts,
     predictions: Counts,
     mismatched: Counter,
     predicted: Counter,
     reported: Counter,
+    reported_prompt: Counter,
     dropped: Counter,
     decide_seconds: Histogram,
     ttft_seconds: Histogram,
-    engines: [PerEngine; 6],
-    events: [PerEngine; 2],
     queue: QueueMetrics,
+    of_clients: ClientMetrics,
+}
+
+/// What is told of each engine, for as long as it is in the fleet.
+#[derive(Debug)]
+struct EngineMetrics {
+    decisions: Counts,
+    outcomes: Counts,
+    retries: Counts,
+    prefills: Counts,
+    sources: Counts,
+    gauges: [PerEngine; 6],
+    events: [PerEngine; 2],
+}
+
+/// What is told of clients.
+#[derive(Debug)]
+struct ClientMetrics {
+    cut: Counts,
+    open: Gauge<u64, AtomicU64>,
 }
 
 /// What is told of requests that wait.
@@ -63,24 +83,16 @@ impl Default for Metrics {
         let decide = [2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.5, 2.0];
         let ttft = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0];
         Self {
-            engines: of_engines(registry),
-            events: of_events(registry),
+            of_engines: EngineMetrics::new(registry),
             queue: QueueMetrics::new(registry),
-            decisions: counts(registry, "decisions", "Decisions, by engine and by where prefixes were looked up"),
+            of_clients: ClientMetrics::new(registry),
+            clients: Arc::default(),
             refused: counts(registry, "refused", "Requests that were not passed on, by reason"),
             inexact: counts(registry, "inexact", "Prompts whose ids this process could not say, by reason"),
-            outcomes: counts(registry, "outcomes", "Requests that were passed on, by engine and end"),
-            retries: counts(registry, "retries", "Requests that another engine got, by the engine that failed"),
             aliased: counts(
                 registry,
                 "aliased",
                 "Requests that named an alias, by alias and the model that they went on to",
-            ),
-            sources: counts(registry, "sources", "Requests that were told to fetch KV from an engine, by that engine"),
-            prefills: counts(
-                registry,
-                "prefills",
-                "Prompts that an engine computed for another one, by engine and end",
             ),
             predictions: counts(registry, "predictions", "Predicted cached tokens against those reported"),
             mismatched: add(
@@ -101,6 +113,12 @@ impl Default for Metrics {
                 "Cached tokens that engines reported",
                 Counter::default(),
             ),
+            reported_prompt: add(
+                registry,
+                "reported_prompt_tokens",
+                "Tokens of the prompts whose cached tokens engines reported",
+                Counter::default(),
+            ),
             dropped: add(
                 registry,
                 "expectations_dropped",
@@ -119,13 +137,85 @@ impl Default for Metrics {
                 "From the decision to the first byte of the answer's body",
                 Histogram::new(ttft),
             ),
-            registry: all,
+            registry: Mutex::new(all),
         }
     }
 }
 
-/// What is told of each engine.
-fn of_engines(registry: &mut Registry) -> [PerEngine; 6] {
+impl EngineMetrics {
+    fn new(registry: &mut Registry) -> Self {
+        Self {
+            gauges: gauges(registry),
+            events: of_events(registry),
+            decisions: counts(registry, "decisions", "Decisions, by engine and by where prefixes were looked up"),
+            outcomes: counts(registry, "outcomes", "Requests that were passed on, by engine and end"),
+            retries: counts(registry, "retries", "Requests that another engine got, by the engine that failed"),
+            prefills: counts(
+                registry,
+                "prefills",
+                "Prompts that an engine computed for another one, by engine and end",
+            ),
+            sources: counts(registry, "sources", "Requests that were told to fetch KV from an engine, by that engine"),
+        }
+    }
+
+    /// Tells of exactly these engines.
+    fn show(&self, engines: &[Arc<Engine>], fleet: Option<&FleetView>) {
+        self.gauges.iter().chain(&self.events).for_each(PerEngine::clear);
+        let counted = [&self.decisions, &self.outcomes, &self.retries, &self.prefills, &self.sources];
+        counted.into_iter().for_each(Counts::clear);
+        for (name, source) in fleet.map(FleetView::sources).unwrap_or_default() {
+            let labels = labels([("engine", &name)]);
+            self.events[0].get_or_create(&labels).set(f64::from(u8::from(source.connected)));
+            if let Some(heard) = source.heard {
+                self.events[1].get_or_create(&labels).set(heard.elapsed().as_secs_f64());
+            }
+        }
+        for engine in engines {
+            self.show_one(engine);
+        }
+    }
+
+    fn show_one(&self, engine: &Engine) {
+        let name = engine.spec.name.as_str();
+        let (requests, tokens) = {
+            let books = engine.books();
+            (books.requests(), books.tokens())
+        };
+        let values = [
+            f64::from(u8::from(engine.is_usable())),
+            f64::from(u8::from(!engine.is_trusted())),
+            requests as f64,
+            tokens as f64,
+            engine.rates().prefill,
+            engine.recent().sizes().0 as f64,
+        ];
+        for (gauge, value) in self.gauges.iter().zip(values) {
+            gauge.get_or_create(&labels([("engine", name)])).set(value);
+        }
+        let tally = &engine.tally;
+        for (prefix, count) in tally.decisions() {
+            show_count(&self.decisions, [("engine", name), ("prefix", prefix)], count);
+        }
+        for (outcome, count) in tally.outcomes() {
+            show_count(&self.outcomes, [("engine", name), ("outcome", outcome)], count);
+        }
+        for (outcome, count) in tally.prefills() {
+            show_count(&self.prefills, [("engine", name), ("outcome", outcome)], count);
+        }
+        show_count(&self.retries, [("engine", name)], tally.retries());
+        show_count(&self.sources, [("engine", name)], tally.sources());
+    }
+}
+
+/// Shows a count in a family that was cleared; what never happened has no series.
+fn show_count<const N: usize>(family: &Counts, pairs: [(&str, &str); N], count: u64) {
+    if count > 0 {
+        family.get_or_create(&labels(pairs)).inc_by(count);
+    }
+}
+
+fn gauges(registry: &mut Registry) -> [PerEngine; 6] {
     [
         add(registry, "engine_usable", "The engine may get requests", PerEngine::default()),
         add(registry, "engine_broken", "The engine's requests fail: it gets one now and then", PerEngine::default()),
@@ -147,6 +237,23 @@ fn of_events(registry: &mut Registry) -> [PerEngine; 2] {
             PerEngine::default(),
         ),
     ]
+}
+
+impl ClientMetrics {
+    fn new(registry: &mut Registry) -> Self {
+        Self {
+            cut: counts(registry, "clients_cut", "Connections ended because of their client, by reason"),
+            open: add(registry, "client_connections", "Connections of clients that are open", Gauge::default()),
+        }
+    }
+
+    fn show(&self, counts: &ClientCounts) {
+        self.cut.clear();
+        for (reason, count) in counts.cuts() {
+            show_count(&self.cut, [("reason", reason)], count);
+        }
+        self.open.set(counts.open());
+    }
 }
 
 impl QueueMetrics {
@@ -187,8 +294,7 @@ fn add<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metri
 
 impl Metrics {
     /// A decision was made.
-    pub fn decided(&self, engine: &str, prefix: PrefixSource, took: Duration) {
-        self.decisions.get_or_create(&labels([("engine", engine), ("prefix", prefix.as_str())])).inc();
+    pub fn decided(&self, took: Duration) {
         self.decide_seconds.observe(took.as_secs_f64());
     }
 
@@ -207,25 +313,9 @@ impl Metrics {
         self.inexact.get_or_create(&labels([("reason", reason)])).inc();
     }
 
-    /// Another engine got a request after this one failed.
-    pub fn retried(&self, engine: &str) {
-        self.retries.get_or_create(&labels([("engine", engine)])).inc();
-    }
-
     /// A request that named an alias goes on to a model.
     pub fn aliased(&self, alias: &str, model: &str) {
         self.aliased.get_or_create(&labels([("alias", alias), ("model", model)])).inc();
-    }
-
-    /// A request goes on with the advice to fetch KV from this engine.
-    pub fn sourced(&self, engine: &str) {
-        self.sources.get_or_create(&labels([("engine", engine)])).inc();
-    }
-
-    /// An engine computed a prompt for another one, or failed to.
-    pub fn prefilled(&self, engine: &str, done: bool) {
-        let outcome = if done { "done" } else { "failed" };
-        self.prefills.get_or_create(&labels([("engine", engine), ("outcome", outcome)])).inc();
     }
 
     /// An expectation did not reach the index.
@@ -236,11 +326,6 @@ impl Metrics {
     /// The first byte has come.
     pub fn answered(&self, took: Duration) {
         self.ttft_seconds.observe(took.as_secs_f64());
-    }
-
-    /// A request has ended.
-    pub fn ended(&self, engine: &str, outcome: Outcome) {
-        self.outcomes.get_or_create(&labels([("engine", engine), ("outcome", outcome.as_str())])).inc();
     }
 
     /// An engine has reported its usage. `exact`: the prompt's tokens were known.
@@ -257,38 +342,17 @@ impl Metrics {
         self.predictions.get_or_create(&labels([("prefix", prefix.as_str()), ("reported", how)])).inc();
         self.predicted.inc_by(predicted.into());
         self.reported.inc_by(cached.into());
+        self.reported_prompt.inc_by(usage.prompt.into());
     }
 
     /// All numbers as text.
     pub fn text(&self, engines: &Engines, fleet: Option<&FleetView>, gate: Option<&Gate>) -> Option<String> {
+        let registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
         self.queue.look(gate);
-        self.engines.iter().chain(&self.events).for_each(PerEngine::clear);
-        for (name, source) in fleet.map(FleetView::sources).unwrap_or_default() {
-            let labels = labels([("engine", &name)]);
-            self.events[0].get_or_create(&labels).set(f64::from(u8::from(source.connected)));
-            if let Some(heard) = source.heard {
-                self.events[1].get_or_create(&labels).set(heard.elapsed().as_secs_f64());
-            }
-        }
-        for engine in engines.all().iter() {
-            let (requests, tokens) = {
-                let books = engine.books();
-                (books.requests(), books.tokens())
-            };
-            let values = [
-                f64::from(u8::from(engine.is_usable())),
-                f64::from(u8::from(!engine.is_trusted())),
-                requests as f64,
-                tokens as f64,
-                engine.rates().prefill,
-                engine.recent().sizes().0 as f64,
-            ];
-            for (gauge, value) in self.engines.iter().zip(values) {
-                gauge.get_or_create(&labels([("engine", &engine.spec.name)])).set(value);
-            }
-        }
+        self.of_engines.show(&engines.all(), fleet);
+        self.of_clients.show(&self.clients);
         let mut text = String::new();
-        encode(&mut text, &self.registry).ok()?;
+        encode(&mut text, &registry).ok()?;
         Some(text)
     }
 }

@@ -28,6 +28,9 @@ pub enum PrefixSource {
 }
 
 impl PrefixSource {
+    /// All of them, in their order.
+    pub const ALL: [Self; 3] = [Self::Index, Self::Guess, Self::None];
+
     /// As metrics, traces and shown decisions name it.
     pub fn as_str(self) -> &'static str {
         match self {

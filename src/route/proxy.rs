@@ -31,6 +31,7 @@ use super::ticket::Ticket;
 use super::traces;
 use super::two_steps::{self, PrefillBy};
 use super::urgency::Urgency;
+use kvcellar_index::api::paced::TooSlow;
 
 /// Bounds of the front end.
 #[derive(Debug, Clone)]
@@ -225,12 +226,11 @@ impl Proxy {
 
     async fn read(&self, body: Body) -> Result<Bytes, Refusal> {
         let most = self.limits.body_bytes_max;
-        let read = tokio::time::timeout(self.limits.silence, Limited::new(body, most).collect()).await;
-        match read {
-            Ok(Ok(collected)) => Ok(collected.to_bytes()),
-            Ok(Err(error)) if error.is::<LengthLimitError>() => Err(Refusal::TooLarge(most)),
-            Ok(Err(error)) => Err(Refusal::BadRequest(format!("the body could not be read: {error}"))),
-            Err(_) => Err(Refusal::BadRequest("the body did not come".to_owned())),
+        match Limited::new(body, most).collect().await {
+            Ok(collected) => Ok(collected.to_bytes()),
+            Err(error) if error.is::<LengthLimitError>() => Err(Refusal::TooLarge(most)),
+            Err(error) if is_too_slow(&*error) => Err(Refusal::SlowBody),
+            Err(error) => Err(Refusal::BadRequest(format!("the body could not be read: {error}"))),
         }
     }
 
@@ -323,6 +323,11 @@ impl Proxy {
         *out.body_mut() = Body::new(observed);
         out
     }
+}
+
+/// A body was not waited for any longer.
+fn is_too_slow(error: &(dyn std::error::Error + 'static)) -> bool {
+    error.is::<TooSlow>() || error.source().is_some_and(is_too_slow)
 }
 
 /// What a status says of the engine, or of what is in front of it. A 500 may be the request's own

@@ -58,6 +58,9 @@ pub enum Refusal {
     /// It is too large.
     #[error("the request's body is larger than {0} bytes")]
     TooLarge(usize),
+    /// Its body came too slowly.
+    #[error("the request's body came too slowly")]
+    SlowBody,
     /// More is in flight than may be.
     #[error("{0} requests are in flight already; try again later")]
     Shed(usize),
@@ -87,6 +90,7 @@ impl Refusal {
         match self {
             Self::BadRequest(_) => 400,
             Self::ModelNotFound(_) => 404,
+            Self::SlowBody => 408,
             Self::TooLarge(_) => 413,
             Self::Shed(_) | Self::QueueFull | Self::Displaced => 429,
             Self::NoEngine(_) | Self::Late(_) => 503,
@@ -100,6 +104,7 @@ impl Refusal {
         match self {
             Self::BadRequest(_) => "bad_request",
             Self::ModelNotFound(_) => "model_not_found",
+            Self::SlowBody => "slow_body",
             Self::TooLarge(_) => "too_large",
             Self::Shed(_) => "shed",
             Self::NoEngine(_) => "no_engine",

@@ -1,6 +1,7 @@
 //! The decision core that both front ends share: from a request to an engine, and what becomes of
 //! it.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Instant, SystemTime};
@@ -25,7 +26,7 @@ use super::request::{Kind, Refusal, Request};
 use super::retry_budget::RetryBudget;
 use super::see::{Decision, Ring};
 use super::source::{HintsFor, KvSource, SourceHints};
-use super::spec::EngineRole;
+use super::spec::{EngineRole, Spec};
 use super::ticket::{Ticket, TicketOffice};
 use super::tokens::Inexact;
 use super::traces::Traces;
@@ -202,9 +203,10 @@ impl Router {
         }
         let prefill = self.prefill(request, &prompt, adapter, found[choice.chosen], decided.number);
         let took = started.elapsed();
-        self.metrics.decided(&chosen.spec.name, prefix_from, took);
+        chosen.tally.decided(prefix_from);
+        self.metrics.decided(took);
         let mut decision =
-            Decision::new(decided.number, request, &prompt, prefix_from, &engines, &found, &choice, took);
+            Decision::new(decided.number, request, &prompt, prefix_from, &engines, &looks, &choice, took);
         decision.prefill.clone_from(&prefill.as_ref().map(|(engine, _)| engine.spec.name.clone()));
         let source = self.source(request, &prompt, (chosen, found[choice.chosen]), prefill.as_ref());
         decision.source = source.as_ref().map(|source| source.engine.spec.name.clone());
@@ -232,7 +234,7 @@ impl Router {
             due: request.urgency.ttft.and_then(|ttft| started.checked_add(ttft)),
             trace: None,
         };
-        ticket.source.iter().for_each(|source| self.metrics.sourced(&source.engine.spec.name));
+        ticket.source.iter().for_each(|source| source.engine.tally.sourced());
         ticket.promise();
         drop(pass);
         Ok(ticket)
@@ -326,6 +328,23 @@ impl Router {
     /// Tokens of the index's blocks.
     fn block_tokens(&self) -> u32 {
         self.setup.index.as_ref().map_or(0, |index| index.roster().block_tokens)
+    }
+
+    /// Routes to exactly these engines from now on. What was remembered of engines that left is
+    /// forgotten.
+    pub fn set_engines(&self, found: Vec<Spec>) {
+        self.engines.set(found);
+        let all = self.engines.all();
+        let names: HashSet<&str> = all.iter().map(|engine| engine.spec.name.as_str()).collect();
+        let mut sessions = self.lock_sessions();
+        let left: Vec<String> = sessions
+            .iter()
+            .filter(|(_, engine)| !names.contains(engine.as_str()))
+            .map(|(session, _)| session.clone())
+            .collect();
+        for session in left {
+            sessions.pop(&session);
+        }
     }
 
     fn lock_sessions(&self) -> MutexGuard<'_, LruCache<String, String>> {

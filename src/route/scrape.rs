@@ -110,8 +110,9 @@ async fn models(engine: &Engine, upstream: &Upstream) -> Option<Vec<Model>> {
     Some(serde_json::from_slice::<ServedModels>(&body).ok()?.data)
 }
 
-/// Name, labels and value of a sample; a time may follow, and labels may hold anything in quotes.
-fn sample(line: &str) -> Option<(&str, &str, f64)> {
+/// Name, labels and value of a sample of Prometheus's text; a time may follow, and labels may hold
+/// anything in quotes.
+pub fn sample(line: &str) -> Option<(&str, &str, f64)> {
     let (name, labels, rest) = match line.split_once('{') {
         Some((name, rest)) => {
             let end = rest.rfind('}')?;
@@ -120,6 +121,11 @@ fn sample(line: &str) -> Option<(&str, &str, f64)> {
         None => line.split_once(' ').map(|(name, rest)| (name, "", rest))?,
     };
     Some((name, labels, rest.split_ascii_whitespace().next()?.parse().ok()?))
+}
+
+/// The value of a sample that counts something; 0 where it is no such number.
+pub fn count(value: f64) -> u64 {
+    u64::try_from(value as i64).unwrap_or(0)
 }
 
 /// Reads metrics of vLLM and of `SGLang`. Data-parallel ranks behind one address are added up.
@@ -135,7 +141,7 @@ pub fn read(text: &str) -> Told {
             "vllm:engine_sleep_state" => {
                 told.asleep |= value > 0.0 && label(labels, "sleep_state").is_some_and(|state| state != "awake");
             }
-            "sglang:max_total_num_tokens" => told.kv_tokens += u64::try_from(value as i64).unwrap_or(0),
+            "sglang:max_total_num_tokens" => told.kv_tokens += count(value),
             "vllm:kv_cache_usage_perc" | "vllm:gpu_cache_usage_perc" | "sglang:token_usage" => {
                 told.kv_usage += value;
                 usages += 1;
@@ -144,6 +150,10 @@ pub fn read(text: &str) -> Told {
                 let number = |name| label(labels, name).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
                 told.kv_tokens += number("num_gpu_blocks") * number("block_size");
             }
+            "vllm:kvcellar_pool_slots" if label(labels, "state") == Some("filled") => {
+                *told.offloaded.dram.get_or_insert(0) += count(value);
+            }
+            "vllm:kvcellar_nvme_blocks" => *told.offloaded.nvme.get_or_insert(0) += count(value),
             "process_start_time_seconds" => told.started_s = value,
             // One line for every state there was; its value is when that was.
             "vllm:lora_requests_info" if value > newest => {
@@ -162,7 +172,8 @@ pub fn read(text: &str) -> Told {
     told
 }
 
-fn label<'t>(labels: &'t str, name: &str) -> Option<&'t str> {
+/// The value of a label among the labels of a sample.
+pub fn label<'t>(labels: &'t str, name: &str) -> Option<&'t str> {
     let mut rest = labels;
     while let Some(at) = rest.find(name) {
         let before = rest[..at].bytes().last();
@@ -177,6 +188,7 @@ fn label<'t>(labels: &'t str, name: &str) -> Option<&'t str> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::engine::OffloadedBlocks;
     use super::*;
 
     #[test]
@@ -189,6 +201,10 @@ vllm:kv_cache_usage_perc{engine="0"} 0.5
 vllm:kv_cache_usage_perc{engine="1"} 0.3
 vllm:cache_config_info{block_size="16",mamba_block_size="None",num_gpu_blocks="100"} 1.0
 process_start_time_seconds 1.7e+09
+vllm:kvcellar_pool_slots{engine="0",state="total"} 90.0
+vllm:kvcellar_pool_slots{engine="0",state="filled"} 40.0
+vllm:kvcellar_pool_slots{engine="1",state="filled"} 2.0
+vllm:kvcellar_nvme_blocks{engine="0"} 7.0
 vllm:lora_requests_info{max_lora="2",running_lora_adapters="a",waiting_lora_adapters=""} 5.0
 vllm:lora_requests_info{max_lora="2",running_lora_adapters="a,b",waiting_lora_adapters="c"} 6.0
 nonsense
@@ -199,6 +215,7 @@ vllm:engine_sleep_state{engine="0",sleep_state="discard_all"} 0.0
         assert!(!told.asleep);
         assert_eq!((told.running, told.waiting, told.kv_tokens, told.started_s), (5.0, 1.0, 1600, 1.7e9));
         assert!((told.kv_usage - 0.4).abs() < 1e-9);
+        assert_eq!(told.offloaded, OffloadedBlocks { dram: Some(42), nvme: Some(7) });
         assert_eq!(told.adapters, Some((2, vec!["a".to_owned(), "b".to_owned()], vec!["c".to_owned()])));
         assert_eq!(read(&text.replace('\n', " 1712345678000\n")), told);
         let asleep = text.replace("\"discard_all\"} 0.0", "\"discard_all\"} 1.0");
@@ -214,6 +231,7 @@ sglang:token_usage{model_name="m"} 0.25 1712345678000
 sglang:max_total_num_tokens{model_name="m"} 4096.0
 "#;
         let told = read(text);
+        assert_eq!(told.offloaded, OffloadedBlocks::default(), "there are no such tiers");
         assert_eq!((told.running, told.waiting, told.kv_tokens), (20.0, 4.0, 4096));
         assert!((told.kv_usage - 0.25).abs() < 1e-9);
     }

@@ -8,10 +8,12 @@ use std::time::{Duration, SystemTime};
 use serde::{Serialize, Serializer};
 
 use super::choose::Choice;
+use super::cost;
 use super::engine::Engine;
-use super::prefix::{Found, PrefixSource};
+use super::prefix::PrefixSource;
 use super::prompt::Prompt;
 use super::request::Request;
+use super::view::Look;
 use crate::limits::DECISIONS_SHOWN;
 
 /// What became of a request that was decided on.
@@ -34,6 +36,10 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// All of them, in their order.
+    pub const ALL: [Self; 7] =
+        [Self::Open, Self::Done, Self::Aborted, Self::Failed, Self::Timeout, Self::Broken, Self::EngineError];
+
     /// As metrics, traces and shown decisions name it.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -51,6 +57,34 @@ impl Outcome {
 impl Serialize for Outcome {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(self.as_str())
+    }
+}
+
+/// Why a request went where it went, in a word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Why {
+    /// No other engine could take it.
+    Only,
+    /// Nobody holds anything of it, or nothing is known of its prompt: it went by load.
+    Cold,
+    /// No engine holds more of it.
+    Prefix,
+    /// Another engine holds more of it, and had more to do.
+    Load,
+    /// The engine that was chosen first failed, or a gateway took another one.
+    Fallback,
+}
+
+impl Why {
+    fn of(looks: &[Look], chosen: usize) -> Self {
+        let longest = looks.iter().map(|look| look.held.tokens).max().unwrap_or(0);
+        match looks[chosen].held.tokens {
+            _ if looks.len() == 1 => Self::Only,
+            _ if longest == 0 => Self::Cold,
+            held if held == longest => Self::Prefix,
+            _ => Self::Load,
+        }
     }
 }
 
@@ -90,8 +124,15 @@ pub struct Decision {
     pub prefill: Option<String>,
     /// The engine that it may fetch KV from.
     pub source: Option<String>,
+    /// Why it went there.
+    pub why: Why,
     /// Tokens that it was expected not to compute.
     pub predicted_cached: u32,
+    /// Seconds that it was expected to wait there for its turn.
+    pub predicted_wait_s: f64,
+    /// Seconds until its first token, as expected: the wait, what comes from lower tiers, and what
+    /// had to be computed.
+    pub predicted_ttft_s: f64,
     /// Everyone, best first.
     pub considered: Vec<Considered>,
     /// Microseconds from the whole request to the decision.
@@ -105,7 +146,7 @@ pub struct Decision {
 }
 
 impl Decision {
-    /// A decision that was made just now. `found`: what each of the engines has.
+    /// A decision that was made just now. `looks`: each of the engines, as it was weighed.
     #[expect(clippy::too_many_arguments, reason = "everything that a decision was made from")]
     pub fn new(
         id: u64,
@@ -113,14 +154,15 @@ impl Decision {
         prompt: &Prompt,
         prefix_from: PrefixSource,
         engines: &[Arc<Engine>],
-        found: &[Found],
+        looks: &[Look],
         choice: &Choice,
         took: Duration,
     ) -> Self {
+        let predicted = cost::predict(prompt.tokens, &looks[choice.chosen]);
         // Of a large fleet the first few say enough.
         let considered = choice.order.iter().take(16).map(|at| Considered {
             engine: engines[*at].spec.name.clone(),
-            held_tokens: found[*at].held.tokens,
+            held_tokens: looks[*at].held.tokens,
             total: choice.totals[*at],
             parts: choice.parts.iter().map(|(name, scores)| (*name, scores[*at])).collect(),
         });
@@ -136,7 +178,10 @@ impl Decision {
             engine: engines[choice.chosen].spec.name.clone(),
             prefill: None,
             source: None,
-            predicted_cached: found[choice.chosen].held.tokens,
+            why: Why::of(looks, choice.chosen),
+            predicted_cached: looks[choice.chosen].held.tokens,
+            predicted_wait_s: predicted.wait_s,
+            predicted_ttft_s: predicted.ttft_s(),
             considered: considered.collect(),
             took_us: took.as_micros() as u64,
             outcome: Outcome::Open,
@@ -165,5 +210,20 @@ impl Ring {
     /// All, the newest last.
     pub fn all(&self) -> Vec<Decision> {
         self.last.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::view::Held;
+    use super::*;
+
+    #[test]
+    fn why_says_what_told_engines_apart() {
+        let holding = |tokens| Look { held: Held { tokens, ..Held::default() }, ..Look::default() };
+        assert_eq!(Why::of(&[holding(7)], 0), Why::Only);
+        assert_eq!(Why::of(&[holding(0), holding(0)], 1), Why::Cold);
+        assert_eq!(Why::of(&[holding(3), holding(7)], 1), Why::Prefix);
+        assert_eq!(Why::of(&[holding(3), holding(7)], 0), Why::Load);
     }
 }

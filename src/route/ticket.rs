@@ -16,7 +16,7 @@ use super::gate::Gate;
 use super::metrics::Metrics;
 use super::prefix::{self, Found, PrefixSource};
 use super::prompt::Prompt;
-use super::see::{Decision, Outcome, Ring};
+use super::see::{Decision, Outcome, Ring, Why};
 use super::source::{HintsFor, KvSource, SOURCE};
 use super::traces::Trace;
 use super::two_steps;
@@ -125,7 +125,7 @@ impl Ticket {
     /// `verdict`: on the engine that was to compute it.
     pub fn prefilled(&mut self, handed_over: bool, verdict: Verdict) {
         let Some(prefill) = self.prefill.take() else { return };
-        self.office.metrics.prefilled(&prefill.engine().spec.name, handed_over);
+        prefill.engine().tally.prefilled(handed_over);
         prefill.judged(verdict);
         if handed_over {
             prefill.answered();
@@ -173,7 +173,7 @@ impl Ticket {
     pub fn move_on(&mut self) -> bool {
         let may = |engine: &Engine| engine.is_usable() && engine.is_trusted();
         let Some(at) = (self.at + 1..self.order.len()).find(|at| may(&self.order[*at].0)) else { return false };
-        self.office.metrics.retried(&self.engine().spec.name);
+        self.engine().tally.retried();
         self.booking = None;
         self.move_to(at);
         true
@@ -185,6 +185,7 @@ impl Ticket {
         let (engine, found) = &self.order[at];
         self.decision.engine.clone_from(&engine.spec.name);
         self.decision.predicted_cached = found.held.tokens;
+        self.decision.why = Why::Fallback;
         self.decision.source = self.source().map(|source| source.engine.spec.name.clone());
         self.promise();
     }
@@ -208,7 +209,7 @@ impl Ticket {
     pub fn served_by(&mut self, endpoint: &str) {
         let at = self.order.iter().position(|(engine, _)| engine.spec.authority() == endpoint);
         if let Some(at) = at.filter(|at| *at != self.at) {
-            self.office.metrics.retried(&self.engine().spec.name);
+            self.engine().tally.retried();
             self.booking = None;
             self.move_to(at);
         }
@@ -228,7 +229,7 @@ impl Ticket {
         if let Some(prefill) = self.prefill.take() {
             // A sidecar has sent it; only the answer tells of it.
             let well = matches!(outcome, Outcome::Done);
-            self.office.metrics.prefilled(&prefill.engine().spec.name, well);
+            prefill.engine().tally.prefilled(well);
         }
         let Some(usage) = usage else { return };
         self.decision.reported_prompt = Some(usage.prompt);
@@ -265,7 +266,7 @@ impl Drop for Ticket {
         self.office.in_flight.fetch_sub(1, Ordering::Relaxed);
         (self.booking, self.prefill) = (None, None);
         self.office.wake();
-        self.office.metrics.ended(&self.decision.engine, self.decision.outcome);
+        self.engine().tally.ended(self.decision.outcome);
         if let Some(trace) = &mut self.trace {
             let first = self.first_byte.get().map(|at| SystemTime::now() - at.elapsed());
             trace.end(&self.decision, first);

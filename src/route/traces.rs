@@ -150,6 +150,9 @@ mod tests {
 
     fn decision() -> Decision {
         Decision {
+            why: super::super::see::Why::Prefix,
+            predicted_wait_s: 0.0,
+            predicted_ttft_s: 0.5,
             id: 1,
             at_ms: 0,
             model: Some("m".to_owned()),

@@ -5,6 +5,7 @@
 
 #[cfg(feature = "cuda")]
 mod benchmarks;
+mod clients;
 mod fleet;
 mod health;
 mod publishers;

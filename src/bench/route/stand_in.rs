@@ -1,6 +1,8 @@
 //! Stands in for engines: answers at once, so that what is measured is the way to them. Speaks as
 //! much of vLLM as the router asks for.
 
+use std::sync::Arc;
+
 use axum::Router;
 use axum::body::Bytes;
 use axum::http::header::CONTENT_TYPE;
@@ -10,6 +12,8 @@ use tokio::task::JoinHandle;
 
 use kvcellar_block::error::{Error, Result};
 use kvcellar_events::publisher::Publisher;
+use kvcellar_index::api::clients::ClientLimits;
+use kvcellar_index::api::serving::Server;
 
 const METRICS: &str = "vllm:num_requests_running{engine=\"0\"} 0.0\nvllm:num_requests_waiting{engine=\"0\"} 0.0\n\
     vllm:kv_cache_usage_perc{engine=\"0\"} 0.1\nvllm:cache_config_info{block_size=\"16\",num_gpu_blocks=\"65536\"} 1.0\n";
@@ -42,10 +46,9 @@ impl StandIn {
             .route("/v1/models", get(move || async move { json(MODELS) }))
             .route("/v1/completions", post(move |_: Bytes| async move { json(ANSWER) }))
             .layer(axum::extract::DefaultBodyLimit::disable());
-        let serving = tokio::spawn(async move {
-            // Ends with the benchmark.
-            let _ended = kvcellar_index::api::serving::serve(listener, routes, std::future::pending()).await;
-        });
+        let server = Server { listener, router: routes, limits: ClientLimits::default(), counts: Arc::default() };
+        // Ends with the benchmark.
+        let serving = tokio::spawn(server.serve(std::future::pending()));
         let events = Publisher::bind("tcp://127.0.0.1:0", Some("tcp://127.0.0.1:0"), "", 16).await?;
         let replay = events.replay_endpoint().unwrap_or_default();
         let spec = format!("name=e{number},url=http://127.0.0.1:{port},events={},replay={replay}", events.endpoint());

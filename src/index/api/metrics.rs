@@ -74,6 +74,12 @@ pub(super) async fn show(State(service): State<Arc<Service>>) -> Response {
         count(&mut registry, "blocks_refused", "Blocks left out at the memory bound", counts.refused);
         count(&mut registry, "blocks_unbridged", "Blocks of a size that does not go with the index", counts.unbridged);
     }
+    let cut: Family<Vec<(String, String)>, Counter> = Family::default();
+    for (reason, count) in service.clients.cuts().filter(|(_, count)| *count > 0) {
+        cut.get_or_create(&vec![("reason".to_owned(), reason.to_owned())]).inc_by(count);
+    }
+    registry.register("clients_cut", "Connections ended because of their client, by reason", cut);
+    number(&mut registry, "client_connections", "Connections of clients that are open", service.clients.open());
     let (connected, live, gaps) = (Labelled::default(), Labelled::default(), Labelled::default());
     let age = Labelled::default();
     for (name, source) in service.fleet.sources() {
