@@ -9,6 +9,7 @@ pub mod logging;
 pub mod pool;
 pub mod route;
 pub mod store;
+pub mod top;
 
 use std::path::PathBuf;
 
@@ -41,6 +42,8 @@ enum Topic {
     Index(IndexCommand),
     /// Sends each request of a fleet to the engine that saves the most work.
     Route(Box<route::Options>),
+    /// A fleet in a terminal: engines, tiers, hit rates, queue and decisions, as a router sees them.
+    Top(top::Options),
     /// Events of engines: watch, record, play again, make up.
     #[command(subcommand)]
     Events(events::EventsCommand),
@@ -146,6 +149,7 @@ pub fn run(args: Vec<String>) -> i32 {
         Topic::Store(StoreCommand::Drop { dir, names, yes }) => store::remove(&dir, &names, yes),
         Topic::Index(IndexCommand::Serve(options)) => index::serve(&options),
         Topic::Route(options) => route::serve(&options),
+        Topic::Top(options) => top::run(&options),
         Topic::Events(command) => events::run(&command),
         Topic::Doctor(options) => doctor::run(&options),
         Topic::Bench(command) => kvcellar_bench::run(command).map_or_else(|error| refused(&error), |()| 0),

@@ -11,3 +11,4 @@ mod health;
 mod publishers;
 mod refusal;
 mod stores;
+mod top;
