@@ -4,6 +4,7 @@
 mod source;
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -13,6 +14,7 @@ use tokio::task::JoinHandle;
 use super::Index;
 use super::indexed_engine::EventMark;
 use super::roster::EngineId;
+use super::writer::IndexWriter;
 use kvcellar_block::error::Result;
 use kvcellar_events::decode::decode;
 use kvcellar_events::follow::{BatchCounts, Position, Why};
@@ -61,12 +63,36 @@ fn lock(states: &States) -> MutexGuard<'_, BTreeMap<String, SourceState>> {
     states.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// One source while it is followed, as its task and the fleet share it.
+#[derive(Debug, Default)]
+struct Followed {
+    /// It has left the fleet: what still comes is no longer told to anybody. Set under the writer's
+    /// lock, and before its state is removed.
+    has_left: AtomicBool,
+    /// Its engines in the index. Changed under the writer's lock.
+    engines: Mutex<Vec<EngineId>>,
+}
+
+impl Followed {
+    fn lock_engines(&self) -> MutexGuard<'_, Vec<EngineId>> {
+        self.engines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A source with its task.
+#[derive(Debug)]
+struct SourceTask {
+    source: Source,
+    followed: Arc<Followed>,
+    task: JoinHandle<()>,
+}
+
 /// All subscriptions of one index.
 #[derive(Debug)]
 pub struct Fleet {
     index: Arc<Index>,
     states: States,
-    tasks: HashMap<String, (Source, JoinHandle<()>)>,
+    tasks: HashMap<String, SourceTask>,
     /// Where engines' events stand that came with a snapshot, by engine.
     marks: HashMap<String, EventMark>,
 }
@@ -99,20 +125,18 @@ impl Fleet {
         let gone: Vec<String> = self
             .tasks
             .iter()
-            .filter(|(name, (source, _))| wanted.get(*name) != Some(source))
+            .filter(|(name, known)| wanted.get(*name) != Some(&known.source))
             .map(|(name, _)| name.clone())
             .collect();
         for name in gone {
-            if let Some((_, task)) = self.tasks.remove(&name) {
-                task.abort();
+            if let Some(known) = self.tasks.remove(&name) {
+                // The task may be at work this moment: it looks before it writes.
+                known.task.abort();
+                let mut writer = self.index.write();
+                known.followed.has_left.store(true, Ordering::Release);
+                known.followed.lock_engines().drain(..).for_each(|id| writer.remove_engine(id));
             }
-            let state = lock(&self.states).remove(&name);
-            for stream in state.map_or_else(Vec::new, |state| state.streams) {
-                let found = self.index.roster().find(&stream.engine).map(|engine| engine.id);
-                if let Some(id) = found {
-                    self.index.write().remove_engine(id);
-                }
-            }
+            lock(&self.states).remove(&name);
         }
         for (name, source) in wanted {
             if self.tasks.contains_key(&name) {
@@ -127,17 +151,13 @@ impl Fleet {
                 since: Instant::now(),
             };
             lock(&self.states).insert(name.clone(), state);
-            let sink = IndexSink {
-                index: Arc::clone(&self.index),
-                states: Arc::clone(&self.states),
-                source: source.clone(),
-                engines: HashMap::new(),
-                arena: BatchArena::default(),
-                breach: None,
-            };
             let known = self.known(&source);
+            let roster = self.index.roster();
+            let found = known.iter().filter_map(|(stream, _)| Some(roster.find(&engine_name(&source, stream))?.id));
+            let followed = Arc::new(Followed { engines: Mutex::new(found.collect()), ..Followed::default() });
+            let sink = self.sink(&source, &followed);
             let task = tokio::spawn(subscriber::follow(source.address(), known, sink));
-            self.tasks.insert(name, (source, task));
+            self.tasks.insert(name, SourceTask { source, followed, task });
         }
         // A snapshot's engines that nobody follows here would never change again.
         for name in std::mem::take(&mut self.marks).into_keys() {
@@ -145,6 +165,18 @@ impl Fleet {
             if let Some(id) = found {
                 self.index.write().remove_engine(id);
             }
+        }
+    }
+
+    fn sink(&self, source: &Source, followed: &Arc<Followed>) -> IndexSink {
+        IndexSink {
+            index: Arc::clone(&self.index),
+            states: Arc::clone(&self.states),
+            source: source.clone(),
+            followed: Arc::clone(followed),
+            engines: HashMap::new(),
+            arena: BatchArena::default(),
+            breach: None,
         }
     }
 
@@ -162,7 +194,7 @@ impl Fleet {
 
 impl Drop for Fleet {
     fn drop(&mut self) {
-        self.tasks.values().for_each(|(_, task)| task.abort());
+        self.tasks.values().for_each(|known| known.task.abort());
     }
 }
 
@@ -198,6 +230,7 @@ struct IndexSink {
     index: Arc<Index>,
     states: States,
     source: Source,
+    followed: Arc<Followed>,
     engines: HashMap<PublisherStream, Option<EngineId>>,
     arena: BatchArena,
     /// The last breach of the protocol that was said, until a batch comes.
@@ -217,7 +250,17 @@ impl IndexSink {
         let told = stream.topic.strip_prefix("kv@").and_then(|rest| rest.split_once('@')).map(|(_, model)| model);
         let model = self.source.model.as_deref().or(told).unwrap_or_default().to_owned();
         let name = self.name(stream);
-        let made = self.index.write().engine(&name, &model);
+        let made = {
+            let mut writer = self.writer()?;
+            let made = writer.engine(&name, &model);
+            if let Ok(id) = made {
+                let mut engines = self.followed.lock_engines();
+                if !engines.contains(&id) {
+                    engines.push(id);
+                }
+            }
+            made
+        };
         if let Err(error) = &made {
             log::warn!("{name}: {error}");
         }
@@ -225,8 +268,18 @@ impl IndexSink {
         made.ok()
     }
 
+    /// The writer, while the source is in the fleet.
+    fn writer(&self) -> Option<MutexGuard<'_, IndexWriter>> {
+        let writer = self.index.write();
+        (!self.followed.has_left.load(Ordering::Acquire)).then_some(writer)
+    }
+
     fn change(&self, what: impl FnOnce(&mut SourceState)) {
-        if let Some(state) = lock(&self.states).get_mut(&self.source.name) {
+        let mut states = lock(&self.states);
+        if self.followed.has_left.load(Ordering::Acquire) {
+            return;
+        }
+        if let Some(state) = states.get_mut(&self.source.name) {
             what(state);
         }
     }
@@ -251,7 +304,11 @@ impl Sink for IndexSink {
     fn apply(&mut self, stream: &PublisherStream, number: u64, payload: &[u8]) {
         let Some(id) = self.engine(stream) else { return };
         let decoded = decode(payload, &mut self.arena);
+        // Not `writer()`: the arena is borrowed.
         let mut writer = self.index.write();
+        if self.followed.has_left.load(Ordering::Acquire) {
+            return;
+        }
         if let Ok(batch) = &decoded {
             writer.apply(id, batch, &self.arena);
         }
@@ -274,7 +331,9 @@ impl Sink for IndexSink {
             Why::Doubt => "the line was down, and no replay tells whether it has restarted (see replay=)",
         };
         log::warn!("{}: {what}: its blocks are forgotten", self.name(stream));
-        self.index.write().forget(id);
+        if let Some(mut writer) = self.writer() {
+            writer.forget(id);
+        }
     }
 
     fn state(&mut self, stream: &PublisherStream, counts: BatchCounts, next: Option<u64>, live: bool) {
@@ -297,5 +356,83 @@ impl Sink for IndexSink {
             self.breach = Some(said);
         }
         self.garbage();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvcellar_events::encode::encode;
+    use kvcellar_events::wire::{Batch, Event, Hashes, Stored};
+
+    fn source(number: usize) -> Source {
+        kvcellar_discovery::parse(&format!("endpoint=tcp://127.0.0.1:1,name=e{number},model=m")).expect("an engine")
+    }
+
+    fn batch(first: u64) -> Vec<u8> {
+        let arena = BatchArena { hashes: (first..first + 8).collect(), tokens: (0..16).collect() };
+        let hashes = Hashes { range: 0..8, digests: None };
+        let stored = Stored { hashes, tokens: 0..16, block_size: 2, ..Stored::default() };
+        let batch = Batch { events: vec![Event::Stored(Box::new(stored))], ..Batch::default() };
+        let mut payload = Vec::new();
+        encode(&batch, &arena, &mut payload);
+        payload
+    }
+
+    /// Names of engines that the index knows.
+    fn names(index: &Index) -> Vec<String> {
+        index.roster().engines.iter().flatten().map(|engine| engine.name.clone()).collect()
+    }
+
+    #[tokio::test]
+    async fn of_a_thousand_engines_that_left_nothing_stays() {
+        let index = Arc::new(Index::new(0, 256 << 20).expect("an index"));
+        let mut fleet = Fleet::new(Arc::clone(&index));
+        let stream = PublisherStream { topic: String::new(), rank: None };
+        let mut bytes = Vec::new();
+        for _ in 0..3 {
+            fleet.set((0..=1000).map(source).collect());
+            let mut sinks: Vec<_> =
+                (0..=1000).map(|at| fleet.sink(&source(at), &fleet.tasks[&format!("e{at}")].followed)).collect();
+            for (at, sink) in sinks.iter_mut().enumerate() {
+                sink.apply(&stream, 0, &batch(100 * at as u64 + 1));
+            }
+            assert_eq!((index.roster().engines.iter().flatten().count(), fleet.states().sources().len()), (1001, 1001));
+            fleet.set(vec![source(0)]);
+            assert_eq!(
+                (names(&index), fleet.states().sources().into_keys().collect()),
+                (vec!["e0".to_owned()], vec!["e0".to_owned()])
+            );
+            // What its task had begun when it was ended.
+            for sink in &mut sinks[1..] {
+                sink.apply(&stream, 1, &batch(7));
+                sink.state(&stream, BatchCounts::default(), None, true);
+                sink.forget(&stream, Why::Gap);
+            }
+            assert_eq!(names(&index), ["e0"]);
+            let writer = index.write();
+            assert_eq!(writer.sizes().0, 8, "the blocks of the one that stayed");
+            bytes.push(writer.bytes());
+        }
+        assert_eq!(bytes[2], bytes[1], "memory does not grow with those who were there: {bytes:?}");
+    }
+
+    #[tokio::test]
+    async fn an_engine_of_a_snapshot_goes_with_its_source_before_it_was_heard() {
+        let old = Arc::new(Index::new(0, 256 << 20).expect("an index"));
+        let mut fleet = Fleet::new(Arc::clone(&old));
+        fleet.set(vec![source(0)]);
+        let stream = PublisherStream { topic: String::new(), rank: None };
+        fleet.sink(&source(0), &fleet.tasks["e0"].followed).apply(&stream, 0, &batch(1));
+        let mut snapshot = old.write().snapshot_head().expect("a head");
+        let id = old.roster().find("e0").expect("it is known").id;
+        snapshot.extend(old.write().snapshot_engine(id).expect("its part").expect("it has one"));
+        let new = Arc::new(Index::new(0, 256 << 20).expect("an index"));
+        let mut fleet = Fleet::new(Arc::clone(&new));
+        assert_eq!(fleet.resume(&snapshot).expect("a snapshot"), 1);
+        fleet.set(vec![source(0)]);
+        assert_eq!((names(&new), new.write().sizes().0), (vec!["e0".to_owned()], 8));
+        fleet.set(Vec::new());
+        assert_eq!((names(&new), new.write().sizes().0), (Vec::new(), 0));
     }
 }

@@ -433,3 +433,6 @@ impl Router {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,6 +8,7 @@ mod benchmarks;
 mod clients;
 mod fleet;
 mod health;
+mod leaving;
 mod publishers;
 mod refusal;
 mod stores;
