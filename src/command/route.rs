@@ -24,6 +24,8 @@ use kvcellar_route::aliases::Aliases;
 use kvcellar_route::choose::Policy;
 use kvcellar_route::engines::Engines;
 use kvcellar_route::gate::{Gate, GateSettings};
+use kvcellar_route::peers::exchange::{self, Peers};
+use kvcellar_route::peers::options::PeerOptions;
 use kvcellar_route::picker_config::PickerConfig;
 use kvcellar_route::prompt::{Checked, Models};
 use kvcellar_route::proxy::{self, ProxyLimits};
@@ -179,6 +181,9 @@ pub struct Options {
     /// `OTEL_TRACES_SAMPLER` says.
     #[arg(long)]
     pub otlp: Option<String>,
+    /// Other routers before the same engines.
+    #[command(flatten)]
+    pub peers: PeerOptions,
 }
 
 /// Runs the router until it is told to stop.
@@ -318,6 +323,11 @@ async fn run(options: &Options) -> Result<()> {
     let index = (weighing.mode == Mode::Precise).then(|| Index::new(0, memory)).transpose()?.map(Arc::new);
     let mut fleet = index.as_ref().map(|index| Fleet::new(Arc::clone(index)));
     let engines = Arc::new(Engines::default());
+    let upstream = Upstream::open(&UpstreamOptions {
+        connect: Duration::from_secs(2),
+        ca: options.engine_ca.clone(),
+        key: options.engine_key.clone(),
+    })?;
     let setup = Setup {
         mode: weighing.mode,
         policy: weighing.policy,
@@ -333,13 +343,9 @@ async fn run(options: &Options) -> Result<()> {
         source_hints: options.sources(weighing.mode)?,
         seed: options.seed,
         traces: options.otlp.as_deref().map(Traces::open).transpose()?,
+        peers: Peers::new(&options.peers, &upstream)?,
     };
-    let upstream = UpstreamOptions {
-        connect: Duration::from_secs(2),
-        ca: options.engine_ca.clone(),
-        key: options.engine_key.clone(),
-    };
-    let router = Router::new(Arc::clone(&engines), Upstream::open(&upstream)?, setup);
+    let router = Router::new(Arc::clone(&engines), upstream, setup);
     let limits = ProxyLimits {
         body_bytes_max: body,
         silence: Duration::from_secs(options.silence_s.max(1)),
@@ -363,6 +369,8 @@ async fn run(options: &Options) -> Result<()> {
         () = back.serve(std::future::pending()) => Ok(()),
         () = scrape::keep(Arc::clone(&engines), router.upstream.clone(), Duration::from_millis(options.scrape_ms.max(10))) => Ok(()),
         () = watch(&router) => Ok(()),
+        () = exchange::keep(Arc::clone(&router)) => Ok(()),
+        ended = answer_peers(options, &router) => ended,
         () = admit(&router) => Ok(()),
     };
     checks.abort();
@@ -380,6 +388,17 @@ async fn watch(router: &Router) {
         Some(fleet) => streams::keep(Arc::clone(&router.engines), fleet.clone()).await,
         None => std::future::pending().await,
     }
+}
+
+/// Answers other routers before the same engines, where there may be some.
+async fn answer_peers(options: &Options, router: &Arc<Router>) -> Result<()> {
+    let Some(address) = options.peers.peer_listen else { return std::future::pending().await };
+    if options.peers.peer_key.is_none() && !address.ip().is_loopback() {
+        log::warn!("{address} can be reached from elsewhere and asks for no key: see --peer-key");
+    }
+    let listener = serving::listen("peer-listen", address, "other routers at http://").await?;
+    let ended = serving::serve(listener, exchange::routes(Arc::clone(router)), std::future::pending()).await;
+    ended.map_err(|error| Error::io("serving", "peer-listen", error, "Look at the log"))
 }
 
 /// Lets waiting requests through, where requests may wait.

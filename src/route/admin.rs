@@ -12,6 +12,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde_json::{Value as Json_, json};
 
+use super::metrics::MetricSources;
 use super::prompt::Prompt;
 use super::request::{Kind, Request};
 use super::router::Router;
@@ -37,11 +38,20 @@ async fn ready(State(router): State<Arc<Router>>) -> Response {
     let faults = router.setup.fleet.as_ref().map(|fleet| streams::faults(&router.engines, fleet));
     let faults: BTreeMap<String, &str> =
         faults.into_iter().flatten().map(|(name, fault)| (name, fault.as_str())).collect();
-    (status, Json(json!({"usable_engines": usable, "events_missing": faults}))).into_response()
+    let mut told = json!({"usable_engines": usable, "events_missing": faults});
+    if let Some(peers) = &router.setup.peers {
+        told["peers"] = json!(peers.states());
+    }
+    (status, Json(told)).into_response()
 }
 
 async fn metrics(State(router): State<Arc<Router>>) -> Response {
-    match router.metrics.text(&router.engines, router.setup.fleet.as_ref(), router.setup.gate.as_deref()) {
+    match router.metrics.text(&MetricSources {
+        engines: &router.engines,
+        fleet: router.setup.fleet.as_ref(),
+        gate: router.setup.gate.as_deref(),
+        peers: router.setup.peers.as_ref(),
+    }) {
         Some(text) => ([(header::CONTENT_TYPE, METRICS_TYPE)], text).into_response(),
         None => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }

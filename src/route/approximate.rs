@@ -103,6 +103,12 @@ impl Recent {
         last.map_or(0, |last| self.clock - last)
     }
 
+    /// The last `count` blocks that were used, the latest first: the order in which [`Self::used`]
+    /// takes them.
+    pub fn last(&self, count: usize) -> Vec<u64> {
+        self.blocks.iter().take(count).map(|(hash, _)| *hash).collect()
+    }
+
     /// Holds nothing any more: it was started anew.
     pub fn clear(&mut self) {
         self.blocks.clear();
@@ -139,6 +145,9 @@ mod tests {
         recent.used(&prompt(2, 60));
         let held = recent.held(&prompt(1, 60));
         assert_eq!(held, 40, "the last blocks went first");
+        let mut other = Recent::new(90);
+        other.used(&recent.last(1000));
+        assert_eq!((other.held(&prompt(2, 60)), other.held(&prompt(1, 60))), (60, 30), "in the same order");
         assert_eq!(recent.held(&prompt(3, 10)), 0);
     }
 

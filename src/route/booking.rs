@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use super::books::Promise;
 use super::engine::Engine;
+use super::peers::news::News;
 
 /// What a request's end says of its engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +34,7 @@ impl Booking {
     pub fn new(engine: Arc<Engine>, promise: Promise) -> Self {
         let has_prompt = promise.tokens > 0;
         let number = engine.books().book(engine.now_s(), promise);
+        engine.tell(|name| News::booked(name, number, promise));
         let is_trial = engine.breaker().begin(engine.now_s());
         Self { engine, number, has_prompt, is_trial, verdict: AtomicU8::new(Verdict::Unsaid as u8) }
     }
@@ -52,12 +54,20 @@ impl Booking {
 
     /// It is over for the engine, though the booking is still kept.
     pub fn is_over(&self) {
-        self.engine.books().end(self.engine.now_s(), self.number);
+        let has_ended = self.engine.books().end(self.engine.now_s(), self.number);
+        if has_ended {
+            let number = self.number;
+            self.engine.tell(|name| News::Ended { engine: Arc::clone(name), number });
+        }
     }
 
     /// The first token has come. Said once or often.
     pub fn answered(&self) {
-        self.engine.books().answered(self.engine.now_s(), self.number);
+        let is_first = self.engine.books().answered(self.engine.now_s(), self.number);
+        if is_first {
+            let number = self.number;
+            self.engine.tell(|name| News::Answered { engine: Arc::clone(name), number });
+        }
         if self.has_prompt {
             self.engine.answered_a_prompt();
         }
@@ -66,8 +76,8 @@ impl Booking {
 
 impl Drop for Booking {
     fn drop(&mut self) {
+        self.is_over();
         let now_s = self.engine.now_s();
-        self.engine.books().end(now_s, self.number);
         if self.is_trial && self.verdict.load(Ordering::Relaxed) == Verdict::Unsaid as u8 {
             self.engine.breaker().abandoned(now_s);
         }

@@ -17,6 +17,7 @@ use hashbrown::HashMap;
 
 use super::speed::Speed;
 use super::view::Look;
+use crate::limits;
 
 /// A request as it is promised.
 #[derive(Debug, Clone, Copy, Default)]
@@ -46,6 +47,39 @@ pub struct Backlog {
     pub seconds: f64,
 }
 
+/// A request in the books.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct BookingId {
+    /// The router that gave it to the engine; 0: this one.
+    pub peer: u64,
+    /// Its number there.
+    pub number: u64,
+}
+
+impl BookingId {
+    /// One of this router's.
+    fn ours(number: u64) -> Self {
+        Self { peer: 0, number }
+    }
+
+    fn is_ours(self) -> bool {
+        self.peer == 0
+    }
+}
+
+/// A request of this router that has not ended, as its peers are told of it.
+#[derive(Debug, Clone, Copy)]
+pub struct OpenPromise {
+    /// Its number.
+    pub number: u64,
+    /// How it was promised.
+    pub promise: Promise,
+    /// When.
+    pub booked_s: f64,
+    /// It has a first token.
+    pub is_answered: bool,
+}
+
 #[derive(Debug)]
 struct Open {
     promise: Promise,
@@ -55,16 +89,18 @@ struct Open {
     first_s: Option<f64>,
 }
 
-/// One engine's open promises.
+/// One engine's open promises: this router's, and what its peers said of theirs.
 #[derive(Debug, Default)]
 pub struct Books {
-    open: HashMap<u64, Open>,
+    open: HashMap<BookingId, Open>,
     count: u64,
     tokens: u64,
+    /// Of the peers' requests: how many have not ended, and their prompts' tokens.
+    theirs: (usize, u64),
     /// Tokens of those without a first token that were not held.
     uncomputed: u64,
     /// Those without a first token, oldest first.
-    unanswered: VecDeque<(u64, Promise)>,
+    unanswered: VecDeque<(BookingId, Promise, f64)>,
     /// Since when the oldest of them is the oldest.
     oldest_since_s: f64,
     flow: Flow,
@@ -103,52 +139,110 @@ impl Books {
     /// Books a request. Returns its number.
     pub fn book(&mut self, now_s: f64, promise: Promise) -> u64 {
         self.count += 1;
-        if self.unanswered.is_empty() {
-            self.oldest_since_s = now_s;
-        }
-        let ahead = self.uncomputed(now_s) + promise.uncomputed();
-        self.tokens += u64::from(promise.tokens);
-        self.uncomputed += promise.uncomputed();
-        self.flow.add(now_s, promise.uncomputed());
-        self.unanswered.push_back((self.count, promise));
-        self.open.insert(self.count, Open { promise, booked_s: now_s, ahead, first_s: None });
+        self.put(now_s, BookingId::ours(self.count), promise);
         self.count
     }
 
-    /// A request's first token has come: its prompt is computed. Said once or often.
-    pub fn answered(&mut self, now_s: f64, number: u64) {
-        let Some(open) = self.open.get_mut(&number).filter(|open| open.first_s.is_none()) else { return };
-        open.first_s = Some(now_s);
+    /// A peer has booked a request. Said once or often; those beyond the bound are not counted.
+    pub fn book_of_peer(&mut self, at_s: f64, id: BookingId, promise: Promise) {
+        if self.theirs.0 < limits::PEER_BOOKINGS_MAX && !self.open.contains_key(&id) {
+            self.theirs = (self.theirs.0 + 1, self.theirs.1 + u64::from(promise.tokens));
+            self.put(at_s, id, promise);
+        }
+    }
+
+    fn put(&mut self, at_s: f64, id: BookingId, promise: Promise) {
+        if self.unanswered.is_empty() {
+            self.oldest_since_s = at_s;
+        }
+        let ahead = self.uncomputed(at_s) + promise.uncomputed();
+        self.tokens += u64::from(promise.tokens);
+        self.uncomputed += promise.uncomputed();
+        self.flow.add(at_s, promise.uncomputed());
+        // A peer's comes late, and may have been booked before the last ones.
+        let place = self.unanswered.iter().rposition(|(_, _, booked_s)| *booked_s <= at_s).map_or(0, |at| at + 1);
+        self.unanswered.insert(place, (id, promise, at_s));
+        self.open.insert(id, Open { promise, booked_s: at_s, ahead, first_s: None });
+    }
+
+    /// A request's first token has come: its prompt is computed. Said once or often; returns
+    /// whether this was the first time.
+    pub fn answered(&mut self, now_s: f64, number: u64) -> bool {
+        self.answered_at(now_s, BookingId::ours(number))
+    }
+
+    /// The same of any router's request.
+    pub fn answered_at(&mut self, at_s: f64, id: BookingId) -> bool {
+        let Some(open) = self.open.get_mut(&id).filter(|open| open.first_s.is_none()) else { return false };
+        open.first_s = Some(at_s);
         let promise = open.promise;
-        if promise.streams {
-            self.speed.answered(now_s, open.ahead, now_s - open.booked_s);
+        // What was ahead of a peer's request is not known here well enough.
+        if promise.streams && id.is_ours() {
+            self.speed.answered(at_s, open.ahead, at_s - open.booked_s);
         }
-        self.settle(now_s, number, promise);
+        self.settle(at_s, id, promise);
+        true
     }
 
-    /// A request has ended, somehow.
-    pub fn end(&mut self, now_s: f64, number: u64) {
-        let Some(open) = self.open.remove(&number) else { return };
+    /// A request has ended, somehow. Said once or often; returns whether this was the first time.
+    pub fn end(&mut self, now_s: f64, number: u64) -> bool {
+        self.end_at(now_s, BookingId::ours(number))
+    }
+
+    /// The same of any router's request.
+    pub fn end_at(&mut self, at_s: f64, id: BookingId) -> bool {
+        let Some(open) = self.open.remove(&id) else { return false };
         self.tokens -= u64::from(open.promise.tokens);
+        if !id.is_ours() {
+            self.theirs = (self.theirs.0 - 1, self.theirs.1 - u64::from(open.promise.tokens));
+        }
         match open.first_s {
-            Some(first_s) => self.speed.ended(now_s - first_s),
-            None => self.settle(now_s, number, open.promise),
+            Some(first_s) if id.is_ours() => self.speed.ended(at_s - first_s),
+            Some(_) => {}
+            None => self.settle(at_s, id, open.promise),
+        }
+        true
+    }
+
+    /// Nothing of this peer counts any more.
+    pub fn forget(&mut self, now_s: f64, peer: u64) {
+        if self.theirs.0 > 0 {
+            let its: Vec<BookingId> = self.open.keys().filter(|id| id.peer == peer && peer != 0).copied().collect();
+            for id in its {
+                self.end_at(now_s, id);
+            }
         }
     }
 
-    fn settle(&mut self, now_s: f64, number: u64, promise: Promise) {
+    /// Requests of this router that have not ended, oldest first.
+    pub fn ours(&self) -> Vec<OpenPromise> {
+        let open = self.open.iter().filter(|(id, _)| id.is_ours());
+        let mut ours: Vec<OpenPromise> = open
+            .map(|(id, open)| OpenPromise {
+                number: id.number,
+                promise: open.promise,
+                booked_s: open.booked_s,
+                is_answered: open.first_s.is_some(),
+            })
+            .collect();
+        ours.sort_by_key(|open| open.number);
+        ours
+    }
+
+    fn settle(&mut self, now_s: f64, id: BookingId, promise: Promise) {
         self.uncomputed -= promise.uncomputed();
-        if self.unanswered.front().is_some_and(|(it, _)| *it == number) {
-            self.oldest_since_s = now_s;
+        if self.unanswered.front().is_some_and(|(it, _, _)| *it == id) {
+            // News of a peer are of a moment that has passed.
+            self.oldest_since_s = self.oldest_since_s.max(now_s);
         }
-        self.unanswered.retain(|(it, _)| *it != number);
+        self.unanswered.retain(|(it, _, _)| *it != id);
     }
 
     /// Prompt tokens that the engine has yet to compute.
     pub fn uncomputed(&self, now_s: f64) -> u64 {
         let mut time = (now_s - self.oldest_since_s).max(0.0) * self.speed.rates(now_s).prefill;
         let mut done = 0;
-        for (_, promise) in &self.unanswered {
+        for (_, promise, _) in &self.unanswered {
             let wanted = promise.uncomputed();
             done += wanted.min(time as u64);
             time -= wanted as f64;
@@ -166,14 +260,19 @@ impl Books {
         Backlog { requests: self.open.len(), unanswered: self.unanswered.len(), seconds }
     }
 
-    /// Requests that have not ended.
+    /// Requests of this router that have not ended.
     pub fn requests(&self) -> usize {
-        self.open.len()
+        self.open.len() - self.theirs.0
     }
 
     /// Tokens of their prompts.
     pub fn tokens(&self) -> u64 {
-        self.tokens
+        self.tokens - self.theirs.1
+    }
+
+    /// Requests of its peers that have not ended.
+    pub fn requests_of_peers(&self) -> usize {
+        self.theirs.0
     }
 
     /// What an engine said of itself, with what is known here.
@@ -261,5 +360,35 @@ mod tests {
         assert!((look.our_rate - 10.0).abs() < 0.5 && (look.our_work - 5000.0).abs() < 250.0, "{look:?}");
         let look = books.look(100.0 + FLOW_S, Look::default());
         assert!(look.our_rate < 4.0, "{look:?}");
+    }
+
+    #[test]
+    fn a_peers_requests_count_until_they_end_or_it_is_forgotten() {
+        let mut books = Books::default();
+        let id = |number| BookingId { peer: 9, number };
+        let ours = books.book(1.0, promise(4000, 0));
+        books.book_of_peer(0.9, id(1), promise(8000, 0));
+        books.book_of_peer(0.9, id(1), promise(8000, 0));
+        assert_eq!(sums(&books, 1.0), (2, 2, 12_000, 12_000));
+        assert_eq!((books.requests(), books.tokens(), books.requests_of_peers()), (1, 4000, 1));
+        assert_eq!(sums(&books, 3.5).3, 4000, "the peer's was first: ours is not begun");
+        assert!(books.answered_at(2.0, id(1)) && !books.answered_at(2.0, id(1)));
+        assert_eq!(sums(&books, 2.25).3, 2000);
+        assert_eq!(books.ours().iter().map(|open| open.number).collect::<Vec<_>>(), [ours]);
+        books.book_of_peer(2.0, id(2), promise(100, 0));
+        books.book_of_peer(2.0, BookingId { peer: 8, number: 2 }, promise(10, 0));
+        books.forget(2.1, 9);
+        assert_eq!((books.requests(), books.requests_of_peers()), (1, 1), "another peer's stays");
+        books.forget(2.1, 8);
+        assert!(books.end(3.0, ours) && !books.end(3.0, ours));
+        assert_eq!(sums(&books, 3.0), (0, 0, 0, 0));
+    }
+
+    #[test]
+    fn requests_of_peers_are_bounded() {
+        let mut books = Books::default();
+        let book = |number| books.book_of_peer(0.0, BookingId { peer: 1, number }, promise(1, 0));
+        (0..=limits::PEER_BOOKINGS_MAX as u64).for_each(book);
+        assert_eq!(books.requests_of_peers(), limits::PEER_BOOKINGS_MAX);
     }
 }

@@ -31,6 +31,13 @@ impl Credits {
             self.0.pop(&prefix);
         }
     }
+
+    /// The last `count`, oldest first.
+    pub fn last(&self, count: usize) -> Vec<(u64, f64)> {
+        let mut last: Vec<_> = self.0.iter().take(count).map(|(prefix, credit_s)| (*prefix, *credit_s)).collect();
+        last.reverse();
+        last
+    }
 }
 
 #[cfg(test)]
@@ -44,5 +51,6 @@ mod tests {
         assert_eq!((credits.0.len(), credits.of(0)), (limits::CREDITS_MAX, 0.0));
         credits.settle(1, 0.0);
         assert_eq!((credits.0.len(), credits.of(1)), (limits::CREDITS_MAX - 1, 0.0));
+        assert_eq!(credits.last(1), [(limits::CREDITS_MAX as u64, 1.0)]);
     }
 }

@@ -24,6 +24,8 @@ pub struct Decided {
     pub choice: Choice,
     /// No engine had anything of the prompt: the chosen one's cold turn from now on.
     pub cold_turn: Option<u64>,
+    /// The prefix whose credit has changed, and by how much.
+    pub credit: Option<(u64, f64)>,
 }
 
 impl Decider {
@@ -45,13 +47,29 @@ impl Decider {
         let prefix = prefix.filter(|_| matches!(self.policy, Policy::Cost));
         let credit_s = prefix.map_or(0.0, |prefix| self.credits.of(prefix));
         let choice = choose(&self.policy, &View { prompt_tokens, credit_s, engines }, self.count, random)?;
-        if let Some(prefix) = prefix {
+        let credit = prefix.map(|prefix| (prefix, choice.credit_s - credit_s)).filter(|(_, change_s)| *change_s != 0.0);
+        if let Some((prefix, _)) = credit {
             self.credits.settle(prefix, choice.credit_s);
         }
         let number = self.count;
         self.count += 1;
         let is_cold = prompt_tokens > 0 && engines.iter().all(|engine| engine.held.tokens == 0);
-        Some(Decided { number, choice, cold_turn: is_cold.then_some(self.count) })
+        Some(Decided { number, choice, cold_turn: is_cold.then_some(self.count), credit })
+    }
+
+    /// Another router's decision changed a prefix's credit.
+    pub fn credit_changed(&mut self, prefix: u64, change_s: f64) {
+        self.credits.settle(prefix, self.credits.of(prefix) + change_s);
+    }
+
+    /// Another router knows of so much credit in all.
+    pub fn credit_is(&mut self, prefix: u64, credit_s: f64) {
+        self.credits.settle(prefix, self.credits.of(prefix).max(credit_s));
+    }
+
+    /// The last `count` credits.
+    pub fn credits(&self, count: usize) -> Vec<(u64, f64)> {
+        self.credits.last(count)
     }
 }
 
@@ -98,5 +116,17 @@ mod tests {
         let mut credit = || decider.decide(16_016, Some(7), &engines, &mut random).expect("engines").choice.credit_s;
         let (first, second) = (credit(), credit());
         assert!(first > 0.0 && second > first, "{first} {second}");
+    }
+
+    #[test]
+    fn credits_of_two_routers_add_up() {
+        let mut decider = Decider::new(Policy::Cost);
+        decider.credit_changed(7, 0.5);
+        decider.credit_changed(7, 0.25);
+        assert_eq!(decider.credits(9), [(7, 0.75)]);
+        decider.credit_is(7, 0.5);
+        assert_eq!(decider.credits(9), [(7, 0.75)], "in a snapshot it is told once more");
+        decider.credit_changed(7, -2.0);
+        assert_eq!(decider.credits(9), [], "both have spent it");
     }
 }

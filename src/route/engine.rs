@@ -1,7 +1,7 @@
 //! One engine: where it is, what it said last, what was promised to it.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -11,6 +11,8 @@ use super::approximate::Recent;
 use super::books::{Backlog, Books};
 use super::breaker::Breaker;
 use super::estimate;
+use super::peers::journal::Journal;
+use super::peers::news::News;
 use super::spec::Spec;
 use super::tally::Tally;
 use super::view::{Adapter, Held, Look, Rates};
@@ -86,6 +88,8 @@ pub struct Engine {
     /// Until when it is not asked for token ids.
     silent_until: Mutex<Option<Instant>>,
     first_answer: OnceLock<Instant>,
+    /// Where this router's peers are told of it, under its name.
+    journal: Option<(Arc<Journal>, Arc<str>)>,
 }
 
 const UNSEEN: u32 = u32::MAX;
@@ -113,6 +117,21 @@ impl Engine {
             breaker: Mutex::default(),
             silent_until: Mutex::default(),
             first_answer: OnceLock::new(),
+            journal: None,
+        }
+    }
+
+    /// The same, of which the router's peers are told.
+    #[must_use]
+    pub fn told_to_peers(mut self, journal: &Arc<Journal>) -> Self {
+        self.journal = Some((Arc::clone(journal), self.spec.name.as_str().into()));
+        self
+    }
+
+    /// Tells the router's peers, if it has any, what happened here.
+    pub fn tell(&self, news: impl FnOnce(&Arc<str>) -> News) {
+        if let Some((journal, name)) = &self.journal {
+            journal.push(news(name));
         }
     }
 
@@ -237,7 +256,7 @@ impl Engine {
         if told.kv_tokens > 0 {
             self.recent().resize(told.kv_tokens as usize / estimate::BLOCK_TOKENS);
         }
-        self.told.store(std::sync::Arc::new(told));
+        self.told.store(Arc::new(told));
         self.failures.swap(0, Ordering::Relaxed) >= FAILURES_MAX
     }
 
@@ -319,8 +338,6 @@ impl Told {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::super::booking::{Booking, Verdict};
     use super::super::books::Promise;
     use super::super::breaker::FAILURES_MAX as FAILURES_MAX_OF_REQUESTS;

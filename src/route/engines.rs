@@ -1,16 +1,18 @@
 //! The engines there are: a list that readers share, replaced whole.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
 
 use super::engine::Engine;
+use super::peers::journal::Journal;
 use super::spec::Spec;
 
 /// All engines.
 #[derive(Debug, Default)]
 pub struct Engines {
     list: ArcSwap<Vec<Arc<Engine>>>,
+    journal: OnceLock<Arc<Journal>>,
 }
 
 impl Engines {
@@ -19,13 +21,23 @@ impl Engines {
         self.list.load_full()
     }
 
+    /// What happens at the engines that come from now on is told there.
+    pub fn tell(&self, journal: &Arc<Journal>) {
+        // A second one is not asked for.
+        let _first = self.journal.set(Arc::clone(journal));
+    }
+
     /// Exactly these from now on. What is known of one stays as long as its address does; one that
     /// goes may end its requests.
     pub fn set(&self, specs: Vec<Spec>) {
         let before = self.all();
         let place = |spec: Spec| {
             let Some(known) = before.iter().find(|engine| engine.spec.is_same(&spec)) else {
-                return Arc::new(Engine::new(spec));
+                let engine = Engine::new(spec);
+                return Arc::new(match self.journal.get() {
+                    Some(journal) => engine.told_to_peers(journal),
+                    None => engine,
+                });
             };
             known.drain(spec.draining);
             Arc::clone(known)

@@ -15,6 +15,7 @@ use super::answer::Usage;
 use super::engine::Engine;
 use super::engines::Engines;
 use super::gate::Gate;
+use super::peers::exchange::{PEER_STATES, Peers};
 use super::prefix::PrefixSource;
 use kvcellar_index::api::clients::ClientCounts;
 use kvcellar_index::fleet::FleetView;
@@ -43,6 +44,20 @@ pub struct Metrics {
     ttft_seconds: Histogram,
     queue: QueueMetrics,
     of_clients: ClientMetrics,
+    of_peers: PeerMetrics,
+}
+
+/// Where numbers are read when they are shown.
+#[derive(Debug, Clone, Copy)]
+pub struct MetricSources<'r> {
+    /// The engines.
+    pub engines: &'r Engines,
+    /// Their events.
+    pub fleet: Option<&'r FleetView>,
+    /// What waits.
+    pub gate: Option<&'r Gate>,
+    /// Other routers.
+    pub peers: Option<&'r Peers>,
 }
 
 /// What is told of each engine, for as long as it is in the fleet.
@@ -89,6 +104,7 @@ impl Default for Metrics {
             clients: Arc::default(),
             refused: counts(registry, "refused", "Requests that were not passed on, by reason"),
             inexact: counts(registry, "inexact", "Prompts whose ids this process could not say, by reason"),
+            of_peers: PeerMetrics::new(registry),
             aliased: counts(
                 registry,
                 "aliased",
@@ -286,6 +302,45 @@ fn counts(registry: &mut Registry, name: &str, help: &str) -> Counts {
     add(registry, name, help, Counts::default())
 }
 
+/// What is told of other routers before the same engines.
+#[derive(Debug)]
+struct PeerMetrics {
+    states: PerEngine,
+    in_flight: Gauge<u64, AtomicU64>,
+    expired: Counter,
+}
+
+impl PeerMetrics {
+    fn new(registry: &mut Registry) -> Self {
+        Self {
+            states: add(registry, "peers", "Other routers, by whether they share", PerEngine::default()),
+            in_flight: add(
+                registry,
+                "peers_in_flight",
+                "Requests of other routers that count here as they do there",
+                Gauge::default(),
+            ),
+            expired: add(
+                registry,
+                "peers_expired",
+                "Times that a router was silent for too long, and its share was dropped",
+                Counter::default(),
+            ),
+        }
+    }
+
+    fn look(&self, engines: &Engines, peers: Option<&Peers>) {
+        let Some(peers) = peers else { return };
+        let counts = peers.counts();
+        for state in PEER_STATES {
+            let count = counts.get(state).copied().unwrap_or(0);
+            self.states.get_or_create(&labels([("state", state)])).set(count as f64);
+        }
+        let theirs: usize = engines.all().iter().map(|engine| engine.books().requests_of_peers()).sum();
+        self.in_flight.set(theirs as u64);
+    }
+}
+
 /// A metric that the registry knows, too.
 fn add<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metric: M) -> M {
     registry.register(name, help, metric.clone());
@@ -345,11 +400,17 @@ impl Metrics {
         self.reported_prompt.inc_by(usage.prompt.into());
     }
 
+    /// A peer's share was dropped, because it was silent for too long.
+    pub fn expired(&self) {
+        self.of_peers.expired.inc();
+    }
+
     /// All numbers as text.
-    pub fn text(&self, engines: &Engines, fleet: Option<&FleetView>, gate: Option<&Gate>) -> Option<String> {
+    pub fn text(&self, of: &MetricSources<'_>) -> Option<String> {
         let registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
-        self.queue.look(gate);
-        self.of_engines.show(&engines.all(), fleet);
+        self.queue.look(of.gate);
+        self.of_engines.show(&of.engines.all(), of.fleet);
+        self.of_peers.look(of.engines, of.peers);
         self.of_clients.show(&self.clients);
         let mut text = String::new();
         encode(&mut text, &registry).ok()?;

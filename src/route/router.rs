@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Instant, SystemTime};
 
-use lru::LruCache;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::aliases::Aliases;
@@ -19,12 +18,15 @@ use super::engines::{Engines, trusted};
 use super::expectations::Expectations;
 use super::gate::Gate;
 use super::metrics::Metrics;
+use super::peers::exchange::Peers;
+use super::peers::news::News;
 use super::prefix::{self, Found, PrefixSource};
 use super::prompt::{Models, Prompt};
 use super::remote::Remote;
 use super::request::{Kind, Refusal, Request};
 use super::retry_budget::RetryBudget;
 use super::see::{Decision, Ring};
+use super::sessions::{self, Sessions};
 use super::source::{HintsFor, KvSource, SourceHints};
 use super::spec::{EngineRole, Spec};
 use super::ticket::{Ticket, TicketOffice};
@@ -34,7 +36,6 @@ use super::two_steps::{self, PrefillBy, TwoSteps};
 use super::upstream::Upstream;
 use super::urgency::Objectives;
 use super::view::View;
-use crate::limits;
 use kvcellar_index::Index;
 use kvcellar_index::fleet::FleetView;
 use kvcellar_index::tiers::Weights;
@@ -81,6 +82,8 @@ pub struct Setup {
     pub seed: u64,
     /// Where traces go.
     pub traces: Option<Traces>,
+    /// Other routers before the same engines.
+    pub peers: Option<Peers>,
 }
 
 /// The router.
@@ -100,7 +103,8 @@ pub struct Router {
     pub remote: Remote,
     /// Bounds what is sent a second time.
     pub retries: RetryBudget,
-    sessions: Mutex<LruCache<String, String>>,
+    /// Where sessions went.
+    pub sessions: Sessions,
     decider: Mutex<(Decider, fastrand::Rng)>,
     in_flight: Arc<AtomicU64>,
     expectations: Option<Arc<Expectations>>,
@@ -110,7 +114,7 @@ impl Router {
     /// A router. To be made within a runtime: in precise mode it starts the task that tells the
     /// index what to expect.
     pub fn new(engines: Arc<Engines>, upstream: Upstream, setup: Setup) -> Arc<Self> {
-        let sessions = std::num::NonZeroUsize::new(limits::SESSIONS_MAX).unwrap_or(std::num::NonZeroUsize::MIN);
+        setup.peers.iter().for_each(|peers| engines.tell(&peers.journal));
         Arc::new(Self {
             engines,
             metrics: Arc::default(),
@@ -118,7 +122,7 @@ impl Router {
             remote: Remote::new(upstream.clone()),
             upstream,
             retries: RetryBudget::default(),
-            sessions: Mutex::new(LruCache::new(sessions)),
+            sessions: Sessions::default(),
             decider: Mutex::new((Decider::new(setup.policy.clone()), fastrand::Rng::with_seed(setup.seed))),
             in_flight: Arc::default(),
             expectations: setup.index.clone().map(|index| Arc::new(Expectations::of(index))),
@@ -181,15 +185,18 @@ impl Router {
             _ => None,
         };
         let (found, prefix_from) = self.found(&prompt, &engines);
-        let session = request.session.as_ref().and_then(|name| self.lock_sessions().get(name).cloned());
+        let session = request.session.as_deref().map(sessions::key);
+        let session_engine = session.and_then(|session| self.sessions.of(session));
         let looks: Vec<_> = engines
             .iter()
             .zip(&found)
-            .map(|(engine, found)| engine.look(found.held, adapter, session.as_deref() == Some(&engine.spec.name)))
+            .map(|(engine, found)| {
+                engine.look(found.held, adapter, session_engine.as_deref() == Some(&engine.spec.name))
+            })
             .collect();
         let prefix = prefix::longest(&prompt, prefix_from, &found, self.block_tokens());
         let decided = {
-            let (decider, random) = &mut *self.decider.lock().unwrap_or_else(PoisonError::into_inner);
+            let (decider, random) = &mut *self.decider();
             decider.decide(prompt.tokens, prefix, &looks, random)
         };
         let decided = decided.ok_or(Refusal::NoEngine("none is known"))?;
@@ -198,8 +205,12 @@ impl Router {
         if let Some(turn) = decided.cold_turn {
             chosen.cold_turn.store(turn, Ordering::Relaxed);
         }
-        if let Some(name) = &request.session {
-            self.lock_sessions().put(name.clone(), chosen.spec.name.clone());
+        if let (Some((prefix, change_s)), Some(peers)) = (decided.credit, &self.setup.peers) {
+            peers.journal.push(News::Credit { prefix, change_s });
+        }
+        if let Some(session) = session {
+            self.sessions.put(session, chosen.spec.name.as_str().into());
+            chosen.tell(|name| News::Session { session, engine: Arc::clone(name) });
         }
         let prefill = self.prefill(request, &prompt, adapter, found[choice.chosen], decided.number);
         let took = started.elapsed();
@@ -285,10 +296,11 @@ impl Router {
         let looks: Vec<_> =
             engines.iter().zip(&found).map(|(engine, found)| engine.look(found.held, adapter, false)).collect();
         let view = View { prompt_tokens: prompt.tokens, credit_s: 0.0, engines: &looks };
-        let (_, random) = &mut *self.decider.lock().unwrap_or_else(PoisonError::into_inner);
+        let (_, random) = &mut *self.decider();
         let chosen = choose(&self.setup.policy, &view, turn, random)?.chosen;
         if !prompt.hashes.is_empty() {
             engines[chosen].recent().used(&prompt.hashes);
+            engines[chosen].tell(|name| News::Given { engine: Arc::clone(name), hashes: prompt.hashes.clone() });
         }
         Some((Arc::clone(&engines[chosen]), found[chosen]))
     }
@@ -319,7 +331,7 @@ impl Router {
         let engines: Vec<_> = all.iter().filter(may).cloned().collect();
         let beside = (computes.as_ref(), held.held.tokens);
         let source = {
-            let (_, random) = &mut *self.decider.lock().unwrap_or_else(PoisonError::into_inner);
+            let (_, random) = &mut *self.decider();
             KvSource::choose(index, &prompt.keys, prompt.tokens, &engines, beside, hints.tokens_min, random)?
         };
         two_steps::can_be_split(&request.body).then_some(source)
@@ -336,19 +348,12 @@ impl Router {
         self.engines.set(found);
         let all = self.engines.all();
         let names: HashSet<&str> = all.iter().map(|engine| engine.spec.name.as_str()).collect();
-        let mut sessions = self.lock_sessions();
-        let left: Vec<String> = sessions
-            .iter()
-            .filter(|(_, engine)| !names.contains(engine.as_str()))
-            .map(|(session, _)| session.clone())
-            .collect();
-        for session in left {
-            sessions.pop(&session);
-        }
+        self.sessions.keep(|engine| names.contains(engine));
     }
 
-    fn lock_sessions(&self) -> MutexGuard<'_, LruCache<String, String>> {
-        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What decides, and the random numbers that settle ties.
+    pub fn decider(&self) -> MutexGuard<'_, (Decider, fastrand::Rng)> {
+        self.decider.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Engines that may take a request.

@@ -14,6 +14,7 @@ use super::estimate;
 use super::expectations::Expectations;
 use super::gate::Gate;
 use super::metrics::Metrics;
+use super::peers::news::News;
 use super::prefix::{self, Found, PrefixSource};
 use super::prompt::Prompt;
 use super::see::{Decision, Outcome, Ring, Why};
@@ -158,6 +159,7 @@ impl Ticket {
         self.booking = Some(Booking::new(Arc::clone(engine), promise));
         if !self.prompt.hashes.is_empty() {
             self.age = engine.recent().give(&self.prompt.hashes);
+            engine.tell(|name| News::Given { engine: Arc::clone(name), hashes: self.prompt.hashes.clone() });
         }
         let Some(expectations) = &self.office.expectations else { return };
         let stream = found.stream.or_else(|| prefix::stream_of(expectations.index(), engine, found.rank));

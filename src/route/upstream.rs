@@ -50,7 +50,7 @@ impl Upstream {
     /// # Errors
     /// [`Error::Io`], [`Error::Config`]: a file cannot be read, or is none of its kind.
     pub fn open(options: &UpstreamOptions) -> Result<Self> {
-        let key = options.key.as_deref().map(read_key).transpose()?;
+        let key = options.key.as_deref().map(|path| read_key("engine-key", path)).transpose()?;
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let tls = rustls::ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
@@ -72,6 +72,24 @@ impl Upstream {
             .pool_timer(TokioTimer::new())
             .build(connector);
         Ok(Self { client, key })
+    }
+
+    /// The same connections for questions to others, with their key instead: from the file that an
+    /// option names.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn with_key(mut self, option: &'static str, key: Option<&Path>) -> Result<Self> {
+        self.key = key.map(|path| read_key(option, path)).transpose()?;
+        Ok(self)
+    }
+
+    /// Whether a header bears the key of these questions; without a key any does.
+    pub fn knows(&self, given: Option<&HeaderValue>) -> bool {
+        let Some(key) = &self.key else { return true };
+        // In a time that does not tell where two texts differ.
+        let same = |a: &[u8], b: &[u8]| a.len() == b.len() && a.iter().zip(b).fold(0, |all, (a, b)| all | (a ^ b)) == 0;
+        given.is_some_and(|given| same(given.as_bytes(), key.as_bytes()))
     }
 
     /// Sends a client's request.
@@ -127,10 +145,10 @@ fn causes(error: &dyn std::error::Error) -> String {
     text
 }
 
-fn read_key(path: &Path) -> Result<HeaderValue> {
+fn read_key(option: &'static str, path: &Path) -> Result<HeaderValue> {
     let text = std::fs::read_to_string(path)
-        .map_err(|error| Error::io("reading", path, error, "Name a file with the engines' API key"))?;
-    let wrong = || Error::config("engine-key", "the file holds no key", "Write the key alone into the file, as text");
+        .map_err(|error| Error::io("reading", path, error, "Name a file that holds the key alone"))?;
+    let wrong = || Error::config(option, "the file holds no key", "Write the key alone into the file, as text");
     let key = Some(text.trim()).filter(|key| !key.is_empty()).ok_or_else(wrong)?;
     let mut header = HeaderValue::from_str(&format!("Bearer {key}")).map_err(|_| wrong())?;
     header.set_sensitive(true);

@@ -180,6 +180,7 @@ impl KnownPrefix {
             source_hints: SourceHints::default(),
             seed: 1,
             traces: None,
+            peers: None,
         };
         Ok((Router::new(engines, Upstream::open(&UpstreamOptions::default())?, setup), index))
     }

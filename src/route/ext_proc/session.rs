@@ -409,6 +409,7 @@ mod tests {
             source_hints: SourceHints::default(),
             seed: 1,
             traces: None,
+            peers: None,
         };
         Router::new(known, Upstream::open(&UpstreamOptions::default()).expect("no files"), setup)
     }

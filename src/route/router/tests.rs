@@ -7,6 +7,7 @@ use super::super::engine::Told;
 use super::super::upstream::UpstreamOptions;
 use super::*;
 use crate::answer::Usage;
+use crate::metrics::MetricSources;
 use crate::see::Outcome;
 
 const MANY: usize = 1000;
@@ -27,6 +28,7 @@ fn router() -> Arc<Router> {
         source_hints: SourceHints::default(),
         seed: 1,
         traces: None,
+        peers: None,
     };
     let upstream = Upstream::open(&UpstreamOptions::default()).expect("no files");
     Router::new(Arc::default(), upstream, setup)
@@ -56,7 +58,8 @@ fn engines_in(text: &str) -> BTreeSet<&str> {
 }
 
 fn metrics(router: &Router) -> String {
-    router.metrics.text(&router.engines, None, None).expect("text")
+    let engines = &router.engines;
+    router.metrics.text(&MetricSources { engines, fleet: None, gate: None, peers: None }).expect("text")
 }
 
 /// Lines about an engine that stay as they are while nothing happens to it.
@@ -81,7 +84,7 @@ async fn of_a_thousand_engines_that_left_nothing_stays() {
     }
     let before = metrics(&router);
     assert_eq!(engines_in(&before).len(), MANY + 1);
-    assert_eq!(router.lock_sessions().len(), 2 * (MANY + 1));
+    assert_eq!(router.sessions.last(usize::MAX).len(), 2 * (MANY + 1));
     let stays = counted(&before, "e0");
     assert!(
         stays.iter().any(|line| line.starts_with("kvcellar_route_decisions_total") && line.ends_with(" 2")),
@@ -93,7 +96,7 @@ async fn of_a_thousand_engines_that_left_nothing_stays() {
     let after = metrics(&router);
     assert_eq!(engines_in(&after), BTreeSet::from(["e0"]));
     assert_eq!(counted(&after, "e0"), stays, "the others' leaving changes nothing of it");
-    assert_eq!(router.lock_sessions().len(), 2, "those of the engine that stayed");
+    assert_eq!(router.sessions.last(usize::MAX).len(), 2, "those of the engine that stayed");
     let alive = || known.iter().filter(|engine| engine.strong_count() > 0).count();
     assert!(alive() > 1, "a request that goes on keeps those that might have taken it");
     drop(last);
