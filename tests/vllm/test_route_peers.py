@@ -79,10 +79,10 @@ def prompt(number: int, tokens: int = PROMPT_TOKENS) -> list[int]:
     return [number * 7 % 1000 + 1] + [(number * 31 + at * 7) % 1000 + 1 for at in range(tokens - 1)]
 
 
-def ask(router: Router, ids: list[int], session: str = "", *, stream: bool = False) -> str:
+def ask(router: Router, ids: list[int], session: str = "") -> str:
     """The engine that answered."""
     headers = {"x-session-id": session} if session else {}
-    answer = router.client.post("/v1/completions", content=body_of(ids, 2, stream=stream), headers=headers)
+    answer = router.client.post("/v1/completions", content=body_of(ids, 2), headers=headers)
     assert answer.status_code == 200, answer.text
     return answer.headers["x-fake-engine"]
 
@@ -104,31 +104,19 @@ def test_two_balance_as_one_does(fleet: Fleet, tmp_path: Path) -> None:
         assert min(counts["a"], counts["b"]) >= REQUESTS * 0.4, (by_one, by_two)
 
 
-def test_one_leaves_the_engine_alone_that_the_other_keeps_busy(tmp_path: Path) -> None:
-    """Engines say nothing of what they have yet to compute: only the other router knows."""
-    engines = {name: Fake(name, tmp_path, one_by_one=True, prefill_rate=300.0) for name in "ab"}
-    slow = Fleet(tmp_path / "engines.json", engines, Random(1))
-    try:
-        slow.start()
-        with pair(tmp_path, slow) as (one, two), ThreadPoolExecutor(1) as client:
-            long = client.submit(ask, one, prompt(1, 3000), stream=True)
-            wait_until(lambda: two.metric("kvcellar_route_peers_in_flight") == 1, "the news")
-            short = Counter(ask(two, prompt(10 + number, 70)) for number in range(8))
-            assert not long.done(), "the others came too late"
-            assert short == {({"a", "b"} - {long.result()}).pop(): 8}
-    finally:
-        slow.close()
-
-
 def test_each_counts_what_the_other_has_in_flight(fleet: Fleet, tmp_path: Path) -> None:
-    """As long as it goes on, and not longer."""
-    with pair(tmp_path, fleet) as (one, two):
+    """As long as it goes on, and not longer: meanwhile requests go to the engine that has none."""
+    with pair(tmp_path, fleet, "--policy", "scorers", "--scorers", "active-requests=1") as (one, two):
         with one.client.stream("POST", "/v1/completions", content=body_of(prompt(1, 99), LONG, stream=True)) as stream:
             pieces = stream.iter_raw()
             next(pieces)
             wait_until(lambda: two.metric("kvcellar_route_peers_in_flight") == 1, "the request")
             assert one.metric("kvcellar_route_peers_in_flight") == 0
             assert two.metric("kvcellar_route_engine_in_flight") == 0, "it is not its own"
+            busy = one.metric("kvcellar_route_engine_in_flight", engine="b")
+            others = {ask(two, prompt(10 + number, 70)) for number in range(8)}
+            assert others == {"a" if busy else "b"}
+            assert two.metric("kvcellar_route_peers_in_flight") == 1, "it has ended too soon"
         wait_until(lambda: two.metric("kvcellar_route_peers_in_flight") == 0, "its end")
 
 
