@@ -1,8 +1,11 @@
 //! `kvcellar bench fleet`: ways of routing side by side, over modelled engines.
 //!
 //! Measured: time to the first token, cached share and balance in simulated time, for the same
-//! traffic in every way; the decisions are the router's own code. Not measured: networks, and the
-//! speed of the decisions themselves (`bench route`).
+//! traffic in every way; the decisions are the router's own code, and so are what several routers
+//! tell each other, the queue, and the rules of two steps and of retries ([`scenes`]). Not
+//! measured: networks, and the speed of the decisions themselves (`bench route`).
+
+pub mod scenes;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -11,7 +14,8 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::json;
 
-use super::report::{self, Goal, GoalBound};
+use self::scenes::{Comparison, FleetTrial};
+use super::report;
 use kvcellar_block::error::Result;
 use kvcellar_route::simulation::load::Load;
 use kvcellar_route::simulation::outcome::Outcome;
@@ -35,9 +39,12 @@ pub struct FleetBench {
     /// Share of each load's own rate.
     #[arg(long, default_value_t = 1.0)]
     pub rate: f64,
-    /// Seeds: as many runs of each kind.
+    /// Seeds: as many runs of each kind; of more than 64 engines one.
     #[arg(long, value_delimiter = ',', default_value = "1,2,3")]
     pub seeds: Vec<u64>,
+    /// What is compared; all unless given.
+    #[arg(long, value_enum)]
+    pub compare: Vec<Comparison>,
     /// JSON on standard output.
     #[arg(long)]
     pub json: bool,
@@ -54,6 +61,10 @@ struct Over {
 /// One way through one load.
 #[derive(Debug, Clone, Serialize)]
 pub struct FleetRow {
+    #[serde(skip)]
+    comparison: Comparison,
+    /// What is not as in the simplest fleet.
+    scene: &'static str,
     load: &'static str,
     engines: usize,
     way: &'static str,
@@ -62,32 +73,40 @@ pub struct FleetRow {
     ttft_p50_s: Over,
     ttft_p90_s: Over,
     ttft_p99_s: Over,
+    between_p90_s: Over,
     cached: Over,
     imbalance: Over,
     busy: Over,
+    lost: Over,
+    lower: Over,
     /// The nine-tenths of each seed.
     #[serde(skip)]
     p90s: Vec<f64>,
 }
 
 impl FleetRow {
-    fn of(plan: Plan, way: Way, outcomes: &[Outcome]) -> Self {
+    fn of(trial: &FleetTrial, outcomes: &[Outcome]) -> Self {
         let over = |of: fn(&Outcome) -> f64| {
             let it = report::measured("", "", outcomes.iter().map(of).collect());
             Over { median: it.value, spread: it.spread }
         };
         Self {
-            load: plan.load.name(),
-            engines: plan.engines,
-            way: way.name(),
+            comparison: trial.comparison,
+            scene: trial.scene,
+            load: trial.plan.load.name(),
+            engines: trial.plan.engines,
+            way: trial.way.name(),
             requests: over(|it| it.requests as f64),
             unanswered: over(|it| it.unanswered as f64),
             ttft_p50_s: over(|it| it.ttft_p50_s),
             ttft_p90_s: over(|it| it.ttft_p90_s),
             ttft_p99_s: over(|it| it.ttft_p99_s),
+            between_p90_s: over(|it| it.between_p90_s),
             cached: over(|it| it.cached),
             imbalance: over(|it| it.imbalance),
             busy: over(|it| it.busy),
+            lost: over(|it| it.lost as f64),
+            lower: over(|it| it.lower as f64),
             p90s: outcomes.iter().map(|it| it.ttft_p90_s).collect(),
         }
     }
@@ -98,22 +117,17 @@ impl FleetRow {
 /// # Errors
 /// Those of the index.
 pub fn measure(options: &FleetBench) -> Result<Vec<FleetRow>> {
-    let loads = if options.load.is_empty() { Load::ALL.to_vec() } else { options.load.clone() };
-    let mut kinds = Vec::new();
-    for load in loads {
-        for engines in &options.engines {
-            let (seconds, warm_s, rate) = (options.seconds, options.warm, options.rate);
-            let plan = Plan { load, engines: *engines, seconds, warm_s, rate, seed: 0 };
-            kinds.extend(Way::ALL.map(|way| (plan, way)));
-        }
-    }
-    let runs: Vec<(Plan, Way)> = kinds
-        .iter()
-        .flat_map(|(plan, way)| options.seeds.iter().map(|seed| (Plan { seed: *seed, ..*plan }, *way)))
-        .collect();
-    let outcomes = all(&runs)?;
-    let rows = kinds.iter().zip(outcomes.chunks(options.seeds.len().max(1)));
-    Ok(rows.map(|((plan, way), outcomes)| FleetRow::of(*plan, *way, outcomes)).collect())
+    let trials = scenes::trials(options);
+    let of = |trial: &FleetTrial| {
+        let (plan, way) = (trial.plan, trial.way);
+        trial.seeds.iter().map(|seed| (Plan { seed: *seed, ..plan }, way)).collect::<Vec<_>>()
+    };
+    let mut outcomes = all(&trials.iter().flat_map(of).collect::<Vec<_>>())?.into_iter();
+    let row = |trial: &FleetTrial| {
+        let its: Vec<Outcome> = outcomes.by_ref().take(trial.seeds.len()).collect();
+        FleetRow::of(trial, &its)
+    };
+    Ok(trials.iter().map(row).collect())
 }
 
 fn all(runs: &[(Plan, Way)]) -> Result<Vec<Outcome>> {
@@ -138,48 +152,44 @@ fn all(runs: &[(Plan, Way)]) -> Result<Vec<Outcome>> {
     done.into_iter().map(|(_, outcome)| outcome).collect()
 }
 
-/// The cost model against the best other way, for each load and size: with the same seed each time,
-/// the median of all.
-fn goals(rows: &[FleetRow]) -> Vec<Goal> {
-    let ours = rows.iter().filter(|row| row.way == Way::CostModel.name());
-    let goal = |ours: &FleetRow| {
-        let others = || {
-            let same = |row: &&FleetRow| (row.load, row.engines) == (ours.load, ours.engines) && row.way != ours.way;
-            rows.iter().filter(same)
-        };
-        let ratio = |(at, p90): (usize, &f64)| p90 / others().map(|row| row.p90s[at]).fold(f64::INFINITY, f64::min);
-        let ratio = report::measured("", "", ours.p90s.iter().enumerate().map(ratio).collect()).value;
-        // To the two places that are shown.
-        let value = (ratio * 100.0).round() / 100.0;
-        let name = format!("{}, {} engines: cost model's p90 over the best other's", ours.load, ours.engines);
-        Goal::of(name, GoalBound::AtMost(1.0), value)
-    };
-    ours.map(goal).collect()
-}
-
 /// Runs the command.
 ///
 /// # Errors
 /// As [`measure`].
 pub fn run(options: &FleetBench) -> Result<()> {
     let rows = measure(options)?;
-    let goals = goals(&rows);
+    let goals = scenes::goals(&rows);
     if options.json {
         let mut told = report::report(&[], &goals);
         let parameters =
             json!({"seeds": options.seeds, "seconds": options.seconds, "warm_s": options.warm, "rate": options.rate});
         told["parameters"] = parameters;
         told["rows"] = json!(rows);
+        told["processors"] = json!(scenes::processors(&rows));
         println!("{told:#}");
         return Ok(());
     }
     println!(
-        "{:<14}{:>8} {:<12}{:>9}{:>10}{:>10}{:>10}{:>9}{:>11}{:>7}",
-        "load", "engines", "way", "requests", "p50 s", "p90 s", "p99 s", "cached", "imbalance", "busy"
+        "{:<20}{:<14}{:>8} {:<14}{:>9}{:>10}{:>10}{:>10}{:>12}{:>9}{:>11}{:>7}{:>7}{:>7}",
+        "scene",
+        "load",
+        "engines",
+        "way",
+        "requests",
+        "p50 s",
+        "p90 s",
+        "p99 s",
+        "between ms",
+        "cached",
+        "imbalance",
+        "busy",
+        "lost",
+        "lower"
     );
     for row in &rows {
         println!(
-            "{:<14}{:>8} {:<12}{:>9.0}{:>10.3}{:>10.3}{:>10.3}{:>8.1}%{:>11.2}{:>6.0}%",
+            "{:<20}{:<14}{:>8} {:<14}{:>9.0}{:>10.3}{:>10.3}{:>10.3}{:>12.1}{:>8.1}%{:>11.2}{:>6.0}%{:>7.0}{:>7.0}",
+            row.scene,
             row.load,
             row.engines,
             row.way,
@@ -187,10 +197,16 @@ pub fn run(options: &FleetBench) -> Result<()> {
             row.ttft_p50_s.median,
             row.ttft_p90_s.median,
             row.ttft_p99_s.median,
+            row.between_p90_s.median * 1e3,
             row.cached.median * 100.0,
             row.imbalance.median,
-            row.busy.median * 100.0
+            row.busy.median * 100.0,
+            row.lost.median,
+            row.lower.median
         );
+    }
+    for on in scenes::processors(&rows) {
+        println!("{on}");
     }
     report::print(&[], &goals, 2);
     Ok(())
@@ -209,12 +225,18 @@ mod tests {
             warm: 2.0,
             rate: 1.0,
             seeds: vec![1, 2],
+            compare: Vec::new(),
             json: true,
         };
         let rows = measure(&options).expect("runs");
-        assert_eq!(rows.len(), Way::ALL.len());
-        assert!(rows.iter().all(|row| row.p90s.len() == 2 && row.requests.median > 0.0));
-        let goals = goals(&rows);
-        assert!(goals.len() == 1 && goals[0].value > 0.0, "{goals:?}");
+        let of = |comparison| rows.iter().filter(move |row| row.comparison == comparison);
+        assert_eq!(of(Comparison::Ways).count(), Way::ALL.len());
+        assert!(rows.iter().all(|row| row.p90s.len() >= 2), "{rows:?}");
+        assert!(of(Comparison::Ways).all(|row| row.requests.median > 0.0));
+        assert!(of(Comparison::Churn).all(|row| row.lost.median == 0.0), "none goes so soon");
+        let goals = scenes::goals(&rows);
+        // Ways, two ways with two routers, overload, churn, prefill.
+        assert!(goals.len() == 6 && goals.iter().all(|goal| goal.value > 0.0), "{goals:?}");
+        assert_eq!(scenes::processors(&rows).len(), 6);
     }
 }

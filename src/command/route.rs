@@ -24,8 +24,9 @@ use kvcellar_route::aliases::Aliases;
 use kvcellar_route::choose::Policy;
 use kvcellar_route::engines::Engines;
 use kvcellar_route::gate::{Gate, GateSettings};
-use kvcellar_route::peers::exchange::{self, Peers};
+use kvcellar_route::peers::exchange;
 use kvcellar_route::peers::options::PeerOptions;
+use kvcellar_route::peers::standing::Peers;
 use kvcellar_route::picker_config::PickerConfig;
 use kvcellar_route::prompt::{Checked, Models};
 use kvcellar_route::proxy::{self, ProxyLimits};
@@ -397,8 +398,14 @@ async fn answer_peers(options: &Options, router: &Arc<Router>) -> Result<()> {
         log::warn!("{address} can be reached from elsewhere and asks for no key: see --peer-key");
     }
     let listener = serving::listen("peer-listen", address, "other routers at http://").await?;
-    let ended = serving::serve(listener, exchange::routes(Arc::clone(router)), std::future::pending()).await;
-    ended.map_err(|error| Error::io("serving", "peer-listen", error, "Look at the log"))
+    let server = Server {
+        listener,
+        router: exchange::routes(Arc::clone(router)),
+        limits: ClientLimits { connections: ADMIN_CONNECTIONS, ..options.clients.limits() },
+        counts: Arc::default(),
+    };
+    server.serve(std::future::pending()).await;
+    Ok(())
 }
 
 /// Lets waiting requests through, where requests may wait.

@@ -58,7 +58,12 @@ impl Engines {
 /// Those whose requests go well. All of them, where that is nobody: an engine that may fail is
 /// better than none.
 pub fn trusted<E: AsRef<Engine> + Clone>(engines: Vec<E>) -> Vec<E> {
-    let trusted: Vec<_> = engines.iter().filter(|engine| (*engine).as_ref().is_trusted()).cloned().collect();
+    trusted_by(engines, |engine| engine.as_ref().is_trusted())
+}
+
+/// The same of engines in any form.
+pub fn trusted_by<E: Clone>(engines: Vec<E>, is_trusted: impl Fn(&E) -> bool) -> Vec<E> {
+    let trusted: Vec<_> = engines.iter().filter(|engine| is_trusted(engine)).cloned().collect();
     if trusted.is_empty() { engines } else { trusted }
 }
 

@@ -18,7 +18,8 @@ use tokio::sync::{Notify, oneshot};
 
 use super::engine::Engine;
 use super::engines::{Engines, trusted};
-use super::queue::{QueueBounds, QueuePlace, RequestQueue, WaitingRequest};
+use super::hall::{EngineRoom, Entered, Hall, HallSettings, Sentence};
+use super::queue::{QueueBounds, QueuePlace, WaitingRequest};
 use super::request::Refusal;
 use super::spec::EngineRole;
 use super::urgency::Urgency;
@@ -38,47 +39,31 @@ pub struct GateSettings {
     pub starved: Duration,
 }
 
-/// Of so many turns one is for those who have waited too long.
-const STARVED_EVERY: u32 = 8;
-
-/// How long something is left free for a priority of which nothing more comes.
-const RESERVED_FOR: Duration = Duration::from_secs(30);
-
-/// Of so many places of an engine one is left to the highest priority.
-const RESERVED_SHARE: usize = 8;
-
-/// Lanes of which it is remembered, before old ones are forgotten, what was seen in them.
-const LANES_SEEN: usize = 1024;
-
 /// How often engines are looked at while requests wait and nothing ends: what they say of
 /// themselves changes with each scrape.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
+/// The hall, and who is to be told what becomes of those in it.
 #[derive(Debug)]
-enum Verdict {
-    Go,
-    Late,
-    Displaced,
+struct Waiting {
+    hall: Hall,
+    answers: HashMap<QueuePlace, oneshot::Sender<Sentence>>,
 }
 
-#[derive(Debug)]
-struct Hall {
-    queue: RequestQueue,
-    answers: HashMap<QueuePlace, oneshot::Sender<Verdict>>,
-    /// Requests that were let through and are not booked at an engine yet, by lane.
-    passing: HashMap<String, usize>,
-    /// Requests let through since one that starved was, by lane.
-    turns: HashMap<String, u32>,
-    /// The highest priority of each lane, and when it was last seen.
-    highest: HashMap<String, (i32, Instant)>,
+impl Waiting {
+    /// `false`: it has left.
+    fn tell(answers: &mut HashMap<QueuePlace, oneshot::Sender<Sentence>>, place: QueuePlace, told: Sentence) -> bool {
+        answers.remove(&place).is_some_and(|answer| answer.send(told).is_ok())
+    }
 }
 
 /// The gate.
 #[derive(Debug)]
 pub struct Gate {
-    settings: GateSettings,
+    patience: Duration,
+    settings: HallSettings,
     engines: Arc<Engines>,
-    hall: Mutex<Hall>,
+    waiting: Mutex<Waiting>,
     wake: Notify,
     opened: Instant,
 }
@@ -94,14 +79,7 @@ pub struct Pass<'g> {
 
 impl Drop for Pass<'_> {
     fn drop(&mut self) {
-        let mut hall = self.gate.hall();
-        if let Some(count) = hall.passing.get_mut(&self.lane) {
-            *count -= 1;
-            if *count == 0 {
-                hall.passing.remove(&self.lane);
-            }
-        }
-        drop(hall);
+        self.gate.lock().hall.passed(&self.lane);
         self.gate.wake();
     }
 }
@@ -112,19 +90,19 @@ struct Stay<'g> {
     place: QueuePlace,
     lane: String,
     came: Instant,
-    verdict: oneshot::Receiver<Verdict>,
+    told: oneshot::Receiver<Sentence>,
     is_over: bool,
 }
 
 impl<'g> Stay<'g> {
     async fn wait(mut self, patience: Duration) -> Result<Pass<'g>, Refusal> {
-        let verdict = (&mut self.verdict).await;
+        let told = (&mut self.told).await;
         self.is_over = true;
         let waited = self.came.elapsed();
-        match verdict {
-            Ok(Verdict::Go) => Ok(Pass { gate: self.gate, lane: std::mem::take(&mut self.lane), waited }),
-            Ok(Verdict::Late) => Err(Refusal::Late(patience.as_millis())),
-            Ok(Verdict::Displaced) | Err(_) => Err(Refusal::Displaced),
+        match told {
+            Ok(Sentence::Go) => Ok(Pass { gate: self.gate, lane: std::mem::take(&mut self.lane), waited }),
+            Ok(Sentence::Late) => Err(Refusal::Late(patience.as_millis())),
+            Ok(Sentence::Displaced) | Err(_) => Err(Refusal::Displaced),
         }
     }
 }
@@ -134,53 +112,13 @@ impl Drop for Stay<'_> {
         if self.is_over {
             return;
         }
-        let mut hall = self.gate.hall();
-        hall.answers.remove(&self.place);
-        let was_waiting = hall.queue.remove(self.place).is_some();
-        drop(hall);
-        if !was_waiting && matches!(self.verdict.try_recv(), Ok(Verdict::Go)) {
+        let mut waiting = self.gate.lock();
+        waiting.answers.remove(&self.place);
+        let was_waiting = waiting.hall.queue.remove(self.place).is_some();
+        drop(waiting);
+        if !was_waiting && matches!(self.told.try_recv(), Ok(Sentence::Go)) {
             // It left at the very moment at which it was let through.
             drop(Pass { gate: self.gate, lane: std::mem::take(&mut self.lane), waited: Duration::ZERO });
-        }
-    }
-}
-
-/// What engines have room for, at this moment.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct EngineRoom {
-    /// Engines that serve the lane.
-    engines: usize,
-    /// Those that may take a request of the highest priority.
-    any: usize,
-    /// Those that may take one of a lower priority.
-    lower: usize,
-    /// Of these, how many have nothing left to compute.
-    idle: usize,
-}
-
-impl EngineRoom {
-    /// Without an engine whoever decides refuses by name: nobody is to wait for that.
-    fn or_refusal(self) -> Self {
-        if self.engines == 0 { Self { engines: 1, any: usize::MAX, lower: usize::MAX, idle: 0 } } else { self }
-    }
-
-    /// What there is room for at both.
-    fn and(self, other: Self) -> Self {
-        Self {
-            engines: self.engines.min(other.engines),
-            any: self.any.min(other.any),
-            lower: self.lower.min(other.lower),
-            idle: self.idle.min(other.idle),
-        }
-    }
-
-    /// Whether there is room for one more beside those that are on their way. Of several engines
-    /// lower priorities leave one that has nothing to compute, wherever they are sent.
-    fn admits(self, is_highest: bool, passing: usize) -> bool {
-        match (is_highest, self.engines) {
-            (true, _) => self.any > passing,
-            (false, 1) => self.lower > passing,
-            (false, _) => self.idle > passing + 1,
         }
     }
 }
@@ -188,18 +126,15 @@ impl EngineRoom {
 impl Gate {
     /// An open gate in front of these engines. To be kept by [`Self::keep`].
     pub fn new(settings: GateSettings, engines: Arc<Engines>) -> Self {
-        let hall = Hall {
-            queue: RequestQueue::new(settings.bounds),
-            answers: HashMap::new(),
-            passing: HashMap::new(),
-            turns: HashMap::new(),
-            highest: HashMap::new(),
-        };
-        Self { settings, engines, hall: Mutex::new(hall), wake: Notify::new(), opened: Instant::now() }
+        let GateSettings { bounds, patience, backlog, concurrency, starved } = settings;
+        let (backlog_s, starved_s) = (backlog.as_secs_f64(), starved.as_secs_f64());
+        let settings = HallSettings { bounds, backlog_s, concurrency, starved_s };
+        let waiting = Waiting { hall: Hall::new(settings), answers: HashMap::new() };
+        Self { patience, settings, engines, waiting: Mutex::new(waiting), wake: Notify::new(), opened: Instant::now() }
     }
 
-    fn hall(&self) -> MutexGuard<'_, Hall> {
-        self.hall.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn now_s(&self) -> f64 {
@@ -208,7 +143,7 @@ impl Gate {
 
     /// Requests that wait, by priority, and bytes of their bodies.
     pub fn waiting(&self) -> (Vec<(i32, usize)>, usize) {
-        let hall = self.hall();
+        let hall = &self.lock().hall;
         (hall.queue.by_priority().into_iter().collect(), hall.queue.bytes())
     }
 
@@ -225,30 +160,30 @@ impl Gate {
     pub async fn enter(&self, lane: &str, urgency: &Urgency, bytes: usize) -> Result<Pass<'_>, Refusal> {
         let lane = lane.to_owned();
         let came = Instant::now();
-        let patience = urgency.ttft.map_or(self.settings.patience, |ttft| ttft.min(self.settings.patience));
+        let patience = urgency.ttft.map_or(self.patience, |ttft| ttft.min(self.patience));
+        let now_s = self.now_s();
+        let new = WaitingRequest {
+            lane: lane.clone(),
+            priority: urgency.priority,
+            flow: urgency.id.clone(),
+            came_s: now_s,
+            deadline_s: now_s + patience.as_secs_f64(),
+            bytes,
+        };
         let stay = {
-            let mut hall = self.hall();
-            hall.saw(&lane, urgency.priority);
-            if !hall.queue.lanes().contains(&lane) && self.has_room(&hall, &lane, urgency.priority) {
-                hall.lets_through(&lane);
-                return Ok(Pass { gate: self, lane, waited: Duration::ZERO });
+            let Waiting { hall, answers } = &mut *self.lock();
+            match hall.enter(new, || self.room(&lane)) {
+                Entered::Through => return Ok(Pass { gate: self, lane, waited: Duration::ZERO }),
+                Entered::Full => return Err(Refusal::QueueFull),
+                Entered::Waits(place, gone) => {
+                    for place in gone {
+                        Waiting::tell(answers, place, Sentence::Displaced);
+                    }
+                    let (answer, told) = oneshot::channel();
+                    answers.insert(place, answer);
+                    Stay { gate: self, place, lane, came, told, is_over: false }
+                }
             }
-            let now_s = self.now_s();
-            let waiting = WaitingRequest {
-                lane: lane.clone(),
-                priority: urgency.priority,
-                flow: urgency.id.clone(),
-                came_s: now_s,
-                deadline_s: now_s + patience.as_secs_f64(),
-                bytes,
-            };
-            let (place, gone) = hall.queue.push(waiting).ok_or(Refusal::QueueFull)?;
-            for place in gone {
-                hall.tell(place, Verdict::Displaced);
-            }
-            let (answer, verdict) = oneshot::channel();
-            hall.answers.insert(place, answer);
-            Stay { gate: self, place, lane, came, verdict, is_over: false }
         };
         self.wake();
         stay.wait(patience).await
@@ -258,10 +193,13 @@ impl Gate {
     pub async fn keep(&self) {
         loop {
             let pause = {
-                let mut hall = self.hall();
-                self.settle(&mut hall);
-                let until =
-                    hall.queue.next_deadline_s().map(|at_s| Duration::from_secs_f64((at_s - self.now_s()).max(0.0)));
+                let mut waiting = self.lock();
+                self.settle(&mut waiting);
+                let until = waiting
+                    .hall
+                    .queue
+                    .next_deadline_s()
+                    .map(|at_s| Duration::from_secs_f64((at_s - self.now_s()).max(0.0)));
                 until.map(|until| until.min(LOOK_EVERY))
             };
             match pause {
@@ -272,39 +210,14 @@ impl Gate {
         }
     }
 
-    fn settle(&self, hall: &mut Hall) {
-        let now_s = self.now_s();
-        for place in hall.queue.expire(now_s) {
-            hall.tell(place, Verdict::Late);
-        }
-        for lane in hall.queue.lanes() {
-            loop {
-                let room = self.room(&lane);
-                let passing = hall.passing.get(&lane).copied().unwrap_or(0);
-                let highest = hall.highest(&lane);
-                let may = |priority: i32| room.admits(highest.is_none_or(|highest| priority >= highest), passing);
-                // What is kept for the highest priority is not kept from those who starve.
-                let turns = hall.turns.get(&lane).copied().unwrap_or(0);
-                let starved = (turns + 1 >= STARVED_EVERY && room.admits(true, passing))
-                    .then(|| hall.queue.starved(&lane, now_s - self.settings.starved.as_secs_f64()))
-                    .flatten();
-                let next = starved.or_else(|| hall.queue.next(&lane, may));
-                let Some(place) = next else { break };
-                hall.queue.remove(place);
-                if hall.tell(place, Verdict::Go) {
-                    hall.lets_through(&lane);
-                    if starved.is_some() {
-                        hall.turns.remove(&lane);
-                    }
-                }
-            }
-        }
-    }
-
-    fn has_room(&self, hall: &Hall, lane: &str, priority: i32) -> bool {
-        let passing = hall.passing.get(lane).copied().unwrap_or(0);
-        let is_highest = hall.highest(lane).is_none_or(|highest| priority >= highest);
-        self.room(lane).admits(is_highest, passing)
+    fn settle(&self, waiting: &mut Waiting) {
+        let Waiting { hall, answers } = waiting;
+        hall.settle(
+            self.now_s(),
+            usize::MAX,
+            |lane| self.room(lane),
+            |place, told| Waiting::tell(answers, place, told),
+        );
     }
 
     /// Where some engines compute prompts for others, both kinds must have room.
@@ -322,49 +235,9 @@ impl Gate {
     fn room_at(&self, engines: &[&Arc<Engine>]) -> EngineRoom {
         let mut room = EngineRoom::default();
         for engine in engines {
-            room.engines += 1;
-            let backlog = engine.backlog();
-            let most = self.settings.concurrency;
-            let free = if most == 0 { usize::MAX } else { most.saturating_sub(backlog.requests) };
-            let waits = engine.told.load().waiting > backlog.unanswered as f64;
-            let is_ahead = backlog.seconds < self.settings.backlog.as_secs_f64() && !waits;
-            let takes_lower = is_ahead && free > if most > 1 { most.div_ceil(RESERVED_SHARE) } else { 0 };
-            room.any += usize::from(is_ahead && free > 0);
-            room.lower += usize::from(takes_lower);
-            room.idle += usize::from(takes_lower && backlog.seconds <= 0.0);
+            room.add(&self.settings, &engine.backlog(), engine.told.load().waiting);
         }
         room
-    }
-}
-
-impl Hall {
-    fn saw(&mut self, lane: &str, priority: i32) {
-        let now = Instant::now();
-        if self.highest.len() >= LANES_SEEN {
-            // Where engines do not say what they serve, lanes are what clients make of them.
-            self.highest.retain(|_, (_, at)| at.elapsed() < RESERVED_FOR);
-            let highest = &self.highest;
-            self.turns.retain(|lane, _| highest.contains_key(lane));
-        }
-        if self.highest(lane).is_none_or(|highest| priority >= highest) {
-            self.highest.insert(lane.to_owned(), (priority, now));
-        }
-    }
-
-    fn lets_through(&mut self, lane: &str) {
-        *self.passing.entry(lane.to_owned()).or_default() += 1;
-        let turns = self.turns.entry(lane.to_owned()).or_default();
-        *turns = turns.saturating_add(1);
-    }
-
-    /// The highest priority seen lately.
-    fn highest(&self, lane: &str) -> Option<i32> {
-        self.highest.get(lane).filter(|(_, at)| at.elapsed() < RESERVED_FOR).map(|(priority, _)| *priority)
-    }
-
-    /// `false`: it has left.
-    fn tell(&mut self, place: QueuePlace, verdict: Verdict) -> bool {
-        self.answers.remove(&place).is_some_and(|answer| answer.send(verdict).is_ok())
     }
 }
 
@@ -373,7 +246,7 @@ mod tests {
     use futures_util::FutureExt;
 
     use super::*;
-    use crate::booking::{Booking, Verdict as EngineVerdict};
+    use crate::booking::{Booking, Verdict};
     use crate::books::Promise;
     use crate::engine::Told;
     use crate::view::Rates;
@@ -427,10 +300,10 @@ mod tests {
             tokio::task::yield_now().await;
             assert_eq!(gate.waiting(), (vec![(0, 1)], 10));
             drop(long);
-            gate.settle(&mut gate.hall());
+            gate.settle(&mut gate.lock());
         });
         drop(entered.expect("through"));
-        assert!(gate.hall().passing.is_empty() && gate.hall().answers.is_empty());
+        assert!(gate.lock().hall.is_passed() && gate.lock().answers.is_empty());
     }
 
     #[tokio::test]
@@ -475,7 +348,7 @@ mod tests {
             let mut high = std::pin::pin!(gate.enter("m", &urgent, 10));
             assert!(high.as_mut().now_or_never().is_none(), "somebody waits before it");
             tokio::time::sleep(Duration::from_millis(1)).await;
-            gate.settle(&mut gate.hall());
+            gate.settle(&mut gate.lock());
             drop(high.as_mut().now_or_never());
         }
         assert!(turns >= 5, "{turns}: not before its turn");
@@ -487,7 +360,7 @@ mod tests {
         let engines = engines(2);
         let gate = Gate::new(SETTINGS, Arc::clone(&engines));
         for _ in 0..crate::breaker::FAILURES_MAX {
-            busy(&engines, 1, 0.0).judged(EngineVerdict::Ill);
+            busy(&engines, 1, 0.0).judged(Verdict::Ill);
         }
         let _one = busy(&engines, 0, 50.0);
         assert!(!is_through(&gate, 0).await, "the other one gets nothing");

@@ -28,6 +28,7 @@ pub mod estimate;
 pub mod expectations;
 pub mod ext_proc;
 pub mod gate;
+pub mod hall;
 pub mod limits;
 pub mod metrics;
 pub mod peers;

@@ -15,7 +15,7 @@ use super::answer::Usage;
 use super::engine::Engine;
 use super::engines::Engines;
 use super::gate::Gate;
-use super::peers::exchange::{PEER_STATES, Peers};
+use super::peers::standing::{PEER_STATES, Peers};
 use super::prefix::PrefixSource;
 use kvcellar_index::api::clients::ClientCounts;
 use kvcellar_index::fleet::FleetView;

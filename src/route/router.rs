@@ -18,8 +18,8 @@ use super::engines::{Engines, trusted};
 use super::expectations::Expectations;
 use super::gate::Gate;
 use super::metrics::Metrics;
-use super::peers::exchange::Peers;
 use super::peers::news::News;
+use super::peers::standing::Peers;
 use super::prefix::{self, Found, PrefixSource};
 use super::prompt::{Models, Prompt};
 use super::remote::Remote;
@@ -278,9 +278,9 @@ impl Router {
         held: Found,
         turn: u64,
     ) -> Option<(Arc<Engine>, Found)> {
-        let uncached = prompt.tokens.saturating_sub(held.held.tokens);
+        let pays = self.setup.two_steps.pay(prompt.tokens, held.held.tokens);
         let is_text = matches!(request.kind, Kind::Completion | Kind::Chat);
-        if !request.may_split || !is_text || uncached < self.setup.two_steps.tokens_min {
+        if !request.may_split || !is_text || !pays {
             return None;
         }
         let all = self.engines.all();

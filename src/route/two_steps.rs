@@ -33,6 +33,14 @@ pub struct TwoSteps {
     pub tokens_min: u32,
 }
 
+impl TwoSteps {
+    /// Whether it pays to have another engine compute a prompt, of which the one that goes on with
+    /// it holds so many tokens.
+    pub fn pay(&self, prompt_tokens: u32, held_tokens: u32) -> bool {
+        prompt_tokens.saturating_sub(held_tokens) >= self.tokens_min
+    }
+}
+
 /// What only makes sense for a whole answer.
 const NOT_FOR_ONE_TOKEN: [&str; 4] = ["stream", "stream_options", "min_tokens", "max_completion_tokens"];
 

@@ -1,7 +1,7 @@
 //! The way between routers: each asks every other one for its news, and answers when it is asked.
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::extract::{Path, Query, State};
@@ -13,118 +13,14 @@ use serde::Deserialize;
 use tokio::task::JoinSet;
 
 use super::follower::{Follower, Heard, PeerFault, Wanted, tell};
-use super::journal::Journal;
-use super::news::{Aged, News, Told, VERSION};
-use super::options::PeerOptions;
-use crate::books::{BookingId, Promise};
+use super::hear::{Listener, hear};
+use super::news::{Aged, News, PeerNews, VERSION};
+use super::standing::{PeerState, Peers};
+use crate::books::Books;
+use crate::decider::Decider;
 use crate::limits;
 use crate::router::Router;
 use crate::upstream::Upstream;
-use kvcellar_block::error::Result;
-
-/// The names of all states of peers, in metrics.
-pub const PEER_STATES: [&str; 4] = ["sharing", "silent", "refused", "self"];
-
-/// How it stands with one peer.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum PeerState {
-    /// What it has in flight counts.
-    Sharing(u64),
-    /// It does not answer.
-    Silent(String),
-    /// What it says is not taken.
-    Refused(PeerFault),
-    /// It is this router, or one that is shared with under another address.
-    Same(&'static str),
-}
-
-impl PeerState {
-    fn name(&self) -> &'static str {
-        match self {
-            Self::Sharing(_) => "sharing",
-            Self::Silent(_) => "silent",
-            Self::Refused(_) => "refused",
-            Self::Same(_) => "self",
-        }
-    }
-
-    fn text(&self) -> String {
-        match self {
-            Self::Sharing(_) => self.name().to_owned(),
-            Self::Silent(why) => format!("silent: {why}"),
-            Self::Refused(fault) => format!("refused: {fault}"),
-            Self::Same(why) => (*why).to_owned(),
-        }
-    }
-}
-
-/// A router's peers.
-#[derive(Debug)]
-pub struct Peers {
-    /// What this router tells them.
-    pub journal: Arc<Journal>,
-    upstream: Upstream,
-    urls: Vec<String>,
-    name: Option<String>,
-    states: Mutex<BTreeMap<String, PeerState>>,
-}
-
-impl Peers {
-    /// Those that options name; `None` where they name nobody. `upstream`: how engines are reached.
-    ///
-    /// # Errors
-    /// Those of the options, and of the file with the key.
-    pub fn new(options: &PeerOptions, upstream: &Upstream) -> Result<Option<Self>> {
-        let urls = options.urls()?;
-        if urls.is_empty() && options.name.is_none() {
-            return Ok(None);
-        }
-        // 0 stands for nobody.
-        let journal = Arc::new(Journal::new(fastrand::Rng::new().u64(1..)));
-        let upstream = upstream.clone().with_key("peer-key", options.peer_key.as_deref())?;
-        Ok(Some(Self { journal, upstream, urls, name: options.name.clone(), states: Mutex::default() }))
-    }
-
-    fn states_now(&self) -> MutexGuard<'_, BTreeMap<String, PeerState>> {
-        self.states.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// How it stands with each, for people.
-    pub fn states(&self) -> BTreeMap<String, String> {
-        self.states_now().iter().map(|(url, state)| (url.clone(), state.text())).collect()
-    }
-
-    /// How many there are in each state.
-    pub fn counts(&self) -> HashMap<&'static str, usize> {
-        let mut counts = HashMap::new();
-        self.states_now().values().for_each(|state| *counts.entry(state.name()).or_default() += 1);
-        counts
-    }
-
-    /// It stands so with a peer now. Said in the log when it changes.
-    fn stands(&self, url: &str, state: PeerState) {
-        let text = state.text();
-        let is_well = matches!(state, PeerState::Sharing(_) | PeerState::Same(_));
-        let mut states = self.states_now();
-        let is_told = match (states.get(url), &state) {
-            // Each time for another reason.
-            (Some(PeerState::Silent(_)), PeerState::Silent(_)) => true,
-            (before, state) => before == Some(state),
-        };
-        states.insert(url.to_owned(), state);
-        drop(states);
-        match (is_told, is_well) {
-            (true, _) => {}
-            (_, true) => log::info!("router {url}: {text}"),
-            (_, false) => log::warn!("router {url}: {text}: what it has in flight does not count here"),
-        }
-    }
-
-    /// Whether another line follows this one already.
-    fn is_followed(&self, url: &str, instance: u64) -> bool {
-        self.states_now().iter().any(|(it, state)| it != url && *state == PeerState::Sharing(instance))
-    }
-}
 
 /// Models that a router's engines serve.
 fn models(router: &Router) -> Vec<String> {
@@ -165,35 +61,33 @@ fn all(router: &Router) -> Vec<Aged> {
 }
 
 /// Takes what a peer has told.
-fn take(router: &Router, heard: &Heard) {
+fn take(mut router: &Router, heard: &Heard) {
     heard.forget.into_iter().for_each(|peer| forget(router, peer));
     for aged in &heard.news {
-        hear(router, heard.instance, aged.ago_s(), &aged.1);
+        hear(&mut router, heard.instance, aged.ago_s(), &aged.1);
     }
     router.setup.gate.iter().for_each(|gate| gate.wake());
 }
 
-fn hear(router: &Router, peer: u64, ago_s: f64, news: &News) {
-    match news {
-        News::Booked { engine, number, tokens, held, streams } => {
-            let Some(engine) = router.engines.find(engine) else { return };
-            let promise = Promise { tokens: *tokens, held: *held, streams: *streams };
-            engine.books().book_of_peer(engine.now_s() - ago_s, BookingId { peer, number: *number }, promise);
+impl Listener for &Router {
+    fn books(&mut self, engine: &str, change: impl FnOnce(&mut Books, f64)) {
+        if let Some(engine) = self.engines.find(engine) {
+            change(&mut engine.books(), engine.now_s());
         }
-        News::Answered { engine, number } => {
-            let Some(engine) = router.engines.find(engine) else { return };
-            engine.books().answered_at(engine.now_s() - ago_s, BookingId { peer, number: *number });
+    }
+
+    fn given(&mut self, engine: &str, hashes: &[u64]) {
+        if let Some(engine) = self.engines.find(engine) {
+            engine.recent().used(hashes);
         }
-        News::Ended { engine, number } => {
-            let Some(engine) = router.engines.find(engine) else { return };
-            engine.books().end_at(engine.now_s() - ago_s, BookingId { peer, number: *number });
-        }
-        News::Session { session, engine } => router.sessions.put(*session, Arc::clone(engine)),
-        News::Credit { prefix, change_s } => router.decider().0.credit_changed(*prefix, *change_s),
-        News::CreditIs { prefix, credit_s } => router.decider().0.credit_is(*prefix, *credit_s),
-        News::Given { engine, hashes } => {
-            router.engines.find(engine).iter().for_each(|engine| engine.recent().used(hashes));
-        }
+    }
+
+    fn session(&mut self, session: u64, engine: &Arc<str>) {
+        self.sessions.put(session, Arc::clone(engine));
+    }
+
+    fn decider(&mut self, change: impl FnOnce(&mut Decider)) {
+        change(&mut Router::decider(self).0);
     }
 }
 
@@ -204,7 +98,7 @@ fn forget(router: &Router, peer: u64) {
 }
 
 /// Follows one peer. Dropped, it takes back what it told.
-struct Line {
+struct PeerLine {
     router: Arc<Router>,
     url: String,
     follower: Follower,
@@ -214,14 +108,14 @@ struct Line {
     engines: Vec<String>,
 }
 
-impl Drop for Line {
+impl Drop for PeerLine {
     fn drop(&mut self) {
         self.follower.give_up().into_iter().for_each(|peer| forget(&self.router, peer));
-        self.router.setup.peers.iter().for_each(|peers| drop(peers.states_now().remove(&self.url)));
+        self.router.setup.peers.iter().for_each(|peers| peers.leaves(&self.url));
     }
 }
 
-impl Line {
+impl PeerLine {
     fn new(router: Arc<Router>, url: String) -> Self {
         Self { router, url, follower: Follower::default(), since: Instant::now(), engines: Vec::new() }
     }
@@ -261,7 +155,7 @@ impl Line {
         let now_s = self.since.elapsed().as_secs_f64();
         let told = match answer {
             Ok((StatusCode::OK, body)) => {
-                serde_json::from_slice::<Told>(&body).map_err(|error| PeerFault::Answer(error.to_string()))
+                serde_json::from_slice::<PeerNews>(&body).map_err(|error| PeerFault::Answer(error.to_string()))
             }
             Ok((StatusCode::UNAUTHORIZED, _)) => Err(PeerFault::Key),
             Ok((status, body)) => {
@@ -309,7 +203,7 @@ pub async fn keep(router: Arc<Router>) {
     let Some(peers) = &router.setup.peers else { return std::future::pending().await };
     let mut named = JoinSet::new();
     for url in &peers.urls {
-        named.spawn(Line::new(Arc::clone(&router), url.clone()).keep());
+        named.spawn(PeerLine::new(Arc::clone(&router), url.clone()).keep());
     }
     let Some(name) = &peers.name else { return std::future::pending().await };
     let mut found: HashMap<String, tokio::task::AbortHandle> = HashMap::new();
@@ -332,7 +226,7 @@ pub async fn keep(router: Arc<Router>) {
                 });
                 for url in now {
                     if !found.contains_key(&url) && !peers.urls.contains(&url) {
-                        let line = named.spawn(Line::new(Arc::clone(&router), url.clone()).keep());
+                        let line = named.spawn(PeerLine::new(Arc::clone(&router), url.clone()).keep());
                         found.insert(url, line);
                     }
                 }
@@ -351,7 +245,7 @@ pub async fn keep(router: Arc<Router>) {
 
 /// What a peer asks for.
 #[derive(Debug, Deserialize)]
-struct Question {
+struct PeerQuestion {
     instance: Option<u64>,
     next: Option<u64>,
 }
@@ -364,7 +258,7 @@ pub fn routes(router: Arc<Router>) -> axum::Router {
 async fn answer(
     State(router): State<Arc<Router>>,
     Path(version): Path<String>,
-    Query(Question { instance, next }): Query<Question>,
+    Query(PeerQuestion { instance, next }): Query<PeerQuestion>,
     headers: HeaderMap,
 ) -> Response {
     let is_peer = |peers: &Peers| peers.upstream.knows(headers.get(header::AUTHORIZATION));

@@ -3,7 +3,7 @@
 //! Pure: the time is an argument, in seconds since any moment.
 
 use super::journal::Journal;
-use super::news::{Aged, Told, VERSION};
+use super::news::{Aged, PeerNews, VERSION};
 use crate::limits;
 
 /// What is asked of a peer: its news from a number on, if it is still the one that wrote them.
@@ -73,7 +73,7 @@ impl Follower {
     ///
     /// # Errors
     /// [`PeerFault`]; what was counted of it is to be forgotten.
-    pub fn hear(&mut self, now_s: f64, ours: &[String], told: Told) -> Result<Heard, PeerFault> {
+    pub fn hear(&mut self, now_s: f64, ours: &[String], told: PeerNews) -> Result<Heard, PeerFault> {
         if told.version != VERSION {
             return Err(PeerFault::Version(told.version));
         }
@@ -119,7 +119,7 @@ pub fn tell(
     wanted: Option<Wanted>,
     models: Vec<String>,
     all: impl FnOnce() -> Vec<Aged>,
-) -> Told {
+) -> PeerNews {
     // Before anything is looked at: what happens meanwhile is told the next time once more.
     let next = journal.next();
     let ours = wanted.filter(|wanted| wanted.instance == journal.instance());
@@ -128,7 +128,7 @@ pub fn tell(
         Some((from, news)) => (false, from + news.len() as u64, news),
         None => (true, next, all()),
     };
-    Told { version: VERSION, instance: journal.instance(), models, is_snapshot, next, news }
+    PeerNews { version: VERSION, instance: journal.instance(), models, is_snapshot, next, news }
 }
 
 #[cfg(test)]
@@ -196,7 +196,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_counted_is_refused_by_name() {
-        let told = |version, model: &str| Told {
+        let told = |version, model: &str| PeerNews {
             version,
             instance: 1,
             models: vec![model.to_owned()],
@@ -209,7 +209,7 @@ mod tests {
         assert!(hear(told(2, "m")).expect("refused").contains("version 2"));
         let other = hear(told(1, "n")).expect("refused");
         assert!(other.contains("serve n,") && other.contains("this router m"), "{other}");
-        let torn = Told { is_snapshot: false, ..told(1, "m") };
+        let torn = PeerNews { is_snapshot: false, ..told(1, "m") };
         assert!(hear(torn).expect("refused").contains("beginning"));
         assert_eq!(hear(told(1, "m")), None);
     }

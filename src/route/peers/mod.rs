@@ -13,6 +13,8 @@
 
 pub mod exchange;
 pub mod follower;
+pub mod hear;
 pub mod journal;
 pub mod news;
 pub mod options;
+pub mod standing;

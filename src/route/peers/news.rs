@@ -92,7 +92,7 @@ impl News {
 
 /// A router's answer to another one that asks for its news.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Told {
+pub struct PeerNews {
     /// [`VERSION`] of the one who tells.
     pub version: u32,
     /// Who tells: another number after each start.
@@ -168,9 +168,9 @@ mod tests {
             News::Given { engine: "a".into(), hashes: vec![u64::MAX, 3] },
         ];
         let news: Vec<Aged> = news.into_iter().map(|it| Aged::new(0.25, it)).collect();
-        let told = Told { version: VERSION, instance: 7, models: Vec::new(), is_snapshot: true, next: 4, news };
+        let told = PeerNews { version: VERSION, instance: 7, models: Vec::new(), is_snapshot: true, next: 4, news };
         let text = serde_json::to_string(&told).expect("JSON");
         assert!(text.contains(r#"[250,{"booked":{"engine":"a","number":1,"#), "{text}");
-        assert_eq!(serde_json::from_str::<Told>(&text).expect("news").news, told.news);
+        assert_eq!(serde_json::from_str::<PeerNews>(&text).expect("news").news, told.news);
     }
 }

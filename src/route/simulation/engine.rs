@@ -4,14 +4,15 @@
 //! As in vLLM, a step spends a budget of tokens: one for each request that decodes, then chunks of
 //! prompts in the order they came; who gets nothing of it waits, and finds what others have
 //! computed meanwhile when its turn comes. A step takes a fixed time, a time for each prompt token
-//! it computes and each request it decodes, and the time of loads from host memory. Not modelled:
+//! it computes and each request it decodes, and the time of loads from host memory. A prompt that
+//! another engine has computed is loaded as a whole, but for its last block. Not modelled:
 //! preemption (a request's room is reserved up to its end), attention that grows with the context,
 //! failures.
 
 use std::collections::VecDeque;
 
-use super::cache::Cache;
-use super::load::BLOCK;
+use super::cache::{Cache, Change};
+use super::load::{BLOCK, Load};
 
 /// Speeds and sizes.
 #[derive(Debug, Clone, Copy)]
@@ -28,6 +29,8 @@ pub struct Model {
     pub decode_s: f64,
     /// Tokens a second from host memory.
     pub load: f64,
+    /// Tokens a second from another engine.
+    pub transfer: f64,
     /// Tokens of a step.
     pub budget: u32,
     /// Requests that run at once.
@@ -44,8 +47,28 @@ impl Default for Model {
             prefill: 12_000.0,
             decode_s: 0.000_06,
             load: 400_000.0,
+            // 128 KiB a token over a network of 200 Gbit/s.
+            transfer: 200_000.0,
             budget: 2048,
             slots: 128,
+        }
+    }
+}
+
+impl Model {
+    /// Engines for a kind of traffic.
+    pub fn of(load: Load) -> Self {
+        match load {
+            Load::SharedPrefix | Load::MultiTurn | Load::Agent => Self::default(),
+            // A model of 135M parameters on one core, with the caches that the report tells of.
+            Load::Notebooks => Self {
+                gpu_blocks: 58,
+                host_blocks: 140,
+                step_s: 0.03,
+                prefill: 1_050.0,
+                decode_s: 0.005,
+                ..Self::default()
+            },
         }
     }
 }
@@ -63,6 +86,8 @@ pub struct Job {
     pub prompt: usize,
     /// Tokens of its answer.
     pub answer: u32,
+    /// Another engine has computed its prompt.
+    is_handed_over: bool,
     cached: u32,
     computed: u32,
     decoded: u32,
@@ -71,7 +96,13 @@ pub struct Job {
 impl Job {
     /// A request with a prompt of so many blocks.
     pub fn new(id: usize, hashes: Vec<u64>, contents: Vec<u32>, prompt: usize, answer: u32) -> Self {
-        Self { id, hashes, contents, prompt, answer, cached: 0, computed: 0, decoded: 0 }
+        Self { id, hashes, contents, prompt, answer, is_handed_over: false, cached: 0, computed: 0, decoded: 0 }
+    }
+
+    /// The same, with a prompt that another engine has computed.
+    #[must_use]
+    pub fn handed_over(self) -> Self {
+        Self { is_handed_over: true, ..self }
     }
 
     fn prompt_tokens(&self) -> u32 {
@@ -102,6 +133,8 @@ pub struct Step {
     pub first_tokens: Vec<(usize, u32)>,
     /// Requests that end with it.
     pub done: Vec<usize>,
+    /// What it changes in the engine's blocks.
+    pub changes: Vec<Change>,
 }
 
 /// An engine.
@@ -146,14 +179,21 @@ impl SimEngine {
         self.waiting.is_empty() && self.running.is_empty()
     }
 
-    /// Lets the first waiting request in if there is room. Returns the tokens that it loads from
-    /// host memory.
-    fn admit(&mut self) -> Option<u32> {
+    /// Everything that was here is lost. Returns the requests.
+    pub fn lose(&mut self) -> Vec<usize> {
+        let lost = self.running.iter().chain(&self.waiting).map(|job| job.id).collect();
+        *self = Self { work_s: self.work_s, ..Self::new(self.model) };
+        lost
+    }
+
+    /// Lets the first waiting request in if there is room. Returns the seconds that its loads take.
+    fn admit(&mut self) -> Option<f64> {
         let job = self.waiting.front()?;
         let (gpu, host) = self.cache.held(&job.hashes[..job.prompt]);
         // The last block of a prompt is always computed.
         let gpu = gpu.min(job.prompt - 1);
-        let loaded = host.min(job.prompt - 1 - gpu);
+        let from_host = host.min(job.prompt - 1 - gpu);
+        let loaded = if job.is_handed_over { job.prompt - 1 - gpu } else { from_host };
         let fits = self.cache.fits(&job.hashes[..gpu], job.room()) || self.running.is_empty();
         if self.running.len() >= self.model.slots || !fits {
             return None;
@@ -162,19 +202,20 @@ impl SimEngine {
         self.cache.admit(&job.hashes, &job.contents, (gpu, loaded), job.room() - gpu - loaded);
         job.cached = (gpu + loaded) as u32 * BLOCK;
         job.computed = job.cached;
+        let rate = if job.is_handed_over { self.model.transfer } else { self.model.load };
         self.running.push(job);
-        Some(loaded as u32 * BLOCK)
+        Some(loaded as f64 * f64::from(BLOCK) / rate)
     }
 
     /// One step.
     pub fn step(&mut self) -> Step {
         let mut step = Step::default();
-        let (mut budget, mut prefill, mut decodes, mut loaded) = (self.model.budget, 0, 0, 0);
+        let (mut budget, mut prefill, mut decodes, mut load_s) = (self.model.budget, 0, 0, 0.0);
         let mut at = 0;
         loop {
             if at == self.running.len() {
                 match (budget > 0).then(|| self.admit()).flatten() {
-                    Some(tokens) => loaded += tokens,
+                    Some(seconds) => load_s += seconds,
                     None => break,
                 }
             }
@@ -197,9 +238,7 @@ impl SimEngine {
             }
             at += 1;
         }
-        let work_s = f64::from(prefill) / self.model.prefill
-            + f64::from(decodes) * self.model.decode_s
-            + f64::from(loaded) / self.model.load;
+        let work_s = f64::from(prefill) / self.model.prefill + f64::from(decodes) * self.model.decode_s + load_s;
         self.work_s += work_s;
         step.seconds = self.model.step_s + work_s;
         let is_done = |job: &Job| job.is_computed() && job.decoded >= job.answer;
@@ -210,13 +249,13 @@ impl SimEngine {
             self.cache.release(&job.hashes[..full], job.room() - full);
             step.done.push(job.id);
         }
+        step.changes = std::mem::take(&mut self.cache.changes);
         step
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::cache::Change;
     use super::*;
 
     fn run(engine: &mut SimEngine, job: Job) -> (u32, f64) {
@@ -243,8 +282,12 @@ mod tests {
         assert_eq!(cached, 0);
         let (cached, warm_s) = run(&mut engine, job(1, 1, 30));
         assert!(cached == 29 * BLOCK && warm_s < cold_s);
-        run(&mut engine, job(2, 1000, 30));
-        assert!(engine.cache.changes.iter().any(|change| matches!(change, Change::Moved(_))));
+        engine.push(job(2, 1000, 30));
+        let moved = |step: &Step| step.changes.iter().any(|change| matches!(change, Change::Moved(_)));
+        assert!(moved(&engine.step()));
+        while !engine.is_idle() {
+            engine.step();
+        }
         let (cached, _) = run(&mut engine, job(3, 1, 30));
         assert_eq!(cached, 29 * BLOCK, "from host memory");
         run(&mut engine, job(4, 2000, 30));
@@ -282,5 +325,19 @@ mod tests {
         let hashes: Vec<u64> = (1..=12).collect();
         run(&mut engine, Job::new(0, hashes.clone(), contents, 10, 2 * BLOCK + 5));
         assert_eq!(engine.cache.held(&hashes), (12, 0));
+    }
+
+    #[test]
+    fn what_was_handed_over_is_loaded_and_what_was_lost_is_named() {
+        let mut engine = SimEngine::new(Model::default());
+        let (cached, seconds) = run(&mut engine, job(0, 1, 30).handed_over());
+        assert_eq!(cached, 29 * BLOCK);
+        assert!(seconds < run(&mut engine, job(1, 1000, 30)).1);
+        engine.push(job(2, 2000, 40));
+        engine.step();
+        engine.push(job(3, 3000, 1));
+        assert_eq!(engine.lose(), [2, 3]);
+        assert!(engine.is_idle() && engine.work_s > 0.0);
+        assert_eq!(run(&mut engine, job(4, 1000, 30)).0, 0, "it holds nothing any more");
     }
 }

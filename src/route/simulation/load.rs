@@ -14,6 +14,18 @@ pub enum Load {
     MultiTurn,
     /// Agents: long common tool descriptions, many quick steps, long results of tools.
     Agent,
+    /// That of `scripts/quickstart --fleet`: conversations over one of four long instructions, on
+    /// engines without a GPU; three requests in flight, each followed by the next.
+    Notebooks,
+}
+
+/// Conversations that are there from the start, of which so many are answered at a time.
+#[derive(Debug, Clone, Copy)]
+pub struct ClosedLoop {
+    /// Conversations.
+    pub sessions: usize,
+    /// Requests in flight.
+    pub in_flight: usize,
 }
 
 /// Tokens of a block.
@@ -41,7 +53,7 @@ pub struct Shape {
 }
 
 impl Load {
-    /// All kinds.
+    /// All kinds whose sessions arrive at random.
     pub const ALL: [Self; 3] = [Self::SharedPrefix, Self::MultiTurn, Self::Agent];
 
     /// Its name in reports.
@@ -50,7 +62,13 @@ impl Load {
             Self::SharedPrefix => "shared-prefix",
             Self::MultiTurn => "multi-turn",
             Self::Agent => "agent",
+            Self::Notebooks => "notebooks",
         }
+    }
+
+    /// Its conversations, where they are there from the start.
+    pub fn closed(self) -> Option<ClosedLoop> {
+        (self == Self::Notebooks).then_some(ClosedLoop { sessions: 24, in_flight: 3 })
     }
 
     /// What it is made of. Rates load an engine to about three quarters when every prefix is found.
@@ -85,6 +103,16 @@ impl Load {
                 answer: (20, 150),
                 pause_s: 1.5,
                 rate: 0.2,
+            },
+            Self::Notebooks => Shape {
+                beginnings: 2.0,
+                beginning: 7,
+                first: (2, 3),
+                turn: (2, 2),
+                turns: (4, 4),
+                answer: (16, 16),
+                pause_s: 0.0,
+                rate: 0.0,
             },
         }
     }

@@ -17,6 +17,8 @@ pub struct Outcome {
     pub ttft_p90_s: f64,
     /// Ninety-nine of a hundred are below.
     pub ttft_p99_s: f64,
+    /// Time between two tokens of an answer: of nine of ten it is shorter, in s.
+    pub between_p90_s: f64,
     /// Share of prompt tokens that were cached.
     pub cached: f64,
     /// Busiest engine's work over the mean.
@@ -24,6 +26,10 @@ pub struct Outcome {
     /// Mean share of time that an engine worked: computed, decoded or loaded, without what a step
     /// takes in any case.
     pub busy: f64,
+    /// Requests that count and were not answered to their end, because their engine went.
+    pub lost: usize,
+    /// Requests of a lower priority that were answered to their end in the time that counts.
+    pub lower: usize,
 }
 
 /// One request that counts.
@@ -33,16 +39,15 @@ pub struct Served {
     pub ttft_s: f64,
     /// Its prompt's tokens and how many were cached; none if it was not answered.
     pub tokens: Option<(u32, u32)>,
+    /// Time between its answer's tokens, in s, if it has ended.
+    pub between_s: Option<f64>,
 }
 
 impl Outcome {
     /// From what was served, and the seconds that each engine worked of those that count.
     pub fn of(served: &[Served], work_s: &[f64], seconds: f64) -> Self {
-        let mut ttft: Vec<f64> = served.iter().map(|it| it.ttft_s).collect();
-        ttft.sort_by(f64::total_cmp);
-        let percentile = |share: f64| {
-            ttft.get(((ttft.len() as f64 * share) as usize).min(ttft.len().saturating_sub(1))).copied().unwrap_or(0.0)
-        };
+        let ttft = sorted(served.iter().map(|it| it.ttft_s));
+        let percentile = |share: f64| percentile(&ttft, share);
         let answered = || served.iter().filter_map(|it| it.tokens);
         let tokens: f64 = answered().map(|(tokens, _)| f64::from(tokens)).sum();
         let cached: f64 = answered().map(|(_, cached)| f64::from(cached)).sum();
@@ -53,9 +58,23 @@ impl Outcome {
             ttft_p50_s: percentile(0.5),
             ttft_p90_s: percentile(0.9),
             ttft_p99_s: percentile(0.99),
+            between_p90_s: self::percentile(&sorted(served.iter().filter_map(|it| it.between_s)), 0.9),
             cached: cached / tokens.max(1.0),
             imbalance: work_s.iter().copied().fold(0.0, f64::max) / mean.max(1e-9),
             busy: mean / seconds,
+            lost: 0,
+            lower: 0,
         }
     }
+}
+
+fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values
+}
+
+fn percentile(sorted: &[f64], share: f64) -> f64 {
+    let at = (sorted.len() as f64 * share) as usize;
+    sorted.get(at.min(sorted.len().saturating_sub(1))).copied().unwrap_or(0.0)
 }
