@@ -24,14 +24,34 @@ use tokio::time::Sleep;
 use super::clients::{ClientCounts, ClientLimits, Cut, UNREAD_BYTES_MAX};
 use super::paced::Paced;
 
+/// How connections are asked to end.
+#[derive(Debug, Default)]
+pub(super) struct Ending {
+    asked: Notify,
+    is_stop: AtomicBool,
+}
+
+impl Ending {
+    /// Another client waits: those that have had an answer end when they are idle.
+    pub(super) fn make_room(&self) {
+        self.asked.notify_waiters();
+    }
+
+    /// The server stops: all end when they are idle.
+    pub(super) fn stop(&self) {
+        self.is_stop.store(true, Ordering::Release);
+        self.asked.notify_waiters();
+    }
+}
+
 /// A connection before it is served.
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) router: Router,
     pub(super) limits: ClientLimits,
     pub(super) counts: Arc<ClientCounts>,
-    /// Says that connections are to end after their answers.
-    pub(super) ending: Arc<Notify>,
+    /// Says when it is to end.
+    pub(super) ending: Arc<Ending>,
     /// Given back at the end.
     pub(super) place: Option<OwnedSemaphorePermit>,
 }
@@ -44,6 +64,7 @@ impl Connection {
         // What is written is whole: waiting for more would only delay it.
         let _still_well = stream.set_nodelay(true);
         let head_begun = Arc::new(AtomicBool::new(false));
+        let had_answer = AtomicBool::new(false);
         let watched = Watched {
             stream,
             stall: limits.stall,
@@ -56,11 +77,12 @@ impl Connection {
             head_begun.store(false, Ordering::Relaxed);
             let paced = request.map(|body| Paced::new(body, limits.stall, Arc::clone(&counts)));
             let answer = router.call(paced);
-            let head_begun = Arc::clone(&head_begun);
+            let (head_begun, had_answer) = (&head_begun, &had_answer);
             async move {
                 let answer = answer.await;
                 // What came meanwhile was its body.
                 head_begun.store(false, Ordering::Relaxed);
+                had_answer.store(true, Ordering::Relaxed);
                 answer
             }
         });
@@ -70,11 +92,15 @@ impl Connection {
             .max_buf_size(UNREAD_BYTES_MAX)
             .serve_connection(TokioIo::new(watched), service);
         let mut served = pin!(served);
-        let ended = tokio::select! {
-            ended = served.as_mut() => ended,
-            () = ending.notified() => {
-                served.as_mut().graceful_shutdown();
-                served.await
+        let ended = loop {
+            tokio::select! {
+                ended = served.as_mut() => break ended,
+                () = ending.asked.notified() => {
+                    // A client that has just come is about to ask.
+                    if ending.is_stop.load(Ordering::Acquire) || had_answer.load(Ordering::Relaxed) {
+                        served.as_mut().graceful_shutdown();
+                    }
+                }
             }
         };
         // Whatever else ends a connection its client knows.

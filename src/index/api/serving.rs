@@ -1,9 +1,9 @@
 //! How every server of ours begins and ends: the runtime, the socket, the signals, and who gets a
 //! connection.
 //!
-//! At the bound of connections no more are accepted: further clients wait in the system's queue.
-//! Idle connections are ended then, and the others after their answer, so that those who only keep
-//! one open take nobody's place.
+//! At the bound of connections the next client waits, and those after it in the system's queue. As
+//! long as one waits, connections that have had an answer and are idle are ended, and busy ones
+//! after their answer, so that those who only keep one open take nobody's place.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
 use super::clients::{ClientCounts, ClientLimits};
-use super::connection::Connection;
+use super::connection::{Connection, Ending};
 use kvcellar_block::error::{Error, Result};
 
 /// How long open answers may take to end when a server stops.
@@ -79,16 +79,16 @@ impl Server {
     /// that, it ends them at once.
     pub async fn serve(self, stop: impl Future<Output = ()>) {
         let places = Arc::new(Semaphore::new(self.limits.connections));
-        let ending = Arc::new(Notify::new());
+        let ending = Arc::new(Ending::default());
         let mut open = JoinSet::new();
         let mut stop = pin!(stop);
         let (mut said_full, mut said_error) = (SaidAt::default(), SaidAt::default());
         loop {
             let next = async {
-                let place = self.place(&places, &ending, &mut said_full).await;
-                (place, self.client(&mut said_error).await)
+                let stream = self.client(&mut said_error).await;
+                (stream, self.place(&places, &ending, &mut said_full).await)
             };
-            let (place, stream) = tokio::select! {
+            let (stream, place) = tokio::select! {
                 next = next => next,
                 () = &mut stop => break,
             };
@@ -103,14 +103,14 @@ impl Server {
             open.spawn(connection.serve(stream));
         }
         drop(self.listener);
-        ending.notify_waiters();
+        ending.stop();
         let ended = async { while open.join_next().await.is_some() {} };
         // Those that take longer end with the set.
         let _late = tokio::time::timeout(LAST_ANSWERS, ended).await;
     }
 
     /// A place for one more connection.
-    async fn place(&self, places: &Arc<Semaphore>, ending: &Notify, said: &mut SaidAt) -> Option<OwnedSemaphorePermit> {
+    async fn place(&self, places: &Arc<Semaphore>, ending: &Ending, said: &mut SaidAt) -> Option<OwnedSemaphorePermit> {
         if let Ok(place) = Arc::clone(places).try_acquire_owned() {
             return Some(place);
         }
@@ -122,7 +122,7 @@ impl Server {
             );
         }
         loop {
-            ending.notify_waiters();
+            ending.make_room();
             let place = Arc::clone(places).acquire_owned();
             if let Ok(place) = tokio::time::timeout(ASK_AGAIN, place).await {
                 return place.ok();
