@@ -42,7 +42,8 @@ enum Topic {
     Index(IndexCommand),
     /// Sends each request of a fleet to the engine that saves the most work.
     Route(Box<route::Options>),
-    /// A fleet in a terminal: engines, tiers, hit rates, queue and decisions, as a router sees them.
+    /// A fleet in a terminal: engines, tiers, hit rates, queue and decisions, as a router sees
+    /// them.
     Top(top::Options),
     /// Events of engines: watch, record, play again, make up.
     #[command(subcommand)]

@@ -3,8 +3,11 @@
 mod amounts;
 mod drawing;
 mod fleet;
+mod palette;
 mod reading;
 mod screen;
+mod small_panes;
+mod tables;
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -15,12 +18,12 @@ use ratatui::DefaultTerminal;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 use tokio::sync::mpsc;
 
-use drawing::Palette;
 use fleet::FleetState;
 use kvcellar_block::error::{Error, Result};
 use kvcellar_index::api::serving;
+use palette::Palette;
 use reading::Sources;
-use screen::{Screen, Wish};
+use screen::{KeyWish, Screen};
 
 /// Keys that wait to be worked on. Further ones wait in the terminal.
 const KEYS_QUEUE: usize = 16;
@@ -134,19 +137,19 @@ async fn keep_reading(sources: Sources, every: Duration, readings: mpsc::Sender<
 }
 
 /// What a person wants by a key.
-fn wish(event: &Event) -> Option<Wish> {
+fn wish(event: &Event) -> Option<KeyWish> {
     let Event::Key(key) = event else { return None };
     if key.kind == KeyEventKind::Release {
         return None;
     }
     match key.code {
-        KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => Some(Wish::Quit),
-        KeyCode::Char('q') | KeyCode::Esc => Some(Wish::Quit),
-        KeyCode::Up | KeyCode::Char('k') => Some(Wish::Up),
-        KeyCode::Down | KeyCode::Char('j') => Some(Wish::Down),
-        KeyCode::Tab | KeyCode::BackTab => Some(Wish::NextPane),
-        KeyCode::Char('p') => Some(Wish::Pause),
-        KeyCode::Char('?') => Some(Wish::Help),
+        KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => Some(KeyWish::Quit),
+        KeyCode::Char('q') | KeyCode::Esc => Some(KeyWish::Quit),
+        KeyCode::Up | KeyCode::Char('k') => Some(KeyWish::Up),
+        KeyCode::Down | KeyCode::Char('j') => Some(KeyWish::Down),
+        KeyCode::Tab | KeyCode::BackTab => Some(KeyWish::NextPane),
+        KeyCode::Char('p') => Some(KeyWish::Pause),
+        KeyCode::Char('?') => Some(KeyWish::Help),
         _ => None,
     }
 }
@@ -161,13 +164,13 @@ mod tests {
     fn keys_are_wishes() {
         let of = |code, modifiers| wish(&Event::Key(KeyEvent::new(code, modifiers)));
         let plain = |code| of(code, KeyModifiers::NONE);
-        assert_eq!(plain(KeyCode::Char('q')), Some(Wish::Quit));
-        assert_eq!(of(KeyCode::Char('c'), KeyModifiers::CONTROL), Some(Wish::Quit));
+        assert_eq!(plain(KeyCode::Char('q')), Some(KeyWish::Quit));
+        assert_eq!(of(KeyCode::Char('c'), KeyModifiers::CONTROL), Some(KeyWish::Quit));
         assert_eq!(plain(KeyCode::Char('c')), None);
-        assert_eq!([plain(KeyCode::Up), plain(KeyCode::Char('k'))], [Some(Wish::Up); 2]);
-        assert_eq!([plain(KeyCode::Down), plain(KeyCode::Char('j'))], [Some(Wish::Down); 2]);
-        assert_eq!([plain(KeyCode::Tab), plain(KeyCode::BackTab)], [Some(Wish::NextPane); 2]);
-        assert_eq!([plain(KeyCode::Char('p')), plain(KeyCode::Char('?'))], [Some(Wish::Pause), Some(Wish::Help)]);
+        assert_eq!([plain(KeyCode::Up), plain(KeyCode::Char('k'))], [Some(KeyWish::Up); 2]);
+        assert_eq!([plain(KeyCode::Down), plain(KeyCode::Char('j'))], [Some(KeyWish::Down); 2]);
+        assert_eq!([plain(KeyCode::Tab), plain(KeyCode::BackTab)], [Some(KeyWish::NextPane); 2]);
+        assert_eq!([plain(KeyCode::Char('p')), plain(KeyCode::Char('?'))], [Some(KeyWish::Pause), Some(KeyWish::Help)]);
         assert_eq!(wish(&Event::Resize(1, 1)), None);
     }
 }

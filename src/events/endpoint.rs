@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream, lookup_host};
 
-use super::zmtp::Line;
+use super::zmtp::Transport;
 use crate::limits;
 
 fn wrong(endpoint: &str) -> io::Error {
@@ -16,7 +16,7 @@ fn wrong(endpoint: &str) -> io::Error {
 ///
 /// # Errors
 /// [`io::Error`] of the address or the system.
-pub(super) async fn connect(endpoint: &str) -> io::Result<Box<dyn Line>> {
+pub(super) async fn connect(endpoint: &str) -> io::Result<Box<dyn Transport>> {
     if let Some(path) = endpoint.strip_prefix("ipc://") {
         return Ok(Box::new(UnixStream::connect(path).await?));
     }
@@ -69,7 +69,7 @@ impl Listener {
     ///
     /// # Errors
     /// [`io::Error`] of the system.
-    pub(super) async fn accept(&self) -> io::Result<Box<dyn Line>> {
+    pub(super) async fn accept(&self) -> io::Result<Box<dyn Transport>> {
         match self {
             Self::Tcp(listener) => Ok(Box::new(with_no_delay(listener.accept().await?.0)?)),
             Self::Unix(listener, _) => Ok(Box::new(listener.accept().await?.0)),

@@ -9,7 +9,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::endpoint::{self, Listener};
-use super::zmtp::{Connection, Line, LineFault, SocketRole};
+use super::zmtp::{LineFault, PublisherLine, SocketRole, Transport};
 use crate::limits;
 
 type Received = Result<Vec<Bytes>, LineFault>;
@@ -17,7 +17,7 @@ type Received = Result<Vec<Bytes>, LineFault>;
 /// An open address.
 pub(super) enum Incoming {
     /// A line to one publisher.
-    Line(Box<Connection>),
+    Line(Box<PublisherLine>),
     /// Lines of all publishers that connect to us, with the task that accepts them.
     Lines { receiver: mpsc::Receiver<Received>, _accepting: JoinSet<()> },
 }
@@ -38,7 +38,7 @@ impl Incoming {
         }
         let longest = Duration::from_millis(limits::HANDSHAKE_MS);
         let line = timeout(longest, endpoint::connect(endpoint)).await.map_err(|_| LineFault::Late)??;
-        Ok(Self::Line(Box::new(Connection::open(line, SocketRole::Subscriber).await?)))
+        Ok(Self::Line(Box::new(PublisherLine::open(line, SocketRole::Subscriber).await?)))
     }
 
     /// The next message. Nothing is lost where the future is dropped before its end.
@@ -81,8 +81,8 @@ async fn accept(listener: Listener, sender: mpsc::Sender<Received>) {
 }
 
 /// Passes a publisher's messages on until its line ends.
-async fn receive(line: Box<dyn Line>, sender: &mpsc::Sender<Received>) -> LineFault {
-    let mut connection = match Connection::open(line, SocketRole::Subscriber).await {
+async fn receive(line: Box<dyn Transport>, sender: &mpsc::Sender<Received>) -> LineFault {
+    let mut connection = match PublisherLine::open(line, SocketRole::Subscriber).await {
         Ok(connection) => connection,
         Err(fault) => return fault,
     };

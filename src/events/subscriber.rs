@@ -18,7 +18,7 @@ use super::endpoint;
 use super::follow::{BatchCounts, FollowStep, Follower, Position, Why};
 use super::incoming::Incoming;
 use super::publisher::END;
-use super::zmtp::{Connection, LineFault, SocketRole};
+use super::zmtp::{LineFault, PublisherLine, SocketRole};
 use crate::limits;
 
 /// Where a publisher is.
@@ -271,8 +271,8 @@ fn parse(parts: &[Bytes]) -> Option<(PublisherStream, u64, Bytes)> {
     Some((PublisherStream { topic: String::from_utf8_lossy(&topic).into_owned(), rank }, number, payload.clone()))
 }
 
-async fn request(endpoint: &str, from: u64) -> Result<Connection, LineFault> {
-    let mut connection = Connection::open(endpoint::connect(endpoint).await?, SocketRole::Dealer).await?;
+async fn request(endpoint: &str, from: u64) -> Result<PublisherLine, LineFault> {
+    let mut connection = PublisherLine::open(endpoint::connect(endpoint).await?, SocketRole::Dealer).await?;
     connection.send(&[&[], &from.to_be_bytes()]).await?;
     Ok(connection)
 }

@@ -1,5 +1,5 @@
-//! One connection of ZeroMQ's wire protocol, ZMTP 3 (<https://rfc.zeromq.org/spec/23/>), as far as
-//! one who receives needs it: greeting, handshake without authentication, frames.
+//! One connection of `ZeroMQ`'s wire protocol, ZMTP 3 (<https://rfc.zeromq.org/spec/23/>), as far
+//! as one who receives needs it: greeting, handshake without authentication, frames.
 //!
 //! The other side is not trusted. A frame or a message that is announced as larger than a batch can
 //! be ends the connection before anything of it is kept, and memory grows only with bytes that have
@@ -75,22 +75,22 @@ impl LineFault {
 }
 
 /// What bytes travel over.
-pub(super) trait Line: AsyncRead + AsyncWrite + Send + Unpin {}
+pub(super) trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
 
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Line for T {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Transport for T {}
 
 /// A connection after its handshake.
-pub(super) struct Connection {
-    line: Box<dyn Line>,
+pub(super) struct PublisherLine {
+    line: Box<dyn Transport>,
     frames: Frames,
 }
 
-impl Connection {
+impl PublisherLine {
     /// Shakes hands. A subscriber asks for everything.
     ///
     /// # Errors
     /// [`LineFault`], after [`limits::HANDSHAKE_MS`] at the latest.
-    pub(super) async fn open(line: Box<dyn Line>, role: SocketRole) -> Result<Self, LineFault> {
+    pub(super) async fn open(line: Box<dyn Transport>, role: SocketRole) -> Result<Self, LineFault> {
         let mut connection = Self { line, frames: Frames::default() };
         timeout(Duration::from_millis(limits::HANDSHAKE_MS), connection.shake_hands(role))
             .await

@@ -16,7 +16,7 @@ use super::engine::Engine;
 use super::engines::Engines;
 use super::gate::Gate;
 use super::peers::standing::{PEER_STATES, Peers};
-use super::prefix::PrefixSource;
+use super::prefix_source::PrefixSource;
 use kvcellar_index::api::clients::ClientCounts;
 use kvcellar_index::fleet::FleetView;
 

@@ -3,11 +3,10 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use serde::{Serialize, Serializer};
-
 use super::approximate::Recent;
 use super::engine::Engine;
 use super::estimate::BLOCK_TOKENS;
+use super::prefix_source::PrefixSource;
 use super::prompt::Prompt;
 use super::view::Held;
 use kvcellar_events::subscriber::PublisherStream;
@@ -15,37 +14,6 @@ use kvcellar_index::Index;
 use kvcellar_index::query::PrefixScorer;
 use kvcellar_index::roster::EngineId;
 use kvcellar_index::tiers::{TIERS, Weights};
-
-/// Where it is known from what engines have of a prompt.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PrefixSource {
-    /// The index.
-    Index,
-    /// The guess from earlier decisions.
-    Guess,
-    /// Nobody was asked.
-    None,
-}
-
-impl PrefixSource {
-    /// All of them, in their order.
-    pub const ALL: [Self; 3] = [Self::Index, Self::Guess, Self::None];
-
-    /// As metrics, traces and shown decisions name it.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Index => "precise",
-            Self::Guess => "approximate",
-            Self::None => "none",
-        }
-    }
-}
-
-impl Serialize for PrefixSource {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(self.as_str())
-    }
-}
 
 /// What one engine has, and which of its data-parallel ranks.
 #[derive(Debug, Clone, Copy, Default)]

@@ -23,9 +23,9 @@ use tokio::time::{Instant, Sleep};
 
 use super::answer::Tail;
 use super::booking::Verdict;
+use super::outcome::Outcome;
 use super::request::{Kind, Refusal, Request};
 use super::router::Router;
-use super::see::Outcome;
 use super::source::SOURCE;
 use super::ticket::Ticket;
 use super::traces;

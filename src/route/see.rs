@@ -5,65 +5,22 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
 use super::choose::Choice;
 use super::cost;
 use super::engine::Engine;
-use super::prefix::PrefixSource;
+use super::outcome::Outcome;
+use super::prefix_source::PrefixSource;
 use super::prompt::Prompt;
 use super::request::Request;
 use super::view::Look;
 use crate::limits::DECISIONS_SHOWN;
 
-/// What became of a request that was decided on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
-    /// It has not ended.
-    Open,
-    /// It was answered.
-    Done,
-    /// Its client left, or nobody said how it ended.
-    Aborted,
-    /// No engine could be reached.
-    Failed,
-    /// The engine said nothing for too long.
-    Timeout,
-    /// The answer broke off.
-    Broken,
-    /// The engine answered with an error of its own.
-    EngineError,
-}
-
-impl Outcome {
-    /// All of them, in their order.
-    pub const ALL: [Self; 7] =
-        [Self::Open, Self::Done, Self::Aborted, Self::Failed, Self::Timeout, Self::Broken, Self::EngineError];
-
-    /// As metrics, traces and shown decisions name it.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Open => "open",
-            Self::Done => "done",
-            Self::Aborted => "aborted",
-            Self::Failed => "failed",
-            Self::Timeout => "timeout",
-            Self::Broken => "broken",
-            Self::EngineError => "engine_error",
-        }
-    }
-}
-
-impl Serialize for Outcome {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(self.as_str())
-    }
-}
-
 /// Why a request went where it went, in a word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Why {
+pub enum ChoiceReason {
     /// No other engine could take it.
     Only,
     /// Nobody holds anything of it, or nothing is known of its prompt: it went by load.
@@ -76,7 +33,7 @@ pub enum Why {
     Fallback,
 }
 
-impl Why {
+impl ChoiceReason {
     fn of(looks: &[Look], chosen: usize) -> Self {
         let longest = looks.iter().map(|look| look.held.tokens).max().unwrap_or(0);
         match looks[chosen].held.tokens {
@@ -125,7 +82,7 @@ pub struct Decision {
     /// The engine that it may fetch KV from.
     pub source: Option<String>,
     /// Why it went there.
-    pub why: Why,
+    pub why: ChoiceReason,
     /// Tokens that it was expected not to compute.
     pub predicted_cached: u32,
     /// Seconds that it was expected to wait there for its turn.
@@ -178,7 +135,7 @@ impl Decision {
             engine: engines[choice.chosen].spec.name.clone(),
             prefill: None,
             source: None,
-            why: Why::of(looks, choice.chosen),
+            why: ChoiceReason::of(looks, choice.chosen),
             predicted_cached: looks[choice.chosen].held.tokens,
             predicted_wait_s: predicted.wait_s,
             predicted_ttft_s: predicted.ttft_s(),
@@ -221,9 +178,9 @@ mod tests {
     #[test]
     fn why_says_what_told_engines_apart() {
         let holding = |tokens| Look { held: Held { tokens, ..Held::default() }, ..Look::default() };
-        assert_eq!(Why::of(&[holding(7)], 0), Why::Only);
-        assert_eq!(Why::of(&[holding(0), holding(0)], 1), Why::Cold);
-        assert_eq!(Why::of(&[holding(3), holding(7)], 1), Why::Prefix);
-        assert_eq!(Why::of(&[holding(3), holding(7)], 0), Why::Load);
+        assert_eq!(ChoiceReason::of(&[holding(7)], 0), ChoiceReason::Only);
+        assert_eq!(ChoiceReason::of(&[holding(0), holding(0)], 1), ChoiceReason::Cold);
+        assert_eq!(ChoiceReason::of(&[holding(3), holding(7)], 1), ChoiceReason::Prefix);
+        assert_eq!(ChoiceReason::of(&[holding(3), holding(7)], 0), ChoiceReason::Load);
     }
 }

@@ -1,13 +1,13 @@
 //! What is counted of one engine's requests.
 //!
 //! The counts belong to the engine and go with it: no series of an engine that left the fleet stays
-//! behind, neither in memory nor in `/metrics`. One that comes back begins at 0, as after a restart,
-//! which Prometheus's `rate` and `increase` understand.
+//! behind, neither in memory nor in `/metrics`. One that comes back begins at 0, as after a
+//! restart, which Prometheus's `rate` and `increase` understand.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::prefix::PrefixSource;
-use super::see::Outcome;
+use super::outcome::Outcome;
+use super::prefix_source::PrefixSource;
 
 /// Counts of one engine.
 #[derive(Debug, Default)]

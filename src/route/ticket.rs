@@ -14,10 +14,12 @@ use super::estimate;
 use super::expectations::Expectations;
 use super::gate::Gate;
 use super::metrics::Metrics;
+use super::outcome::Outcome;
 use super::peers::news::News;
-use super::prefix::{self, Found, PrefixSource};
+use super::prefix::{self, Found};
+use super::prefix_source::PrefixSource;
 use super::prompt::Prompt;
-use super::see::{Decision, Outcome, Ring, Why};
+use super::see::{ChoiceReason, Decision, Ring};
 use super::source::{HintsFor, KvSource, SOURCE};
 use super::traces::Trace;
 use super::two_steps;
@@ -187,7 +189,7 @@ impl Ticket {
         let (engine, found) = &self.order[at];
         self.decision.engine.clone_from(&engine.spec.name);
         self.decision.predicted_cached = found.held.tokens;
-        self.decision.why = Why::Fallback;
+        self.decision.why = ChoiceReason::Fallback;
         self.decision.source = self.source().map(|source| source.engine.spec.name.clone());
         self.promise();
     }

@@ -16,7 +16,8 @@ use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{SdkTracer, SdkTracerProvider, Span as SdkSpan};
 
-use super::see::{Decision, Outcome};
+use super::outcome::Outcome;
+use super::see::Decision;
 use kvcellar_block::error::{Error, Result};
 
 /// Headers that carry a trace from process to process (W3C Trace Context).
@@ -129,7 +130,8 @@ mod tests {
     use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
     use opentelemetry_proto::tonic::trace::v1::Span as Sent;
 
-    use super::super::prefix::PrefixSource;
+    use super::super::prefix_source::PrefixSource;
+    use super::super::see::ChoiceReason;
     use super::*;
 
     /// A collector that keeps what it gets.
@@ -150,7 +152,7 @@ mod tests {
 
     fn decision() -> Decision {
         Decision {
-            why: super::super::see::Why::Prefix,
+            why: ChoiceReason::Prefix,
             predicted_wait_s: 0.0,
             predicted_ttft_s: 0.5,
             id: 1,

@@ -165,7 +165,7 @@ impl RouterProcess {
     pub(crate) async fn metric(&self, name: &str) -> u64 {
         let text = reqwest::get(format!("{}/metrics", self.admin)).await.expect("metrics").text().await.expect("text");
         let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        line.map_or(0, |value| value.parse::<f64>().expect("a number") as u64)
+        line.map_or(0, |value| kvcellar_route::scrape::count(value.parse().expect("a number")))
     }
 
     /// Waits for a sample of its metrics.

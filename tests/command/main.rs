@@ -1,7 +1,7 @@
 //! The command over what it is for: stores on disk, a machine that refuses something, a stub of a
 //! GPU's driver, and a router with its clients.
 
-#![expect(clippy::expect_used, reason = "what goes wrong in a test's own helper fails the test")]
+#![expect(clippy::expect_used, clippy::panic, reason = "what goes wrong in a test's own helper fails the test")]
 
 #[cfg(feature = "cuda")]
 mod benchmarks;

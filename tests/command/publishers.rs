@@ -55,7 +55,8 @@ async fn an_announced_frame_of_gigabytes_costs_the_line_and_no_memory() {
             let sizes = [4 << 30, u64::MAX, 1 << 40];
             announce(&mut stream, sizes[counted.fetch_add(1, Ordering::Relaxed) as usize % 3]).await;
             // As much as is taken, until the line is dropped.
-            while stream.write_all(&[0; 64 << 10]).await.is_ok() {}
+            let part = vec![0; 64 << 10];
+            while stream.write_all(&part).await.is_ok() {}
         }
     });
     let index = Server::start(&["index", "serve", "--listen", "127.0.0.1:0", "--engine", &source]);

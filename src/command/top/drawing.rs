@@ -1,19 +1,22 @@
-//! Draws a screen, in whatever room there is: panes that do not fit are left out, and no size is too
-//! small.
+//! Draws a screen, in whatever room there is: panes that do not fit are left out, and no size is
+//! too small.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ratatui::backend::TestBackend;
 use ratatui::buffer::Buffer;
 use ratatui::layout::{Constraint, Layout, Rect};
-use ratatui::style::{Color, Modifier, Style};
+use ratatui::style::{Modifier, Style};
 use ratatui::text::{Line, Span};
-use ratatui::widgets::{Block, Clear, Paragraph, Row, Table, TableState};
+use ratatui::widgets::{Block, Clear, Paragraph, TableState};
 use ratatui::{Frame, Terminal};
 
-use super::amounts::{age, blocks, percent, seconds, short};
-use super::fleet::{EngineState, EventState, FleetState, SeenDecision};
-use super::screen::{Pane, Screen, WINDOW};
+use super::amounts::short;
+use super::fleet::FleetState;
+use super::palette::Palette;
+use super::screen::{Pane, Screen};
+use super::small_panes::{clients, hits, queue, tiers};
+use super::tables::{DECISION_COLUMNS, ENGINE_COLUMNS, table};
 
 /// Columns that a small pane needs.
 const SMALL_PANE_COLUMNS: u16 = 24;
@@ -30,108 +33,6 @@ const KEYS: [&str; 6] = [
     "q               leave",
     "",
 ];
-
-/// With colours, or with bold and inverted text alone.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Palette {
-    /// Colours may be used.
-    pub(super) colours: bool,
-}
-
-impl Palette {
-    /// As the variable `NO_COLOR` wants it: set to anything, it means none.
-    pub(super) fn of(no_color: Option<&std::ffi::OsStr>) -> Self {
-        Self { colours: no_color.is_none_or(std::ffi::OsStr::is_empty) }
-    }
-
-    fn of_word(self, word: &str) -> Style {
-        let colour = match word {
-            "healthy" | "done" => Color::Green,
-            "draining" | "asleep" | "unseen" | "aborted" | "silent" => Color::Yellow,
-            "broken" | "failing" | "failed" | "timeout" | "engine_error" | "down" | "away" => Color::Red,
-            _ => return Style::new(),
-        };
-        match (self.colours, colour) {
-            (true, colour) => Style::new().fg(colour),
-            (false, Color::Red) => Style::new().add_modifier(Modifier::BOLD),
-            (false, _) => Style::new(),
-        }
-    }
-}
-
-/// A column of a table: its name, its width, and what stands in it.
-type Column<T> = (&'static str, u16, fn(&T, Palette) -> Span<'static>);
-
-const ENGINE_COLUMNS: [Column<EngineState>; 11] = [
-    ("engine", 16, |engine, _| Span::raw(engine.name.clone())),
-    ("state", 9, |engine, palette| styled(&engine.health, palette)),
-    ("run", 5, |engine, _| Span::raw(short(engine.running))),
-    ("wait", 5, |engine, _| Span::raw(short(engine.waiting))),
-    ("kv", 4, |engine, _| Span::raw(percent(engine.kv_usage))),
-    ("events", 8, |engine, palette| events(engine.events.as_ref(), palette)),
-    ("ours", 5, |engine, _| Span::raw(short(engine.in_flight as f64))),
-    ("tokens", 7, |engine, _| Span::raw(short(engine.in_flight_tokens as f64))),
-    ("backlog", 8, |engine, _| Span::raw(seconds(engine.backlog_s))),
-    ("dram", 6, |engine, _| Span::raw(blocks(engine.dram_blocks))),
-    ("nvme", 6, |engine, _| Span::raw(blocks(engine.nvme_blocks))),
-];
-
-const DECISION_COLUMNS: [Column<(SeenDecision, u64)>; 9] = [
-    ("ago", 6, |(decision, now_ms), _| Span::raw(age(now_ms.saturating_sub(decision.at_ms) as f64 / 1000.0))),
-    ("engine", 16, |(decision, _), _| Span::raw(decision.engine.clone())),
-    ("why", 8, |(decision, _), _| Span::raw(decision.why.clone())),
-    ("prompt", 6, |(decision, _), _| Span::raw(short(f64::from(decision.prompt_tokens)))),
-    ("cached", 7, |(decision, _), _| Span::raw(short(f64::from(decision.predicted_cached)))),
-    ("reported", 8, |(decision, _), _| Span::raw(blocks(decision.reported_cached.map(u64::from)))),
-    ("wait", 7, |(decision, _), _| Span::raw(seconds(decision.predicted_wait_s))),
-    ("outcome", 12, |(decision, _), palette| styled(&decision.outcome, palette)),
-    ("model", 20, |(decision, _), _| Span::raw(decision.model.clone().unwrap_or_default())),
-];
-
-fn styled(word: &str, palette: Palette) -> Span<'static> {
-    Span::styled(word.to_owned(), palette.of_word(word))
-}
-
-fn events(events: Option<&EventState>, palette: Palette) -> Span<'static> {
-    let Some(events) = events else { return Span::raw("-") };
-    match (&events.fault, events.age_s) {
-        (Some(fault), _) => styled(fault, palette),
-        (None, _) if !events.connected => styled("away", palette),
-        (None, Some(age_s)) => Span::raw(age(age_s)),
-        (None, None) => Span::raw("none yet"),
-    }
-}
-
-/// Columns that fit into so much room, the first ones first.
-fn fitting<T>(columns: &'static [Column<T>], room: u16) -> &'static [Column<T>] {
-    let mut used = 0;
-    let fits = columns.iter().take_while(|(_, width, _)| {
-        used += width + 1;
-        used <= room + 1
-    });
-    &columns[..fits.count().max(1)]
-}
-
-fn table<'r, T>(
-    columns: &'static [Column<T>],
-    rows: impl Iterator<Item = &'r T>,
-    palette: Palette,
-    room: u16,
-) -> Table<'static>
-where
-    T: 'static,
-{
-    let columns = fitting(columns, room);
-    let names = columns.iter().map(|(name, _, _)| *name);
-    let rows = rows.map(|row| Row::new(columns.iter().map(|(_, _, cell)| Line::from(cell(row, palette)))));
-    // The last column has what is left.
-    let width = |(at, (_, width, _)): (usize, &Column<T>)| {
-        if at + 1 == columns.len() { Constraint::Min(*width) } else { Constraint::Length(*width) }
-    };
-    Table::new(rows, columns.iter().enumerate().map(width).collect::<Vec<_>>())
-        .header(Row::new(names).style(Style::new().add_modifier(Modifier::DIM)))
-        .row_highlight_style(Style::new().add_modifier(Modifier::REVERSED))
-}
 
 fn frame_of(title: String, is_chosen: bool) -> Block<'static> {
     let style = if is_chosen { Style::new().add_modifier(Modifier::BOLD) } else { Style::new() };
@@ -219,57 +120,6 @@ fn draw_small_panes(frame: &mut Frame<'_>, area: Rect, screen: &Screen, fleet: &
     }
 }
 
-fn hits(screen: &Screen, fleet: &FleetState) -> (String, Vec<String>) {
-    let row = |shares: Option<(f64, f64)>, when: &str| {
-        let (predicted, reported) = shares.map_or(("-".to_owned(), "-".to_owned()), |(a, b)| (percent(a), percent(b)));
-        format!("{when:<7} {predicted:>6} {reported:>7}")
-    };
-    let lately = screen.lately().and_then(|hits| hits.shares());
-    let lines = vec![
-        format!("{:<7} {:>6} {:>7}", "cached", "expect", "report"),
-        row(lately, &format!("{} s", WINDOW.as_secs())),
-        row(fleet.hits.shares(), "always"),
-        format!("of {} tokens", short(fleet.hits.prompt as f64)),
-    ];
-    (" hit rates ".to_owned(), lines)
-}
-
-fn tiers(fleet: &FleetState) -> (String, Vec<String>) {
-    let mut lines: Vec<String> =
-        fleet.tiers.blocks.iter().map(|(tier, count)| format!("{tier:<15}{:>6}", short(*count as f64))).collect();
-    if lines.is_empty() {
-        lines.push("nothing is told".to_owned());
-    }
-    if let Some(problem) = &fleet.index_problem {
-        lines.insert(0, problem.clone());
-    }
-    let title = if fleet.tiers.from == "index" { " blocks, by index " } else { " blocks, by engines " };
-    (title.to_owned(), lines)
-}
-
-fn queue(fleet: &FleetState) -> (String, Vec<String>) {
-    let waiting: u64 = fleet.queue.waiting.values().sum();
-    let mut lines = vec![format!("{waiting} wait, {} bytes", short(fleet.queue.bytes as f64))];
-    // The most urgent first.
-    let priorities = fleet.queue.waiting.iter().rev().take(2);
-    lines.extend(priorities.map(|(priority, count)| format!("priority {priority:<6}{count:>6}")));
-    lines.extend(largest(&fleet.queue.dropped));
-    (" queue and refused ".to_owned(), lines)
-}
-
-fn clients(fleet: &FleetState) -> (String, Vec<String>) {
-    let mut lines = vec![format!("{} connections", fleet.clients.open)];
-    lines.extend(largest(&fleet.clients.cut));
-    (" clients ended ".to_owned(), lines)
-}
-
-/// Counts by their reasons, the largest first.
-fn largest(counts: &std::collections::BTreeMap<String, u64>) -> Vec<String> {
-    let mut rows: Vec<_> = counts.iter().collect();
-    rows.sort_by(|(_, a), (_, b)| b.cmp(a));
-    rows.into_iter().map(|(reason, count)| format!("{reason:<15}{:>6}", short(*count as f64))).collect()
-}
-
 fn draw_help(frame: &mut Frame<'_>) {
     let area = frame.area();
     let width = (KEYS.iter().map(|line| line.len()).max().unwrap_or(0) as u16 + 2).min(area.width);
@@ -315,9 +165,10 @@ mod tests {
     use std::time::Instant;
 
     use proptest::prelude::*;
+    use ratatui::style::Color;
 
-    use super::super::fleet::{ClientState, HitTokens, QueueState, TierBlocks};
-    use super::super::screen::Wish;
+    use super::super::fleet::{ClientState, EngineState, EventState, HitTokens, QueueState, SeenDecision, TierBlocks};
+    use super::super::screen::KeyWish;
     use super::*;
     use kvcellar_block::error::Error;
 
@@ -436,7 +287,7 @@ mod tests {
             state.decisions = vec![state.decisions[0].clone(); decisions];
             let mut screen = screen(state);
             for wish in wishes {
-                screen.on_wish([Wish::Up, Wish::Down, Wish::NextPane, Wish::Pause, Wish::Help][wish]);
+                screen.on_wish([KeyWish::Up, KeyWish::Down, KeyWish::NextPane, KeyWish::Pause, KeyWish::Help][wish]);
             }
             if away {
                 screen.problem = Some("away".to_owned());

@@ -30,12 +30,12 @@ pub(super) struct Sources {
 
 /// An answer of the index to `/v1/engines`.
 #[derive(Debug, Deserialize)]
-struct IndexedEngines {
-    engines: Vec<IndexedEngine>,
+struct IndexRows {
+    engines: Vec<IndexRow>,
 }
 
 #[derive(Debug, Deserialize)]
-struct IndexedEngine {
+struct IndexRow {
     #[serde(default)]
     tiers: BTreeMap<String, u64>,
 }
@@ -105,7 +105,7 @@ impl Sources {
         Ok(state)
     }
 
-    async fn indexed(&self) -> Option<Result<IndexedEngines>> {
+    async fn indexed(&self) -> Option<Result<IndexRows>> {
         let (address, token) = self.index.as_ref()?;
         let read = async {
             let (status, body) = self.get(address, "/v1/engines", token.as_deref()).await?;
@@ -151,7 +151,7 @@ fn parsed<T: DeserializeOwned>(address: &str, path: &str, status: StatusCode, bo
     serde_json::from_slice(body).map_err(|error| away(address, format!("{path} cannot be read: {error}")))
 }
 
-fn tiers_of_index(indexed: &IndexedEngines) -> TierBlocks {
+fn tiers_of_index(indexed: &IndexRows) -> TierBlocks {
     let mut blocks = BTreeMap::new();
     for (tier, count) in indexed.engines.iter().flat_map(|engine| &engine.tiers) {
         *blocks.entry(tier.clone()).or_insert(0) += count;

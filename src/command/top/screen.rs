@@ -23,7 +23,7 @@ pub(super) enum Pane {
 
 /// What a person wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Wish {
+pub(super) enum KeyWish {
     /// To leave.
     Quit,
     /// One row up.
@@ -97,17 +97,17 @@ impl Screen {
     }
 
     /// A key was pressed. `false`: the person leaves.
-    pub(super) fn on_wish(&mut self, wish: Wish) -> bool {
+    pub(super) fn on_wish(&mut self, wish: KeyWish) -> bool {
         match (wish, self.pane) {
-            (Wish::Quit, _) => return false,
-            (Wish::Help, _) => self.help = !self.help,
-            (Wish::Pause, _) => self.paused = !self.paused,
-            (Wish::NextPane, Pane::Engines) => self.pane = Pane::Decisions,
-            (Wish::NextPane, Pane::Decisions) => self.pane = Pane::Engines,
-            (Wish::Up, Pane::Engines) => self.select(-1),
-            (Wish::Down, Pane::Engines) => self.select(1),
-            (Wish::Up, Pane::Decisions) => self.scroll(-1),
-            (Wish::Down, Pane::Decisions) => self.scroll(1),
+            (KeyWish::Quit, _) => return false,
+            (KeyWish::Help, _) => self.help = !self.help,
+            (KeyWish::Pause, _) => self.paused = !self.paused,
+            (KeyWish::NextPane, Pane::Engines) => self.pane = Pane::Decisions,
+            (KeyWish::NextPane, Pane::Decisions) => self.pane = Pane::Engines,
+            (KeyWish::Up, Pane::Engines) => self.select(-1),
+            (KeyWish::Down, Pane::Engines) => self.select(1),
+            (KeyWish::Up, Pane::Decisions) => self.scroll(-1),
+            (KeyWish::Down, Pane::Decisions) => self.scroll(1),
         }
         true
     }
@@ -162,15 +162,15 @@ mod tests {
     fn the_selected_engine_stays_selected_while_others_come_and_go() {
         let mut screen = Screen::new("r");
         let now = Instant::now();
-        assert!(screen.on_wish(Wish::Down) && screen.selected().is_none(), "there is nobody yet");
+        assert!(screen.on_wish(KeyWish::Down) && screen.selected().is_none(), "there is nobody yet");
         screen.on_reading(Ok(fleet(&["a", "b", "c"], 0)), now);
-        (0..2).for_each(|_| assert!(screen.on_wish(Wish::Down)));
+        (0..2).for_each(|_| assert!(screen.on_wish(KeyWish::Down)));
         assert_eq!(screen.selected(), Some(1));
         screen.on_reading(Ok(fleet(&["b", "c"], 0)), now);
         assert_eq!(screen.selected(), Some(0));
         screen.on_reading(Ok(fleet(&["c"], 0)), now);
         assert_eq!(screen.selected(), None, "it has left");
-        (0..3).for_each(|_| assert!(screen.on_wish(Wish::Up)));
+        (0..3).for_each(|_| assert!(screen.on_wish(KeyWish::Up)));
         assert_eq!(screen.selected(), Some(0));
     }
 
@@ -178,11 +178,11 @@ mod tests {
     fn keys_move_in_one_pane_at_a_time() {
         let mut screen = Screen::new("r");
         screen.on_reading(Ok(fleet(&["a"], 0)), Instant::now());
-        assert!(screen.on_wish(Wish::NextPane) && screen.pane == Pane::Decisions);
-        (0..5).for_each(|_| assert!(screen.on_wish(Wish::Down)));
+        assert!(screen.on_wish(KeyWish::NextPane) && screen.pane == Pane::Decisions);
+        (0..5).for_each(|_| assert!(screen.on_wish(KeyWish::Down)));
         assert_eq!((screen.scrolled, screen.selected()), (2, None), "the last of three decisions");
-        assert!(screen.on_wish(Wish::NextPane) && screen.pane == Pane::Engines);
-        assert!(!screen.on_wish(Wish::Quit));
+        assert!(screen.on_wish(KeyWish::NextPane) && screen.pane == Pane::Engines);
+        assert!(!screen.on_wish(KeyWish::Quit));
     }
 
     #[test]
@@ -196,7 +196,7 @@ mod tests {
         assert_eq!(screen.fleet.as_ref().map(|fleet| fleet.engines.len()), Some(1));
         screen.on_reading(Ok(fleet(&["a", "b"], 0)), now);
         assert_eq!((screen.problem.as_ref(), screen.fleet.as_ref().map(|it| it.engines.len())), (None, Some(2)));
-        assert!(screen.on_wish(Wish::Pause));
+        assert!(screen.on_wish(KeyWish::Pause));
         screen.on_reading(Ok(fleet(&[], 0)), now);
         assert_eq!(screen.fleet.as_ref().map(|it| it.engines.len()), Some(2), "paused");
     }

@@ -46,7 +46,7 @@ impl Ending {
 
 /// A connection before it is served.
 #[derive(Debug)]
-pub(super) struct Connection {
+pub(super) struct ClientConnection {
     pub(super) router: Router,
     pub(super) limits: ClientLimits,
     pub(super) counts: Arc<ClientCounts>,
@@ -56,7 +56,7 @@ pub(super) struct Connection {
     pub(super) place: Option<OwnedSemaphorePermit>,
 }
 
-impl Connection {
+impl ClientConnection {
     /// Serves a client to its end.
     pub(super) async fn serve(self, stream: TcpStream) {
         let Self { router, limits, counts, ending, place } = self;

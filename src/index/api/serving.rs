@@ -15,7 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
 use super::clients::{ClientCounts, ClientLimits};
-use super::connection::{Connection, Ending};
+use super::connection::{ClientConnection, Ending};
 use kvcellar_block::error::{Error, Result};
 
 /// How long open answers may take to end when a server stops.
@@ -93,7 +93,7 @@ impl Server {
                 () = &mut stop => break,
             };
             while open.try_join_next().is_some() {}
-            let connection = Connection {
+            let connection = ClientConnection {
                 router: self.router.clone(),
                 limits: self.limits.clone(),
                 counts: Arc::clone(&self.counts),

@@ -8,7 +8,7 @@ use super::super::upstream::UpstreamOptions;
 use super::*;
 use crate::answer::Usage;
 use crate::metrics::MetricSources;
-use crate::see::Outcome;
+use crate::outcome::Outcome;
 
 const MANY: usize = 1000;
 
