@@ -21,6 +21,7 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
 use kvcellar_block::error::{Error, Result};
+use kvcellar_index::api::clients::UNREAD_BYTES_MAX;
 
 /// How long an idle connection is kept: less than engines keep it, so that none is used that they
 /// are closing.
@@ -70,6 +71,8 @@ impl Upstream {
         let client = Client::builder(TokioExecutor::new())
             .pool_idle_timeout(IDLE)
             .pool_timer(TokioTimer::new())
+            // What its client does not read is not read from an engine, either.
+            .http1_max_buf_size(UNREAD_BYTES_MAX)
             .build(connector);
         Ok(Self { client, key })
     }

@@ -73,7 +73,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, screen: &Screen, palette: Palette) {
 }
 
 fn draw_head(frame: &mut Frame<'_>, area: Rect, screen: &Screen, palette: Palette) {
-    let mut parts = vec![Span::styled("kvcellar top ", Style::new().add_modifier(Modifier::BOLD))];
+    let mut parts = vec![Span::styled("fleet of ", Style::new().add_modifier(Modifier::BOLD))];
     parts.push(Span::raw(screen.router.clone()));
     if let Some(fleet) = &screen.fleet {
         let usable = fleet.engines.iter().filter(|engine| engine.health == "healthy").count();
@@ -231,7 +231,7 @@ mod tests {
         let mut broken = engine("b", "broken");
         broken.events = Some(EventState { connected: true, age_s: None, fault: Some("silent".to_owned()) });
         let text = text(&screen(fleet(vec![engine("a", "healthy"), broken])), 100);
-        assert!(line(&text, "kvcellar top").contains("http://r  ready, 1 of 2 engines healthy"));
+        assert!(line(&text, "fleet of").contains("http://r  ready, 1 of 2 engines healthy"));
         let row: Vec<&str> = line(&text, "healthy  ").split_whitespace().collect();
         assert_eq!(row[1..], ["healthy", "12", "3", "87%", "2", "s", "9", "123k", "250", "ms", "41.0k", "-", "│"]);
         assert!(line(&text, "broken").contains("silent"));

@@ -89,8 +89,10 @@ impl Server {
                 (stream, self.place(&places, &ending, &mut said_full).await)
             };
             let (stream, place) = tokio::select! {
-                next = next => next,
+                // First, so that a signal is waited for before there is a client.
+                biased;
                 () = &mut stop => break,
+                next = next => next,
             };
             while open.try_join_next().is_some() {}
             let connection = ClientConnection {
