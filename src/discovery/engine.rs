@@ -1,50 +1,15 @@
 //! How an engine is written: `name=value,...` on the command line, an object with the same fields
 //! in a JSON file.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::path::Path;
 
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer};
 use serde_json::{Map, Value as Json};
 
+use super::pod_notes::PodNotes;
 use kvcellar_block::error::{Error, Result};
-
-/// Which steps of a request an engine takes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum EngineRole {
-    /// All of them.
-    #[default]
-    Both,
-    /// It computes prompts for others.
-    Prefill,
-    /// It goes on with prompts that others have computed; it computes those as well that are not
-    /// worth two steps.
-    Decode,
-}
-
-impl EngineRole {
-    /// As it is written in options, and shown.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Both => "both",
-            Self::Prefill => "prefill",
-            Self::Decode => "decode",
-        }
-    }
-}
-
-/// What a pod says of an engine in it, beside its address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct PodNotes {
-    /// Which steps of a request it takes.
-    pub role: EngineRole,
-    /// It ends: it gets no new requests.
-    pub draining: bool,
-    /// Its data-parallel rank, where each rank has an address of its own.
-    pub rank: Option<u32>,
-}
 
 /// An engine as one command describes it. Its fields are those of users: `Deserialize` has to
 /// refuse unknown ones.
@@ -151,39 +116,6 @@ pub fn name_or_empty<'de, D: Deserializer<'de>>(deserializer: D) -> std::result:
     Option::<String>::deserialize(deserializer).map(Option::unwrap_or_default)
 }
 
-/// Ports of engines that are found by their addresses.
-pub(crate) struct Ports<'t> {
-    /// The option that gives them, and its value.
-    from: (&'static str, &'t str),
-    pub(crate) numbers: Vec<u16>,
-}
-
-impl<'t> Ports<'t> {
-    /// Reads the value of an option.
-    ///
-    /// # Errors
-    /// [`Error::Config`].
-    pub(crate) fn parse<E: EngineSpec>(field: &'static str, text: &'t str) -> Result<Self> {
-        let from = (field, text);
-        let numbers = text.split(':').map(|part| part.parse::<u16>().map_err(|_| Self::wrong::<E>(from)));
-        Ok(Self { from, numbers: numbers.collect::<Result<_>>()? })
-    }
-
-    fn wrong<E: EngineSpec>((field, text): (&str, &str)) -> Error {
-        Error::config(field, format!("`{text}` is no {}", E::PORTS), format!("Write e.g. {}", E::PORTS_DEFAULT))
-    }
-
-    /// The engine at an address, named by its first port there unless it has a name.
-    ///
-    /// # Errors
-    /// [`Error::Config`]: it has another number of ports.
-    pub(crate) fn engine<E: EngineSpec>(&self, name: Option<String>, ip: IpAddr) -> Result<E> {
-        let first = self.numbers.first().copied().unwrap_or_default();
-        let name = name.unwrap_or_else(|| SocketAddr::new(ip, first).to_string());
-        E::at(name, ip, &self.numbers).ok_or_else(|| Self::wrong::<E>(self.from))
-    }
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
@@ -218,11 +150,11 @@ pub(crate) mod tests {
 
         fn at(name: String, ip: IpAddr, ports: &[u16]) -> Option<Self> {
             let [port] = ports else { return None };
-            Some(Self { name, events: format!("tcp://{}", SocketAddr::new(ip, *port)), open: false })
+            Some(Self { name, events: format!("tcp://{}", std::net::SocketAddr::new(ip, *port)), open: false })
         }
 
         fn of_pool(name: String, ip: IpAddr, target: u16, (events, replay): (u16, Option<u16>)) -> Self {
-            let events = format!("tcp://{}/{target}/{replay:?}", SocketAddr::new(ip, events));
+            let events = format!("tcp://{}/{target}/{replay:?}", std::net::SocketAddr::new(ip, events));
             Self { name, events, open: false }
         }
 

@@ -12,7 +12,10 @@ mod engine;
 mod kubernetes;
 mod limits;
 mod places;
+mod pod_notes;
+mod ports;
 
-pub use engine::{EngineRole, EngineSpec, PodNotes, events_address, name_or_empty, parse, read_file};
+pub use engine::{EngineSpec, events_address, name_or_empty, parse, read_file};
 pub use kubernetes::Priorities;
 pub use places::{Finder, Places, nobody};
+pub use pod_notes::{EngineRole, PodNotes};

@@ -6,8 +6,9 @@ use std::time::{Duration, SystemTime};
 
 use clap::Args;
 
-use super::engine::{EngineSpec, Ports, parse, read_file};
+use super::engine::{EngineSpec, parse, read_file};
 use super::kubernetes::{Cluster, ClusterOptions, Priorities, Waiter};
+use super::ports::Ports;
 use kvcellar_block::error::{Error, Result};
 
 /// Option with the ports of pods.
@@ -88,8 +89,8 @@ impl<E: EngineSpec> Finder<'_, E> {
     }
 
     /// Looks again for ever, and passes on what is found: at every change in a cluster, every few
-    /// seconds where a name is asked for engines, and when the file has changed. What cannot be read
-    /// leaves the engines as they are and is logged once.
+    /// seconds where a name is asked for engines, and when the file has changed. What cannot be
+    /// read leaves the engines as they are and is logged once.
     pub async fn keep(&self, set: impl FnMut(Vec<E>)) {
         self.keep_every(EVERY, set).await;
     }

@@ -31,8 +31,8 @@ pub struct Spec {
     /// Host and port at which other engines fetch its KV, e.g. `10.0.0.1:5710`; of its first
     /// data-parallel rank. See [`super::source`].
     pub peer: Option<String>,
-    /// Its data-parallel rank, where each rank is an engine with an address of its own. Nobody has to
-    /// tell it which rank a request is for.
+    /// Its data-parallel rank, where each rank is an engine with an address of its own. Nobody has
+    /// to tell it which rank a request is for.
     #[serde(default, deserialize_with = "number")]
     pub rank: Option<u32>,
     /// It gets no new requests. A state of an engine, not a part of what tells it apart: see

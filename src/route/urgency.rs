@@ -28,8 +28,8 @@ impl Objectives {
         Self { options, objects: ArcSwap::default() }
     }
 
-    /// Exactly these objects from now on. Those that have no effect, because an option names another
-    /// priority, are logged once.
+    /// Exactly these objects from now on. Those that have no effect, because an option names
+    /// another priority, are logged once.
     pub fn set_objects(&self, objects: &Arc<BTreeMap<String, i32>>) {
         let before = self.objects.swap(Arc::clone(objects));
         for (name, priority) in objects.iter().filter(|(name, priority)| before.get(*name) != Some(priority)) {

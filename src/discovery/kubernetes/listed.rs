@@ -40,8 +40,8 @@ impl<V: PartialEq> Listed<V> {
         self.is_complete
     }
 
-    /// Takes in what a watch shows. `read`: what matters of an object, given what did before; `None`:
-    /// nothing; an error is logged once. `true`: what is known has changed.
+    /// Takes in what a watch shows. `read`: what matters of an object, given what did before;
+    /// `None`: nothing; an error is logged once. `true`: what is known has changed.
     pub(crate) fn on_event<K>(
         &mut self,
         event: Event<K>,

@@ -9,6 +9,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
+use super::troubles::{Troubles, Watched};
 use super::*;
 use crate::engine::tests::Plain;
 
@@ -18,8 +19,8 @@ const OBJECTIVES: &str = "/apis/inference.networking.x-k8s.io/v1alpha2/namespace
 
 #[derive(Default)]
 struct Script {
-    /// What a list of a path answers: status, and its items or the message of the refusal. Others do
-    /// not exist.
+    /// What a list of a path answers: status, and its items or the message of the refusal. Others
+    /// do not exist.
     lists: HashMap<&'static str, (u16, Value)>,
     /// Watches that are open. An event of `null` breaks one off in the middle of a line.
     watches: Vec<(String, UnboundedSender<Value>)>,
@@ -325,7 +326,7 @@ async fn what_is_known_stays_while_the_api_server_is_away_or_refuses() {
 
 #[test]
 fn a_trouble_is_logged_once() {
-    let watched = Watched { kind: objects::pools(), namespace: "llm".to_owned(), flag: "inference-pool" };
+    let watched = Watched { kind: pools::pools(), namespace: "llm".to_owned(), flag: "inference-pool" };
     let mut troubles = Troubles::default();
     let away = |text: &str| Error::TryLater { what: "it".to_owned(), holder: text.to_owned() };
     let refused = |text: &str| Error::config("inference-pool", text, "Do");
