@@ -82,7 +82,7 @@ def check_arguments(workload: dict[str, Any]) -> None:
         return
     command = container(workload)["args"][0]
     # Where engines are found is asked in one way by both commands.
-    places = [ROOT / "src" / "command" / f"{command}.rs", *(ROOT / "src" / "discovery").glob("*.rs")]
+    places = [ROOT / "src" / "command" / f"{command}.rs", *(ROOT / "src" / "discovery").rglob("*.rs")]
     source = "\n".join(path.read_text() for path in places)
     named = re.findall(r'long = "([\w-]+)"', source)
     named += [field.replace("_", "-") for field in re.findall(r"^    (?:pub )?(\w+): ", source, re.MULTILINE)]

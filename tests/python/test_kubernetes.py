@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import charts
 import pytest
 from kube_server import USER, KubeServer, kube_server, programs
 
 from tests.deadlines import deadline
 
-pytestmark = pytest.mark.timeout(deadline(300.0))
+pytestmark = pytest.mark.timeout(deadline(charts.BUILD_S + 300.0))
 
 NAMESPACE = "llm"
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
@@ -70,6 +71,7 @@ def kube(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeServer]:
         for kind in (
             ("inference.networking.k8s.io", "v1", "InferencePool"),
             ("inference.networking.x-k8s.io", "v1alpha2", "InferenceObjective"),
+            ("monitoring.coreos.com", "v1", "ServiceMonitor"),
         ):
             server.make("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", definition(*kind))
         server.make("/api/v1/namespaces", {"metadata": {"name": NAMESPACE}})
@@ -245,6 +247,29 @@ def test_labels_are_watched_and_what_is_known_outlives_the_server(kube: KubeServ
         # A server that has just started may not know its roles yet, and refuses.
         assert router.says("what is known of pods stays") - router.says("not allowed to") == 1, router.log
         assert router.says("pods are watched again") == 1, router.log
+
+
+def accept(kube: KubeServer, namespace: str, one: dict[str, Any]) -> None:
+    """The server would make this object, and knows all its fields."""
+    root = "api" if one["apiVersion"] == "v1" else "apis"
+    place = f"/{root}/{one['apiVersion']}/namespaces/{namespace}/{one['kind'].lower()}s"
+    status, answer = kube.request("POST", f"{place}?dryRun=All&fieldValidation=Strict", one)
+    assert status == 201, (one["kind"], one["metadata"], answer)
+
+
+@pytest.mark.parametrize("name", charts.SETS)
+def test_the_chart_is_accepted_and_its_pods_are_restricted(kube: KubeServer, name: str) -> None:
+    namespace = f"chart-{name}"
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    kube.make("/api/v1/namespaces", {"metadata": {"name": namespace, "labels": labels}})
+    for one in charts.render(charts.helm(), *charts.files(name)):
+        accept(kube, namespace, one)
+        if one["kind"] in ("StatefulSet", "Deployment"):
+            template = one["spec"]["template"]
+            claims = [{"name": claim["metadata"]["name"]} for claim in one["spec"].get("volumeClaimTemplates", [])]
+            template["spec"]["volumes"] = [*template["spec"].get("volumes", []), *claims]
+            template["metadata"]["name"] = one["metadata"]["name"]
+            accept(kube, namespace, {"apiVersion": "v1", "kind": "Pod", **template})
 
 
 def test_a_missing_right_is_named(kube: KubeServer) -> None:
