@@ -65,6 +65,12 @@ def _fleet(seeds: int) -> list[Run]:
     ]
 
 
+def _kubernetes(seeds: int) -> list[Run]:
+    # Building the server comes first, and is over at once where it is there.
+    line = f'KVCELLAR_TEST_KUBE="$(scripts/kubernetes-tools server)" {PYTHON} -m pytest tests/python/test_kubernetes.py'
+    return [Run(("bash", "-c", line), {})] * seeds
+
+
 def _vllm(seeds: int) -> list[Run]:
     return _soaks(seeds, "tests/vllm", f"--ignore={ROUTE}")
 
@@ -85,6 +91,7 @@ CAMPAIGNS = {
     "torn": Campaign("stores damaged in every way, reopened and read", 10_000, False, _torn),
     "kills": Campaign("engines with a disk killed under load, their stores reopened", 500, False, _kills),
     "fleet": Campaign("an index of engines on bad lines against a naive one", 2_000, False, _fleet),
+    "kubernetes": Campaign("router and index beside a real Kubernetes API server; needs Go", 1, False, _kubernetes),
     "route": Campaign("the router for half an hour of mixed load, fake engines coming and going", 1, True, _route),
     "vllm": Campaign("real vLLM engines, the tests marked soak, once per seed", 3, True, _vllm),
 }
