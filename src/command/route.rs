@@ -27,7 +27,7 @@ use kvcellar_route::gate::{Gate, GateSettings};
 use kvcellar_route::peers::exchange;
 use kvcellar_route::peers::options::PeerOptions;
 use kvcellar_route::peers::standing::Peers;
-use kvcellar_route::picker_config::PickerConfig;
+use kvcellar_route::picker_config::{PickerConfig, QueueWish};
 use kvcellar_route::prompt::{Checked, Models};
 use kvcellar_route::proxy::{self, ProxyLimits};
 use kvcellar_route::queue::QueueBounds;
@@ -45,6 +45,9 @@ use kvcellar_route::{admin, ext_proc, scrape, self_check, streams};
 /// Connections to the admin address that may be open at a time: few ask there, and they are not to
 /// wait for clients.
 const ADMIN_CONNECTIONS: usize = 256;
+
+/// Requests that may wait where a file asks for flow control and names no bound, as in the field.
+const QUEUE_OF_FILES: usize = 5000;
 
 /// How engines are weighed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -149,9 +152,10 @@ pub struct Options {
     #[arg(long = "alias", value_name = "NAME=MODEL[@WEIGHT]")]
     pub aliases: Vec<String>,
     /// Who has prompts computed by engines with role=prefill: this router, or a sidecar of the
-    /// engine that decodes, which finds the other one in the header x-prefiller-host-port.
-    #[arg(long, value_enum, default_value = "router")]
-    pub prefill_by: PrefillBy,
+    /// engine that decodes, which finds the other one in the header x-prefiller-host-port. The
+    /// router, unless a --picker-config has a disagg-profile-handler.
+    #[arg(long, value_enum)]
+    pub prefill_by: Option<PrefillBy>,
     /// Tokens that an engine would have to compute for another one to do it.
     #[arg(long, default_value_t = 512)]
     pub prefill_tokens: u32,
@@ -210,14 +214,18 @@ impl Options {
         })
     }
 
-    fn gate(&self, engines: &Arc<Engines>) -> Result<Option<Gate>> {
-        if self.queue == 0 {
+    /// Where requests wait, if they do: by flags, or as far as those do not say, by a file.
+    fn gate(&self, wish: Option<&QueueWish>, engines: &Arc<Engines>) -> Result<Option<Gate>> {
+        if self.queue == 0 && wish.is_none() {
             return Ok(None);
         }
-        let bytes = size::parse("queue-memory", &self.queue_memory.as_str().into())? as usize;
+        let wish = wish.cloned().unwrap_or_default();
+        let wished = wish.requests.unwrap_or(QUEUE_OF_FILES);
+        let bytes = wish.bytes.as_ref().unwrap_or(&self.queue_memory).as_str();
+        let bytes = size::parse("queue-memory", &bytes.into())? as usize;
         let settings = GateSettings {
-            bounds: QueueBounds { requests: self.queue, bytes },
-            patience: Duration::from_secs(self.queue_s.max(1)),
+            bounds: QueueBounds { requests: if self.queue == 0 { wished } else { self.queue }, bytes },
+            patience: Duration::from_secs(wish.seconds.unwrap_or(self.queue_s).max(1)),
             backlog: Duration::from_millis(self.queue_backlog_ms.max(1)),
             concurrency: self.queue_concurrency,
             starved: Duration::from_secs(5),
@@ -225,12 +233,22 @@ impl Options {
         Ok(Some(Gate::new(settings, Arc::clone(engines))))
     }
 
-    fn sources(&self, mode: Mode) -> Result<SourceHints> {
-        if self.source_hints != HintsFor::Nobody && mode != Mode::Precise {
+    fn sources(&self, weighing: &PickerConfig) -> Result<SourceHints> {
+        if let Some(tokens_min) = weighing.source_tokens.filter(|_| self.source_hints == HintsFor::Nobody) {
+            return Ok(SourceHints { to: HintsFor::Sidecar, tokens_min });
+        }
+        if self.source_hints != HintsFor::Nobody && weighing.mode != Mode::Precise {
             let problem = "only an index knows who holds what in which tier";
             return Err(Error::config("source-hints", problem.to_owned(), "Add --mode precise"));
         }
         Ok(SourceHints { to: self.source_hints, tokens_min: self.source_tokens.max(1) })
+    }
+
+    fn two_steps(&self, weighing: &PickerConfig) -> TwoSteps {
+        let of_file = weighing.prefill.as_ref();
+        let unless_said = if of_file.is_some() { PrefillBy::Sidecar } else { PrefillBy::Router };
+        let tokens = of_file.map_or(self.prefill_tokens.max(1), |prefill| prefill.tokens_min);
+        TwoSteps { by: self.prefill_by.unwrap_or(unless_said), tokens_min: tokens }
     }
 
     fn objectives(&self) -> Result<Objectives> {
@@ -282,6 +300,9 @@ fn weighing(options: &Options) -> Result<PickerConfig> {
     let Some(path) = &options.picker_config else {
         return Ok(PickerConfig {
             policy: options.policy()?,
+            prefill: None,
+            source_tokens: None,
+            queue: None,
             mode: options.mode,
             fallbacks: options.ext_proc_fallbacks,
             session_header: None,
@@ -293,6 +314,37 @@ fn weighing(options: &Options) -> Result<PickerConfig> {
         log::warn!("{}: {note}", path.display());
     }
     Ok(made)
+}
+
+/// How the router is set up, and what follows engines' events in precise mode.
+fn setup(
+    options: &Options,
+    weighing: &PickerConfig,
+    engines: &Arc<Engines>,
+    upstream: &Upstream,
+) -> Result<(Setup, Option<Fleet>)> {
+    let memory = size::parse("memory", &options.memory.as_str().into())? as usize;
+    let index = (weighing.mode == Mode::Precise).then(|| Index::new(0, memory)).transpose()?.map(Arc::new);
+    let fleet = index.as_ref().map(|index| Fleet::new(Arc::clone(index)));
+    let setup = Setup {
+        mode: weighing.mode,
+        policy: weighing.policy.clone(),
+        weights: Weights::default(),
+        index,
+        fleet: fleet.as_ref().map(Fleet::states),
+        models: options.models()?,
+        in_flight_max: options.in_flight,
+        gate: options.gate(weighing.queue.as_ref(), engines)?.map(Arc::new),
+        objectives: options.objectives()?,
+        aliases: Aliases::parse(&options.aliases)?,
+        two_steps: options.two_steps(weighing),
+        prefill_policy: weighing.prefill.as_ref().map(|prefill| prefill.policy.clone()),
+        source_hints: options.sources(weighing)?,
+        seed: options.seed,
+        traces: options.otlp.as_deref().map(Traces::open).transpose()?,
+        peers: Peers::new(&options.peers, upstream)?,
+    };
+    Ok((setup, fleet))
 }
 
 async fn run(options: &Options) -> Result<()> {
@@ -316,36 +368,17 @@ async fn run(options: &Options) -> Result<()> {
             "Write events=tcp://...,replay=tcp://... for every engine, or --mode approximate",
         ));
     }
-    let memory = size::parse("memory", &options.memory.as_str().into())? as usize;
     let body = size::parse("body", &options.body.as_str().into())? as usize;
     let session_header = weighing.session_header.as_ref().unwrap_or(&options.session_header).to_lowercase();
     let named_header = HeaderName::try_from(&session_header)
         .map_err(|_| Error::config("session-header", "it is no name of a header", "Write e.g. x-session-id"))?;
-    let index = (weighing.mode == Mode::Precise).then(|| Index::new(0, memory)).transpose()?.map(Arc::new);
-    let mut fleet = index.as_ref().map(|index| Fleet::new(Arc::clone(index)));
     let engines = Arc::new(Engines::default());
     let upstream = Upstream::open(&UpstreamOptions {
         connect: Duration::from_secs(2),
         ca: options.engine_ca.clone(),
         key: options.engine_key.clone(),
     })?;
-    let setup = Setup {
-        mode: weighing.mode,
-        policy: weighing.policy,
-        weights: Weights::default(),
-        index,
-        fleet: fleet.as_ref().map(Fleet::states),
-        models: options.models()?,
-        in_flight_max: options.in_flight,
-        gate: options.gate(&engines)?.map(Arc::new),
-        objectives: options.objectives()?,
-        aliases: Aliases::parse(&options.aliases)?,
-        two_steps: TwoSteps { by: options.prefill_by, tokens_min: options.prefill_tokens.max(1) },
-        source_hints: options.sources(weighing.mode)?,
-        seed: options.seed,
-        traces: options.otlp.as_deref().map(Traces::open).transpose()?,
-        peers: Peers::new(&options.peers, &upstream)?,
-    };
+    let (setup, mut fleet) = setup(options, &weighing, &engines, &upstream)?;
     let router = Router::new(Arc::clone(&engines), upstream, setup);
     let limits = ProxyLimits {
         body_bytes_max: body,

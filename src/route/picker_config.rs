@@ -4,24 +4,30 @@
 //! What this router does otherwise or need not be told is noted; what it does not do is refused by
 //! name, with what to use instead. A file never means something else here than it says.
 
+mod file;
 mod plugins;
+mod weighed;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use serde::Deserialize;
-use serde_json::{Map, Value as Json};
-
-use super::choose::{Pick, Policy};
+use super::choose::Policy;
 use super::router::Mode;
-use super::scorers::Scorer;
+use file::File;
 use kvcellar_block::error::{Error, Result};
+use weighed::{Used, Weighed};
 
 /// What a file asks for.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PickerConfig {
     /// How engines are weighed.
     pub policy: Policy,
+    /// How prompts come to be computed by another engine, if they do.
+    pub prefill: Option<PrefillProfile>,
+    /// Tokens that another engine must hold for a sidecar to be told of it, if sidecars are told.
+    pub source_tokens: Option<u32>,
+    /// What may wait for engines to have room, if requests wait.
+    pub queue: Option<QueueWish>,
     /// Where prefixes are looked up.
     pub mode: Mode,
     /// Engines named beside the chosen one.
@@ -32,67 +38,31 @@ pub struct PickerConfig {
     pub notes: Vec<String>,
 }
 
+/// How prompts come to be computed by another engine than the one that goes on with them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PrefillProfile {
+    /// How the engines that compute them are weighed.
+    pub policy: Policy,
+    /// Tokens that an engine would have to compute for the split.
+    pub tokens_min: u32,
+}
+
+/// What of a queue a file names.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct QueueWish {
+    /// Requests.
+    pub requests: Option<usize>,
+    /// Bytes of their bodies, as a text with a unit.
+    pub bytes: Option<String>,
+    /// Seconds that a request waits at most.
+    pub seconds: Option<u64>,
+}
+
 const FIELD: &str = "picker-config";
 
 fn wrong(problem: impl Into<String>, remedy: impl Into<String>) -> Error {
     Error::config(FIELD, problem, remedy)
 }
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "camelCase")]
-struct File {
-    api_version: String,
-    kind: String,
-    #[serde(default)]
-    plugins: Vec<Plugin>,
-    #[serde(default)]
-    scheduling_profiles: Vec<Profile>,
-    #[serde(default)]
-    feature_gates: Vec<String>,
-    #[serde(default)]
-    saturation_detector: Json,
-    #[serde(default)]
-    flow_control: Json,
-    #[serde(default)]
-    data_layer: Json,
-    #[serde(default)]
-    parser: Json,
-    #[serde(default)]
-    request_handler: Json,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Plugin {
-    name: Option<String>,
-    #[serde(rename = "type")]
-    kind: String,
-    #[serde(default)]
-    parameters: Option<Map<String, Json>>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Profile {
-    name: String,
-    #[serde(default)]
-    plugins: Vec<Reference>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "camelCase")]
-struct Reference {
-    plugin_ref: String,
-    weight: Option<f64>,
-}
-
-/// Versions of the format; they differ in what is refused or noted here anyway.
-const VERSIONS: [&str; 4] = [
-    "llm-d.ai/v1",
-    "llm-d.ai/v1alpha1",
-    "inference.networking.x-k8s.io/v1alpha1",
-    "config.apix.gateway-api-inference-extension.sigs.k8s.io/v1alpha1",
-];
 
 impl PickerConfig {
     /// Reads a file.
@@ -121,63 +91,57 @@ impl PickerConfig {
                 return Err(wrong(format!("two plugins are called `{name}`"), "Give each a `name` of its own"));
             }
         }
-        let used: Vec<(String, f64)> = match file.scheduling_profiles.as_slice() {
+        let handler = plugins::handler(&found)?;
+        let producers = plugins::producers(&found);
+        let read = |used: Used<'_>| Weighed::read(used, &found, &producers);
+        let (main, prefill) = match (file.scheduling_profiles.as_slice(), handler) {
             // Without a profile every plugin is used.
-            [] => found.keys().map(|name| (name.clone(), 1.0)).collect(),
-            [profile] => profile.plugins.iter().map(|it| (it.plugin_ref.clone(), it.weight.unwrap_or(1.0))).collect(),
-            [_, second, ..] => {
+            ([], None) => (read(Used::all(&found))?, None),
+            ([profile], None) => (read(Used::of(profile))?, None),
+            ([_, second, ..], None) => {
                 return Err(wrong(
-                    format!("there is a second scheduling profile, `{}`", second.name),
-                    "Keep one: prefill and decode on different engines is not routed here",
+                    format!("there is a second scheduling profile, `{}`, and no plugin that runs it", second.name),
+                    "Keep one profile, or add a disagg-profile-handler for prefill and decode on different engines",
                 ));
+            }
+            (profiles, Some(handler)) => {
+                let find = |name: &str| {
+                    let found = profiles.iter().find(|profile| profile.name == name);
+                    let missing = || wrong(format!("there is no scheduling profile `{name}`"), "Write it");
+                    read(Used::of(found.ok_or_else(missing)?))
+                };
+                let decode = find(&handler.decode)?;
+                let prefill = handler.prefill.map(|(name, tokens_min)| Ok((find(&name)?, tokens_min))).transpose()?;
+                (decode, prefill)
             }
         };
         let mut made = Self {
-            policy: Policy::random(),
-            mode: Mode::None,
-            fallbacks: 0,
-            session_header: None,
+            policy: main.policy(),
+            prefill: None,
+            source_tokens: plugins::source_tokens(&found),
+            queue: file.queue()?,
+            mode: main.mode,
+            fallbacks: main.fallbacks,
+            session_header: main.session_header.clone(),
             notes: file.notes(),
         };
-        let producers = plugins::producers(&found);
-        let (mut weights, mut pick) = (Vec::new(), Pick::Best);
-        for (name, weight) in used {
-            let part = found.remove(&name).ok_or_else(|| {
-                wrong(
-                    format!("the profile names `{name}`, which is no plugin or stands twice"),
-                    "List it once under plugins",
-                )
-            })?;
-            if !weight.is_finite() || weight < 0.0 {
-                return Err(wrong(format!("the weight of `{name}` is {weight}"), "Write a number of 0 or more"));
+        if let Some((weighed, tokens_min)) = prefill {
+            if ![Mode::None, made.mode].contains(&weighed.mode) && made.mode != Mode::None {
+                return Err(wrong("the profiles look prefixes up in different ways", "Let both use one producer"));
             }
-            made.note(&part.note);
-            match part.kind {
-                plugins::PluginKind::Nothing | plugins::PluginKind::Producer(_) => {}
-                plugins::PluginKind::Pick { how, fallbacks } => (pick, made.fallbacks) = (how, fallbacks),
-                plugins::PluginKind::Prefix(lookup) => {
-                    let mode = lookup.mode(&name, &producers)?;
-                    if made.mode != Mode::None {
-                        return Err(wrong("there are two prefix scorers", "Keep one of them"));
-                    }
-                    made.mode = mode;
-                    weights.push((Scorer::Prefix, weight));
-                }
-                plugins::PluginKind::Scorer(scorer) => weights.push((scorer, weight)),
-                plugins::PluginKind::Session(header) => {
-                    made.session_header = Some(header);
-                    weights.push((Scorer::Session, weight));
-                }
-            }
+            made.mode = if made.mode == Mode::None { weighed.mode } else { made.mode };
+            made.prefill = Some(PrefillProfile { policy: weighed.policy(), tokens_min });
+        }
+        if made.source_tokens.is_some() && made.mode != Mode::Precise {
+            return Err(wrong(
+                "p2p-source-producer: without the engines' events nobody knows what lies in host memory",
+                "Look prefixes up by a precise-prefix-cache-producer",
+            ));
         }
         // Those that no profile names do their work all the same: handlers, headers.
         for part in found.values() {
             made.note(&part.note);
         }
-        if weights.is_empty() {
-            pick = Pick::Random;
-        }
-        made.policy = Policy::Scorers(weights, pick);
         Ok(made)
     }
 
@@ -188,50 +152,11 @@ impl PickerConfig {
     }
 }
 
-impl File {
-    fn check(&self) -> Result<()> {
-        if self.kind != "EndpointPickerConfig" {
-            return Err(wrong(format!("the kind is `{}`", self.kind), "Name a file of kind EndpointPickerConfig"));
-        }
-        if !VERSIONS.contains(&self.api_version.as_str()) {
-            let known = VERSIONS.join(", ");
-            return Err(wrong(
-                format!("`apiVersion: {}` is not known", self.api_version),
-                format!("Write one of {known}"),
-            ));
-        }
-        let is_on = |gate: &&String| !gate.trim().ends_with("=false");
-        if let Some(gate) = self.feature_gates.iter().find(is_on) {
-            return Err(wrong(
-                format!("the feature gate `{gate}` is not known here"),
-                "Remove it; for a bound of requests in flight use --in-flight",
-            ));
-        }
-        for (name, value) in [("flowControl", &self.flow_control), ("saturationDetector", &self.saturation_detector)] {
-            if !value.is_null() {
-                return Err(wrong(format!("`{name}` is not done here"), "Remove it and use --in-flight"));
-            }
-        }
-        Ok(())
-    }
-
-    fn notes(&self) -> Vec<String> {
-        let mut notes = Vec::new();
-        if !self.data_layer.is_null() {
-            notes.push(
-                "dataLayer: engines are found by --engine and its like, and scraped by the router itself".to_owned(),
-            );
-        }
-        if !self.parser.is_null() || !self.request_handler.is_null() {
-            notes.push("parser: requests are read as the OpenAI API".to_owned());
-        }
-        notes
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::choose::Pick;
+    use crate::scorers::Scorer;
 
     const PRECISE: &str = "
 apiVersion: llm-d.ai/v1
@@ -309,6 +234,81 @@ schedulingProfiles:
         assert_eq!(made.mode, Mode::Approximate);
     }
 
+    const SPLIT: &str = "
+- type: approx-prefix-cache-producer
+- type: prefix-cache-scorer
+- type: queue-scorer
+- type: prefill-filter
+- type: decode-filter
+- type: prefix-based-pd-decider
+  parameters: {nonCachedTokens: 256}
+- type: disagg-profile-handler
+  parameters: {deciders: {prefill: prefix-based-pd-decider}, profiles: {decode: goes-on}}
+schedulingProfiles:
+- name: prefill
+  plugins: [{pluginRef: prefill-filter}, {pluginRef: queue-scorer}]
+- name: goes-on
+  plugins: [{pluginRef: decode-filter}, {pluginRef: prefix-cache-scorer, weight: 2}, {pluginRef: queue-scorer}]
+";
+
+    #[test]
+    fn two_profiles_are_two_policies() {
+        let made = PickerConfig::parse(&with(SPLIT)).expect("policies");
+        let decode = vec![(Scorer::Prefix, 2.0), (Scorer::Queue, 1.0)];
+        assert_eq!(made.policy, Policy::Scorers(decode, Pick::Best));
+        let prefill = Policy::Scorers(vec![(Scorer::Queue, 1.0)], Pick::Best);
+        assert_eq!(made.prefill, Some(PrefillProfile { policy: prefill, tokens_min: 256 }));
+        assert_eq!(made.mode, Mode::Approximate);
+        assert!(made.notes.iter().any(|note| note.contains("llm-d.ai/role")), "{:?}", made.notes);
+        let off = PickerConfig::parse(&with(&SPLIT.replace("256", "0"))).expect("a policy");
+        assert_eq!(off.prefill, None, "0 switches the split off");
+    }
+
+    /// Files as the field writes them, where they lie beside this project: each is read, or refused
+    /// with a remedy.
+    #[test]
+    fn files_of_the_field() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/picker-configs");
+        let Ok(files) = std::fs::read_dir(folder) else { return };
+        for file in files {
+            let path = file.expect("a file").path();
+            let name = path.file_name().expect("a name").to_string_lossy().into_owned();
+            if path.extension().is_none_or(|extension| extension != "yaml") {
+                continue;
+            }
+            let read = PickerConfig::open(&path);
+            let remedy = match name.as_str() {
+                "sim-e-p-d-epp-config.yaml" => "encoders on engines of their own",
+                "probabilistic-admitter-epp-config.yaml" | "soft-reflective-ceiling-epp-config.yaml" => "--queue",
+                _ => {
+                    let made = read.unwrap_or_else(|error| panic!("{name}: {error}"));
+                    assert_eq!(made.prefill.is_some(), name.contains("pd-"), "{name}");
+                    continue;
+                }
+            };
+            let error = read.expect_err(&name).to_string();
+            assert!(error.contains(remedy), "{name}: {error}");
+        }
+    }
+
+    #[test]
+    fn flow_control_is_the_queue() {
+        let wish =
+            |more: &str| PickerConfig::parse(&with(&format!("- type: queue-scorer\n{more}"))).expect("read").queue;
+        assert_eq!(wish(""), None);
+        assert_eq!(wish("featureGates: [flowControl]"), Some(QueueWish::default()));
+        let all = wish("flowControl: {maxRequests: 70, maxBytes: 1Gi, defaultRequestTTL: 1m30s}");
+        assert_eq!(all, Some(QueueWish { requests: Some(70), bytes: Some("1Gi".to_owned()), seconds: Some(90) }));
+    }
+
+    #[test]
+    fn sources_are_told_to_sidecars() {
+        let text = with(
+            "- type: precise-prefix-cache-scorer\n- type: p2p-source-producer\n  parameters: {minCachedTokenDelta: 64}",
+        );
+        assert_eq!(PickerConfig::parse(&text).expect("a policy").source_tokens, Some(64));
+    }
+
     #[test]
     fn sessions_are_named_by_their_header() {
         let made =
@@ -320,7 +320,7 @@ schedulingProfiles:
     #[test]
     fn what_is_not_done_is_refused_by_name() {
         for (plugins, named) in [
-            ("- type: pd-profile-handler", "pd-profile-handler"),
+            ("- type: pd-profile-handler", "disagg-profile-handler"),
             ("- type: prefix-cache-affinity-filter", "--policy cost"),
             ("- type: my-scorer", "my-scorer"),
             ("- type: queue-scorer\n- type: queue-scorer", "two plugins"),
@@ -329,10 +329,24 @@ schedulingProfiles:
             ("- type: prefix-cache-scorer\n  parameters: {prefixLengthWeight: 0.5}", "prefixLengthWeight"),
             ("- type: prefix-cache-scorer\n- type: precise-prefix-cache-scorer", "two prefix scorers"),
             ("- type: prefix-cache-scorer\n  parameters: {prefixMatchInfoProducerName: x}", "`x`"),
-            ("- type: p2p-source-producer", "p2p-source-producer"),
+            ("- type: p2p-source-producer\n- type: prefix-cache-scorer", "precise-prefix-cache-producer"),
+            ("- type: p2p-source-producer\n  parameters: {minCachedTokenDelta: 0}", "minCachedTokenDelta"),
             ("- type: mm-embeddings-cache-producer", "mm-embeddings-cache-producer"),
             ("- type: burst-prefix-cache-producer\n  parameters: {maxPerReplica: 2}", "maxPerReplica"),
-            ("- type: queue-scorer\nfeatureGates: [flowControl]", "flowControl"),
+            ("- type: queue-scorer\nfeatureGates: [crystalBall]", "crystalBall"),
+            ("- type: queue-scorer\nflowControl: {priorityBands: []}", "flowControl.priorityBands"),
+            ("- type: queue-scorer\nflowControl: {maxRequests: 0}", "maxRequests"),
+            ("- type: queue-scorer\nflowControl: {defaultRequestTTL: soon}", "defaultRequestTTL"),
+            ("- type: soft-reflective-ceiling-policy", "--queue"),
+            ("- type: probabilistic-admitter", "--queue"),
+            ("- type: disagg-profile-handler", "prefix-based-pd-decider"),
+            ("- type: disagg-profile-handler\n  parameters: {deciders: {encode: x}}", "encode stage"),
+            ("- type: disagg-profile-handler\n  parameters: {deciders: 3}", "deciders"),
+            (
+                "- type: always-disagg-pd-decider\n- type: disagg-profile-handler\n  parameters: {deciders: {prefill: always-disagg-pd-decider}}",
+                "`decode`",
+            ),
+            ("- type: prefix-based-pd-decider\n  parameters: {nonCachedTokens: few}", "nonCachedTokens"),
             ("- type: queue-scorer\nsaturationDetector: {queueDepthThreshold: 5}", "--in-flight"),
             ("- type: queue-scorer\nschedulingProfiles: [{name: a, plugins: [{pluginRef: b}]}]", "`b`"),
             (

@@ -16,7 +16,7 @@ use super::decider::Decider;
 use super::engine::Engine;
 use super::engines::{Engines, trusted};
 use super::expectations::Expectations;
-use super::gate::Gate;
+use super::gate::{Gate, Pass};
 use super::metrics::Metrics;
 use super::peers::news::News;
 use super::peers::standing::Peers;
@@ -77,6 +77,8 @@ pub struct Setup {
     pub aliases: Aliases,
     /// When prompts are computed by another engine than the one that goes on with them.
     pub two_steps: TwoSteps,
+    /// How engines that compute prompts for others are weighed, if otherwise.
+    pub prefill_policy: Option<Policy>,
     /// Whether engines are told who else holds a prompt.
     pub source_hints: SourceHints,
     /// Of the random numbers that settle ties.
@@ -173,18 +175,11 @@ impl Router {
         let mut engines = self.candidates(request)?;
         let adapter = request.model.as_deref().filter(|model| engines.iter().any(|engine| engine.is_adapter(model)));
         let prompt = self.prompt(request, adapter, &engines).await;
-        let pass = match &self.setup.gate {
-            Some(gate) if request.kind != Kind::Other || request.model.is_some() => {
-                // Models of one engine wait for the same.
-                let lane = engines.first().map(|engine| engine.base_model()).unwrap_or_default();
-                let pass = gate.enter(&lane, &request.urgency, request.memory()).await?;
-                self.metrics.waited(pass.waited);
-                engines = self.candidates(request)?;
-                self.shed()?;
-                Some(pass)
-            }
-            _ => None,
-        };
+        let pass = self.wait(request, &engines).await?;
+        if pass.is_some() {
+            engines = self.candidates(request)?;
+            self.shed()?;
+        }
         let (found, prefix_from) = self.found(&prompt, &engines);
         let session = request.session.as_deref().map(sessions::key);
         let session_engine = session.and_then(|session| self.sessions.of(session));
@@ -252,6 +247,19 @@ impl Router {
         Ok(ticket)
     }
 
+    /// Waits until an engine has room, where requests wait for that.
+    async fn wait(&self, request: &Request, engines: &[Arc<Engine>]) -> Result<Option<Pass<'_>>, Refusal> {
+        let Some(gate) = &self.setup.gate else { return Ok(None) };
+        if request.kind == Kind::Other && request.model.is_none() {
+            return Ok(None);
+        }
+        // Models of one engine wait for the same.
+        let lane = engines.first().map(|engine| engine.base_model()).unwrap_or_default();
+        let pass = gate.enter(&lane, &request.urgency, request.memory()).await?;
+        self.metrics.waited(pass.waited);
+        Ok(Some(pass))
+    }
+
     fn office(&self) -> TicketOffice {
         TicketOffice {
             metrics: Arc::clone(&self.metrics),
@@ -298,7 +306,8 @@ impl Router {
             engines.iter().zip(&found).map(|(engine, found)| engine.look(found.held, adapter, false)).collect();
         let view = View { prompt_tokens: prompt.tokens, credit_s: 0.0, engines: &looks };
         let (_, random) = &mut *self.decider();
-        let chosen = choose(&self.setup.policy, &view, turn, random)?.chosen;
+        let chosen =
+            choose(self.setup.prefill_policy.as_ref().unwrap_or(&self.setup.policy), &view, turn, random)?.chosen;
         if !prompt.hashes.is_empty() {
             engines[chosen].recent().used(&prompt.hashes);
             engines[chosen].tell(|name| News::Given { engine: Arc::clone(name), hashes: prompt.hashes.clone() });

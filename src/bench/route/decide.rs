@@ -177,6 +177,7 @@ impl KnownPrefix {
             objectives: Objectives::default(),
             aliases: Aliases::default(),
             two_steps: TwoSteps { by: PrefillBy::Router, tokens_min: u32::MAX },
+            prefill_policy: None,
             source_hints: SourceHints::default(),
             seed: 1,
             traces: None,

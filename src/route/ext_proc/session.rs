@@ -406,6 +406,7 @@ mod tests {
             objectives: Objectives::default(),
             aliases: Aliases::default(),
             two_steps: TwoSteps { by, tokens_min: 1 },
+            prefill_policy: None,
             source_hints: SourceHints::default(),
             seed: 1,
             traces: None,

@@ -23,6 +23,13 @@ pub(super) enum PluginKind {
     Producer(Mode),
     /// The session scorer, with its header.
     Session(String),
+    /// Says who else holds a prompt, if that is so many tokens more.
+    Source(u32),
+    /// Says how many tokens an engine would have to compute for another one to do it; `None`: that
+    /// is never so.
+    Decider(Option<u32>),
+    /// Runs profiles of prefill and decode.
+    Handler(ProfileNames),
     /// What is made of the scores, and how many engines are named beside the chosen one.
     Pick { how: Pick, fallbacks: usize },
 }
@@ -41,10 +48,10 @@ impl Lookup {
     ///
     /// # Errors
     /// [`Error::Config`]: there is no such producer.
-    pub(super) fn mode(self, name: &str, producers: &BTreeMap<String, Mode>) -> Result<Mode> {
+    pub(super) fn mode(&self, name: &str, producers: &BTreeMap<String, Mode>) -> Result<Mode> {
         match self {
-            Self::In(mode) => Ok(mode),
-            Self::As(producer) => producers.get(&producer).copied().ok_or_else(|| {
+            Self::In(mode) => Ok(*mode),
+            Self::As(producer) => producers.get(producer).copied().ok_or_else(|| {
                 wrong(
                     format!("`{name}` reads from `{producer}`, which produces no prefixes"),
                     "Name a plugin of type approx-, burst- or precise-prefix-cache-producer",
@@ -60,6 +67,46 @@ pub(super) fn producers(parts: &BTreeMap<String, Part>) -> BTreeMap<String, Mode
     parts.iter().filter_map(|(name, part)| Some((name.clone(), mode(part)?))).collect()
 }
 
+/// The profiles of a handler and its decider, by name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct ProfileNames {
+    decode: String,
+    prefill: String,
+    decider: String,
+}
+
+/// What the handler of a file runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Stages {
+    /// The profile of engines that go on with prompts.
+    pub(super) decode: String,
+    /// The profile of those that compute prompts for others, with the tokens from which they do.
+    pub(super) prefill: Option<(String, u32)>,
+}
+
+/// The handler that there is.
+///
+/// # Errors
+/// [`Error::Config`]: its decider is none.
+pub(super) fn handler(parts: &BTreeMap<String, Part>) -> Result<Option<Stages>> {
+    let names =
+        parts.values().find_map(|part| if let PluginKind::Handler(names) = &part.kind { Some(names) } else { None });
+    let Some(names) = names else { return Ok(None) };
+    let Some(PluginKind::Decider(tokens)) = parts.get(&names.decider).map(|part| &part.kind) else {
+        return Err(wrong(
+            format!("disagg-profile-handler: `{}` decides on no prefill", names.decider),
+            "Name a plugin of type prefix-based-pd-decider or always-disagg-pd-decider as deciders.prefill",
+        ));
+    };
+    let prefill = tokens.map(|tokens| (names.prefill.clone(), tokens));
+    Ok(Some(Stages { decode: names.decode.clone(), prefill }))
+}
+
+/// Tokens that another engine must hold beyond the chosen one's for a sidecar to be told of it.
+pub(super) fn source_tokens(parts: &BTreeMap<String, Part>) -> Option<u32> {
+    parts.values().find_map(|part| if let PluginKind::Source(tokens) = part.kind { Some(tokens) } else { None })
+}
+
 /// A plugin as it is used here.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Part {
@@ -69,8 +116,7 @@ pub(super) struct Part {
 }
 
 /// Plugins of the field that are not done here, by part of their type, with what to use instead.
-const REFUSED: [(&str, &str); 14] = [
-    ("p2p-source-producer", "Remove it: engines are not told where else a prefix lies"),
+const REFUSED: [(&str, &str); 17] = [
     ("producer", "Remove it: no scorer here reads what it produces"),
     (
         "prefix-cache-affinity-filter",
@@ -79,12 +125,16 @@ const REFUSED: [(&str, &str); 14] = [
     ("session-affinity-filter", "Use session-affinity-scorer with a large weight"),
     ("latency", "Remove it and use --policy cost without --picker-config, which predicts the time to the first token"),
     ("slo", "Remove it and use --policy cost without --picker-config, which predicts the time to the first token"),
-    ("pd-", "Remove it: prefill and decode on different engines is not routed here"),
-    ("disagg", "Remove it: prefill and decode on different engines is not routed here"),
-    ("prefill", "Remove it: prefill and decode on different engines is not routed here"),
     ("encode", "Remove it: encoders on engines of their own are not routed here"),
+    ("multimodal", "Remove it: encoders on engines of their own are not routed here"),
+    ("pd-", "Use disagg-profile-handler with a prefix-based-pd-decider"),
+    ("disagg", "Use disagg-profile-handler with a prefix-based-pd-decider"),
+    ("prefill", "Use disagg-profile-handler with a prefix-based-pd-decider, and prefill-filter"),
+    ("usage-limit", "Remove it: with --queue something is left free for the highest priority"),
     ("by-label", "Remove it and name only engines with that label (--kubernetes-labels)"),
-    ("-admi", "Remove it and use --in-flight"),
+    ("ceiling", "Remove it: with --queue something is left free for the highest priority"),
+    ("-detector", "Remove it: with --queue an engine has room by the work that it was given"),
+    ("-admi", "Remove it and use --queue, or --in-flight to refuse what is too much"),
     ("filter", "Remove it: engines are left out when they are unhealthy, draining, or do not serve the model"),
     ("picker", "Use max-score-picker, weighted-random-picker or random-picker"),
 ];
@@ -148,10 +198,25 @@ pub(super) fn read(kind: &str, parameters: Map<String, Json>) -> Result<Part> {
             };
             plain(PluginKind::Pick { how, fallbacks })
         }
-        "single-profile-handler" | "dp-rank-header-handler" | "models-responder" | "openai-parser" => {
-            plain(PluginKind::Nothing)
+        "single-profile-handler"
+        | "disagg-headers-handler"
+        | "dp-rank-header-handler"
+        | "models-responder"
+        | "openai-parser" => plain(PluginKind::Nothing),
+        "decode-filter" | "prefill-filter" => noted(
+            PluginKind::Nothing,
+            "prefill-filter and decode-filter: engines say what they are by role=prefill or role=decode, pods by the label llm-d.ai/role; one without takes everything",
+        ),
+        "disagg-profile-handler" => handler_of(&mut given)?,
+        "always-disagg-pd-decider" | "prefix-based-pd-decider" => plain(decider(&mut given)?),
+        "p2p-source-producer" => {
+            given.drop(&["prefixMatchInfoProducerName", "prefillProfileName"]);
+            let tokens = given.count("minCachedTokenDelta", 1)? as u32;
+            noted(
+                PluginKind::Source(tokens),
+                "p2p-source-producer: only what lies in another engine's host memory is named, and choosing an engine does not count on it",
+            )
         }
-        "decode-filter" => noted(PluginKind::Nothing, "decode-filter: every engine is taken to prefill and to decode"),
         "tokenizer" | "token-producer" => {
             given.fields.clear();
             noted(PluginKind::Nothing, "tokenizer: tokens are made in this process, see --tokenizer")
@@ -215,6 +280,35 @@ fn prefixes(kind: &str, given: &mut Parameters<'_>) -> Result<Part> {
     }
 }
 
+/// From how many tokens on another engine computes a prompt.
+fn decider(given: &mut Parameters<'_>) -> Result<PluginKind> {
+    if given.plugin == "always-disagg-pd-decider" {
+        return Ok(PluginKind::Decider(Some(1)));
+    }
+    // 0 switches it off.
+    let tokens = given.fields.remove("nonCachedTokens").map_or(Some(0), |value| value.as_u64());
+    let tokens = tokens.and_then(|tokens| u32::try_from(tokens).ok());
+    let tokens = tokens.ok_or_else(|| given.wrong("nonCachedTokens", "is no count", "Write a whole number"))?;
+    Ok(PluginKind::Decider(Some(tokens).filter(|tokens| *tokens > 0)))
+}
+
+fn handler_of(given: &mut Parameters<'_>) -> Result<Part> {
+    let mut deciders = given.names("deciders")?;
+    let mut profiles = given.names("profiles")?;
+    if deciders.contains_key("encode") || profiles.contains_key("encode") {
+        return Err(wrong(
+            "disagg-profile-handler: encoders on engines of their own are not routed here",
+            "Remove the encode stage; the engines encode themselves",
+        ));
+    }
+    let decider = given.text("deciderPluginName")?.or_else(|| deciders.remove("prefill"));
+    let decider = decider.unwrap_or_else(|| "prefix-based-pd-decider".to_owned());
+    let mut profile = |stage: &str| profiles.remove(stage).unwrap_or_else(|| stage.to_owned());
+    let names = ProfileNames { decode: profile("decode"), prefill: profile("prefill"), decider };
+    let note = "disagg-profile-handler: the engine that computes a prompt is named to a sidecar in x-prefiller-host-port; with --http and --prefill-by router no sidecar is needed";
+    Ok(Part { kind: PluginKind::Handler(names), note: note.to_owned() })
+}
+
 fn session(given: &mut Parameters<'_>) -> Result<Part> {
     match given.text("algorithm")?.as_deref() {
         Some("session_id_header") => {}
@@ -260,6 +354,16 @@ impl Parameters<'_> {
             Some(Json::String(text)) => Ok(Some(text)),
             Some(_) => Err(self.wrong(name, "is no text", "Write it as text")),
         }
+    }
+
+    /// Names by what they are for.
+    fn names(&mut self, name: &str) -> Result<BTreeMap<String, String>> {
+        let Some(value) = self.fields.remove(name) else { return Ok(BTreeMap::new()) };
+        let fields = value.as_object().cloned().unwrap_or_default();
+        let pair = |(key, value): (String, Json)| Some((key, value.as_str()?.to_owned()));
+        let read: Option<BTreeMap<_, _>> = fields.into_iter().map(pair).collect();
+        read.filter(|_| value.is_object())
+            .ok_or_else(|| self.wrong(name, "is no list of names", "Write e.g. prefill: NAME"))
     }
 
     /// A parameter that may only have its default value.

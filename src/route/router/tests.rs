@@ -25,6 +25,7 @@ fn router() -> Arc<Router> {
         objectives: Objectives::default(),
         aliases: Aliases::default(),
         two_steps: TwoSteps { by: PrefillBy::Router, tokens_min: 1 },
+        prefill_policy: None,
         source_hints: SourceHints::default(),
         seed: 1,
         traces: None,
