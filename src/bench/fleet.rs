@@ -25,7 +25,7 @@ use kvcellar_route::simulation::{Plan, Way, run as simulate};
 #[derive(Debug, Clone, Args)]
 pub struct FleetBench {
     /// Sizes of fleets.
-    #[arg(long, value_delimiter = ',', default_value = "8,64,512")]
+    #[arg(long, value_delimiter = ',', default_value = "8,64")]
     pub engines: Vec<usize>,
     /// Kinds of traffic; all unless given.
     #[arg(long, value_enum)]
@@ -39,7 +39,7 @@ pub struct FleetBench {
     /// Share of each load's own rate.
     #[arg(long, default_value_t = 1.0)]
     pub rate: f64,
-    /// Seeds: as many runs of each kind; of more than 64 engines one.
+    /// Seeds: as many runs of each kind.
     #[arg(long, value_delimiter = ',', default_value = "1,2,3")]
     pub seeds: Vec<u64>,
     /// What is compared; all unless given.

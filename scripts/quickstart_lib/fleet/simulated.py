@@ -42,7 +42,7 @@ def write(report: dict[str, Any], path: Path) -> None:
     told = report["parameters"]
     seeds = len(told["seeds"])
     footnote = (
-        f"Medians over {seeds} seeds (of more than 64 engines one); {told['seconds']:g} s simulated after "
+        f"Medians over {seeds} seeds; {told['seconds']:g} s simulated after "
         f"{told['warm_s']:g} s of warming up. kvcellar bench fleet, {report['commit']}."
     )
     parts.append(svg.text(24, height - 14, footnote, size=11, colour=svg.QUIET))

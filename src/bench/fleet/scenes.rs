@@ -25,7 +25,7 @@ pub enum Comparison {
     Processor,
 }
 
-/// Fleets of more engines are compared in the simplest scene only, and with the first seed.
+/// Fleets of more engines are compared in the simplest scene only.
 const ENGINES_MAX: usize = 64;
 
 /// Of the load's own rate: about three times what engines can do; and the share that is urgent, as
@@ -65,14 +65,7 @@ fn of(comparison: Comparison, options: &FleetBench) -> Vec<FleetTrial> {
         Comparison::Ways => {
             for load in loads {
                 for engines in &options.engines {
-                    // Large fleets take long, and their numbers differ little between seeds.
-                    let seeds = if *engines > ENGINES_MAX {
-                        &options.seeds[..options.seeds.len().min(1)]
-                    } else {
-                        &options.seeds
-                    };
-                    let way = |way| FleetTrial { seeds: seeds.to_vec(), ..trial("", plan(load, *engines), way) };
-                    trials.extend(Way::ALL.map(way));
+                    trials.extend(Way::ALL.map(|way| trial("", plan(load, *engines), way)));
                 }
             }
         }
