@@ -90,8 +90,7 @@ def ask(router: Router, ids: list[int], session: str = "") -> str:
 def together(routers: list[Router], first: int) -> Counter[str]:
     """Many prompts that nobody has, each by the next router: who got how many."""
     with ThreadPoolExecutor(8) as clients:
-        one = lambda number: ask(routers[number % len(routers)], prompt(first + number))  # noqa: E731
-        return Counter(clients.map(one, range(REQUESTS)))
+        return Counter(clients.map(lambda at: ask(routers[at % len(routers)], prompt(first + at)), range(REQUESTS)))
 
 
 def test_two_balance_as_one_does(fleet: Fleet, tmp_path: Path) -> None:
@@ -136,8 +135,8 @@ def test_sessions_and_prefixes_are_the_same_at_both(fleet: Fleet, tmp_path: Path
 
 def wait_caught_up(one: Router, two: Router) -> None:
     """Waits until the second knows what the first did: blocks are told after sessions."""
-    blocks = lambda router: router.metric("kvcellar_route_engine_remembered_blocks")  # noqa: E731
-    wait_until(lambda: blocks(one) == blocks(two) > 0, "the news")
+    name = "kvcellar_route_engine_remembered_blocks"
+    wait_until(lambda: one.metric(name) == two.metric(name) > 0, "the news")
 
 
 def test_a_dead_routers_share_expires_and_a_new_one_catches_up(fleet: Fleet, tmp_path: Path) -> None:
@@ -191,7 +190,10 @@ def test_who_is_no_peer_is_told_so(fleet: Fleet, tmp_path: Path) -> None:
         flags = ["--engines-file", str(other_file), "--peer-listen", f"127.0.0.1:{third}"]
         flags += ["--peer", f"http://127.0.0.1:{left}", "--peer-key", str(keys[0])]
         stack.enter_context(open_router(tmp_path, *flags, name="three"))
-        told = lambda: sorted(peers(one))  # noqa: E731
+
+        def told() -> list[str]:
+            return sorted(peers(one))
+
         wait_until(lambda: len(told()) == 3 and told()[0].startswith("refused: it"), "the answers")
         wait_until(lambda: told()[1].startswith("refused: its engines serve another"), "the models")
         assert "--peer-key" in told()[0] and told()[2] == "this router itself"
