@@ -115,6 +115,15 @@ pub struct BlockKey {
     pub group: GroupIndex,
 }
 
+impl BlockKey {
+    /// A number that tells this key from others, and is evenly spread because block hashes are.
+    #[inline]
+    pub fn fingerprint(&self) -> u64 {
+        let [a, b, c, d, e, f, g, h, ..] = self.hash.bytes;
+        u64::from_le_bytes([a, b, c, d, e, f, g, h]).wrapping_add(u64::from(self.group.0) << 32)
+    }
+}
+
 impl fmt::Display for BlockKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}", self.hash, self.group.0)

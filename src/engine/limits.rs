@@ -306,3 +306,20 @@ pub const STAGING_BUFFERS: usize = 4;
 const _: () = assert!(PIN_CHUNK_BYTES <= PIN_CALL_BYTES_MAX, "the driver takes a chunk in one call");
 const _: () = assert!(PIN_PIECE_BYTES <= PIN_CHUNK_BYTES, "a chunk is at least one piece");
 const _: () = assert!(JOBS_IN_FLIGHT_MAX >= 2, "the next job is queued while one runs");
+
+/// Evicted blocks that the adaptive policy remembers for each place of its tier. The oldest is
+/// forgotten for a new one: what comes back later is taken for new.
+pub const GHOSTS_PER_PLACE: u32 = 4;
+
+/// The least that it remembers: a small tier is evicted from so soon that most blocks come back
+/// long after.
+pub const GHOSTS_MIN: u32 = 1 << 16;
+
+/// Blocks that the adaptive policy puts behind the block that follows them in their prefix, for one
+/// decision. At the bound it takes the end of the prefix at once.
+pub const WAITS_PER_VICTIM: u32 = 4096;
+
+/// Blocks at the cold end of the order of eviction that the cleaner looks at, at every hook, where
+/// the policy is not LRU. What is evicted beyond them between two hooks may be dirty, and is dropped
+/// then.
+pub const COLD_END_MAX: usize = 1024;

@@ -2,7 +2,8 @@
 //! follower are the real ones; only vLLM is played by the test, whose KV cache holds bytes that are
 //! computed from each block's key. So a byte that comes back under a wrong key is a wrong byte.
 //!
-//! All of it runs twice: over a disk that reads and writes the slots, and over staging.
+//! All of it runs three times: over a disk that reads and writes the slots, over staging, and with
+//! the adaptive policy in both tiers.
 
 #![allow(clippy::expect_used, clippy::panic, reason = "a broken expectation is a failed test")]
 #![allow(unsafe_code, reason = "the KV cache's addresses are handed to the copier")]

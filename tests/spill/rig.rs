@@ -38,8 +38,11 @@ const FETCHED: usize = 100;
 const KV_BLOCKS: usize = 200;
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// All tests run twice, as `spill` and as `spill_staged`.
-const STAGING: &str = if env!("CARGO_CRATE_NAME").len() > "spill".len() { "on" } else { "off" };
+/// All tests run as `spill` and as `spill_staged`.
+const STAGING: &str = if env!("CARGO_CRATE_NAME").len() == "spill_staged".len() { "on" } else { "off" };
+
+/// Which blocks both tiers keep: another policy than the usual one in the program of that name.
+const POLICY: &str = if env!("CARGO_CRATE_NAME").len() == "spill_adaptive".len() { "adaptive" } else { "lru" };
 
 /// Chain `chain`'s block `index`.
 pub(crate) fn hash(chain: u32, index: u32) -> BlockHash {
@@ -120,7 +123,7 @@ fn engine_with_pool(
 ) -> kvcellar_block::error::Result<(Arc<Mutex<TierEngine>>, Config)> {
     let geometry = geometry();
     let json = format!(
-        r#"{{"nvme_dir": "{}", "nvme_size": "{nvme_size}", "nvme_reserve": "1MiB", "nvme_staging": "{STAGING}"{more}}}"#,
+        r#"{{"nvme_dir": "{}", "nvme_size": "{nvme_size}", "nvme_reserve": "1MiB", "nvme_staging": "{STAGING}", "policy": "{POLICY}"{more}}}"#,
         disk_dir.display()
     );
     let config = Config::parse(&json)?;
@@ -199,6 +202,7 @@ impl Rig {
             load_policy: config.nvme.load_policy,
             admission: config.nvme.admission,
             retention_s: None,
+            policy: config.policy,
         };
         let device = Arc::clone(&disk) as Arc<dyn Disk>;
         let staging = (config.nvme.staging == StagingChoice::On)

@@ -6,6 +6,7 @@
 
 pub mod controls;
 pub mod nvme;
+pub mod policy;
 pub mod size;
 
 use std::path::PathBuf;
@@ -16,6 +17,7 @@ use kvcellar_block::error::{Error, Result};
 
 pub use controls::Controls;
 pub use nvme::NvmeConfig;
+pub use policy::PolicyName;
 
 /// What to do with a model that has KV cache groups this version cannot keep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,6 +69,8 @@ pub struct Config {
     pub verify_loads: bool,
     /// See [`OnReset`].
     pub on_reset: OnReset,
+    /// Which blocks both tiers keep.
+    pub policy: PolicyName,
     /// The nvme tier.
     pub nvme: NvmeConfig,
     /// Where the engine writes its operation log, if anywhere. Hashes and counts, never tokens.
@@ -90,6 +94,7 @@ pub const KEYS: &[(&str, &str)] = &[
     ("namespace_salt", "a string"),
     ("verify_loads", "true or false"),
     ("on_reset", "\"erase\" or \"keep\""),
+    ("policy", "\"lru\", \"s3fifo\", \"arc\", \"lrfu\" or \"adaptive\""),
     ("trace_file", "an absolute path"),
 ];
 
@@ -109,6 +114,7 @@ impl Default for Config {
             namespace_salt: String::new(),
             verify_loads: false,
             on_reset: OnReset::Erase,
+            policy: PolicyName::Lru,
             nvme: NvmeConfig::default(),
             trace_file: None,
         }
@@ -168,6 +174,9 @@ impl Config {
                     Some("keep") => OnReset::Keep,
                     _ => return Err(wrong(key, value)),
                 };
+            }
+            "policy" => {
+                self.policy = value.as_str().and_then(PolicyName::named).ok_or_else(|| wrong(key, value))?;
             }
             "trace_file" => self.trace_file = Some(absolute_path(key, value)?),
             _ if self.nvme.set(key, value)? => {}
@@ -236,7 +245,7 @@ mod tests {
     #[test]
     fn every_documented_key_is_accepted() {
         let json = r#"{"dram_size":"512MiB","pool_dir":"/dev/shm","keep_pool":false,"copy_threads":3,"unsupported_groups":"bypass",
-            "strict_load_failure":true,"events":false,"without_prefix_caching":true,"local_engines":4,"namespace_salt":"x","verify_loads":true,"on_reset":"keep","trace_file":"/tmp/t",
+            "strict_load_failure":true,"events":false,"without_prefix_caching":true,"local_engines":4,"namespace_salt":"x","verify_loads":true,"on_reset":"keep","policy":"adaptive","trace_file":"/tmp/t",
             "nvme_dir":"/disk","nvme_size":"1GiB","nvme_reserve":"2GiB","nvme_engine":"threads","nvme_staging":"off","nvme_admission":"reused",
             "write_through":true,"clean_percent":25,"load_policy":"auto","retention":"24h"}"#;
         let config = Config::parse(json).expect("valid");

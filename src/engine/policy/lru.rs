@@ -1,112 +1,93 @@
-//! Least recently used, in O(1): a ring of links over the numbers of places.
+//! Least recently used, in O(1).
+//!
+//! Guarantee: the block to evict is the one that was not used for the longest time; a cache of n
+//! blocks misses at most n times as often as the best possible one, and never more often than a
+//! smaller one of its kind. A scan of n blocks empties it.
 
 use std::marker::PhantomData;
 
-use super::{Eviction, Heat, Index};
+use super::rings::Rings;
+use super::{Block, Departure, Eviction, Heat, Index, Touch};
 use crate::invariant;
 
-const OUT: u32 = u32::MAX;
+/// The only list.
+const ALL: u32 = 0;
 
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-struct Link {
-    colder: u32,
-    hotter: u32,
-}
-
-/// A doubly linked ring through one sentinel, which is the last element of `links`.
+/// One list, the longest unused first. [`Eviction::coldest`] is the exact order of victims.
 #[derive(Debug)]
 pub struct Lru<I> {
-    links: Box<[Link]>,
-    len: usize,
+    ring: Rings,
     places: PhantomData<I>,
 }
 
 impl<I: Index> Lru<I> {
     /// A policy for `places` places, none of which may be evicted yet.
     pub fn new(places: u32) -> Self {
-        let mut links = vec![Link { colder: OUT, hotter: OUT }; places as usize + 1].into_boxed_slice();
-        links[places as usize] = Link { colder: places, hotter: places };
-        Self { links, len: 0, places: PhantomData }
-    }
-
-    fn sentinel(&self) -> u32 {
-        self.links.len() as u32 - 1
-    }
-
-    fn put_after(&mut self, colder: u32, place: u32) {
-        let hotter = self.links[colder as usize].hotter;
-        self.links[place as usize] = Link { colder, hotter };
-        self.links[colder as usize].hotter = place;
-        self.links[hotter as usize].colder = place;
-    }
-
-    fn take_out(&mut self, place: u32) {
-        let Link { colder, hotter } = self.links[place as usize];
-        self.links[colder as usize].hotter = hotter;
-        self.links[hotter as usize].colder = colder;
-        self.links[place as usize] = Link { colder: OUT, hotter: OUT };
+        Self { ring: Rings::new(places, 1), places: PhantomData }
     }
 
     /// Places from the one to evict first to the one to evict last.
     pub fn iter(&self) -> impl Iterator<Item = I> + '_ {
-        let sentinel = self.sentinel();
-        let next = move |place: u32| (place != sentinel).then_some(place);
-        std::iter::successors(next(self.links[sentinel as usize].hotter), move |place| {
-            next(self.links[*place as usize].hotter)
-        })
-        .map(I::from_number)
+        self.ring.iter(ALL).map(I::from_number)
     }
 }
 
 impl<I: Index> Eviction<I> for Lru<I> {
+    fn assign(&mut self, _place: I, _block: &Block<I>) {}
+
+    fn release(&mut self, place: I, _departure: Departure) {
+        self.remove(place);
+    }
+
     fn insert(&mut self, place: I, heat: Heat) {
         if !invariant!(!self.holds(place), "{place:?} enters the order of eviction twice") {
             return;
         }
-        let sentinel = self.sentinel();
-        let colder = match heat {
-            Heat::Hot => self.links[sentinel as usize].colder,
-            Heat::Cold => sentinel,
-        };
-        self.put_after(colder, place.number());
-        self.len += 1;
+        match heat {
+            Heat::Hot => self.ring.push_hot(ALL, place.number()),
+            Heat::Cold => self.ring.push_cold(ALL, place.number()),
+        }
     }
 
     fn remove(&mut self, place: I) {
         if self.holds(place) {
-            self.take_out(place.number());
-            self.len -= 1;
+            self.ring.take(ALL, place.number());
         }
     }
 
-    fn touch(&mut self, place: I) {
+    fn touch(&mut self, place: I, _touch: Touch) {
         if self.holds(place) {
-            self.take_out(place.number());
-            self.put_after(self.links[self.sentinel() as usize].colder, place.number());
+            self.ring.take(ALL, place.number());
+            self.ring.push_hot(ALL, place.number());
         }
     }
 
-    fn victim(&self, may: &dyn Fn(I) -> bool) -> Option<I> {
+    fn victim(&mut self, may: &dyn Fn(I) -> bool) -> Option<I> {
         self.iter().find(|place| may(*place))
     }
 
+    fn coldest(&self, visit: &mut dyn FnMut(I) -> bool) {
+        self.iter().all(visit);
+    }
+
+    fn is_by_last_use(&self) -> bool {
+        true
+    }
+
     fn holds(&self, place: I) -> bool {
-        self.links[place.number() as usize].hotter != OUT
+        self.ring.holds(place.number())
     }
 
     fn len(&self) -> usize {
-        self.len
-    }
-
-    fn order(&self) -> Vec<I> {
-        self.iter().collect()
+        self.ring.len(ALL) as usize
     }
 
     fn prefetch(&self, place: I) {
-        // A plain read of the link would stall; reading its address is enough for the compiler to
-        // emit nothing on other machines.
-        kvcellar_block::prefetch(&self.links[place.number() as usize]);
+        self.ring.prefetch(place);
+    }
+
+    fn bytes(&self) -> usize {
+        self.ring.bytes()
     }
 }
 
@@ -127,7 +108,7 @@ mod tests {
         for slot in 0..4 {
             lru.insert(SlotIndex(slot), Heat::Hot);
         }
-        lru.touch(SlotIndex(0));
+        lru.touch(SlotIndex(0), Touch::Fresh);
         assert_eq!(order(&lru), [1, 2, 3, 0]);
         assert_eq!(lru.victim(&|_| true), Some(SlotIndex(1)));
         lru.remove(SlotIndex(1));

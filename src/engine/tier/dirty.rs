@@ -1,7 +1,19 @@
 //! Which dirty blocks may be written to disk, coldest first, and how long ago each block was used.
 
-use crate::policy::{Eviction, Heat, Lru};
+use crate::policy::{Eviction, Heat, Lru, Touch};
 use kvcellar_block::SlotIndex;
+
+/// A dirty block that may be evicted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Dirty {
+    /// Its slot.
+    pub slot: SlotIndex,
+    /// More than one request used it.
+    pub reused: bool,
+    /// Uses of blocks since its own last one: at most so many blocks are hotter. `None` where the
+    /// order of eviction is another than that of uses.
+    pub uses_since: Option<u32>,
+}
 
 /// Dirty slots that may be evicted, and the tier's clock.
 ///
@@ -66,12 +78,17 @@ impl DirtyOrder {
     /// A slot was used; one that is not to be written stays so.
     pub(super) fn touch(&mut self, slot: SlotIndex) {
         if let Some(order) = &mut self.order {
-            order.touch(slot);
+            order.touch(slot, Touch::Again);
         }
+    }
+
+    /// A slot waits to be written.
+    pub(super) fn offers(&self, slot: SlotIndex) -> bool {
+        self.order.as_ref().is_some_and(|order| order.holds(slot))
     }
 
     /// The slot to write next.
     pub(super) fn coldest(&self) -> Option<SlotIndex> {
-        self.order.as_ref()?.victim(&|_| true)
+        self.order.as_ref()?.iter().next()
     }
 }

@@ -21,7 +21,7 @@ use crate::config::{Config, Controls, OnReset};
 use crate::event_log::{EventLog, Run};
 use crate::metrics::{Counters, Gauges};
 use crate::nvme::buffer::PoolPart;
-use crate::policy::Lru;
+use crate::policy::{self, PolicyName};
 use crate::pool::Pool;
 use crate::pool::memory::SlotMemory;
 use crate::{invariant, limits, violated};
@@ -46,6 +46,8 @@ pub struct TierEngine {
     /// What pending work had done when it last moved, and when that was.
     last_progress: (Progress, Instant),
     events_enabled: bool,
+    /// Chooses which blocks stay in the dram tier.
+    policy: PolicyName,
     on_reset: OnReset,
     /// A reset came: what is stored belongs to this process alone, in whatever pool or store.
     private: bool,
@@ -82,6 +84,7 @@ impl TierEngine {
             last_progress: (Progress::default(), Instant::now()),
             events_enabled: config.events,
             on_reset: config.on_reset,
+            policy: config.policy,
             private: false,
         })
     }
@@ -106,8 +109,10 @@ impl TierEngine {
     /// Gives the engine its slots, which hold nothing.
     pub fn open(&mut self, memory: Arc<dyn SlotMemory>) {
         let slots = memory.slot_count();
-        let policy = Box::new(Lru::new(slots));
-        self.attach(Residency::new(memory, policy, EventLog::new(self.events_enabled)), None);
+        self.attach(
+            Residency::new(memory, policy::build(self.policy, slots), EventLog::new(self.events_enabled)),
+            None,
+        );
         self.session.log.record(|| trace::line("open", &[("slots", slots.into()), ("adopted", 0.into())]));
     }
 
@@ -127,7 +132,7 @@ impl TierEngine {
         let pool = Arc::new(pool);
         let memory: Arc<dyn SlotMemory> = Arc::new(Arc::clone(&pool));
         let mut dram =
-            Residency::new(memory, Box::new(Lru::new(pool.slot_count())), EventLog::new(self.events_enabled));
+            Residency::new(memory, policy::build(self.policy, pool.slot_count()), EventLog::new(self.events_enabled));
         let adopted = super::adoption::take_over(&mut dram, adopt);
         let fields = [
             ("slots", Value::from(pool.slot_count())),

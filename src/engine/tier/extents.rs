@@ -8,7 +8,7 @@
 use super::extent_state::{ExtentChange, ExtentState};
 use super::table::Table;
 use crate::event_log::EventLog;
-use crate::policy::{Eviction, Heat, Lru};
+use crate::policy::{Block, Departure, Eviction, Heat, PolicyName, Touch, build};
 use crate::{invariant, violated};
 use kvcellar_block::descriptor::Lineage;
 use kvcellar_block::{BlockHash, BlockKey, ExtentIndex, GroupIndex, Tier};
@@ -25,7 +25,7 @@ pub struct Stamp {
 /// The nvme tier's contents.
 pub struct Extents {
     table: Table<ExtentIndex, ExtentState>,
-    order: Lru<ExtentIndex>,
+    order: Box<dyn Eviction<ExtentIndex>>,
     free: Vec<ExtentIndex>,
     stamps: Box<[Stamp]>,
     ready: u32,
@@ -40,11 +40,12 @@ pub struct Extents {
 }
 
 impl Extents {
-    /// An empty tier of at most `max` extents, of which none exists yet.
-    pub fn new(max: u32) -> Self {
+    /// An empty tier of at most `max` extents, of which none exists yet. `policy`: chooses whom to
+    /// evict.
+    pub fn new(max: u32, policy: PolicyName) -> Self {
         Self {
             table: Table::new(max),
-            order: Lru::new(max),
+            order: build(policy, max),
             free: Vec::new(),
             stamps: vec![Stamp::default(); max as usize].into_boxed_slice(),
             ready: 0,
@@ -116,6 +117,17 @@ impl Extents {
 
     /// Changes an extent's state, and what depends on it. Returns whether that can be.
     fn transition(&mut self, extent: ExtentIndex, change: ExtentChange, events: &mut EventLog) -> bool {
+        self.transition_as(extent, change, Departure::Dropped, events)
+    }
+
+    /// As [`Self::transition`]; `departure`: how a block leaves that is gone with it.
+    fn transition_as(
+        &mut self,
+        extent: ExtentIndex,
+        change: ExtentChange,
+        departure: Departure,
+        events: &mut EventLog,
+    ) -> bool {
         let before = self.state(extent);
         let after = match before.apply(change) {
             Ok(after) => after,
@@ -133,7 +145,7 @@ impl Extents {
             events.removed(Tier::Nvme, key);
         }
         if !after.is_committed() && (before.is_committed() || before == ExtentState::Writing) {
-            self.order.remove(extent);
+            self.order.release(extent, departure);
             self.table.remove(extent);
         }
         self.table.record_mut(extent).facts = after;
@@ -164,7 +176,7 @@ impl Extents {
             return false;
         }
         self.transition(extent, ExtentChange::Adopt, &mut EventLog::new(false));
-        self.table.insert(extent, key);
+        self.assign(extent, key, None);
         self.stamps[extent.0 as usize] = stamp;
         self.order.insert(extent, Heat::Hot);
         true
@@ -209,7 +221,8 @@ impl Extents {
         let victim = self.order.victim(&|_| true)?;
         let evicted = self.key(victim);
         // What is in the order of eviction is not read.
-        self.transition(victim, ExtentChange::Drop { retire: false, read: false }, events);
+        let drop = ExtentChange::Drop { retire: false, read: false };
+        self.transition_as(victim, drop, Departure::Evicted, events);
         evicted
     }
 
@@ -220,13 +233,26 @@ impl Extents {
         self.free[from..].sort_unstable_by(|a, b| b.cmp(a));
     }
 
-    /// Takes a free extent for a block that will be written.
-    pub fn reserve(&mut self, key: &BlockKey, stamp: Stamp, events: &mut EventLog) -> Option<ExtentIndex> {
+    fn assign(&mut self, extent: ExtentIndex, key: &BlockKey, parent: Option<ExtentIndex>) {
+        self.table.insert(extent, key);
+        self.order.assign(extent, &Block { parent, ..Block::unknown(key.fingerprint()) });
+    }
+
+    /// Takes a free extent for a block that will be written. `parent`: the block before it in its
+    /// prefix, as far as that is known.
+    pub fn reserve(
+        &mut self,
+        key: &BlockKey,
+        parent: Option<&BlockKey>,
+        stamp: Stamp,
+        events: &mut EventLog,
+    ) -> Option<ExtentIndex> {
         let extent = self.free.pop()?;
         if !self.transition(extent, ExtentChange::Reserve, events) {
             return None;
         }
-        self.table.insert(extent, key);
+        let parent = parent.and_then(|parent| self.table.find(parent));
+        self.assign(extent, key, parent);
         self.stamps[extent.0 as usize] = stamp;
         Some(extent)
     }
@@ -262,6 +288,7 @@ impl Extents {
     /// A block is being read: its extent is not given away.
     pub fn begin_read(&mut self, extent: ExtentIndex) {
         self.table.record_mut(extent).pins += 1;
+        self.order.touch(extent, Touch::Fresh);
         self.order.remove(extent);
     }
 
@@ -283,9 +310,10 @@ impl Extents {
         }
     }
 
-    /// The block was used: it becomes the last to be evicted.
+    /// The block was used where a faster tier has it: it is as recent here. Only what is read from
+    /// here counts as one more use of what is here.
     pub fn touch(&mut self, extent: ExtentIndex) {
-        self.order.touch(extent);
+        self.order.touch(extent, Touch::Again);
     }
 
     /// The tier went out of service: its blocks are not to be had, and everybody is told.
@@ -349,9 +377,9 @@ mod tests {
 
     /// One extent, committed and being read by so many.
     fn read_by(readers: u32) -> (Extents, EventLog) {
-        let (mut extents, mut events) = (Extents::new(1), EventLog::new(true));
+        let (mut extents, mut events) = (Extents::new(1, PolicyName::Lru), EventLog::new(true));
         extents.make_ready(1);
-        assert_eq!(extents.reserve(&key(1), Stamp::default(), &mut events), Some(HERE));
+        assert_eq!(extents.reserve(&key(1), None, Stamp::default(), &mut events), Some(HERE));
         extents.commit(HERE, Lineage::default(), &mut events);
         for _ in 0..readers {
             extents.begin_read(HERE);
@@ -365,7 +393,7 @@ mod tests {
         extents.discard(HERE, true, &mut events);
         extents.end_read(HERE, &mut events);
         assert_eq!((extents.retired(), extents.free(), extents.committed()), (1, 0, 0));
-        assert_eq!(extents.reserve(&key(2), Stamp::default(), &mut events), None);
+        assert_eq!(extents.reserve(&key(2), None, Stamp::default(), &mut events), None);
     }
 
     #[test]
@@ -389,7 +417,7 @@ mod tests {
         assert_eq!((extents.free(), extents.evict(&mut events)), (0, None));
         extents.end_read(HERE, &mut events);
         assert_eq!((extents.retired(), extents.free()), (0, 1));
-        assert_eq!(extents.reserve(&key(2), Stamp::default(), &mut events), Some(HERE));
+        assert_eq!(extents.reserve(&key(2), None, Stamp::default(), &mut events), Some(HERE));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use serde_json::Value;
 use super::hit::{self, Sources};
 use super::offload::Offloads;
 use super::requests::{Asked, RequestState, Requests};
+use super::reservation::Provenance;
 use super::restore::{LostBlock, Wanted};
 use super::session::Session;
 use super::tiers::{Source, Tiers};
@@ -193,8 +194,9 @@ impl Loads {
             return;
         };
         let (local, serial) = (request.local, request.serial);
+        let prompt_tokens = request.known_tokens(session.requests.grouping());
         let plan = plan(tiers, session.requests.grouping(), request, admission);
-        let committed = commit(tiers, &plan, id, serial);
+        let committed = commit(tiers, &plan, id, (serial, prompt_tokens));
         for block in plan.blocks.iter().filter(|_| !plan.doomed) {
             offloads.wait_for(block.destination, 0, &mut session.plan);
         }
@@ -307,8 +309,9 @@ fn plan(tiers: &Tiers, grouping: &Grouping, request: &RequestState, admission: A
     LoadPlan { blocks, doomed }
 }
 
-/// Holds what a plan names, makes room for what comes from disk, and orders its reads.
-fn commit(tiers: &mut Tiers, plan: &LoadPlan, id: &str, serial: u32) -> Committed {
+/// Holds what a plan names, makes room for what comes from disk, and orders its reads. `serial`,
+/// `prompt_tokens`: of the request.
+fn commit(tiers: &mut Tiers, plan: &LoadPlan, id: &str, (serial, prompt_tokens): (u32, u32)) -> Committed {
     let mut committed = Committed { doomed: plan.doomed, ..Committed::default() };
     if plan.doomed {
         return committed;
@@ -322,12 +325,17 @@ fn commit(tiers: &mut Tiers, plan: &LoadPlan, id: &str, serial: u32) -> Committe
     }
     committed.evicted = make_room(tiers, plan, serial);
     let mut reads: Vec<ReadPart> = Vec::new();
+    // The slot of each group's last block so far: the next one follows it.
+    let mut parents: Vec<Option<SlotIndex>> = Vec::new();
     for PlannedBlock { key, destination, first_token, source } in &plan.blocks {
+        let group = usize::from(key.group.0);
+        parents.resize(parents.len().max(group + 1), None);
+        let provenance = Provenance { parent: parents[group], prompt_tokens };
         let (slot, generation, flags) = match *source {
             Source::Slot(slot) => (slot, tiers.dram.generation(slot), verify_flag(tiers, slot)),
             Source::Restoring(slot) => (slot, tiers.dram.generation(slot), FOLLOW | verify_flag(tiers, slot)),
             Source::Extent(extent) => {
-                let wanted = Wanted { key: *key, extent, token: *first_token, request: id, serial };
+                let wanted = Wanted { key: *key, extent, token: *first_token, request: id, serial, provenance };
                 let Some(part) = plan_read(tiers, wanted) else {
                     // Neither a slot of its own nor a window.
                     committed.doomed = true;
@@ -344,6 +352,8 @@ fn commit(tiers: &mut Tiers, plan: &LoadPlan, id: &str, serial: u32) -> Committe
                 (slot, generation, FOLLOW)
             }
         };
+        // A slot of the window is none of the tier's.
+        parents[group] = tiers.dram.key(slot).is_some_and(|held| held == *key).then_some(slot);
         committed.copies.push(BlockCopy {
             slot: slot.0,
             generation: generation.0,

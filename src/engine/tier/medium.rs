@@ -18,7 +18,7 @@ use crate::nvme::disk::{Description, Disk};
 use crate::nvme::space::SegmentLayout;
 use crate::nvme::store::Store;
 use crate::policy::load::Rates;
-use crate::policy::{Admission, LoadPolicy};
+use crate::policy::{Admission, LoadPolicy, PolicyName};
 use crate::pool::Pool;
 
 /// What the user decided about the nvme tier.
@@ -34,6 +34,8 @@ pub struct DiskSettings {
     pub admission: Admission,
     /// Seconds after which a block is erased from disk.
     pub retention_s: Option<u64>,
+    /// Chooses which blocks stay when the store is full.
+    pub policy: PolicyName,
 }
 
 /// The disk of one engine, as cleaner and restores use it.
@@ -67,7 +69,7 @@ impl Medium {
         jobs: Sender<Job>,
         settings: DiskSettings,
     ) -> Self {
-        let mut extents = Extents::new(store.extents_max());
+        let mut extents = Extents::new(store.extents_max(), settings.policy);
         extents.make_ready(store.extents_ready());
         Self {
             extents,

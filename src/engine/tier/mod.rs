@@ -14,6 +14,7 @@
 pub mod adoption;
 mod announce;
 mod attached;
+mod census;
 mod clock;
 mod dirty;
 pub mod disk_tier;
@@ -32,6 +33,7 @@ mod observe;
 pub mod offload;
 pub mod opening;
 pub mod requests;
+pub mod reservation;
 pub mod residency;
 mod restore;
 mod retention;

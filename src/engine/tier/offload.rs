@@ -6,6 +6,7 @@ use hashbrown::{HashMap, HashSet};
 use serde_json::Value;
 
 use super::requests::RequestState;
+use super::reservation::Provenance;
 use super::residency::Residency;
 use super::session::Session;
 use super::tiers::Tiers;
@@ -166,6 +167,8 @@ impl Offloads {
     }
 
     fn store(&mut self, dram: &mut Residency, session: &mut Session, offer: &Offer<'_>, sorted: &Sorted, start: Start) {
+        let prompt_tokens =
+            session.requests.get(offer.request).map_or(0, |request| request.known_tokens(session.requests.grouping()));
         let Some(request) = session.requests.get_mut(offer.request) else {
             violated!("{} offers blocks but is not known", offer.request);
             return;
@@ -182,13 +185,16 @@ impl Offloads {
         let mut refused = None;
         let wanted = missing.len().min(limits::INFLIGHT_STORES_MAX.saturating_sub(self.blocks));
         let mut evicted = dram.make_room(wanted, serial);
+        let mut last: Option<(BlockKey, SlotIndex)> = None;
         for candidate in missing {
             if self.blocks + batch.slots.len() >= limits::INFLIGHT_STORES_MAX {
                 refused = Some(DropReason::QueueFull);
                 break;
             }
-            match dram.reserve(&candidate.key, serial) {
+            let provenance = Provenance { parent: parent_of(dram, candidate, last), prompt_tokens };
+            match dram.reserve(&candidate.key, serial, provenance) {
                 Ok(reserved) => {
+                    last = Some((candidate.key, reserved.slot));
                     evicted.extend(reserved.evicted);
                     batch.slots.push(reserved.slot);
                     batch.copies.push(BlockCopy {
@@ -358,6 +364,15 @@ fn store_line(
             ("reason", refused.map_or("", DropReason::name).into()),
         ],
     )
+}
+
+/// The slot of the block before a candidate. `last`: the candidate before it, and its slot.
+fn parent_of(dram: &Residency, candidate: &Candidate, last: Option<(BlockKey, SlotIndex)>) -> Option<SlotIndex> {
+    let parent = BlockKey { hash: candidate.parent?, ..candidate.key };
+    match last {
+        Some((key, slot)) if key == parent => Some(slot),
+        _ => dram.find_any(&parent).map(|(slot, _)| slot),
+    }
 }
 
 fn tokens_of(offer: &Offer<'_>, candidate: &Candidate, block_tokens: u32) -> Box<[u32]> {

@@ -174,7 +174,7 @@ fn opened(
     };
     let staging_bytes = staging.as_ref().map_or(0, HugeStaging::bytes);
     let parts = DiskParts { store, disk, jobs, found: &entries, next_sequence, staging_bytes };
-    lock(engine).open_disk(parts, settings_of(nvme));
+    lock(engine).open_disk(parts, settings_of(config));
     let mover = Mover::start(engine, inbox, staging).ok_or_else(|| Error::DeviceDead {
         device: "the nvme tier's mover".to_owned(),
         problem: "no thread could be started".to_owned(),
@@ -220,13 +220,15 @@ fn staging_of(
     }
 }
 
-fn settings_of(nvme: &NvmeConfig) -> DiskSettings {
+fn settings_of(config: &Config) -> DiskSettings {
+    let nvme = &config.nvme;
     DiskSettings {
         write_through: nvme.write_through,
         clean_percent: nvme.clean_percent,
         load_policy: nvme.load_policy,
         admission: nvme.admission,
         retention_s: nvme.retention_s,
+        policy: config.policy,
     }
 }
 

@@ -98,6 +98,11 @@ impl RequestState {
         }
     }
 
+    /// Tokens whose block hashes are known.
+    pub fn known_tokens(&self, grouping: &Grouping) -> u32 {
+        (self.hashes.len() as u64 * u64::from(grouping.hash_tokens)).min(u64::from(u32::MAX)) as u32
+    }
+
     /// Keys of this group's blocks `first..last`, as far as hashes are known.
     pub fn keys<'a>(
         &'a self,

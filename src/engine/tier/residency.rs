@@ -8,14 +8,17 @@
 //! slots that may be evicted stand in a second order, so that the coldest of them is found at once.
 //! A slot that is being written to disk stays where it is in the order, but is no victim.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
-use super::dirty::DirtyOrder;
+use super::census::Census;
+use super::dirty::{Dirty, DirtyOrder};
+use super::reservation::{Provenance, Reserved};
 use super::slot_state::{Origin, SlotChange, SlotState};
 use super::table::{Record, Table};
 use crate::event_log::EventLog;
 use crate::metrics::{Counters, DropReason};
-use crate::policy::{Eviction, Heat};
+use crate::policy::{Block, Departure, Eviction, Heat, Touch};
 use crate::pool::memory::SlotMemory;
 use crate::{invariant, violated};
 use kvcellar_block::descriptor::Lineage;
@@ -49,63 +52,6 @@ impl Record<SlotFacts> {
     /// The slot must not be given away.
     fn is_held(&self) -> bool {
         self.pins > 0 || self.facts.writing
-    }
-}
-
-/// A slot that was taken for a new block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Reserved {
-    /// The slot.
-    pub slot: SlotIndex,
-    /// Its generation, which copy orders must name.
-    pub generation: Generation,
-    /// The block that was evicted for it.
-    pub evicted: Option<BlockKey>,
-}
-
-/// A dirty block that may be evicted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Dirty {
-    /// Its slot.
-    pub slot: SlotIndex,
-    /// More than one request used it.
-    pub reused: bool,
-    /// Uses of blocks since its own last one: at most so many blocks are hotter.
-    pub uses_since: u32,
-}
-
-/// Number of slots in each state.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Census {
-    /// Holding nothing.
-    pub free: u64,
-    /// Being filled.
-    pub filling: u64,
-    /// Holding a block, doomed ones included.
-    pub filled: u64,
-    /// Holds on blocks.
-    pub pins: u64,
-    /// Blocks that the disk holds too.
-    pub clean: u64,
-    /// Blocks being written to disk.
-    pub writing: u64,
-}
-
-impl Census {
-    /// The count of slots in this state.
-    fn count_of(&mut self, state: SlotState) -> &mut u64 {
-        match state {
-            SlotState::Empty => &mut self.free,
-            SlotState::Filling { .. } => &mut self.filling,
-            SlotState::Filled { .. } | SlotState::Doomed => &mut self.filled,
-        }
-    }
-
-    fn recount(&mut self, before: SlotState, after: SlotState) {
-        *self.count_of(before) -= 1;
-        *self.count_of(after) += 1;
-        let clean = |state: SlotState| u64::from(matches!(state, SlotState::Filled { clean: true, .. }));
-        self.clean = self.clean + clean(after) - clean(before);
     }
 }
 
@@ -160,6 +106,11 @@ impl Residency {
 
     /// Changes a slot's state, and what depends on it. Returns whether that can be.
     fn transition(&mut self, slot: SlotIndex, change: SlotChange) -> bool {
+        self.transition_as(slot, change, Departure::Dropped)
+    }
+
+    /// As [`Self::transition`]; `departure`: how a block leaves that is gone with it.
+    fn transition_as(&mut self, slot: SlotIndex, change: SlotChange, departure: Departure) -> bool {
         let before = self.table.record(slot).facts.state;
         let after = match before.apply(change) {
             Ok(after) => after,
@@ -169,7 +120,7 @@ impl Residency {
             }
         };
         if matches!(after, SlotState::Empty | SlotState::Doomed) && before != SlotState::Doomed {
-            self.forget_block(slot, before);
+            self.forget_block(slot, before, departure);
         }
         self.table.record_mut(slot).facts.state = after;
         self.census.recount(before, after);
@@ -184,13 +135,14 @@ impl Residency {
     }
 
     /// The slot's block is gone from the tier.
-    fn forget_block(&mut self, slot: SlotIndex, before: SlotState) {
+    fn forget_block(&mut self, slot: SlotIndex, before: SlotState, departure: Departure) {
         if before.is_filled() {
             if let Some(key) = self.key(slot) {
                 self.events.removed(Tier::Dram, key);
             }
             self.leave(slot);
         }
+        self.policy.release(slot, departure);
         self.table.remove(slot);
     }
 
@@ -248,14 +200,20 @@ impl Residency {
     /// # Errors
     /// The reason why there is none: [`DropReason::NoSlot`], or [`DropReason::OwnPrefix`] when the
     /// victim was last used by the very request (`toucher`) that asks.
-    pub fn reserve(&mut self, key: &BlockKey, toucher: u32) -> std::result::Result<Reserved, DropReason> {
-        self.reserve_for(key, toucher, Origin::Offload)
+    pub fn reserve(
+        &mut self,
+        key: &BlockKey,
+        toucher: u32,
+        provenance: Provenance,
+    ) -> std::result::Result<Reserved, DropReason> {
+        self.reserve_for(key, toucher, provenance, Origin::Offload)
     }
 
     fn reserve_for(
         &mut self,
         key: &BlockKey,
         toucher: u32,
+        Provenance { parent, prompt_tokens }: Provenance,
         origin: Origin,
     ) -> std::result::Result<Reserved, DropReason> {
         let evicted = if self.free.is_empty() { Some(self.evict(toucher)?) } else { None };
@@ -265,6 +223,7 @@ impl Residency {
         }
         let generation = self.memory.line(slot).begin_fill(self.memory.cache_generation());
         self.table.insert(slot, key);
+        self.policy.assign(slot, &Block { parent, prompt_tokens, ..Block::unknown(key.fingerprint()) });
         let facts = &mut self.table.record_mut(slot).facts;
         (facts.generation, facts.toucher, facts.reused) = (generation.0, toucher, false);
         self.memory.prefetch(slot);
@@ -282,7 +241,8 @@ impl Residency {
             return Err(DropReason::OwnPrefix);
         }
         let (evicted, clean) = (record.key(), record.is_clean());
-        let Some(evicted) = evicted.filter(|_| self.transition(victim, SlotChange::Remove { held: false })) else {
+        let remove = SlotChange::Remove { held: false };
+        let Some(evicted) = evicted.filter(|_| self.transition_as(victim, remove, Departure::Evicted)) else {
             violated!("{victim:?} was to be evicted but holds no block");
             // Not to be chosen again.
             self.leave(victim);
@@ -292,11 +252,12 @@ impl Residency {
             self.counters.dropped(DropReason::Unspilled, 1);
         }
         self.counters.evicted_blocks += 1;
-        if let Some(next) = self.policy.victim(&|_| true) {
-            // The next victim is known now: fetch its record while this one is being filled.
+        // The next victim is about known now: fetch its record while this one is being filled.
+        self.policy.coldest(&mut |next| {
             self.table.prefetch(next);
             self.policy.prefetch(next);
-        }
+            false
+        });
         Ok(evicted)
     }
 
@@ -350,7 +311,8 @@ impl Residency {
         if !invariant!(can_be_held, "{slot:?} is to be held but holds no block") {
             return;
         }
-        self.used_by(slot, toucher);
+        let touch = self.used_by(slot, toucher);
+        self.policy.touch(slot, touch);
         let record = self.table.record_mut(slot);
         record.pins += 1;
         let first = record.pins == 1;
@@ -386,9 +348,9 @@ impl Residency {
     pub fn touch(&mut self, slots: &[SlotIndex], toucher: u32) {
         for slot in slots.iter().rev() {
             if self.table.record(*slot).pins == 0 {
-                self.used_by(*slot, toucher);
+                let touch = self.used_by(*slot, toucher);
                 self.table.record_mut(*slot).facts.used = self.dirty.stamp(Heat::Hot);
-                self.policy.touch(*slot);
+                self.policy.touch(*slot, touch);
                 self.dirty.touch(*slot);
             }
         }
@@ -406,6 +368,8 @@ impl Residency {
     /// Takes a slot over as an earlier engine left it.
     pub fn adopt(&mut self, slot: SlotIndex, key: &BlockKey, generation: Generation, lineage: Lineage) {
         self.table.insert(slot, key);
+        let parent = lineage.parent.and_then(|hash| self.table.find(&BlockKey { hash, ..*key }));
+        self.policy.assign(slot, &Block { parent, ..Block::unknown(key.fingerprint()) });
         self.table.record_mut(slot).facts.generation = generation.0;
         // The line is filled already.
         if self.show_block(slot, SlotChange::Adopt, lineage) {
@@ -421,12 +385,15 @@ impl Residency {
         self.census.free = self.free.len() as u64;
     }
 
-    fn used_by(&mut self, slot: SlotIndex, toucher: u32) {
+    /// A request uses a slot: whether for the first time.
+    fn used_by(&mut self, slot: SlotIndex, toucher: u32) -> Touch {
         let facts = &mut self.table.record_mut(slot).facts;
-        if facts.toucher != toucher {
-            facts.toucher = toucher;
-            facts.reused = true;
+        if facts.toucher == toucher {
+            return Touch::Again;
         }
+        facts.toucher = toucher;
+        facts.reused = true;
+        Touch::Fresh
     }
 
     /// A doomed slot is empty once nobody holds it.
@@ -479,8 +446,36 @@ impl Residency {
     /// The coldest dirty block that may be evicted.
     pub fn coldest_dirty(&self) -> Option<Dirty> {
         let slot = self.dirty.coldest()?;
+        Some(self.describe_dirty(slot))
+    }
+
+    fn describe_dirty(&self, slot: SlotIndex) -> Dirty {
         let SlotFacts { reused, used, .. } = self.table.record(slot).facts;
-        Some(Dirty { slot, reused, uses_since: self.dirty.uses_since(used) })
+        let uses_since = self.policy.is_by_last_use().then(|| self.dirty.uses_since(used));
+        Dirty { slot, reused, uses_since }
+    }
+
+    /// Dirty blocks among the `count` that the policy would evict next. None where they are the
+    /// longest unused, which [`Self::coldest_dirty`] finds.
+    pub fn dirty_at_cold_end(&self, mut count: usize) -> VecDeque<Dirty> {
+        let mut dirty = VecDeque::new();
+        if self.policy.is_by_last_use() || !self.dirty.is_tracking() {
+            return dirty;
+        }
+        self.policy.coldest(&mut |slot| {
+            if count > 0 && self.dirty.offers(slot) {
+                dirty.push_back(self.describe_dirty(slot));
+            }
+            count = count.saturating_sub(1);
+            count > 0
+        });
+        dirty
+    }
+
+    /// The key of the block before a slot's in its prefix, where the policy knows that the tier has
+    /// it.
+    pub fn parent_key(&self, slot: SlotIndex) -> Option<BlockKey> {
+        self.key(self.policy.parent(slot)?)
     }
 
     /// A dirty block will not be written: it is no longer offered for that. It is as dirty as
@@ -520,8 +515,13 @@ impl Residency {
     ///
     /// # Errors
     /// As [`Self::reserve`].
-    pub fn reserve_restore(&mut self, key: &BlockKey, toucher: u32) -> std::result::Result<Reserved, DropReason> {
-        self.reserve_for(key, toucher, Origin::Disk)
+    pub fn reserve_restore(
+        &mut self,
+        key: &BlockKey,
+        toucher: u32,
+        provenance: Provenance,
+    ) -> std::result::Result<Reserved, DropReason> {
+        self.reserve_for(key, toucher, provenance, Origin::Disk)
     }
 
     /// Whether the slot is being filled from disk.

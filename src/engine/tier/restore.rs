@@ -11,6 +11,7 @@ use hashbrown::HashMap;
 
 use super::jobs::Job;
 use super::medium::Medium;
+use super::reservation::Provenance;
 use super::residency::Residency;
 use super::trace::{self, OperationLog, names};
 use super::transfer::{self, Read, ReadPart, Trouble};
@@ -33,6 +34,8 @@ pub(super) struct Wanted<'a> {
     pub(super) request: &'a str,
     /// The request's serial.
     pub(super) serial: u32,
+    /// Where the block stands in it.
+    pub(super) provenance: Provenance,
 }
 
 /// A block that a request waits for in vain.
@@ -103,9 +106,10 @@ impl Restores {
         dram: &mut Residency,
         wanted: Wanted<'_>,
     ) -> Option<ReadPart> {
-        let Wanted { key, extent, token, request, serial } = wanted;
+        let Wanted { key, extent, token, request, serial, provenance } = wanted;
         // A block that is being offloaded has its slot already: it cannot have another.
-        let reserved = if dram.find_any(&key).is_some() { None } else { dram.reserve_restore(&key, serial).ok() };
+        let is_known = dram.find_any(&key).is_some();
+        let reserved = if is_known { None } else { dram.reserve_restore(&key, serial, provenance).ok() };
         let (slot, generation, place) = if let Some(reserved) = reserved {
             invariant!(
                 reserved.evicted.is_none(),

@@ -4,19 +4,22 @@
 //! order of eviction, counted from its cold end: what must be evicted next can be, without waiting
 //! for a write.
 
+use std::collections::VecDeque;
+
 use hashbrown::HashMap;
 use serde_json::Value;
 
 use super::clock::now_s;
+use super::dirty::Dirty;
 use super::extents::Stamp;
 use super::jobs::Job;
 use super::medium::Medium;
-use super::residency::{Dirty, Residency};
+use super::residency::Residency;
 use super::trace::{self, OperationLog, names};
 use super::transfer::{self, SealOrder, Trouble, Write, WritePart};
 use crate::metrics::DropReason;
 use crate::policy::admission::Candidate;
-use crate::violated;
+use crate::{limits, violated};
 use kvcellar_block::descriptor::{self, Lineage, Seal};
 use kvcellar_block::{BlockKey, SlotIndex};
 
@@ -80,7 +83,8 @@ impl Cleaner {
     pub(super) fn clean(&mut self, medium: &mut Medium, dram: &mut Residency, log: &mut OperationLog) {
         let mut chosen: Vec<(SlotIndex, BlockKey)> = Vec::new();
         let mut evicted: Vec<BlockKey> = Vec::new();
-        while let Some(Dirty { slot, reused, .. }) = self.next_dirty(medium, dram, chosen.len() as u64) {
+        let mut cold = dram.dirty_at_cold_end(limits::COLD_END_MAX.min(kept_clean(medium, dram) as usize));
+        while let Some(Dirty { slot, reused, .. }) = self.next_dirty(medium, dram, chosen.len() as u64, &mut cold) {
             let Some(key) = dram.key(slot) else {
                 violated!("dirty {slot:?} has no key");
                 dram.pass_over(slot);
@@ -141,7 +145,8 @@ impl Cleaner {
         let mut placed = Vec::with_capacity(chosen.len());
         for (slot, key) in chosen {
             let stamp = Stamp { sequence: self.next_sequence, written_s: now_s() };
-            let Some(extent) = medium.extents.reserve(&key, stamp, &mut dram.events) else {
+            let parent = dram.parent_key(slot);
+            let Some(extent) = medium.extents.reserve(&key, parent.as_ref(), stamp, &mut dram.events) else {
                 violated!("more blocks were chosen to be written than extents are free");
                 dram.end_write(slot, false);
                 continue;
@@ -153,18 +158,21 @@ impl Cleaner {
     }
 
     /// The next dirty block to be written, if one has to be.
-    /// `chosen`: blocks that will be written beside those that are being written.
-    fn next_dirty(&self, medium: &Medium, dram: &Residency, chosen: u64) -> Option<Dirty> {
+    /// `chosen`: blocks that will be written beside those that are being written. `cold`: those that
+    /// the policy would evict next.
+    fn next_dirty(&self, medium: &Medium, dram: &Residency, chosen: u64, cold: &mut VecDeque<Dirty>) -> Option<Dirty> {
         if !medium.health.is_in() || medium.extents.writing() + chosen >= medium.writes_max() {
             return None;
         }
+        if let Some(next) = cold.pop_front() {
+            return Some(next);
+        }
         let census = dram.census();
-        let slots = census.free + census.filling + census.filled;
-        let wanted = slots * medium.settings.clean_percent / 100;
+        let (slots, wanted) = (census.slots(), kept_clean(medium, dram));
         let dirty = dram.coldest_dirty()?;
         // The share counts from the cold end: hot clean blocks do not help when cold dirty ones
         // must go.
-        let cold = u64::from(dirty.uses_since) >= slots - wanted;
+        let cold = dirty.uses_since.is_some_and(|uses| u64::from(uses) >= slots - wanted);
         let few = census.free + census.clean + census.writing < wanted;
         (self.flushing || medium.settings.write_through || (wanted > 0 && (few || cold))).then_some(dirty)
     }
@@ -252,6 +260,11 @@ impl Cleaner {
             medium.on_device_error(dram, log, "writing failed repeatedly");
         }
     }
+}
+
+/// Slots that are to be free or clean.
+fn kept_clean(medium: &Medium, dram: &Residency) -> u64 {
+    dram.census().slots() * medium.settings.clean_percent / 100
 }
 
 fn lineage_of(medium: &Medium, slot: SlotIndex) -> Lineage {

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use super::reservation::Provenance;
 use super::residency::Residency;
 use crate::event_log::EventLog;
 use crate::policy::Lru;
@@ -46,7 +47,8 @@ impl WarmTable {
         let mut evicted = 0;
         let mut slots: Vec<SlotIndex> = Vec::with_capacity(hashes.len());
         for hash in hashes {
-            if let Ok(reserved) = self.residency.reserve(&BlockKey { hash: *hash, group: GROUP }, self.serial) {
+            let key = BlockKey { hash: *hash, group: GROUP };
+            if let Ok(reserved) = self.residency.reserve(&key, self.serial, Provenance::default()) {
                 evicted += usize::from(reserved.evicted.is_some());
                 slots.push(reserved.slot);
             }
