@@ -48,6 +48,8 @@ enum Topic {
     /// Events of engines: watch, record, play again, make up.
     #[command(subcommand)]
     Events(events::EventsCommand),
+    /// Replays a recorded or made-up workload over tiers of a size, with each policy.
+    Simulate(Box<kvcellar_simulate::Options>),
     /// What this machine gives.
     #[command(subcommand)]
     Bench(kvcellar_bench::Benchmark),
@@ -153,6 +155,7 @@ pub fn run(args: Vec<String>) -> i32 {
         Topic::Top(options) => top::run(&options),
         Topic::Events(command) => events::run(&command),
         Topic::Doctor(options) => doctor::run(&options),
+        Topic::Simulate(options) => kvcellar_simulate::run(&options).map_or_else(|error| refused(&error), |()| 0),
         Topic::Bench(command) => kvcellar_bench::run(command).map_or_else(|error| refused(&error), |()| 0),
     }
 }

@@ -10,7 +10,7 @@ const LINES_MAX: usize = 600;
 const COMMENT_COLUMNS_MAX: usize = 100;
 
 /// Files that may write to standard error: everything else logs.
-const STDERR_PREFIXES: &[&str] = &["command/", "bench/", "testkit/"];
+const STDERR_PREFIXES: &[&str] = &["command/", "bench/", "simulate/", "testkit/"];
 
 /// Every crate with those of ours that it may use, lower ones first: a row may only name rows above
 /// it, so there are no cycles. Tests may use more.
@@ -23,7 +23,8 @@ const CRATES: &[(&str, &[&str])] = &[
     ("index", &["block", "discovery", "events"]),
     ("route", &["block", "discovery", "events", "index"]),
     ("bench", &["block", "engine", "events", "index", "route"]),
-    ("command", &["bench", "block", "discovery", "engine", "events", "index", "route"]),
+    ("simulate", &["bench", "block", "engine"]),
+    ("command", &["bench", "block", "discovery", "engine", "events", "index", "route", "simulate"]),
     ("python", &["block", "engine"]),
     ("testkit", &["block", "engine"]),
 ];

@@ -4,13 +4,11 @@
 //! order of eviction, counted from its cold end: what must be evicted next can be, without waiting
 //! for a write.
 
-use std::collections::VecDeque;
-
 use hashbrown::HashMap;
 use serde_json::Value;
 
+use super::cleaning::{self, Cleaning, Verdict, judge};
 use super::clock::now_s;
-use super::dirty::Dirty;
 use super::extents::Stamp;
 use super::jobs::Job;
 use super::medium::Medium;
@@ -18,8 +16,7 @@ use super::residency::Residency;
 use super::trace::{self, OperationLog, names};
 use super::transfer::{self, SealOrder, Trouble, Write, WritePart};
 use crate::metrics::DropReason;
-use crate::policy::admission::Candidate;
-use crate::{limits, violated};
+use crate::violated;
 use kvcellar_block::descriptor::{self, Lineage, Seal};
 use kvcellar_block::{BlockKey, SlotIndex};
 
@@ -83,38 +80,27 @@ impl Cleaner {
     pub(super) fn clean(&mut self, medium: &mut Medium, dram: &mut Residency, log: &mut OperationLog) {
         let mut chosen: Vec<(SlotIndex, BlockKey)> = Vec::new();
         let mut evicted: Vec<BlockKey> = Vec::new();
-        let mut cold = dram.dirty_at_cold_end(limits::COLD_END_MAX.min(kept_clean(medium, dram) as usize));
-        while let Some(Dirty { slot, reused, .. }) = self.next_dirty(medium, dram, chosen.len() as u64, &mut cold) {
-            let Some(key) = dram.key(slot) else {
-                violated!("dirty {slot:?} has no key");
-                dram.pass_over(slot);
-                continue;
-            };
-            if let Some(extent) = medium.extents.find(&key) {
-                medium.extents.touch(extent);
-                dram.set_clean(slot, true);
-                continue;
-            }
+        let everything = self.flushing || medium.settings.write_through;
+        let mut cleaning = Cleaning::new(dram, medium.settings.clean_percent, everything);
+        while medium.health.is_in() && medium.extents.writing() + (chosen.len() as u64) < medium.writes_max() {
+            let Some(dirty) = cleaning.next(dram) else { break };
             let room = medium.extents.free() > chosen.len() as u64;
-            if medium.extents.knows(&key) || !medium.settings.admission.admits(Candidate { reused, room }) {
-                dram.pass_over(slot);
-                continue;
-            }
-            if !room && self.growth != Growth::Ended {
-                self.grow(medium);
-                break;
-            }
-            if !room {
-                // Where all extents are being read or written, the block waits for its turn.
-                let Some(gone) = medium.extents.evict(&mut dram.events) else { break };
-                dram.counters.nvme_evicted_blocks += 1;
-                if let Some(held) = dram.find(&gone) {
-                    dram.set_clean(held, false);
+            let key = match judge(&mut medium.extents, dram, medium.settings.admission, dirty, room) {
+                Verdict::Done => continue,
+                Verdict::Write(key) => key,
+                Verdict::NeedsRoom(_) if self.growth != Growth::Ended => {
+                    self.grow(medium);
+                    break;
                 }
-                evicted.push(gone);
-            }
-            dram.begin_write(slot);
-            chosen.push((slot, key));
+                Verdict::NeedsRoom(key) => {
+                    // Where all extents are being read or written, the block waits for its turn.
+                    let Some(gone) = cleaning::make_room(&mut medium.extents, dram) else { break };
+                    evicted.push(gone);
+                    key
+                }
+            };
+            dram.begin_write(dirty.slot);
+            chosen.push((dirty.slot, key));
         }
         if chosen.is_empty() {
             return;
@@ -155,26 +141,6 @@ impl Cleaner {
             placed.push(WritePart { slot, extent, key });
         }
         placed
-    }
-
-    /// The next dirty block to be written, if one has to be.
-    /// `chosen`: blocks that will be written beside those that are being written. `cold`: those that
-    /// the policy would evict next.
-    fn next_dirty(&self, medium: &Medium, dram: &Residency, chosen: u64, cold: &mut VecDeque<Dirty>) -> Option<Dirty> {
-        if !medium.health.is_in() || medium.extents.writing() + chosen >= medium.writes_max() {
-            return None;
-        }
-        if let Some(next) = cold.pop_front() {
-            return Some(next);
-        }
-        let census = dram.census();
-        let (slots, wanted) = (census.slots(), kept_clean(medium, dram));
-        let dirty = dram.coldest_dirty()?;
-        // The share counts from the cold end: hot clean blocks do not help when cold dirty ones
-        // must go.
-        let cold = dirty.uses_since.is_some_and(|uses| u64::from(uses) >= slots - wanted);
-        let few = census.free + census.clean + census.writing < wanted;
-        (self.flushing || medium.settings.write_through || (wanted > 0 && (few || cold))).then_some(dirty)
     }
 
     /// Hands blocks to the mover, neighbours in memory and on disk in one transfer.
@@ -260,11 +226,6 @@ impl Cleaner {
             medium.on_device_error(dram, log, "writing failed repeatedly");
         }
     }
-}
-
-/// Slots that are to be free or clean.
-fn kept_clean(medium: &Medium, dram: &Residency) -> u64 {
-    dram.census().slots() * medium.settings.clean_percent / 100
 }
 
 fn lineage_of(medium: &Medium, slot: SlotIndex) -> Lineage {

@@ -1,0 +1,283 @@
+//! Both tiers without bytes: what a simulation asks how a workload would fare.
+//!
+//! Books and decisions are the engine's own: where blocks are ([`Residency`], [`Extents`]), what a
+//! hit is ([`hit`]), what is loaded or computed, what is written to disk (`cleaning`), which policy
+//! evicts. Not here are the ways of bytes: copies, reads and writes end at once, there is one group,
+//! and one request after another.
+
+use std::sync::Arc;
+
+use super::cleaning::{self, Cleaning, Verdict, judge};
+use super::extents::{Extents, Stamp};
+use super::hit::{self, Sources};
+use super::reservation::Provenance;
+use super::residency::Residency;
+use crate::event_log::EventLog;
+use crate::policy::load::Rates;
+use crate::policy::{self, Admission, LoadPolicy, PolicyName};
+use crate::pool::memory::HeapSlots;
+use kvcellar_block::descriptor::Lineage;
+use kvcellar_block::{BlockHash, BlockKey, ExtentIndex, GroupIndex, GroupKind, GroupSpec, Grouping, SlotIndex};
+
+const GROUP: GroupIndex = GroupIndex(0);
+
+/// The tiers and what the user decided about them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ReplaySettings {
+    /// Slots of the dram tier.
+    pub slots: u32,
+    /// Extents of the nvme tier; 0: there is none.
+    pub extents: u32,
+    /// Tokens of a block.
+    pub block_tokens: u32,
+    /// Bytes of a block.
+    pub block_bytes: u64,
+    /// Chooses which blocks both tiers keep.
+    pub policy: PolicyName,
+    /// Which blocks are written to disk.
+    pub admission: Admission,
+    /// Whether a part on disk is loaded or computed.
+    pub load_policy: LoadPolicy,
+    /// What that is decided with.
+    pub rates: Rates,
+    /// Share of the slots, in percent, that are kept free or clean.
+    pub clean_percent: u64,
+}
+
+/// What one request found and left, in blocks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Served {
+    /// Loaded from memory.
+    pub dram: u32,
+    /// Loaded from disk.
+    pub nvme: u32,
+    /// Put into the dram tier.
+    pub stored: u32,
+    /// Written to disk.
+    pub written: u32,
+}
+
+impl Served {
+    /// Blocks that were not computed.
+    pub fn hits(self) -> u32 {
+        self.dram + self.nvme
+    }
+}
+
+/// Both tiers.
+pub struct Replay {
+    settings: ReplaySettings,
+    grouping: Grouping,
+    dram: Residency,
+    disk: Option<Extents>,
+    serial: u32,
+}
+
+impl Replay {
+    /// Empty tiers.
+    pub fn new(settings: ReplaySettings) -> Self {
+        let ReplaySettings { slots, extents, block_tokens, policy, .. } = settings;
+        let memory = Arc::new(HeapSlots::new(slots, 1));
+        let mut dram = Residency::new(memory, policy::build(policy, slots), EventLog::new(false));
+        let disk = (extents > 0).then(|| {
+            dram.track_dirty();
+            let mut disk = Extents::new(extents, policy);
+            disk.make_ready(extents);
+            disk
+        });
+        let group = GroupSpec { kind: GroupKind::Full, kind_name: String::new(), block_tokens, eagle: false };
+        let grouping = Grouping { groups: vec![group], hash_tokens: block_tokens, hit_tokens: block_tokens };
+        Self { settings, grouping, dram, disk, serial: 0 }
+    }
+
+    /// Serves a request whose prompt has these blocks and so many tokens.
+    pub fn serve(&mut self, hashes: &[BlockHash], prompt_tokens: u32) -> Served {
+        self.serial = self.serial.wrapping_add(1);
+        let mut served = Served::default();
+        let hit = self.reach(hashes);
+        self.load(&hashes[..hit], prompt_tokens, &mut served);
+        self.store(hashes, prompt_tokens, &mut served);
+        served.written = self.clean();
+        // Touched from last to first when it ends.
+        let held: Vec<SlotIndex> = hashes.iter().filter_map(|hash| self.dram.find(&key(*hash))).collect();
+        self.dram.touch(&held, self.serial);
+        served
+    }
+
+    /// Blocks of the hit.
+    fn reach(&self, hashes: &[BlockHash]) -> usize {
+        let Self { settings, grouping, dram, disk, .. } = self;
+        let block_tokens = settings.block_tokens;
+        let limit = hashes.len() as u32 * block_tokens;
+        let end = |extents: Option<&Extents>| {
+            let sources = Sources { residency: dram, extents };
+            hit::resume_at(sources, grouping, hashes, 0, limit) / block_tokens
+        };
+        let in_memory = end(None);
+        let both = disk.as_ref().filter(|_| settings.load_policy != LoadPolicy::Never).map(|disk| end(Some(disk)));
+        let Some(both) = both.filter(|both| *both > in_memory) else { return in_memory as usize };
+        let blocks = both - in_memory;
+        let bytes = u64::from(blocks) * settings.block_bytes;
+        let loads = settings.load_policy.loads(&settings.rates, blocks * block_tokens, bytes, 0);
+        (if loads { both } else { in_memory }) as usize
+    }
+
+    /// Holds the blocks of a hit, reads those that only the disk has, and lets go.
+    fn load(&mut self, hashes: &[BlockHash], prompt_tokens: u32, served: &mut Served) {
+        let serial = self.serial;
+        let found: Vec<Option<SlotIndex>> = hashes.iter().map(|hash| self.dram.find(&key(*hash))).collect();
+        for slot in found.iter().flatten() {
+            self.dram.pin(*slot, serial);
+        }
+        served.dram = found.iter().flatten().count() as u32;
+        served.nvme = found.len() as u32 - served.dram;
+        let mut held: Vec<SlotIndex> = Vec::with_capacity(found.len());
+        if let Some(disk) = &mut self.disk {
+            for gone in self.dram.make_room(served.nvme as usize, serial) {
+                // As recent on disk as it was in memory.
+                if let Some(extent) = disk.find(&gone) {
+                    disk.touch(extent);
+                }
+            }
+        }
+        for (hash, found) in hashes.iter().zip(found) {
+            let provenance = Provenance { parent: held.last().copied(), prompt_tokens };
+            let slot = found.or_else(|| self.restore(&key(*hash), provenance));
+            held.extend(slot);
+        }
+        for slot in held.iter().rev() {
+            self.dram.unpin(*slot);
+        }
+    }
+
+    /// Reads a block from disk. Returns the slot that it got; without one it passed through the
+    /// window.
+    fn restore(&mut self, key: &BlockKey, provenance: Provenance) -> Option<SlotIndex> {
+        let disk = self.disk.as_mut()?;
+        let extent = disk.find(key)?;
+        disk.begin_read(extent);
+        disk.end_read(extent, &mut self.dram.events);
+        let slot = self.dram.reserve_restore(key, self.serial, provenance).ok()?.slot;
+        self.dram.pin(slot, self.serial);
+        self.dram.end_restore(slot, Some(Lineage::default()));
+        Some(slot)
+    }
+
+    /// Keeps what the request computed, and touches what it used.
+    fn store(&mut self, hashes: &[BlockHash], prompt_tokens: u32, served: &mut Served) {
+        let (mut resident, mut on_disk, mut missing) = (Vec::new(), Vec::new(), Vec::new());
+        for (at, hash) in hashes.iter().enumerate() {
+            match (self.dram.find(&key(*hash)), self.disk.as_ref().and_then(|disk| disk.find(&key(*hash)))) {
+                (Some(slot), _) => resident.push(slot),
+                (None, Some(extent)) => on_disk.push(extent),
+                (None, None) => missing.push(at),
+            }
+        }
+        self.touch_on_disk(&on_disk);
+        self.dram.touch(&resident, self.serial);
+        self.dram.make_room(missing.len(), self.serial);
+        let mut slots = Vec::with_capacity(missing.len());
+        for at in missing {
+            let before = at.checked_sub(1).and_then(|before| self.dram.find_any(&key(hashes[before])));
+            let provenance = Provenance { parent: before.map(|(slot, _)| slot), prompt_tokens };
+            let Ok(reserved) = self.dram.reserve(&key(hashes[at]), self.serial, provenance) else { break };
+            slots.push(reserved.slot);
+        }
+        self.dram.publish_all(&slots, std::iter::repeat_with(Lineage::default));
+        served.stored = slots.len() as u32;
+    }
+
+    fn touch_on_disk(&mut self, extents: &[ExtentIndex]) {
+        if let Some(disk) = &mut self.disk {
+            extents.iter().rev().for_each(|extent| disk.touch(*extent));
+        }
+    }
+
+    /// Writes what has to be written. Returns how many blocks that are.
+    fn clean(&mut self) -> u32 {
+        let Self { settings, dram, disk: Some(disk), .. } = self else { return 0 };
+        let mut cleaning = Cleaning::new(dram, settings.clean_percent, false);
+        let mut written = 0;
+        while let Some(dirty) = cleaning.next(dram) {
+            let room = disk.free() > 0;
+            let key = match judge(disk, dram, settings.admission, dirty, room) {
+                Verdict::Done => continue,
+                Verdict::Write(key) => key,
+                Verdict::NeedsRoom(key) => {
+                    if cleaning::make_room(disk, dram).is_none() {
+                        break;
+                    }
+                    key
+                }
+            };
+            dram.begin_write(dirty.slot);
+            let parent = dram.parent_key(dirty.slot);
+            let extent = disk.reserve(&key, parent.as_ref(), Stamp::default(), &mut dram.events);
+            dram.end_write(dirty.slot, extent.is_some());
+            let Some(extent) = extent else { break };
+            disk.commit(extent, Lineage::default(), &mut dram.events);
+            written += 1;
+        }
+        written
+    }
+}
+
+fn key(hash: BlockHash) -> BlockKey {
+    BlockKey { hash, group: GROUP }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hashes(from: u8, to: u8) -> Vec<BlockHash> {
+        (from..to).map(|byte| BlockHash::new(&[byte; 32]).expect("32 bytes")).collect()
+    }
+
+    fn settings(slots: u32, extents: u32) -> ReplaySettings {
+        ReplaySettings {
+            slots,
+            extents,
+            block_tokens: 16,
+            block_bytes: 1 << 20,
+            policy: PolicyName::Lru,
+            admission: Admission::All,
+            load_policy: LoadPolicy::Always,
+            rates: Rates::default(),
+            clean_percent: 50,
+        }
+    }
+
+    #[test]
+    fn a_prefix_is_found_and_the_rest_is_kept() {
+        let mut replay = Replay::new(settings(8, 0));
+        assert_eq!(replay.serve(&hashes(0, 4), 64), Served { stored: 4, ..Served::default() });
+        assert_eq!(replay.serve(&hashes(0, 6), 96), Served { dram: 4, stored: 2, ..Served::default() });
+        // The suffix goes first.
+        assert_eq!(replay.serve(&hashes(10, 14), 64).stored, 4);
+        assert_eq!(replay.serve(&hashes(0, 6), 96).dram, 4);
+    }
+
+    #[test]
+    fn a_request_does_not_evict_its_own_prefix() {
+        let mut replay = Replay::new(settings(4, 0));
+        assert_eq!(replay.serve(&hashes(0, 10), 160).stored, 4);
+        assert_eq!(replay.serve(&hashes(0, 10), 160), Served { dram: 4, ..Served::default() });
+    }
+
+    #[test]
+    fn what_left_memory_comes_from_disk_unless_computing_is_faster() {
+        let mut always = Replay::new(settings(4, 32));
+        let rounds = [(0, 4), (10, 14), (20, 24)];
+        let written: u32 = rounds.iter().map(|(from, to)| always.serve(&hashes(*from, *to), 64).written).sum();
+        assert!(written >= 8, "what was evicted had been written: {written}");
+        let again = always.serve(&hashes(0, 4), 64);
+        assert_eq!((again.dram, again.nvme), (0, 4));
+        let rates = Rates { restore_bytes_per_s: 1.0, prefill_tokens_per_s: 1e6 };
+        let mut auto = Replay::new(ReplaySettings { load_policy: LoadPolicy::Auto, rates, ..settings(4, 32) });
+        for (from, to) in rounds {
+            auto.serve(&hashes(from, to), 64);
+        }
+        assert_eq!(auto.serve(&hashes(0, 4), 64).hits(), 0);
+    }
+}

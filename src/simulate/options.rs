@@ -1,0 +1,269 @@
+//! The command line of `kvcellar simulate`, and what it runs.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use hashbrown::HashSet;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::account::{Account, Summary};
+use super::device::Device;
+use super::replay::{Choices, Keeper, Sizes, replay};
+use super::sweep::{self, Curves};
+use super::synthetic::{BLOCK_TOKENS, Synthetic, Workload};
+use super::trace::Source;
+use super::{picture, table};
+use kvcellar_bench::report::{Goal, print_goals, report};
+use kvcellar_block::error::{Error, Result};
+use kvcellar_engine::config::size;
+use kvcellar_engine::policy::{Admission, LoadPolicy, PolicyName};
+
+/// Which blocks are written to disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum AdmissionChoice {
+    /// Every block.
+    All,
+    /// While there is room every block, then only those that were used again.
+    Reused,
+}
+
+/// Whether what lies on disk is loaded or computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LoadChoice {
+    /// Loaded.
+    Always,
+    /// What is predicted to be faster.
+    Auto,
+    /// Computed.
+    Never,
+}
+
+/// What to replay, over what.
+#[derive(Debug, Clone, Args)]
+pub struct Options {
+    /// Trace in Mooncake's format: one JSON object a line, with timestamp (ms), input_length,
+    /// output_length (tokens) and hash_ids.
+    #[arg(required_unless_present_any = ["synthetic", "workloads"])]
+    pub trace: Option<PathBuf>,
+    /// A made-up workload instead.
+    #[arg(long, value_enum, conflicts_with = "trace")]
+    pub synthetic: Option<Workload>,
+    /// With `--sweep`: every made-up workload as well.
+    #[arg(long, requires = "sweep")]
+    pub workloads: bool,
+    /// Seed of made-up workloads.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Requests of made-up workloads, in percent of the usual number.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000), value_name = "PERCENT")]
+    pub load: u32,
+    /// Tokens of a trace's block.
+    #[arg(long, default_value_t = BLOCK_TOKENS, value_parser = clap::value_parser!(u32).range(1..))]
+    pub block_tokens: u32,
+    /// Bytes of a block's KV, all layers and ranks together.
+    #[arg(long, default_value = "64MiB")]
+    pub block_size: String,
+    /// Policy of both tiers: lru, s3fifo, arc, lrfu or adaptive; or all, with the bounds beside them:
+    /// Belady, who knows the future, and an infinite cache.
+    #[arg(long, default_value = "all")]
+    pub policy: String,
+    /// Size of the dram tier: a size such as 64GiB, or a share of the workload's different blocks
+    /// such as 10%.
+    #[arg(long, default_value = "10%")]
+    pub dram: String,
+    /// Size of the nvme tier, in the same way; 0: there is none.
+    #[arg(long, default_value = "0")]
+    pub nvme: String,
+    /// Which blocks are written to disk.
+    #[arg(long, value_enum, default_value = "all")]
+    pub admission: AdmissionChoice,
+    /// Whether what lies on disk is loaded or computed.
+    #[arg(long, value_enum, default_value = "always")]
+    pub load_policy: LoadChoice,
+    /// Share of the slots, in percent, kept free or clean.
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u64).range(..=100))]
+    pub clean_percent: u64,
+    /// The modelled device.
+    #[command(flatten)]
+    pub device: Device,
+    /// Curves over capacities from 1% to 50% of the workload's different blocks, over one tier and
+    /// over both, with all policies and bounds.
+    #[arg(long)]
+    pub sweep: bool,
+    /// With `--sweep`: writes the report to this file, and a picture of it beside, with the suffix
+    /// `.svg`.
+    #[arg(long, requires = "sweep")]
+    pub report: Option<PathBuf>,
+    /// JSON on standard output.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What one keeper made of the workload.
+#[derive(Debug, Clone, Serialize)]
+pub struct Row {
+    /// Who kept blocks.
+    pub keeper: Keeper,
+    /// The result.
+    #[serde(flatten)]
+    pub summary: Summary,
+}
+
+impl Options {
+    fn sources(&self) -> Vec<Source> {
+        let made = |workload| Source::Made(Synthetic { workload, seed: self.seed, load_percent: self.load });
+        let file = |path: &PathBuf| Source::File { path: path.clone(), block_tokens: self.block_tokens };
+        let more = self.workloads.then_some(Workload::ALL).into_iter().flatten();
+        self.trace.iter().map(file).chain(self.synthetic.into_iter().chain(more).map(made)).collect()
+    }
+
+    fn account(&self, source: &Source) -> Result<Account> {
+        let block_tokens = match source {
+            Source::File { block_tokens, .. } => *block_tokens,
+            Source::Made(_) => BLOCK_TOKENS,
+        };
+        let block_bytes = size::parse("block_size", &Value::from(self.block_size.as_str()))?;
+        Ok(Account { device: self.device, block_tokens, block_bytes })
+    }
+
+    fn choices(&self) -> Choices {
+        Choices {
+            admission: match self.admission {
+                AdmissionChoice::All => Admission::All,
+                AdmissionChoice::Reused => Admission::Reused,
+            },
+            load_policy: match self.load_policy {
+                LoadChoice::Always => LoadPolicy::Always,
+                LoadChoice::Auto => LoadPolicy::Auto,
+                LoadChoice::Never => LoadPolicy::Never,
+            },
+            clean_percent: self.clean_percent,
+        }
+    }
+
+    fn keepers(&self) -> Result<Vec<Keeper>> {
+        if self.policy == "all" {
+            return Ok(Keeper::all());
+        }
+        let names = PolicyName::ALL.map(PolicyName::name).join(", ");
+        let unknown = || Error::config("--policy", format!("{} is none", self.policy), format!("Write {names} or all"));
+        PolicyName::named(&self.policy).map(|policy| vec![Keeper::Policy(policy)]).ok_or_else(unknown)
+    }
+}
+
+/// Different blocks of a workload.
+fn different_blocks(source: &Source) -> Result<u64> {
+    let mut seen = HashSet::new();
+    source.each(&mut |request| {
+        seen.extend(request.blocks.iter().copied());
+        Ok(())
+    })?;
+    Ok(seen.len() as u64)
+}
+
+/// A tier's blocks. `different`: the workload's different blocks, counted when a share is asked for.
+fn blocks_of(
+    flag: &'static str,
+    text: &str,
+    block_bytes: u64,
+    different: &mut dyn FnMut() -> Result<u64>,
+) -> Result<u32> {
+    let wrong =
+        || Error::config(flag, format!("{text} is no size"), "Write a size such as 64GiB, or a share such as 10%");
+    let blocks = match text.strip_suffix('%') {
+        Some(percent) => {
+            let percent: f64 = percent.parse().map_err(|_| wrong())?;
+            if !(0.0..=100.0).contains(&percent) {
+                return Err(wrong());
+            }
+            (different()? as f64 * percent / 100.0) as u64
+        }
+        None => size::parse_or_zero(flag, &Value::from(text)).map_err(|_| wrong())? / block_bytes,
+    };
+    u32::try_from(blocks).map_err(|_| Error::config(flag, format!("{blocks} blocks are too many"), "Write less"))
+}
+
+fn one_size(options: &Options, source: &Source) -> Result<(Sizes, Account, Vec<Row>)> {
+    let account = options.account(source)?;
+    let mut counted = None;
+    let mut different = || match counted {
+        Some(known) => Ok(known),
+        None => different_blocks(source).inspect(|blocks| counted = Some(*blocks)),
+    };
+    let dram_blocks = blocks_of("--dram", &options.dram, account.block_bytes, &mut different)?;
+    let nvme_blocks = blocks_of("--nvme", &options.nvme, account.block_bytes, &mut different)?;
+    if dram_blocks == 0 {
+        return Err(Error::config("--dram", "holds no block", "Write a larger size, or a smaller --block-size"));
+    }
+    let sizes = Sizes { dram_blocks, nvme_blocks };
+    let row = |keeper: Keeper| {
+        let totals = replay(source, &account, keeper, sizes, options.choices())?;
+        Ok(Row { keeper, summary: totals.summary(account.block_bytes) })
+    };
+    let rows = options.keepers()?.into_iter().map(row).collect::<Result<Vec<Row>>>()?;
+    Ok((sizes, account, rows))
+}
+
+fn all_sizes(options: &Options) -> Result<(Vec<Curves>, Vec<Goal>)> {
+    let mut all = Vec::new();
+    for source in options.sources() {
+        let account = options.account(&source)?;
+        let different = different_blocks(&source)?;
+        let mut progress = |what: &str| log_progress(what);
+        // Both tiers for what was asked for by name; made-up workloads are there to compare policies.
+        let two_tiers = !options.workloads || matches!(source, Source::File { .. });
+        all.push(sweep::sweep(&source, &account, options.choices(), different, two_tiers, &mut progress)?);
+    }
+    let goals = sweep::goals(&all);
+    Ok((all, goals))
+}
+
+fn log_progress(what: &str) {
+    if std::io::stderr().is_terminal() {
+        eprint!("\r{what:<60}");
+    }
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    std::fs::write(path, text)
+        .map_err(|error| Error::io("writing", path, error, "Name a file in a directory that you may write to"))
+}
+
+/// Replays, and prints or writes what was asked for.
+///
+/// # Errors
+/// [`Error::Config`] for a line of the trace or a wrong option, [`Error::Io`] for files.
+pub fn run(options: &Options) -> Result<()> {
+    if !options.sweep {
+        let sources = options.sources();
+        let Some(source) = sources.first() else { return Ok(()) };
+        let (sizes, account, rows) = one_size(options, source)?;
+        if options.json {
+            let whole = json!({ "workload": source.name(), "sizes": sizes, "block_bytes": account.block_bytes,
+                "device": account.device, "results": rows });
+            println!("{whole:#}");
+        } else {
+            print!("{}", table::one_size(&source.name(), sizes, account.block_bytes, &rows));
+        }
+        return Ok(());
+    }
+    let (all, goals) = all_sizes(options)?;
+    log_progress("");
+    let mut whole = report(&[], &goals);
+    whole["device"] = json!(options.device);
+    whole["block_size"] = json!(options.block_size);
+    whole["workloads"] = json!(all);
+    if options.json {
+        println!("{whole:#}");
+    } else {
+        all.iter().for_each(|curves| print!("{}", table::curves(curves)));
+        print_goals(&goals, 3);
+    }
+    if let Some(path) = &options.report {
+        write(path, &format!("{whole:#}\n"))?;
+        write(&path.with_extension("svg"), &picture::picture(&all))?;
+    }
+    Ok(())
+}
