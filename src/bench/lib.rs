@@ -13,6 +13,7 @@ pub mod index;
 pub mod kinds;
 pub mod lookup;
 pub mod nvme;
+pub mod policy;
 pub mod report;
 pub mod route;
 
@@ -32,6 +33,8 @@ pub enum Benchmark {
     /// Copies between a GPU's memory and the host's, beside one copy in one piece.
     #[cfg(feature = "cuda")]
     Dma(dma::DmaBench),
+    /// What each eviction policy takes for a decision, and its memory.
+    Policy(policy::PolicyBench),
     /// Events into the index and questions to it, beside a naive one.
     Index(index::IndexBench),
     /// What keeping and finding blocks costs for a hybrid model, beside a plain one.
@@ -55,6 +58,7 @@ pub fn run(command: Benchmark) -> Result<()> {
         Benchmark::Nvme(options) => nvme::run(&options),
         #[cfg(feature = "cuda")]
         Benchmark::Dma(options) => dma::run(&options),
+        Benchmark::Policy(options) => policy::run(&options),
         Benchmark::Index(options) => index::run(&options),
         Benchmark::Kinds(options) => kinds::run(&options),
         Benchmark::Fleet(options) => fleet::run(&options),

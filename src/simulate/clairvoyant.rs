@@ -72,3 +72,47 @@ pub fn replay(source: &Source, account: &Account, capacity: Option<u64>) -> Resu
     })?;
     Ok(totals)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Device;
+
+    const DEVICE: Device = Device {
+        prefill_rate: 1e4,
+        attention_tokens: 1e5,
+        dram_rate: 50.0,
+        nvme_rate: 7.0,
+        dram_latency: 0.5,
+        nvme_latency: 2.0,
+    };
+
+    /// Blocks found by a cache of so many.
+    fn hits(prompts: &[&[u64]], capacity: Option<u64>) -> u64 {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let line = |blocks: &&[u64]| {
+            let tokens = 512 * blocks.len();
+            format!("{{\"timestamp\":0,\"input_length\":{tokens},\"output_length\":1,\"hash_ids\":{blocks:?}}}\n")
+        };
+        std::fs::write(file.path(), prompts.iter().map(line).collect::<String>()).expect("written");
+        let source = Source::File { path: file.path().to_owned(), block_tokens: 512 };
+        let account = Account { device: DEVICE, block_tokens: 512, block_bytes: 1 };
+        replay(&source, &account, capacity).expect("a trace").dram_blocks
+    }
+
+    #[test]
+    fn a_circle_that_does_not_fit_is_kept_in_part() {
+        let circle: [&[u64]; 9] = [&[1], &[2], &[3], &[1], &[2], &[3], &[1], &[2], &[3]];
+        assert_eq!(hits(&circle, None), 6);
+        assert_eq!(hits(&circle, Some(3)), 6);
+        assert_eq!(hits(&circle, Some(2)), 4);
+        assert_eq!(hits(&circle, Some(1)), 2);
+    }
+
+    #[test]
+    fn a_prefix_outlives_its_suffix() {
+        // Both prompts come again, but there is room for two of three blocks.
+        assert_eq!(hits(&[&[1, 2, 3], &[1, 2, 3]], Some(2)), 2);
+        assert_eq!(hits(&[&[1, 2], &[9], &[1, 2]], Some(1)), 1);
+    }
+}

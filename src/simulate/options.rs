@@ -267,3 +267,83 @@ pub fn run(options: &Options) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    fn options(text: &str) -> Options {
+        Line::try_parse_from(std::iter::once("simulate").chain(text.split_whitespace())).expect("known options").options
+    }
+
+    fn rows(text: &str) -> Result<Vec<Row>> {
+        let options = options(text);
+        one_size(&options, &options.sources()[0]).map(|(_, _, rows)| rows)
+    }
+
+    #[test]
+    fn no_policy_finds_more_than_an_infinite_cache() {
+        for workload in Workload::ALL.map(|workload| workload.to_possible_value().expect("a name")) {
+            let rows = rows(&format!("--synthetic {} --load 4 --dram 5%", workload.get_name())).expect("a size");
+            let hits = |keeper| {
+                let row: Option<&Row> = rows.iter().find(|row| row.keeper == keeper);
+                row.map_or(0, |row| row.summary.dram_hit_blocks)
+            };
+            assert_eq!(rows.len(), PolicyName::ALL.len() + 2);
+            for row in &rows {
+                assert!(row.summary.dram_hit_blocks <= hits(Keeper::Infinite), "{row:?}");
+            }
+            assert!(hits(Keeper::Belady) >= hits(Keeper::Policy(PolicyName::Lru)), "{rows:?}");
+        }
+    }
+
+    #[test]
+    fn what_memory_cannot_hold_is_found_on_disk() {
+        let of = |nvme: &str| {
+            let text = format!("--synthetic chat --load 10 --dram 3% --nvme {nvme} --policy lru");
+            rows(&text).expect("a size")[0].summary.clone()
+        };
+        let (without, with) = (of("0"), of("60%"));
+        assert_eq!((without.nvme_hit_blocks, without.nvme_written_bytes), (0, 0));
+        assert!(with.nvme_hit_blocks > 0 && with.nvme_written_bytes > 0);
+        assert!(with.hit_blocks_share > without.hit_blocks_share && with.ttft_mean_ms < without.ttft_mean_ms);
+        let never = rows("--synthetic chat --load 10 --dram 3% --nvme 60% --policy lru --load-policy never");
+        assert_eq!(never.expect("a size")[0].summary.nvme_hit_blocks, 0);
+    }
+
+    #[test]
+    fn a_wrong_option_is_named() {
+        for (text, named) in [
+            ("--synthetic chat --load 1 --dram ten", "--dram"),
+            ("--synthetic chat --load 1 --dram 1KiB", "--dram"),
+            ("--synthetic chat --load 1 --nvme 101%", "--nvme"),
+            ("--synthetic chat --load 1 --policy fifo", "--policy"),
+            ("--synthetic chat --load 1 --block-size none", "block_size"),
+        ] {
+            assert!(rows(text).is_err_and(|error| error.to_string().contains(named)), "{text}");
+        }
+        assert!(Line::try_parse_from(["simulate"]).is_err(), "nothing to replay");
+    }
+
+    #[test]
+    fn a_sweep_writes_a_report_and_a_picture() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = dir.path().join("curves.json");
+        run(&options(&format!("--synthetic rag --load 2 --sweep --report {}", file.display()))).expect("it runs");
+        let report: Value = serde_json::from_str(&std::fs::read_to_string(&file).expect("a report")).expect("JSON");
+        let points = &report["workloads"][0]["one_tier"];
+        assert_eq!(points.as_array().map(Vec::len), Some(6 * 7));
+        assert!(report["workloads"][0]["knee_percent"].is_u64());
+        assert!(report["goals"].as_array().is_some_and(|goals| goals.len() >= 2));
+        let drawn = std::fs::read_to_string(file.with_extension("svg")).expect("a picture");
+        assert!(drawn.starts_with("<svg") && drawn.ends_with("</svg>\n") && drawn.contains("adaptive"));
+    }
+}

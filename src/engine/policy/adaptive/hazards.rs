@@ -21,7 +21,7 @@ pub(super) const EPOCHS: u32 = 1024;
 
 /// What is assumed of all blocks before anything was seen: so many uses again for each range of
 /// ages...
-const ASSUMED_USES: f64 = 2.0;
+const ASSUMED_USES: f64 = 4.0;
 
 /// ... at a rate of so many in an epoch, divided by the age in epochs: as if the longest unused were
 /// the least likely to be used.
