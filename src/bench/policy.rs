@@ -2,11 +2,11 @@
 //! block.
 //!
 //! Measured: the policies alone, at their full size. A *decision* is what a tier asks of a policy
-//! for one block that a request brings or finds: a block that is found is touched twice, as when its
-//! load is admitted and when the request ends; for one that is not a victim is chosen, released and
-//! assigned anew. Requests of 64 blocks continue conversations chosen at random, of which about half
-//! are still there; places are scattered, so that the processor's caches help as little as they do in
-//! a tier. Not measured: the tier's own table.
+//! for one block that a request brings or finds: a block that is found is touched twice, as when
+//! its load is admitted and when the request ends; for one that is not a victim is chosen, released
+//! and assigned anew. Requests of 64 blocks continue conversations chosen at random, of which about
+//! half are still there; places are scattered, so that the processor's caches help as little as
+//! they do in a tier. Not measured: the tier's own table.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -96,14 +96,13 @@ impl BareTier {
     }
 
     fn keep(&mut self, block: u32, parent: Option<SlotIndex>) -> Option<SlotIndex> {
-        let place = match self.free.pop() {
-            Some(place) => place,
-            None => {
-                let victim = self.policy.victim(&|_| true)?;
-                self.policy.release(victim, Departure::Evicted);
-                self.places[self.blocks[victim.0 as usize] as usize] = None;
-                victim
-            }
+        let place = if let Some(place) = self.free.pop() {
+            place
+        } else {
+            let victim = self.policy.victim(&|_| true)?;
+            self.policy.release(victim, Departure::Evicted);
+            self.places[self.blocks[victim.0 as usize] as usize] = None;
+            victim
         };
         let fingerprint = u64::from(block).wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
         // The parent may just have made room.

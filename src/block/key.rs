@@ -119,8 +119,8 @@ impl BlockKey {
     /// A number that tells this key from others, and is evenly spread because block hashes are.
     #[inline]
     pub fn fingerprint(&self) -> u64 {
-        let [a, b, c, d, e, f, g, h, ..] = self.hash.bytes;
-        u64::from_le_bytes([a, b, c, d, e, f, g, h]).wrapping_add(u64::from(self.group.0) << 32)
+        let first = self.hash.bytes.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        first.wrapping_add(u64::from(self.group.0) << 32)
     }
 }
 

@@ -49,7 +49,7 @@ enum Topic {
     #[command(subcommand)]
     Events(events::EventsCommand),
     /// Replays a recorded or made-up workload over tiers of a size, with each policy.
-    Simulate(Box<kvcellar_simulate::Options>),
+    Simulate(Box<kvcellar_simulate::SimulateOptions>),
     /// What this machine gives.
     #[command(subcommand)]
     Bench(kvcellar_bench::Benchmark),

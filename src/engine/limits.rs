@@ -320,6 +320,6 @@ pub const GHOSTS_MIN: u32 = 1 << 16;
 pub const WAITS_PER_VICTIM: u32 = 4096;
 
 /// Blocks at the cold end of the order of eviction that the cleaner looks at, at every hook, where
-/// the policy is not LRU. What is evicted beyond them between two hooks may be dirty, and is dropped
-/// then.
+/// the policy is not LRU. What is evicted beyond them between two hooks may be dirty, and is
+/// dropped then.
 pub const COLD_END_MAX: usize = 1024;

@@ -2,14 +2,14 @@
 
 use serde::Serialize;
 
-use super::device::Device;
-use super::trace::Request;
+use super::device::DeviceModel;
+use super::request::TracedRequest;
 
 /// What every request is priced with.
 #[derive(Debug, Clone, Copy)]
 pub struct Account {
     /// The device.
-    pub device: Device,
+    pub device: DeviceModel,
     /// Tokens of a block.
     pub block_tokens: u32,
     /// Bytes of a block.
@@ -50,7 +50,7 @@ pub struct Totals {
 impl Account {
     /// Adds a request of which so many blocks are in memory, and so many after or between them on
     /// disk only.
-    pub fn add(&self, totals: &mut Totals, request: &Request, dram: u32, nvme: u32) {
+    pub fn add(&self, totals: &mut Totals, request: &TracedRequest, dram: u32, nvme: u32) {
         let device = &self.device;
         let hit_tokens = request.tokens_of(dram + nvme, self.block_tokens);
         let nvme_tokens = nvme.saturating_mul(self.block_tokens).min(hit_tokens);
@@ -94,7 +94,7 @@ pub struct Summary {
     /// Bytes read from disk.
     pub nvme_read_bytes: u64,
     /// Bytes that a day of this workload writes to disk.
-    pub nvme_written_bytes_per_day: f64,
+    pub nvme_written_bytes_per_day: u64,
     /// Predicted time to first token of an idle engine, in ms: median.
     pub ttft_p50_ms: f64,
     /// The same: 90th percentile.
@@ -129,7 +129,7 @@ impl Totals {
             loaded_bytes: (self.dram_blocks + self.nvme_blocks) * block_bytes,
             nvme_written_bytes: written,
             nvme_read_bytes: self.nvme_blocks * block_bytes,
-            nvme_written_bytes_per_day: written as f64 * 86_400e3 / self.last_ms.max(1) as f64,
+            nvme_written_bytes_per_day: (u128::from(written) * 86_400_000 / u128::from(self.last_ms.max(1))) as u64,
             ttft_p50_ms: at(50),
             ttft_p90_ms: at(90),
             ttft_mean_ms: mean,

@@ -1,24 +1,24 @@
 //! Bounds: what no policy can exceed.
 //!
 //! *Belady* knows the future. It keeps the blocks that are used again soonest, and does not take a
-//! block that is used again later than all of them or never (bypass). A prefix never goes before its
-//! suffix: of blocks that are used again by the same request the later ones in a prompt go first,
-//! and a suffix is never used again before its prefix. It is the best single tier for hits in blocks
-//! without regard to prefixes; with them, close to it. *Infinite* keeps everything.
+//! block that is used again later than all of them or never (bypass). A prefix never goes before
+//! its suffix: of blocks that are used again by the same request the later ones in a prompt go
+//! first, and a suffix is never used again before its prefix. It is the best single tier for hits
+//! in blocks without regard to prefixes; with them, close to it. *Infinite* keeps everything.
 
 use std::collections::BTreeSet;
 
 use hashbrown::HashMap;
 
 use super::account::{Account, Totals};
-use super::trace::Source;
+use super::trace::WorkloadSource;
 use kvcellar_block::error::Result;
 
 /// Never used again.
 const NEVER: u32 = u32::MAX;
 
 /// For each use of a block, in the order of the trace, the request that uses it next.
-fn next_uses(source: &Source) -> Result<Vec<u32>> {
+fn next_uses(source: &WorkloadSource) -> Result<Vec<u32>> {
     let mut next = Vec::new();
     let mut last: HashMap<u64, usize> = HashMap::new();
     let mut number = 0;
@@ -39,7 +39,7 @@ fn next_uses(source: &Source) -> Result<Vec<u32>> {
 ///
 /// # Errors
 /// Those of the source.
-pub fn replay(source: &Source, account: &Account, capacity: Option<u64>) -> Result<Totals> {
+pub fn replay(source: &WorkloadSource, account: &Account, capacity: Option<u64>) -> Result<Totals> {
     let next = next_uses(source)?;
     let mut totals = Totals::default();
     // By next use and number in the prompt.
@@ -76,9 +76,9 @@ pub fn replay(source: &Source, account: &Account, capacity: Option<u64>) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::Device;
+    use crate::device::DeviceModel;
 
-    const DEVICE: Device = Device {
+    const DEVICE: DeviceModel = DeviceModel {
         prefill_rate: 1e4,
         attention_tokens: 1e5,
         dram_rate: 50.0,
@@ -95,7 +95,7 @@ mod tests {
             format!("{{\"timestamp\":0,\"input_length\":{tokens},\"output_length\":1,\"hash_ids\":{blocks:?}}}\n")
         };
         std::fs::write(file.path(), prompts.iter().map(line).collect::<String>()).expect("written");
-        let source = Source::File { path: file.path().to_owned(), block_tokens: 512 };
+        let source = WorkloadSource::File { path: file.path().to_owned(), block_tokens: 512 };
         let account = Account { device: DEVICE, block_tokens: 512, block_bytes: 1 };
         replay(&source, &account, capacity).expect("a trace").dram_blocks
     }

@@ -8,7 +8,7 @@ use kvcellar_engine::policy::load::Rates;
 /// Rates and times. The defaults are those of an 8-billion-parameter model in 16 bits on one fast
 /// GPU with one NVMe drive.
 #[derive(Debug, Clone, Copy, PartialEq, Args, Serialize)]
-pub struct Device {
+pub struct DeviceModel {
     /// Tokens that a prefill computes in a second, at the beginning of a prompt.
     #[arg(long, default_value_t = 17_500.0, value_name = "TOKENS/S")]
     pub prefill_rate: f64,
@@ -29,7 +29,7 @@ pub struct Device {
     pub nvme_latency: f64,
 }
 
-impl Device {
+impl DeviceModel {
     /// Seconds to compute the tokens `from..to` of a prompt.
     pub fn prefill_s(&self, from: u32, to: u32) -> f64 {
         let (from, to) = (f64::from(from), f64::from(to));
@@ -37,8 +37,8 @@ impl Device {
         (to - from + attention) / self.prefill_rate
     }
 
-    /// Seconds to load so many bytes from memory and from disk. Both go at once, and what comes from
-    /// disk passes through memory.
+    /// Seconds to load so many bytes from memory and from disk. Both go at once, and what comes
+    /// from disk passes through memory.
     pub fn load_s(&self, dram_bytes: u64, nvme_bytes: u64) -> f64 {
         let of = |bytes: u64, latency_ms: f64, rate: f64| {
             if bytes == 0 { 0.0 } else { latency_ms / 1e3 + bytes as f64 / (rate * 1e9) }
@@ -57,7 +57,7 @@ impl Device {
 mod tests {
     use super::*;
 
-    const DEVICE: Device = Device {
+    const DEVICE: DeviceModel = DeviceModel {
         prefill_rate: 1000.0,
         attention_tokens: 1000.0,
         dram_rate: 10.0,

@@ -3,8 +3,8 @@
 //!
 //! The tiers' books, policies and decisions are the engine's own
 //! ([`kvcellar_engine::tier::replay`]); the [`device`] is a model. Not modelled: requests that run
-//! beside each other, queues, the GPU's own cache, blocks of answers that a trace does not name, and
-//! the time of writes.
+//! beside each other, queues, the GPU's own cache, blocks of answers that a trace does not name,
+//! and the time of writes.
 
 pub mod account;
 pub mod clairvoyant;
@@ -12,9 +12,10 @@ pub mod device;
 pub mod options;
 pub mod picture;
 pub mod replay;
+pub mod request;
 pub mod sweep;
 pub mod synthetic;
 pub mod table;
 pub mod trace;
 
-pub use options::{Options, run};
+pub use options::{SimulateOptions, run};

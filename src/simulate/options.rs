@@ -5,15 +5,14 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use hashbrown::HashSet;
-use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::account::{Account, Summary};
-use super::device::Device;
-use super::replay::{Choices, Keeper, Sizes, replay};
+use super::account::Account;
+use super::device::DeviceModel;
+use super::replay::{Choices, Keeper, Row, Sizes, replay};
 use super::sweep::{self, Curves};
 use super::synthetic::{BLOCK_TOKENS, Synthetic, Workload};
-use super::trace::Source;
+use super::trace::WorkloadSource;
 use super::{picture, table};
 use kvcellar_bench::report::{Goal, print_goals, report};
 use kvcellar_block::error::{Error, Result};
@@ -42,9 +41,9 @@ pub enum LoadChoice {
 
 /// What to replay, over what.
 #[derive(Debug, Clone, Args)]
-pub struct Options {
-    /// Trace in Mooncake's format: one JSON object a line, with timestamp (ms), input_length,
-    /// output_length (tokens) and hash_ids.
+pub struct SimulateOptions {
+    /// Trace in Mooncake's format: one JSON object a line, with `timestamp` (ms),
+    /// `input_length`, `output_length` (tokens) and `hash_ids`.
     #[arg(required_unless_present_any = ["synthetic", "workloads"])]
     pub trace: Option<PathBuf>,
     /// A made-up workload instead.
@@ -65,8 +64,8 @@ pub struct Options {
     /// Bytes of a block's KV, all layers and ranks together.
     #[arg(long, default_value = "64MiB")]
     pub block_size: String,
-    /// Policy of both tiers: lru, s3fifo, arc, lrfu or adaptive; or all, with the bounds beside them:
-    /// Belady, who knows the future, and an infinite cache.
+    /// Policy of both tiers: lru, s3fifo, arc, lrfu or adaptive; or all, with the bounds beside
+    /// them: Belady, who knows the future, and an infinite cache.
     #[arg(long, default_value = "all")]
     pub policy: String,
     /// Size of the dram tier: a size such as 64GiB, or a share of the workload's different blocks
@@ -87,7 +86,7 @@ pub struct Options {
     pub clean_percent: u64,
     /// The modelled device.
     #[command(flatten)]
-    pub device: Device,
+    pub device: DeviceModel,
     /// Curves over capacities from 1% to 50% of the workload's different blocks, over one tier and
     /// over both, with all policies and bounds.
     #[arg(long)]
@@ -101,28 +100,18 @@ pub struct Options {
     pub json: bool,
 }
 
-/// What one keeper made of the workload.
-#[derive(Debug, Clone, Serialize)]
-pub struct Row {
-    /// Who kept blocks.
-    pub keeper: Keeper,
-    /// The result.
-    #[serde(flatten)]
-    pub summary: Summary,
-}
-
-impl Options {
-    fn sources(&self) -> Vec<Source> {
-        let made = |workload| Source::Made(Synthetic { workload, seed: self.seed, load_percent: self.load });
-        let file = |path: &PathBuf| Source::File { path: path.clone(), block_tokens: self.block_tokens };
+impl SimulateOptions {
+    fn sources(&self) -> Vec<WorkloadSource> {
+        let made = |workload| WorkloadSource::Made(Synthetic { workload, seed: self.seed, load_percent: self.load });
+        let file = |path: &PathBuf| WorkloadSource::File { path: path.clone(), block_tokens: self.block_tokens };
         let more = self.workloads.then_some(Workload::ALL).into_iter().flatten();
         self.trace.iter().map(file).chain(self.synthetic.into_iter().chain(more).map(made)).collect()
     }
 
-    fn account(&self, source: &Source) -> Result<Account> {
+    fn account(&self, source: &WorkloadSource) -> Result<Account> {
         let block_tokens = match source {
-            Source::File { block_tokens, .. } => *block_tokens,
-            Source::Made(_) => BLOCK_TOKENS,
+            WorkloadSource::File { block_tokens, .. } => *block_tokens,
+            WorkloadSource::Made(_) => BLOCK_TOKENS,
         };
         let block_bytes = size::parse("block_size", &Value::from(self.block_size.as_str()))?;
         Ok(Account { device: self.device, block_tokens, block_bytes })
@@ -154,7 +143,7 @@ impl Options {
 }
 
 /// Different blocks of a workload.
-fn different_blocks(source: &Source) -> Result<u64> {
+fn different_blocks(source: &WorkloadSource) -> Result<u64> {
     let mut seen = HashSet::new();
     source.each(&mut |request| {
         seen.extend(request.blocks.iter().copied());
@@ -163,7 +152,9 @@ fn different_blocks(source: &Source) -> Result<u64> {
     Ok(seen.len() as u64)
 }
 
-/// A tier's blocks. `different`: the workload's different blocks, counted when a share is asked for.
+#[expect(clippy::cast_sign_loss, reason = "a share of a count is not negative")]
+/// A tier's blocks. `different`: the workload's different blocks, counted when a share is asked
+/// for.
 fn blocks_of(
     flag: &'static str,
     text: &str,
@@ -185,7 +176,7 @@ fn blocks_of(
     u32::try_from(blocks).map_err(|_| Error::config(flag, format!("{blocks} blocks are too many"), "Write less"))
 }
 
-fn one_size(options: &Options, source: &Source) -> Result<(Sizes, Account, Vec<Row>)> {
+fn one_size(options: &SimulateOptions, source: &WorkloadSource) -> Result<(Sizes, Account, Vec<Row>)> {
     let account = options.account(source)?;
     let mut counted = None;
     let mut different = || match counted {
@@ -206,14 +197,15 @@ fn one_size(options: &Options, source: &Source) -> Result<(Sizes, Account, Vec<R
     Ok((sizes, account, rows))
 }
 
-fn all_sizes(options: &Options) -> Result<(Vec<Curves>, Vec<Goal>)> {
+fn all_sizes(options: &SimulateOptions) -> Result<(Vec<Curves>, Vec<Goal>)> {
     let mut all = Vec::new();
     for source in options.sources() {
         let account = options.account(&source)?;
         let different = different_blocks(&source)?;
         let mut progress = |what: &str| log_progress(what);
-        // Both tiers for what was asked for by name; made-up workloads are there to compare policies.
-        let two_tiers = !options.workloads || matches!(source, Source::File { .. });
+        // Both tiers for what was asked for by name; made-up workloads are there to compare
+        // policies.
+        let two_tiers = !options.workloads || matches!(source, WorkloadSource::File { .. });
         all.push(sweep::sweep(&source, &account, options.choices(), different, two_tiers, &mut progress)?);
     }
     let goals = sweep::goals(&all);
@@ -235,7 +227,7 @@ fn write(path: &Path, text: &str) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::Config`] for a line of the trace or a wrong option, [`Error::Io`] for files.
-pub fn run(options: &Options) -> Result<()> {
+pub fn run(options: &SimulateOptions) -> Result<()> {
     if !options.sweep {
         let sources = options.sources();
         let Some(source) = sources.first() else { return Ok(()) };
@@ -258,7 +250,9 @@ pub fn run(options: &Options) -> Result<()> {
     if options.json {
         println!("{whole:#}");
     } else {
-        all.iter().for_each(|curves| print!("{}", table::curves(curves)));
+        for curves in &all {
+            print!("{}", table::curves(curves));
+        }
         print_goals(&goals, 3);
     }
     if let Some(path) = &options.report {
@@ -277,10 +271,10 @@ mod tests {
     #[derive(Debug, Parser)]
     struct Line {
         #[command(flatten)]
-        options: Options,
+        options: SimulateOptions,
     }
 
-    fn options(text: &str) -> Options {
+    fn options(text: &str) -> SimulateOptions {
         Line::try_parse_from(std::iter::once("simulate").chain(text.split_whitespace())).expect("known options").options
     }
 

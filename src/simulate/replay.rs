@@ -2,13 +2,13 @@
 
 use serde::{Serialize, Serializer};
 
-use super::account::{Account, Totals};
+use super::account::{Account, Summary, Totals};
 use super::clairvoyant;
-use super::trace::Source;
+use super::trace::WorkloadSource;
 use kvcellar_block::BlockHash;
 use kvcellar_block::error::Result;
 use kvcellar_engine::policy::{Admission, LoadPolicy, PolicyName};
-use kvcellar_engine::tier::replay::{Replay, ReplaySettings};
+use kvcellar_engine::tier::replay::{ReplaySettings, TierReplay};
 
 /// Who keeps blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +52,16 @@ pub struct Sizes {
     pub nvme_blocks: u32,
 }
 
+/// What one keeper made of the workload.
+#[derive(Debug, Clone, Serialize)]
+pub struct Row {
+    /// Who kept blocks.
+    pub keeper: Keeper,
+    /// The result.
+    #[serde(flatten)]
+    pub summary: Summary,
+}
+
 /// What the user decided about the tiers beside their policy.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Choices {
@@ -82,7 +92,13 @@ fn hash(id: u64) -> BlockHash {
 ///
 /// # Errors
 /// Those of the source.
-pub fn replay(source: &Source, account: &Account, keeper: Keeper, sizes: Sizes, choices: Choices) -> Result<Totals> {
+pub fn replay(
+    source: &WorkloadSource,
+    account: &Account,
+    keeper: Keeper,
+    sizes: Sizes,
+    choices: Choices,
+) -> Result<Totals> {
     let policy = match keeper {
         Keeper::Policy(policy) => policy,
         Keeper::Belady => {
@@ -91,7 +107,7 @@ pub fn replay(source: &Source, account: &Account, keeper: Keeper, sizes: Sizes, 
         }
         Keeper::Infinite => return clairvoyant::replay(source, account, None),
     };
-    let mut tiers = Replay::new(ReplaySettings {
+    let mut tiers = TierReplay::new(ReplaySettings {
         slots: sizes.dram_blocks,
         extents: sizes.nvme_blocks,
         block_tokens: account.block_tokens,

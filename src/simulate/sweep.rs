@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::account::{Account, Summary};
 use super::replay::{Choices, Keeper, Sizes, replay};
-use super::trace::Source;
+use super::trace::WorkloadSource;
 use kvcellar_bench::report::{Goal, GoalBound};
 use kvcellar_block::error::Result;
 use kvcellar_engine::policy::PolicyName;
@@ -72,7 +72,7 @@ fn part_of(blocks: u64, percent: u32) -> u32 {
 /// # Errors
 /// Those of the source.
 pub fn sweep(
-    source: &Source,
+    source: &WorkloadSource,
     account: &Account,
     choices: Choices,
     different_blocks: u64,
@@ -104,7 +104,7 @@ pub fn sweep(
     }
     let mut curves = Curves {
         workload: source.name(),
-        synthetic: matches!(source, Source::Made(_)),
+        synthetic: matches!(source, WorkloadSource::Made(_)),
         different_blocks,
         one_tier,
         two_tiers: both,
@@ -114,8 +114,8 @@ pub fn sweep(
     Ok(curves)
 }
 
-/// The knee of a curve: the point that lies farthest above the straight line from its first point to
-/// its last. More capacity brings less from there on.
+/// The knee of a curve: the point that lies farthest above the straight line from its first point
+/// to its last. More capacity brings less from there on.
 pub fn knee(curve: &[(u32, f64)]) -> Option<u32> {
     let ((from, low), (to, high)) = (*curve.first()?, *curve.last()?);
     let above = |(percent, hits): &(u32, f64)| {

@@ -3,9 +3,11 @@
 //! Each plays one way of using a model, for an hour of 512-token blocks. They know nothing of any
 //! recorded trace: policies are designed on them, so that traces stay a test.
 
+#![expect(clippy::cast_sign_loss, reason = "times and counts are not negative")]
+
 use clap::ValueEnum;
 
-use super::trace::Request;
+use super::request::TracedRequest;
 
 /// Tokens of a block.
 pub const BLOCK_TOKENS: u32 = 512;
@@ -29,7 +31,8 @@ pub enum Workload {
     Scans,
     /// Conversations, then from one moment to the next documents, then agents.
     Change,
-    /// One tenant asks about documents and converses; another goes through its own texts in a circle.
+    /// One tenant asks about documents and converses; another goes through its own texts in a
+    /// circle.
     Tenants,
 }
 
@@ -57,7 +60,7 @@ impl Synthetic {
     }
 
     /// Its requests in the order of time.
-    pub fn requests(self) -> Vec<Request> {
+    pub fn requests(self) -> Vec<TracedRequest> {
         let mut player = Player {
             random: fastrand::Rng::with_seed(self.seed),
             next_block: 0,
@@ -217,9 +220,9 @@ impl Player {
         }
     }
 
-    fn into_requests(mut self) -> Vec<Request> {
+    fn into_requests(mut self) -> Vec<TracedRequest> {
         self.prompts.sort_by(|(one, _), (other, _)| one.total_cmp(other));
-        let request = |(at, blocks): (f64, Vec<u64>)| Request {
+        let request = |(at, blocks): (f64, Vec<u64>)| TracedRequest {
             at_ms: (at * 1e3) as u64,
             prompt_tokens: blocks.len() as u32 * BLOCK_TOKENS,
             answer_tokens: BLOCK_TOKENS,
@@ -250,7 +253,7 @@ mod tests {
             let requests = Synthetic { workload, seed: 7, load_percent: 20 }.requests();
             assert!(requests.len() > 50 && requests.is_sorted_by_key(|request| request.at_ms), "{workload:?}");
             let mut parents: HashMap<u64, Option<u64>> = HashMap::new();
-            for Request { blocks, .. } in &requests {
+            for TracedRequest { blocks, .. } in &requests {
                 for (at, block) in blocks.iter().enumerate() {
                     let parent = at.checked_sub(1).map(|before| blocks[before]);
                     assert_eq!(*parents.entry(*block).or_insert(parent), parent, "{workload:?}");

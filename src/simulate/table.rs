@@ -2,8 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::options::Row;
-use super::replay::{Keeper, Sizes};
+use super::replay::{Keeper, Row, Sizes};
 use super::sweep::{Curves, Point};
 use kvcellar_block::size::show;
 
@@ -41,7 +40,7 @@ pub fn one_size(workload: &str, sizes: Sizes, block_bytes: u64, rows: &[Row]) ->
             summary.nvme_hit_tokens,
             show(summary.stored_bytes),
             show(summary.loaded_bytes),
-            show(summary.nvme_written_bytes_per_day as u64),
+            show(summary.nvme_written_bytes_per_day),
             summary.ttft_p50_ms,
             summary.ttft_p90_ms,
             summary.prefill_saved_s,
@@ -54,9 +53,9 @@ pub fn one_size(workload: &str, sizes: Sizes, block_bytes: u64, rows: &[Row]) ->
 pub fn curves(curves: &Curves) -> String {
     let mut text = format!("{}: {} different blocks; blocks found, %\n", curves.workload, curves.different_blocks);
     let _ = write!(text, "{:<22}", "capacity");
-    Keeper::all().iter().for_each(|keeper| {
+    for keeper in Keeper::all() {
         let _ = write!(text, "{:>10}", keeper.name());
-    });
+    }
     text.push('\n');
     let mut rows: Vec<(u32, Sizes)> = Vec::new();
     for Point { capacity_percent, sizes, .. } in curves.one_tier.iter().chain(&curves.two_tiers) {

@@ -7,8 +7,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
-
+use super::request::TracedRequest;
 use super::synthetic::Synthetic;
 use kvcellar_block::error::{Error, Result};
 
@@ -16,34 +15,9 @@ use kvcellar_block::error::{Error, Result};
 const EXPECTED: &str = "expected a JSON object such as {\"timestamp\": 0, \"input_length\": 600, \
                         \"output_length\": 52, \"hash_ids\": [0, 1]}";
 
-/// One request.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-pub struct Request {
-    /// When it came, in ms from the trace's beginning.
-    #[serde(rename = "timestamp")]
-    pub at_ms: u64,
-    /// Tokens of its prompt.
-    #[serde(rename = "input_length")]
-    pub prompt_tokens: u32,
-    /// Tokens of its answer.
-    #[serde(rename = "output_length")]
-    pub answer_tokens: u32,
-    /// Its prompt's blocks in order. Equal ids stand for equal prefixes up to and including the
-    /// block. The last one may be partial.
-    #[serde(rename = "hash_ids")]
-    pub blocks: Vec<u64>,
-}
-
-impl Request {
-    /// Tokens of its first `blocks` blocks.
-    pub fn tokens_of(&self, blocks: u32, block_tokens: u32) -> u32 {
-        blocks.saturating_mul(block_tokens).min(self.prompt_tokens)
-    }
-}
-
 /// Where requests come from.
 #[derive(Debug, Clone)]
-pub enum Source {
+pub enum WorkloadSource {
     /// A trace file, whose blocks have so many tokens.
     File {
         /// Where it lies.
@@ -55,7 +29,7 @@ pub enum Source {
     Made(Synthetic),
 }
 
-impl Source {
+impl WorkloadSource {
     /// Its name in reports.
     pub fn name(&self) -> String {
         match self {
@@ -69,7 +43,7 @@ impl Source {
     /// # Errors
     /// [`Error::Io`] for the file, [`Error::Config`] naming the line that is no request, and those
     /// of `visit`.
-    pub fn each(&self, visit: &mut dyn FnMut(&Request) -> Result<()>) -> Result<()> {
+    pub fn each(&self, visit: &mut dyn FnMut(&TracedRequest) -> Result<()>) -> Result<()> {
         match self {
             Self::File { path, block_tokens } => each_line(path, *block_tokens, visit),
             Self::Made(made) => made.requests().iter().try_for_each(visit),
@@ -77,7 +51,7 @@ impl Source {
     }
 }
 
-fn each_line(path: &Path, block_tokens: u32, visit: &mut dyn FnMut(&Request) -> Result<()>) -> Result<()> {
+fn each_line(path: &Path, block_tokens: u32, visit: &mut dyn FnMut(&TracedRequest) -> Result<()>) -> Result<()> {
     let io = |error| Error::io("reading", path, error, "Name a trace file in Mooncake's format, one request a line");
     let file = File::open(path).map_err(io)?;
     let mut last_ms = 0;
@@ -90,7 +64,8 @@ fn each_line(path: &Path, block_tokens: u32, visit: &mut dyn FnMut(&Request) -> 
             let field = format!("{} line {number}", path.display());
             Error::config(&field, problem, "Mend or remove the line")
         };
-        let request: Request = serde_json::from_str(&line).map_err(|error| wrong(format!("{error}; {EXPECTED}")))?;
+        let request: TracedRequest =
+            serde_json::from_str(&line).map_err(|error| wrong(format!("{error}; {EXPECTED}")))?;
         let wanted = request.prompt_tokens.div_ceil(block_tokens) as usize;
         if request.blocks.len() != wanted {
             return Err(wrong(format!(
@@ -115,11 +90,11 @@ fn each_line(path: &Path, block_tokens: u32, visit: &mut dyn FnMut(&Request) -> 
 mod tests {
     use super::*;
 
-    fn read(text: &str) -> Result<Vec<Request>> {
+    fn read(text: &str) -> Result<Vec<TracedRequest>> {
         let file = tempfile::NamedTempFile::new().expect("a file");
         std::fs::write(file.path(), text).expect("written");
         let mut found = Vec::new();
-        Source::File { path: file.path().to_owned(), block_tokens: 512 }.each(&mut |request| {
+        WorkloadSource::File { path: file.path().to_owned(), block_tokens: 512 }.each(&mut |request| {
             found.push(request.clone());
             Ok(())
         })?;
@@ -132,7 +107,7 @@ mod tests {
     fn lines_become_requests() {
         let found = read(&format!("{GOOD}\n{GOOD}")).expect("whole");
         assert_eq!(found.len(), 2);
-        assert_eq!(found[0], Request { at_ms: 5, prompt_tokens: 600, answer_tokens: 2, blocks: vec![7, 8] });
+        assert_eq!(found[0], TracedRequest { at_ms: 5, prompt_tokens: 600, answer_tokens: 2, blocks: vec![7, 8] });
         assert_eq!((found[0].tokens_of(1, 512), found[0].tokens_of(2, 512)), (512, 600));
     }
 

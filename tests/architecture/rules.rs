@@ -48,7 +48,8 @@ const MODULES: &[(&str, &[&str])] = &[
 ];
 
 /// Files that may contain `unsafe`: they own memory that others see, or talk to a device, a
-/// processor or an interpreter. Of the others, the prefetch hint touches nobody's memory, and tests play devices.
+/// processor or an interpreter. Of the others, the prefetch hint touches nobody's memory, and tests
+/// play devices.
 const UNSAFE_PREFIXES: &[&str] = &[
     "engine/checksum/",
     "engine/pool/",

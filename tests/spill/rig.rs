@@ -330,8 +330,8 @@ impl Rig {
         Ok(count)
     }
 
-    /// Asks for a request's first blocks and begins to load what the engine offers. Returns how many
-    /// blocks those are.
+    /// Asks for a request's first blocks and begins to load what the engine offers. Returns how
+    /// many blocks those are.
     pub(crate) fn begin_fetch(&mut self, id: &str, blocks: u32) -> u32 {
         // One token more than the blocks hold, so that all of them may be hit.
         let hit = self.lock().lookup(id, blocks * BLOCK_TOKENS + 1, 0);

@@ -1,5 +1,6 @@
 //! ARC: two lists, of blocks used once and of blocks used more often, whose shares follow what
-//! comes back: a block that was evicted from one of them and is wanted again makes that list larger.
+//! comes back: a block that was evicted from one of them and is wanted again makes that list
+//! larger.
 //!
 //! Guarantee: a scan passes through the first list and leaves the second alone; each list is in the
 //! order of last use; the share moves by at least one place for each ghost that returns, so that it
@@ -20,7 +21,7 @@ const ONCE: u32 = 0;
 const OFTEN: u32 = 1;
 
 #[derive(Debug, Clone, Copy, Default)]
-struct Facts {
+struct Listed {
     fingerprint: u64,
     list: u32,
 }
@@ -30,7 +31,7 @@ struct Facts {
 #[derive(Debug)]
 pub struct Arc<I> {
     lists: Rings,
-    facts: Box<[Facts]>,
+    facts: Box<[Listed]>,
     /// Evicted from the list of this number.
     ghosts: [Ghosts<()>; 2],
     /// Blocks of each list, those that may not be evicted now included.
@@ -45,7 +46,7 @@ impl<I: Index> Arc<I> {
     pub fn new(places: u32) -> Self {
         Self {
             lists: Rings::new(places, 2),
-            facts: vec![Facts::default(); places as usize].into_boxed_slice(),
+            facts: vec![Listed::default(); places as usize].into_boxed_slice(),
             ghosts: [Ghosts::new(places), Ghosts::new(places)],
             held: [0; 2],
             share: 0,
@@ -105,14 +106,14 @@ impl<I: Index> Eviction<I> for Arc<I> {
                 list = OFTEN;
             }
         }
-        self.facts[place.number() as usize] = Facts { fingerprint: block.fingerprint, list };
+        self.facts[place.number() as usize] = Listed { fingerprint: block.fingerprint, list };
         self.held[list as usize] += 1;
         self.trim();
     }
 
     fn release(&mut self, place: I, departure: Departure) {
         self.remove(place);
-        let Facts { fingerprint, list } = self.facts[place.number() as usize];
+        let Listed { fingerprint, list } = self.facts[place.number() as usize];
         self.held[list as usize] -= 1;
         if departure == Departure::Evicted {
             self.ghosts[list as usize].push(fingerprint, ());

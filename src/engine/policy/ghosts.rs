@@ -11,8 +11,8 @@ struct Ghost<T> {
     is_away: bool,
 }
 
-/// The last evicted blocks, as many as it was made for, each with facts `T`. A block that comes back
-/// leaves a gap that ages with the others: what is remembered is a window over evictions.
+/// The last evicted blocks, as many as it was made for, each with facts `T`. A block that comes
+/// back leaves a gap that ages with the others: what is remembered is a window over evictions.
 ///
 /// All memory is taken at the beginning; every operation is O(1) on average.
 #[derive(Debug)]

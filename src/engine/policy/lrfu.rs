@@ -52,9 +52,10 @@ impl PartialEq for Rank {
 impl Eq for Rank {}
 
 #[derive(Debug, Clone, Copy)]
-struct Facts {
+struct Weighed {
     rank: Rank,
-    /// Uses of blocks when this one was touched last, and the logarithm of the sum of its uses then.
+    /// Uses of blocks when this one was touched last, and the logarithm of the sum of its uses
+    /// then.
     touched: u64,
     sum: f64,
     /// Where the heap has it.
@@ -64,7 +65,7 @@ struct Facts {
 /// A heap of places, the coldest at its root. [`Eviction::coldest`] is the exact order of victims.
 #[derive(Debug)]
 pub struct Lrfu<I> {
-    facts: Box<[Facts]>,
+    facts: Box<[Weighed]>,
     heap: Box<[u32]>,
     len: u32,
     /// Uses of blocks so far.
@@ -79,7 +80,7 @@ pub struct Lrfu<I> {
 impl<I: Index> Lrfu<I> {
     /// A policy for `places` places, none of which may be evicted yet.
     pub fn new(places: u32) -> Self {
-        let facts = Facts { rank: Rank { weight: 0.0, stamp: 0 }, touched: 0, sum: 0.0, position: OUT };
+        let facts = Weighed { rank: Rank { weight: 0.0, stamp: 0 }, touched: 0, sum: 0.0, position: OUT };
         Self {
             facts: vec![facts; places as usize].into_boxed_slice(),
             heap: vec![OUT; places as usize].into_boxed_slice(),
@@ -132,8 +133,8 @@ impl<I: Index> Lrfu<I> {
         }
     }
 
-    /// The coldest place below a position, itself included, that `may` be evicted. Looks below those
-    /// only that may not.
+    /// The coldest place below a position, itself included, that `may` be evicted. Looks below
+    /// those only that may not.
     fn coldest_below(&self, at: u32, may: &dyn Fn(I) -> bool) -> Option<u32> {
         if at >= self.len {
             return None;

@@ -65,8 +65,8 @@ pub struct Block<I> {
     pub parent: Option<I>,
     /// Tokens of the prompt that brought it.
     pub prompt_tokens: u32,
-    /// What a hit saves, as seconds of prefill for each byte kept. Only ratios between blocks count;
-    /// 1 where nothing is known.
+    /// What a hit saves, as seconds of prefill for each byte kept. Only ratios between blocks
+    /// count; 1 where nothing is known.
     pub worth: f32,
 }
 

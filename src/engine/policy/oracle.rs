@@ -17,7 +17,7 @@ pub(super) const PLACES: u32 = 12;
 const BLOCKS: u64 = 40;
 
 /// A policy written down plainly.
-pub(super) trait Model {
+pub(super) trait PlainPolicy {
     fn assign(&mut self, place: u32, block: &Block<SlotIndex>);
     fn release(&mut self, place: u32, departure: Departure);
     fn insert(&mut self, place: u32, heat: Heat);
@@ -29,7 +29,7 @@ pub(super) trait Model {
 }
 
 #[derive(Debug, Clone)]
-pub(super) enum Step {
+pub(super) enum HistoryStep {
     /// A block comes to an empty place, if there is one and it has none. `after`: it continues the
     /// block of this place.
     Come { block: u64, after: u32, prompt_tokens: u32, worth: f32 },
@@ -43,32 +43,36 @@ pub(super) enum Step {
     Drop { place: u32 },
 }
 
-fn steps() -> impl Strategy<Value = Vec<Step>> {
+fn steps() -> impl Strategy<Value = Vec<HistoryStep>> {
     let place = || 0..PLACES;
     let come = (0..BLOCKS, place(), 0_u32..40_000, 1_u8..4).prop_map(|(block, after, prompt_tokens, worth)| {
-        Step::Come { block, after, prompt_tokens, worth: f32::from(worth) }
+        HistoryStep::Come { block, after, prompt_tokens, worth: f32::from(worth) }
     });
     let step = prop_oneof![
         6 => come,
-        6 => (place(), prop::bool::weighted(0.1)).prop_map(|(place, cold)| Step::Hold { place, cold }),
-        8 => (place(), any::<bool>()).prop_map(|(place, fresh)| Step::Use { place, fresh }),
-        5 => (any::<u32>(), prop::bool::weighted(0.2), any::<bool>()).prop_map(|(bits, stays, all)| Step::Evict {
+        6 => (place(), prop::bool::weighted(0.1)).prop_map(|(place, cold)| HistoryStep::Hold { place, cold }),
+        8 => (place(), any::<bool>()).prop_map(|(place, fresh)| HistoryStep::Use { place, fresh }),
+        5 => (any::<u32>(), prop::bool::weighted(0.2), any::<bool>()).prop_map(|(bits, stays, all)| HistoryStep::Evict {
             vetoed: if all { 0 } else { bits },
             stays,
         }),
-        1 => place().prop_map(|place| Step::Drop { place }),
+        1 => place().prop_map(|place| HistoryStep::Drop { place }),
     ];
     prop::collection::vec(step, 0..400)
 }
 
 /// Goes through a history with both, and compares after every step.
-fn compare(policy: &mut dyn Eviction<SlotIndex>, model: &mut dyn Model, steps: &[Step]) -> Result<(), TestCaseError> {
+fn compare(
+    policy: &mut dyn Eviction<SlotIndex>,
+    model: &mut dyn PlainPolicy,
+    steps: &[HistoryStep],
+) -> Result<(), TestCaseError> {
     // Well spread, as block hashes are; with equal upper halves for some, so that ghosts collide.
     let fingerprint = |block: u64| block.wrapping_mul(0x9E37_79B9_7F4A_7C15) & !(7 << 32) ^ block << 8;
     let mut blocks: BTreeMap<u32, u64> = BTreeMap::new();
     for step in steps {
         match *step {
-            Step::Come { block, after, prompt_tokens, worth } => {
+            HistoryStep::Come { block, after, prompt_tokens, worth } => {
                 let free = (0..PLACES).find(|place| !blocks.contains_key(place));
                 let Some(place) = free.filter(|_| blocks.values().all(|held| *held != block)) else { continue };
                 // A block's hash says what comes before it: there are no circles.
@@ -78,7 +82,7 @@ fn compare(policy: &mut dyn Eviction<SlotIndex>, model: &mut dyn Model, steps: &
                 policy.assign(SlotIndex(place), &block_facts);
                 model.assign(place, &block_facts);
             }
-            Step::Hold { place, cold } if blocks.contains_key(&place) => {
+            HistoryStep::Hold { place, cold } if blocks.contains_key(&place) => {
                 let heat = if cold { Heat::Cold } else { Heat::Hot };
                 if policy.holds(SlotIndex(place)) {
                     policy.remove(SlotIndex(place));
@@ -88,12 +92,12 @@ fn compare(policy: &mut dyn Eviction<SlotIndex>, model: &mut dyn Model, steps: &
                     model.insert(place, heat);
                 }
             }
-            Step::Use { place, fresh } if blocks.contains_key(&place) => {
+            HistoryStep::Use { place, fresh } if blocks.contains_key(&place) => {
                 let touch = if fresh { Touch::Fresh } else { Touch::Again };
                 policy.touch(SlotIndex(place), touch);
                 model.touch(place, touch);
             }
-            Step::Evict { vetoed, stays } => {
+            HistoryStep::Evict { vetoed, stays } => {
                 let may = |place: u32| vetoed >> place & 1 == 0;
                 let victim = policy.victim(&|slot: SlotIndex| may(slot.0));
                 prop_assert_eq!(victim.map(|slot| slot.0), model.victim(&may));
@@ -104,11 +108,11 @@ fn compare(policy: &mut dyn Eviction<SlotIndex>, model: &mut dyn Model, steps: &
                     model.release(slot.0, Departure::Evicted);
                 }
             }
-            Step::Drop { place } if blocks.remove(&place).is_some() => {
+            HistoryStep::Drop { place } if blocks.remove(&place).is_some() => {
                 policy.release(SlotIndex(place), Departure::Dropped);
                 model.release(place, Departure::Dropped);
             }
-            Step::Hold { .. } | Step::Use { .. } | Step::Drop { .. } => {}
+            HistoryStep::Hold { .. } | HistoryStep::Use { .. } | HistoryStep::Drop { .. } => {}
         }
         let order: Vec<u32> = policy.order().into_iter().map(|slot| slot.0).collect();
         prop_assert_eq!(policy.len(), order.len());
@@ -121,11 +125,11 @@ fn compare(policy: &mut dyn Eviction<SlotIndex>, model: &mut dyn Model, steps: &
 }
 
 /// Goes through random histories.
-pub(super) fn agree<P: Eviction<SlotIndex>, M: Model>(
+pub(super) fn agree<P: Eviction<SlotIndex>, M: PlainPolicy>(
     policy: impl Fn() -> P,
     model: impl Fn() -> M,
     cases: u32,
-) -> Result<(), TestError<Vec<Step>>> {
+) -> Result<(), TestError<Vec<HistoryStep>>> {
     let config = ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() };
     TestRunner::new(config).run(&steps(), |steps| compare(&mut policy(), &mut model(), &steps))
 }
@@ -151,12 +155,12 @@ impl Lists {
 
 /// The last `capacity` evictions; what came back left a gap.
 #[derive(Debug)]
-pub(super) struct Window<T> {
+pub(super) struct GhostWindow<T> {
     capacity: usize,
     pub(super) evicted: Vec<Option<(u64, T)>>,
 }
 
-impl<T: Copy> Window<T> {
+impl<T: Copy> GhostWindow<T> {
     pub(super) fn new(capacity: u32) -> Self {
         Self { capacity: capacity as usize, evicted: Vec::new() }
     }
@@ -183,7 +187,7 @@ impl<T: Copy> Window<T> {
 #[derive(Default)]
 struct LruModel(Lists);
 
-impl Model for LruModel {
+impl PlainPolicy for LruModel {
     fn assign(&mut self, _place: u32, _block: &Block<SlotIndex>) {}
     fn release(&mut self, place: u32, _departure: Departure) {
         self.0.leave(place);
@@ -212,12 +216,12 @@ struct S3FifoModel {
     queues: Lists,
     /// Fingerprint, queue and uses of each block.
     blocks: BTreeMap<u32, (u64, usize, u32)>,
-    ghosts: Window<()>,
+    ghosts: GhostWindow<()>,
 }
 
 impl S3FifoModel {
     fn new() -> Self {
-        Self { queues: Lists::default(), blocks: BTreeMap::new(), ghosts: Window::new(PLACES) }
+        Self { queues: Lists::default(), blocks: BTreeMap::new(), ghosts: GhostWindow::new(PLACES) }
     }
 
     fn first(&self) -> usize {
@@ -241,7 +245,7 @@ impl S3FifoModel {
     }
 }
 
-impl Model for S3FifoModel {
+impl PlainPolicy for S3FifoModel {
     fn assign(&mut self, place: u32, block: &Block<SlotIndex>) {
         let queue = usize::from(self.ghosts.take(block.fingerprint).is_some());
         self.blocks.insert(place, (block.fingerprint, queue, 0));
@@ -290,13 +294,13 @@ struct ArcModel {
     lists: Lists,
     /// Fingerprint and list of each block.
     blocks: BTreeMap<u32, (u64, usize)>,
-    ghosts: [Window<()>; 2],
+    ghosts: [GhostWindow<()>; 2],
     share: usize,
 }
 
 impl ArcModel {
     fn new() -> Self {
-        let ghosts = [Window::new(PLACES), Window::new(PLACES)];
+        let ghosts = [GhostWindow::new(PLACES), GhostWindow::new(PLACES)];
         Self { lists: Lists::default(), blocks: BTreeMap::new(), ghosts, share: 0 }
     }
 
@@ -315,7 +319,7 @@ impl ArcModel {
     }
 }
 
-impl Model for ArcModel {
+impl PlainPolicy for ArcModel {
     fn assign(&mut self, place: u32, block: &Block<SlotIndex>) {
         let mut list = 0;
         for from in [0, 1] {
@@ -387,7 +391,7 @@ impl LrfuModel {
     }
 }
 
-impl Model for LrfuModel {
+impl PlainPolicy for LrfuModel {
     fn assign(&mut self, place: u32, _block: &Block<SlotIndex>) {
         self.clock += 1;
         self.stamps += 1;
@@ -413,7 +417,9 @@ impl Model for LrfuModel {
             uses.push(self.clock);
         } else {
             // The last use goes on until now: all of them are younger by as much.
-            uses.iter_mut().for_each(|used| *used += self.clock - *touched);
+            for used in uses.iter_mut() {
+                *used += self.clock - *touched;
+            }
         }
         (*touched, *stamp) = (self.clock, self.stamps);
         if let Some(cold) = self.order.get_mut(&place) {

@@ -27,18 +27,18 @@ const USES_MAX: u8 = 3;
 const USES_TO_STAY: u8 = 2;
 
 #[derive(Debug, Clone, Copy, Default)]
-struct Facts {
+struct Queued {
     fingerprint: u64,
     queue: u32,
     uses: u8,
 }
 
-/// The queues. [`Eviction::coldest`] begins with the next victim; it shows the queue that is evicted
-/// from before the other, and within a queue blocks with fewer uses first.
+/// The queues. [`Eviction::coldest`] begins with the next victim; it shows the queue that is
+/// evicted from before the other, and within a queue blocks with fewer uses first.
 #[derive(Debug)]
 pub struct S3Fifo<I> {
     queues: Rings,
-    facts: Box<[Facts]>,
+    facts: Box<[Queued]>,
     ghosts: Ghosts<()>,
     small_places: u32,
     places: PhantomData<I>,
@@ -49,7 +49,7 @@ impl<I: Index> S3Fifo<I> {
     pub fn new(places: u32) -> Self {
         Self {
             queues: Rings::new(places, 2),
-            facts: vec![Facts::default(); places as usize].into_boxed_slice(),
+            facts: vec![Queued::default(); places as usize].into_boxed_slice(),
             ghosts: Ghosts::new(places),
             small_places: (places / SMALL_SHARE).max(1),
             places: PhantomData,
@@ -108,12 +108,12 @@ impl<I: Index> Eviction<I> for S3Fifo<I> {
     fn assign(&mut self, place: I, block: &Block<I>) {
         let came_back = self.ghosts.take(block.fingerprint).is_some();
         self.facts[place.number() as usize] =
-            Facts { fingerprint: block.fingerprint, queue: if came_back { MAIN } else { SMALL }, uses: 0 };
+            Queued { fingerprint: block.fingerprint, queue: if came_back { MAIN } else { SMALL }, uses: 0 };
     }
 
     fn release(&mut self, place: I, departure: Departure) {
         self.remove(place);
-        let Facts { fingerprint, queue, .. } = self.facts[place.number() as usize];
+        let Queued { fingerprint, queue, .. } = self.facts[place.number() as usize];
         if departure == Departure::Evicted && queue == SMALL {
             self.ghosts.push(fingerprint, ());
         }
@@ -159,13 +159,13 @@ impl<I: Index> Eviction<I> for S3Fifo<I> {
             let of_these = |place: &u32| (least..=most).contains(&self.uses(*place));
             self.queues.iter(queue).filter(of_these).all(|place| visit(I::from_number(place)))
         };
-        let small = |show: &mut dyn FnMut(u32, u8, u8) -> bool| show(SMALL, 0, USES_TO_STAY - 1);
-        let main = |show: &mut dyn FnMut(u32, u8, u8) -> bool| (0..=USES_MAX).all(|uses| show(MAIN, uses, uses));
-        let rest = |show: &mut dyn FnMut(u32, u8, u8) -> bool| show(SMALL, USES_TO_STAY, USES_MAX);
+        let small = [(SMALL, 0, USES_TO_STAY - 1)].into_iter();
+        let main = (0..=USES_MAX).map(|uses| (MAIN, uses, uses));
+        let used = [(SMALL, USES_TO_STAY, USES_MAX)];
         if self.is_small_first() {
-            let _shown = small(&mut show) && main(&mut show) && rest(&mut show);
+            small.chain(main).chain(used).all(|(queue, least, most)| show(queue, least, most));
         } else {
-            let _shown = main(&mut show) && small(&mut show) && rest(&mut show);
+            main.chain(small).chain(used).all(|(queue, least, most)| show(queue, least, most));
         }
     }
 

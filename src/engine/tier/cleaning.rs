@@ -13,7 +13,7 @@ use kvcellar_block::BlockKey;
 
 /// What there is to do for a dirty block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(super) enum CleaningStep {
     /// Nothing: the disk has it, or it is not to be written.
     Done,
     /// It is to be written, to a free extent.
@@ -62,25 +62,26 @@ pub(super) fn judge(
     admission: Admission,
     Dirty { slot, reused, .. }: Dirty,
     room: bool,
-) -> Verdict {
+) -> CleaningStep {
     let Some(key) = dram.key(slot) else {
         violated!("dirty {slot:?} has no key");
         dram.pass_over(slot);
-        return Verdict::Done;
+        return CleaningStep::Done;
     };
     if let Some(extent) = extents.find(&key) {
         extents.touch(extent);
         dram.set_clean(slot, true);
-        return Verdict::Done;
+        return CleaningStep::Done;
     }
     if extents.knows(&key) || !admission.admits(Candidate { reused, room }) {
         dram.pass_over(slot);
-        return Verdict::Done;
+        return CleaningStep::Done;
     }
-    if room { Verdict::Write(key) } else { Verdict::NeedsRoom(key) }
+    if room { CleaningStep::Write(key) } else { CleaningStep::NeedsRoom(key) }
 }
 
-/// Drops the coldest block on disk to make room for one more. `None`: all are being read or written.
+/// Drops the coldest block on disk to make room for one more. `None`: all are being read or
+/// written.
 pub(super) fn make_room(extents: &mut Extents, dram: &mut Residency) -> Option<BlockKey> {
     let gone = extents.evict(&mut dram.events)?;
     dram.counters.nvme_evicted_blocks += 1;

@@ -2,12 +2,12 @@
 //!
 //! Books and decisions are the engine's own: where blocks are ([`Residency`], [`Extents`]), what a
 //! hit is ([`hit`]), what is loaded or computed, what is written to disk (`cleaning`), which policy
-//! evicts. Not here are the ways of bytes: copies, reads and writes end at once, there is one group,
-//! and one request after another.
+//! evicts. Not here are the ways of bytes: copies, reads and writes end at once, there is one
+//! group, and one request after another.
 
 use std::sync::Arc;
 
-use super::cleaning::{self, Cleaning, Verdict, judge};
+use super::cleaning::{self, Cleaning, CleaningStep, judge};
 use super::extents::{Extents, Stamp};
 use super::hit::{self, Sources};
 use super::reservation::Provenance;
@@ -46,7 +46,7 @@ pub struct ReplaySettings {
 
 /// What one request found and left, in blocks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Served {
+pub struct ReplayedHits {
     /// Loaded from memory.
     pub dram: u32,
     /// Loaded from disk.
@@ -57,7 +57,7 @@ pub struct Served {
     pub written: u32,
 }
 
-impl Served {
+impl ReplayedHits {
     /// Blocks that were not computed.
     pub fn hits(self) -> u32 {
         self.dram + self.nvme
@@ -65,7 +65,7 @@ impl Served {
 }
 
 /// Both tiers.
-pub struct Replay {
+pub struct TierReplay {
     settings: ReplaySettings,
     grouping: Grouping,
     dram: Residency,
@@ -73,7 +73,7 @@ pub struct Replay {
     serial: u32,
 }
 
-impl Replay {
+impl TierReplay {
     /// Empty tiers.
     pub fn new(settings: ReplaySettings) -> Self {
         let ReplaySettings { slots, extents, block_tokens, policy, .. } = settings;
@@ -91,9 +91,9 @@ impl Replay {
     }
 
     /// Serves a request whose prompt has these blocks and so many tokens.
-    pub fn serve(&mut self, hashes: &[BlockHash], prompt_tokens: u32) -> Served {
+    pub fn serve(&mut self, hashes: &[BlockHash], prompt_tokens: u32) -> ReplayedHits {
         self.serial = self.serial.wrapping_add(1);
-        let mut served = Served::default();
+        let mut served = ReplayedHits::default();
         let hit = self.reach(hashes);
         self.load(&hashes[..hit], prompt_tokens, &mut served);
         self.store(hashes, prompt_tokens, &mut served);
@@ -123,7 +123,7 @@ impl Replay {
     }
 
     /// Holds the blocks of a hit, reads those that only the disk has, and lets go.
-    fn load(&mut self, hashes: &[BlockHash], prompt_tokens: u32, served: &mut Served) {
+    fn load(&mut self, hashes: &[BlockHash], prompt_tokens: u32, served: &mut ReplayedHits) {
         let serial = self.serial;
         let found: Vec<Option<SlotIndex>> = hashes.iter().map(|hash| self.dram.find(&key(*hash))).collect();
         for slot in found.iter().flatten() {
@@ -164,7 +164,7 @@ impl Replay {
     }
 
     /// Keeps what the request computed, and touches what it used.
-    fn store(&mut self, hashes: &[BlockHash], prompt_tokens: u32, served: &mut Served) {
+    fn store(&mut self, hashes: &[BlockHash], prompt_tokens: u32, served: &mut ReplayedHits) {
         let (mut resident, mut on_disk, mut missing) = (Vec::new(), Vec::new(), Vec::new());
         for (at, hash) in hashes.iter().enumerate() {
             match (self.dram.find(&key(*hash)), self.disk.as_ref().and_then(|disk| disk.find(&key(*hash)))) {
@@ -201,9 +201,9 @@ impl Replay {
         while let Some(dirty) = cleaning.next(dram) {
             let room = disk.free() > 0;
             let key = match judge(disk, dram, settings.admission, dirty, room) {
-                Verdict::Done => continue,
-                Verdict::Write(key) => key,
-                Verdict::NeedsRoom(key) => {
+                CleaningStep::Done => continue,
+                CleaningStep::Write(key) => key,
+                CleaningStep::NeedsRoom(key) => {
                     if cleaning::make_room(disk, dram).is_none() {
                         break;
                     }
@@ -244,15 +244,15 @@ mod tests {
             admission: Admission::All,
             load_policy: LoadPolicy::Always,
             rates: Rates::default(),
-            clean_percent: 50,
+            clean_percent: 100,
         }
     }
 
     #[test]
     fn a_prefix_is_found_and_the_rest_is_kept() {
-        let mut replay = Replay::new(settings(8, 0));
-        assert_eq!(replay.serve(&hashes(0, 4), 64), Served { stored: 4, ..Served::default() });
-        assert_eq!(replay.serve(&hashes(0, 6), 96), Served { dram: 4, stored: 2, ..Served::default() });
+        let mut replay = TierReplay::new(settings(8, 0));
+        assert_eq!(replay.serve(&hashes(0, 4), 64), ReplayedHits { stored: 4, ..ReplayedHits::default() });
+        assert_eq!(replay.serve(&hashes(0, 6), 96), ReplayedHits { dram: 4, stored: 2, ..ReplayedHits::default() });
         // The suffix goes first.
         assert_eq!(replay.serve(&hashes(10, 14), 64).stored, 4);
         assert_eq!(replay.serve(&hashes(0, 6), 96).dram, 4);
@@ -260,21 +260,21 @@ mod tests {
 
     #[test]
     fn a_request_does_not_evict_its_own_prefix() {
-        let mut replay = Replay::new(settings(4, 0));
+        let mut replay = TierReplay::new(settings(4, 0));
         assert_eq!(replay.serve(&hashes(0, 10), 160).stored, 4);
-        assert_eq!(replay.serve(&hashes(0, 10), 160), Served { dram: 4, ..Served::default() });
+        assert_eq!(replay.serve(&hashes(0, 10), 160), ReplayedHits { dram: 4, ..ReplayedHits::default() });
     }
 
     #[test]
     fn what_left_memory_comes_from_disk_unless_computing_is_faster() {
-        let mut always = Replay::new(settings(4, 32));
+        let mut always = TierReplay::new(settings(4, 32));
         let rounds = [(0, 4), (10, 14), (20, 24)];
         let written: u32 = rounds.iter().map(|(from, to)| always.serve(&hashes(*from, *to), 64).written).sum();
         assert!(written >= 8, "what was evicted had been written: {written}");
         let again = always.serve(&hashes(0, 4), 64);
         assert_eq!((again.dram, again.nvme), (0, 4));
         let rates = Rates { restore_bytes_per_s: 1.0, prefill_tokens_per_s: 1e6 };
-        let mut auto = Replay::new(ReplaySettings { load_policy: LoadPolicy::Auto, rates, ..settings(4, 32) });
+        let mut auto = TierReplay::new(ReplaySettings { load_policy: LoadPolicy::Auto, rates, ..settings(4, 32) });
         for (from, to) in rounds {
             auto.serve(&hashes(from, to), 64);
         }

@@ -7,7 +7,7 @@
 use hashbrown::HashMap;
 use serde_json::Value;
 
-use super::cleaning::{self, Cleaning, Verdict, judge};
+use super::cleaning::{self, Cleaning, CleaningStep, judge};
 use super::clock::now_s;
 use super::extents::Stamp;
 use super::jobs::Job;
@@ -86,13 +86,13 @@ impl Cleaner {
             let Some(dirty) = cleaning.next(dram) else { break };
             let room = medium.extents.free() > chosen.len() as u64;
             let key = match judge(&mut medium.extents, dram, medium.settings.admission, dirty, room) {
-                Verdict::Done => continue,
-                Verdict::Write(key) => key,
-                Verdict::NeedsRoom(_) if self.growth != Growth::Ended => {
+                CleaningStep::Done => continue,
+                CleaningStep::Write(key) => key,
+                CleaningStep::NeedsRoom(_) if self.growth != Growth::Ended => {
                     self.grow(medium);
                     break;
                 }
-                Verdict::NeedsRoom(key) => {
+                CleaningStep::NeedsRoom(key) => {
                     // Where all extents are being read or written, the block waits for its turn.
                     let Some(gone) = cleaning::make_room(&mut medium.extents, dram) else { break };
                     evicted.push(gone);

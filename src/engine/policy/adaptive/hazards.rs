@@ -2,40 +2,21 @@
 //! measured on the workload at hand.
 //!
 //! For every class and range of ages two things are counted: blocks that were used again at that
-//! age, and how many blocks were there to be used, for how long. Their ratio is the hazard rate, the
-//! actuary's estimate, which is right although most blocks have not come back yet (some never will)
-//! and others are lost sight of. Both counts are halved now and then, so that old workloads are
-//! forgotten.
+//! age, and how many blocks were there to be used, for how long. Their ratio is the hazard rate,
+//! the actuary's estimate, which is right although most blocks have not come back yet (some never
+//! will) and others are lost sight of. Both counts are halved now and then, so that old workloads
+//! are forgotten.
 
+use super::ages::{AGE_RANGES, AGES, EPOCHS, age_end, age_range};
 use super::history::CLASSES;
-
-/// Ages that are told apart, in epochs: each range begins here and ends where the next begins, about
-/// half as much again later.
-const AGES: [u32; AGE_RANGES] = [0, 1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 362, 512, 724];
-
-/// Number of ranges of ages.
-pub(super) const AGE_RANGES: usize = 20;
-
-/// Epochs after which a block that was not used again is no longer watched.
-pub(super) const EPOCHS: u32 = 1024;
 
 /// What is assumed of all blocks before anything was seen: so many uses again for each range of
 /// ages...
-const ASSUMED_USES: f64 = 4.0;
+const ASSUMED_USES: f64 = 2.0;
 
-/// ... at a rate of so many in an epoch, divided by the age in epochs: as if the longest unused were
-/// the least likely to be used.
+/// ... at a rate of so many in an epoch, divided by the age in epochs: as if the longest unused
+/// were the least likely to be used.
 const ASSUMED_RATE: f64 = 0.02;
-
-/// The range that an age in epochs lies in.
-pub(super) fn age_range(epochs: u32) -> usize {
-    AGES.partition_point(|begin| *begin <= epochs) - 1
-}
-
-/// The age in epochs at which a range ends.
-pub(super) fn age_end(range: usize) -> u32 {
-    AGES.get(range + 1).copied().unwrap_or(EPOCHS)
-}
 
 fn at(class: u8, range: usize) -> usize {
     usize::from(class) * AGE_RANGES + range
@@ -142,7 +123,8 @@ impl Hazards {
     }
 
     /// For each class and range of ages, what it is worth to keep such a block: the most uses that
-    /// an epoch of its place can bring, over all times to give it up (the Gittins index of its life).
+    /// an epoch of its place can bring, over all times to give it up (the Gittins index of its
+    /// life).
     pub(super) fn indices(&self) -> Box<[f64]> {
         let all = self.rates_of_all();
         let mut indices = vec![0.0; CLASSES * AGE_RANGES].into_boxed_slice();
@@ -185,13 +167,6 @@ mod tests {
     struct Watched {
         class: u8,
         since: u32,
-    }
-
-    #[test]
-    fn ages_have_ranges() {
-        let ranges: Vec<usize> = [0, 1, 3, 4, 5, 6, 723, 724, 5000].into_iter().map(age_range).collect();
-        assert_eq!(ranges, [0, 1, 3, 4, 4, 5, 18, 19, 19]);
-        assert_eq!((age_end(0), age_end(18), age_end(19)), (1, 724, EPOCHS));
     }
 
     /// What happens, to which class, and to which block.

@@ -1,11 +1,11 @@
 //! What is known of a block's past, and the class that follows from it: blocks of one class are
 //! taken to come back alike.
 //!
-//! A block that was used once is told by the prompt that brought it: how long that was, and how many
-//! earlier requests its prefix goes back to (the turns of a conversation). One that was used more
-//! often is told by how often, and by how long it took to come back.
+//! A block that was used once is told by the prompt that brought it: how long that was, and how
+//! many earlier requests its prefix goes back to (the turns of a conversation). One that was used
+//! more often is told by how often, and by how long it took to come back.
 
-use super::hazards::age_range;
+use super::ages::age_range;
 
 /// Number of classes.
 pub(super) const CLASSES: usize = SHAPES + GAPS * 3;
@@ -18,8 +18,8 @@ const TURNS: usize = 4;
 /// Times between uses that are told apart: each is about three times the one before.
 const GAPS: usize = 8;
 
-/// A prefix that so many requests have used is shared by conversations: what follows it is the first
-/// turn of a new one.
+/// A prefix that so many requests have used is shared by conversations: what follows it is the
+/// first turn of a new one.
 const SHARED_USES: u8 = 8;
 
 /// Tokens from which on a prompt is longer than one of the class before.

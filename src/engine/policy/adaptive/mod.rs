@@ -2,19 +2,21 @@
 //!
 //! Every block has a class that follows from its past ([`history`]). For each class the policy
 //! measures how likely a block is to be used again at each age since its last use ([`hazards`]), on
-//! blocks that it holds and on ghosts of those it evicted. From that follows what keeping a block is
-//! worth now: the most uses that an epoch of its place can bring, over all times to give it up. This
-//! is the Gittins index; keeping what has the largest is the best that can be done for blocks whose
-//! uses do not depend on each other, with one place each. Times what a hit saves, it orders classes
-//! and ages; within one, the longest unused goes first.
+//! blocks that it holds and on ghosts of those it evicted. From that follows what keeping a block
+//! is worth now: the most uses that an epoch of its place can bring, over all times to give it up.
+//! This is the Gittins index; keeping what has the largest is the best that can be done for blocks
+//! whose uses do not depend on each other, with one place each. Times what a hit saves, it orders
+//! classes and ages; within one, the longest unused goes first.
 //!
-//! Two properties of prefixes are built in, not learned:
+//! Three things are built in, not learned:
 //!
 //! - **A suffix goes before its prefix.** A block whose next block may be evicted, too, is not
 //!   chosen: it moves behind that one and waits for it. This is done once for each change of place,
 //!   so that it costs O(1) on average.
 //! - **Blocks of one prompt share their fate**: in one class and age they stand in the order in
 //!   which they were touched, and a prefix is touched last.
+//! - **What was just used stays**, for a sixteenth of the time in which every place is used once: a
+//!   scan can take no more than that share.
 //!
 //! Guarantee: before anything was seen the order is that of LRU, and it stays so while all classes
 //! come back alike and ever less with age. Nothing is tuned to a workload: the constants are the
@@ -25,6 +27,7 @@
 //! States of a place: *unknown*; *known*, which [`Eviction::assign`] and [`Eviction::release`]
 //! begin and end; and *in the order* of eviction, in one segment: a class and a range of ages.
 
+mod ages;
 mod hazards;
 mod history;
 #[cfg(test)]
@@ -33,9 +36,10 @@ mod segments;
 
 use std::marker::PhantomData;
 
-use self::hazards::{AGE_RANGES, Hazards, age_end};
+use self::ages::{AGE_RANGES, age_end};
+use self::hazards::Hazards;
 use self::history::{CLASSES, History};
-use self::segments::{COLD, Segments};
+use self::segments::{COLD, RankedSegments};
 use super::ghosts::Ghosts;
 use super::{Block, Departure, Eviction, Heat, Index, Touch};
 use crate::{invariant, limits};
@@ -52,17 +56,20 @@ const HALF_LIFE_USES: f64 = 20_000.0;
 /// What classes and ages are worth is computed anew after so many uses, and with an epoch.
 const USES_PER_ESTIMATE: u32 = 1024;
 
-/// For each use of a block: segments that are looked at for blocks that have grown older, and blocks
-/// that are moved.
+/// For each use of a block: segments that are looked at for blocks that have grown older, and
+/// blocks that are moved.
 const AGING_LOOKS: usize = 24;
 const AGING_MOVES: usize = 6;
+
+/// More than any index times any worth of a class.
+const FRESH: f64 = 1e12;
 
 /// Share of a new block in the mean worth of its class.
 const WORTH_SHARE: f64 = 1.0 / 64.0;
 
 /// What is known of the block in a place.
 #[derive(Debug, Clone, Copy)]
-struct Known {
+struct KnownBlock {
     fingerprint: u64,
     history: History,
     /// The place of the block before it, and what its fingerprint begins with: the place may hold
@@ -74,16 +81,31 @@ struct Known {
     segment: u16,
 }
 
+/// What each segment is worth. What was used in this epoch goes after all that was not: so soon
+/// after a use nobody knows yet what follows from it, and the next turn of a conversation needs all
+/// of it.
+fn worth_of(hazards: &Hazards, worth: &[f64; CLASSES]) -> Box<[f64]> {
+    let mut segments = hazards.indices();
+    for (segments, worth) in segments.chunks_exact_mut(AGE_RANGES).zip(worth) {
+        for segment in segments.iter_mut() {
+            *segment *= worth;
+        }
+        segments[0] += FRESH;
+    }
+    segments
+}
+
 fn tag(fingerprint: u64) -> u32 {
     fingerprint as u32
 }
 
-/// The policy. [`Eviction::coldest`] shows segments in the order of their worth and, within one, the
-/// longest unused first; victims come in this order but for prefixes, which wait for their suffix.
+/// The policy. [`Eviction::coldest`] shows segments in the order of their worth and, within one,
+/// the longest unused first; victims come in this order but for prefixes, which wait for their
+/// suffix.
 #[derive(Debug)]
 pub struct Adaptive<I> {
-    known: Box<[Known]>,
-    segments: Segments,
+    known: Box<[KnownBlock]>,
+    segments: RankedSegments,
     ghosts: Ghosts<History>,
     hazards: Hazards,
     /// Mean worth of each class.
@@ -105,7 +127,7 @@ impl<I: Index> Adaptive<I> {
     }
 
     fn sized(places: u32, ghosts: u32, estimate_uses: u32) -> Self {
-        let known = Known {
+        let known = KnownBlock {
             fingerprint: 0,
             history: History::default(),
             parent: OUT,
@@ -115,7 +137,7 @@ impl<I: Index> Adaptive<I> {
         };
         let epoch_uses = (places / EPOCHS_PER_ROUND).max(1);
         let hazards = Hazards::new(HALF_LIFE_EPOCHS.max(HALF_LIFE_USES / f64::from(epoch_uses)));
-        let segments = Segments::new(places, &hazards.indices());
+        let segments = RankedSegments::new(places, &worth_of(&hazards, &[1.0; CLASSES]));
         Self {
             known: vec![known; places as usize].into_boxed_slice(),
             segments,
@@ -130,7 +152,7 @@ impl<I: Index> Adaptive<I> {
         }
     }
 
-    fn at(&self, place: u32) -> &Known {
+    fn at(&self, place: u32) -> &KnownBlock {
         &self.known[place as usize]
     }
 
@@ -151,13 +173,7 @@ impl<I: Index> Adaptive<I> {
 
     /// Orders segments by what the counts say now.
     fn estimate(&mut self) {
-        let mut indices = self.hazards.indices();
-        for (indices, worth) in indices.chunks_exact_mut(AGE_RANGES).zip(&self.worth) {
-            for index in indices {
-                *index *= worth;
-            }
-        }
-        self.segments.rank(&indices);
+        self.segments.rank(&worth_of(&self.hazards, &self.worth));
     }
 
     /// Moves some blocks on that have grown older than their segment is for.
@@ -186,7 +202,7 @@ impl<I: Index> Adaptive<I> {
 
     /// The place of a block's parent, if that still holds it.
     fn parent_of(&self, place: u32) -> Option<u32> {
-        let Known { parent, parent_tag, .. } = *self.at(place);
+        let KnownBlock { parent, parent_tag, .. } = *self.at(place);
         (parent != OUT && tag(self.at(parent).fingerprint) == parent_tag).then_some(parent)
     }
 
@@ -230,18 +246,17 @@ impl<I: Index> Eviction<I> for Adaptive<I> {
     fn assign(&mut self, place: I, block: &Block<I>) {
         self.tick();
         let parent = block.parent.map(I::number);
-        let history = match self.ghosts.take(block.fingerprint) {
-            Some(before) => self.on_reuse(before),
-            None => {
-                let above = parent.map(|parent| self.at(parent).history);
-                let history = History::begin(self.hazards.epoch(), block.prompt_tokens, above);
-                self.hazards.watch(history.class);
-                history
-            }
+        let history = if let Some(before) = self.ghosts.take(block.fingerprint) {
+            self.on_reuse(before)
+        } else {
+            let above = parent.map(|parent| self.at(parent).history);
+            let history = History::begin(self.hazards.epoch(), block.prompt_tokens, above);
+            self.hazards.watch(history.class);
+            history
         };
         let worth = &mut self.worth[usize::from(history.class)];
         *worth += (f64::from(block.worth) - *worth) * WORTH_SHARE;
-        self.known[place.number() as usize] = Known {
+        self.known[place.number() as usize] = KnownBlock {
             fingerprint: block.fingerprint,
             history,
             parent: parent.unwrap_or(OUT),
@@ -255,7 +270,7 @@ impl<I: Index> Eviction<I> for Adaptive<I> {
     fn release(&mut self, place: I, departure: Departure) {
         let number = place.number();
         self.leave(number);
-        let Known { fingerprint, history, .. } = *self.at(number);
+        let KnownBlock { fingerprint, history, .. } = *self.at(number);
         if let Some(parent) = self.parent_of(number)
             && self.at(parent).child == number
         {
@@ -313,7 +328,8 @@ impl<I: Index> Eviction<I> for Adaptive<I> {
             self.known[place as usize].segment = segment;
             self.segments.push_hotter(segment, place, child);
         }
-        // So long a prefix is followed to its end at once; it cannot have more blocks than there are.
+        // So long a prefix is followed to its end at once; it cannot have more blocks than there
+        // are.
         let first = self.segments.iter().find(|place| may(I::from_number(*place)))?;
         let next = |place: &u32| self.waits_for(*place).filter(|child| may(I::from_number(*child)));
         std::iter::successors(Some(first), next).take(self.known.len()).last().map(I::from_number)

@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 
 use kvcellar_block::SlotIndex;
 
-use super::super::oracle::{Model, PLACES, Window, agree};
-use super::hazards::{AGE_RANGES, Hazards, age_end};
+use super::super::oracle::{GhostWindow, PLACES, PlainPolicy, agree};
+use super::ages::{AGE_RANGES, age_end};
+use super::hazards::Hazards;
 use super::history::{CLASSES, History};
-use super::{AGING_LOOKS, AGING_MOVES, Adaptive, HALF_LIFE_USES, WORTH_SHARE};
+use super::{AGING_LOOKS, AGING_MOVES, Adaptive, FRESH, HALF_LIFE_USES, WORTH_SHARE};
 use crate::policy::{Block, Departure, Heat, Touch};
 
 /// Few, so that some are forgotten.
@@ -19,7 +20,7 @@ const ESTIMATE_USES: u32 = 9;
 const COLD: usize = CLASSES * AGE_RANGES;
 
 #[derive(Debug, Clone)]
-struct Kept {
+struct KeptBlock {
     fingerprint: u64,
     history: History,
     /// The block before it, and where it was.
@@ -29,7 +30,7 @@ struct Kept {
 }
 
 struct AdaptiveModel {
-    blocks: BTreeMap<u32, Kept>,
+    blocks: BTreeMap<u32, KeptBlock>,
     /// Every class and range of ages, and what goes first.
     lists: Vec<Vec<u32>>,
     /// Lists, the least worth first.
@@ -38,7 +39,7 @@ struct AdaptiveModel {
     look: usize,
     hazards: Hazards,
     worth: Vec<f64>,
-    ghosts: Window<History>,
+    ghosts: GhostWindow<History>,
     uses_since_estimate: u32,
 }
 
@@ -51,7 +52,7 @@ impl AdaptiveModel {
             look: 0,
             hazards: Hazards::new(HALF_LIFE_USES),
             worth: vec![1.0; CLASSES],
-            ghosts: Window::new(GHOSTS),
+            ghosts: GhostWindow::new(GHOSTS),
             uses_since_estimate: 0,
         };
         model.rank();
@@ -61,7 +62,8 @@ impl AdaptiveModel {
     fn rank(&mut self) {
         let indices = self.hazards.indices();
         let worth = |list: usize| {
-            if list == COLD { f64::NEG_INFINITY } else { indices[list] * self.worth[list / AGE_RANGES] }
+            let fresh = if list % AGE_RANGES == 0 { FRESH } else { 0.0 };
+            if list == COLD { f64::NEG_INFINITY } else { indices[list] * self.worth[list / AGE_RANGES] + fresh }
         };
         let mut ranked: Vec<usize> = (0..=COLD).collect();
         ranked.sort_by(|one, other| {
@@ -136,7 +138,7 @@ impl AdaptiveModel {
     }
 }
 
-impl Model for AdaptiveModel {
+impl PlainPolicy for AdaptiveModel {
     fn assign(&mut self, place: u32, block: &Block<SlotIndex>) {
         self.tick();
         let parent = block.parent.map(|slot| (slot.0, self.blocks[&slot.0].fingerprint));
@@ -150,7 +152,7 @@ impl Model for AdaptiveModel {
         };
         let worth = &mut self.worth[usize::from(history.class)];
         *worth += (f64::from(block.worth) - *worth) * WORTH_SHARE;
-        self.blocks.insert(place, Kept { fingerprint: block.fingerprint, history, parent, child: None });
+        self.blocks.insert(place, KeptBlock { fingerprint: block.fingerprint, history, parent, child: None });
         self.tell_parent(place);
     }
 
@@ -160,7 +162,7 @@ impl Model for AdaptiveModel {
             let child = &mut self.blocks.get_mut(&parent).expect("a block").child;
             *child = child.filter(|child| *child != place);
         }
-        let Kept { fingerprint, history, .. } = self.blocks.remove(&place).expect("a block");
+        let KeptBlock { fingerprint, history, .. } = self.blocks.remove(&place).expect("a block");
         let forgotten = match departure {
             Departure::Evicted => self.ghosts.push(fingerprint, history),
             Departure::Dropped => Some(history),

@@ -2,7 +2,7 @@
 
 use super::super::rings::Rings;
 use super::OUT;
-use super::hazards::AGE_RANGES;
+use super::ages::AGE_RANGES;
 use super::history::CLASSES;
 use crate::policy::Index;
 
@@ -16,9 +16,9 @@ const WORDS: usize = SEGMENTS.div_ceil(64);
 
 /// A list for each class and range of ages, the longest unused first, and one for what goes first.
 #[derive(Debug)]
-pub(super) struct Segments {
+pub(super) struct RankedSegments {
     lists: Rings,
-    /// Segments from the least to the most worth, and where each stands there.
+    /// RankedSegments from the least to the most worth, and where each stands there.
     by_rank: Box<[u16]>,
     ranks: Box<[u16]>,
     /// Ranks whose segments hold something.
@@ -28,7 +28,7 @@ pub(super) struct Segments {
     len: usize,
 }
 
-impl Segments {
+impl RankedSegments {
     /// Empty segments over `places` places, of this worth.
     pub(super) fn new(places: u32, worth: &[f64]) -> Self {
         let mut segments = Self {
@@ -131,8 +131,8 @@ impl Segments {
         ranks.flat_map(|rank| self.lists.iter(u32::from(self.by_rank[rank])))
     }
 
-    /// The segment whose turn it is, of those that hold something; in the order of their ranks, round
-    /// and round.
+    /// The segment whose turn it is, of those that hold something; in the order of their ranks,
+    /// round and round.
     pub(super) fn next_to_look_at(&mut self) -> Option<u16> {
         self.look = self.occupied_from(self.look).or_else(|| self.occupied_from(0))?;
         Some(self.by_rank[self.look])
