@@ -62,7 +62,7 @@ impl AdaptiveModel {
     fn rank(&mut self) {
         let indices = self.hazards.indices();
         let worth = |list: usize| {
-            let fresh = if list % AGE_RANGES == 0 { FRESH } else { 0.0 };
+            let fresh = if list.is_multiple_of(AGE_RANGES) { FRESH } else { 0.0 };
             if list == COLD { f64::NEG_INFINITY } else { indices[list] * self.worth[list / AGE_RANGES] + fresh }
         };
         let mut ranked: Vec<usize> = (0..=COLD).collect();

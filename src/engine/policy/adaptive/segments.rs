@@ -18,7 +18,7 @@ const WORDS: usize = SEGMENTS.div_ceil(64);
 #[derive(Debug)]
 pub(super) struct RankedSegments {
     lists: Rings,
-    /// RankedSegments from the least to the most worth, and where each stands there.
+    /// Segments from the least to the most worth, and where each stands there.
     by_rank: Box<[u16]>,
     ranks: Box<[u16]>,
     /// Ranks whose segments hold something.
