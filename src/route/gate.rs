@@ -1,4 +1,4 @@
-//! Flow control: requests go on as engines have room for them, and wait in a [`RequestQueue`]
+//! Flow control: requests go on as engines have room for them, and wait in a [`RequestQueue`](super::queue::RequestQueue)
 //! until then.
 //!
 //! Without it every request goes to an engine at once, whose own queue knows neither priorities nor
