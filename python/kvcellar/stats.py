@@ -85,6 +85,7 @@ GAUGES: Mapping[str, str] = {
     "nvme_direct": "1 with O_DIRECT, 0 with buffered I/O.",
     "nvme_registered": "1 with the pool registered with the kernel.",
     "nvme_staging_bytes": "Bytes in huge pages that transfers pass through; 0 where they go directly.",
+    "nvme_write_budget_left_bytes": "Bytes that nvme_write_budget allows to be written at this moment; 0 without one.",
 }
 LOOKUP_BUCKETS = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 1e-1)
 

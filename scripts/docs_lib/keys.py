@@ -10,6 +10,7 @@ CONFIG = ROOT / "src" / "engine" / "config"
 WORKED_OUT = {
     "copy_threads": "a quarter of the cores, at least 1, at most 4",
     "local_engines": "the number of data-parallel ranks that vLLM starts here",
+    "nvme_write_budget": "none: no bound",
     "nvme_reserve": "a twentieth of the file system, at most 10 GiB",
     "nvme_dir": "none: no nvme tier",
     "retention": "none: blocks do not expire",

@@ -197,11 +197,13 @@ pub struct Gauges {
     pub nvme_registered: u64,
     /// Bytes in huge pages that transfers pass through; 0: they go directly.
     pub nvme_staging_bytes: u64,
+    /// Bytes that `nvme_write_budget` allows to be written at this moment; 0 without one.
+    pub nvme_write_budget_left_bytes: u64,
 }
 
 impl Gauges {
     /// Name and value of each gauge.
-    pub fn all(&self) -> [(&'static str, u64); 21] {
+    pub fn all(&self) -> [(&'static str, u64); 22] {
         [
             ("total_slots", self.total_slots),
             ("free_slots", self.free_slots),
@@ -224,6 +226,7 @@ impl Gauges {
             ("nvme_direct", self.nvme_direct),
             ("nvme_registered", self.nvme_registered),
             ("nvme_staging_bytes", self.nvme_staging_bytes),
+            ("nvme_write_budget_left_bytes", self.nvme_write_budget_left_bytes),
         ]
     }
 }

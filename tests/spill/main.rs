@@ -8,6 +8,7 @@
 #![allow(clippy::expect_used, clippy::panic, reason = "a broken expectation is a failed test")]
 #![allow(unsafe_code, reason = "the KV cache's addresses are handed to the copier")]
 
+mod budget;
 mod faults;
 mod kills;
 mod restart;

@@ -202,6 +202,7 @@ impl Rig {
             load_policy: config.nvme.load_policy,
             admission: config.nvme.admission,
             retention_s: None,
+            write_budget: config.nvme.write_budget,
             policy: config.policy,
         };
         let device = Arc::clone(&disk) as Arc<dyn Disk>;

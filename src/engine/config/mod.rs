@@ -247,6 +247,7 @@ mod tests {
         let json = r#"{"dram_size":"512MiB","pool_dir":"/dev/shm","keep_pool":false,"copy_threads":3,"unsupported_groups":"bypass",
             "strict_load_failure":true,"events":false,"without_prefix_caching":true,"local_engines":4,"namespace_salt":"x","verify_loads":true,"on_reset":"keep","policy":"adaptive","trace_file":"/tmp/t",
             "nvme_dir":"/disk","nvme_size":"1GiB","nvme_reserve":"2GiB","nvme_engine":"threads","nvme_staging":"off","nvme_admission":"reused",
+            "nvme_write_budget":"2TB/day",
             "write_through":true,"clean_percent":25,"load_policy":"auto","retention":"24h"}"#;
         let config = Config::parse(json).expect("valid");
         assert_eq!(config.dram_bytes, 512 << 20);

@@ -54,6 +54,31 @@ pub enum Admission {
     Reused,
 }
 
+/// Bytes that may be written in a time, as `2TB/day`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WriteRate {
+    /// Bytes.
+    pub bytes: u64,
+    /// In so many seconds.
+    pub seconds: u32,
+}
+
+impl WriteRate {
+    /// Reads a size and a time with a slash between them.
+    fn read(text: &str) -> Option<Self> {
+        let (bytes, time) = text.split_once('/')?;
+        let seconds = match time.trim() {
+            "s" | "second" => 1,
+            "m" | "minute" => 60,
+            "h" | "hour" => 3_600,
+            "d" | "day" => 86_400,
+            _ => return None,
+        };
+        let bytes = size::parse("nvme_write_budget", &Value::from(bytes.trim())).ok()?;
+        Some(Self { bytes, seconds })
+    }
+}
+
 /// Configuration of the nvme tier. Without a directory there is none.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NvmeConfig {
@@ -77,6 +102,8 @@ pub struct NvmeConfig {
     pub load_policy: LoadPolicy,
     /// See [`Admission`].
     pub admission: Admission,
+    /// Bytes that may be written in a time, whatever would be worth writing; `None`: no bound.
+    pub write_budget: Option<WriteRate>,
     /// Share of the slots, in percent, kept free or clean.
     pub clean_percent: u64,
     /// Seconds after which a block is erased from disk.
@@ -94,6 +121,7 @@ pub(crate) const KEYS: &[(&str, &str)] = &[
     ("nvme_engine", "\"auto\", \"io_uring\" or \"threads\""),
     ("nvme_staging", "\"auto\", \"on\" or \"off\""),
     ("nvme_admission", "\"all\" or \"reused\""),
+    ("nvme_write_budget", "a size and a time such as \"2TB/day\", of second, minute, hour or day"),
     ("write_through", "true or false"),
     ("clean_percent", "a whole number from 0 to 100"),
     ("load_policy", "\"always\", \"auto\" or \"never\""),
@@ -112,6 +140,7 @@ impl Default for NvmeConfig {
             write_through: false,
             load_policy: LoadPolicy::Always,
             admission: Admission::All,
+            write_budget: None,
             clean_percent: 50,
             retention_s: None,
         }
@@ -154,6 +183,9 @@ impl NvmeConfig {
                     Some("reused") => Admission::Reused,
                     _ => return Err(wrong(key, value)),
                 }
+            }
+            "nvme_write_budget" => {
+                self.write_budget = Some(text.and_then(WriteRate::read).ok_or_else(|| wrong(key, value))?);
             }
             "write_through" => self.write_through = boolean(key, value)?,
             "clean_percent" => {
@@ -218,6 +250,14 @@ mod tests {
         assert!(
             config.set("nvme_reserve", &Value::from(-1)).is_err() && config.set("nvme_size", &Value::from(0)).is_err()
         );
+    }
+
+    #[test]
+    fn write_budgets_have_a_size_and_a_time() {
+        let rate = |bytes, seconds| Some(WriteRate { bytes, seconds });
+        assert_eq!(WriteRate::read("2TB/day"), rate(2_000_000_000_000, 86_400));
+        assert_eq!([WriteRate::read("1GiB / h"), WriteRate::read("5MB/s")], [rate(1 << 30, 3_600), rate(5_000_000, 1)]);
+        assert_eq!(["2TB", "2TB/week", "0/day", "/day", "x/s", "-1GB/s"].map(WriteRate::read), [None; 6]);
     }
 
     #[test]

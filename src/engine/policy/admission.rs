@@ -9,14 +9,16 @@ pub struct Candidate {
     pub reused: bool,
     /// The store has free extents: nothing is evicted for it.
     pub room: bool,
+    /// Little of the write budget is left: it is for what pays.
+    pub scarce: bool,
 }
 
 impl Admission {
     /// Whether to write this block.
     pub fn admits(self, candidate: Candidate) -> bool {
         match self {
-            Self::All => true,
-            Self::Reused => candidate.room || candidate.reused,
+            Self::All => !candidate.scarce || candidate.reused,
+            Self::Reused => candidate.reused || candidate.room && !candidate.scarce,
         }
     }
 }
@@ -26,11 +28,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_full_store_is_choosy() {
-        let fresh = Candidate { reused: false, room: false };
+    fn only_a_full_store_or_a_short_budget_is_choosy() {
+        let fresh = Candidate { reused: false, room: false, scarce: false };
         assert!(Admission::All.admits(fresh));
         assert!(!Admission::Reused.admits(fresh));
         assert!(Admission::Reused.admits(Candidate { room: true, ..fresh }));
         assert!(Admission::Reused.admits(Candidate { reused: true, ..fresh }));
+        for admission in [Admission::All, Admission::Reused] {
+            let short = Candidate { room: true, scarce: true, ..fresh };
+            assert!(!admission.admits(short) && admission.admits(Candidate { reused: true, ..short }));
+        }
     }
 }

@@ -55,13 +55,22 @@ impl Cleaning {
     }
 }
 
-/// What there is to do for a dirty block. `room`: an extent is free for it.
+/// What there is to write a block with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct WriteMeans {
+    /// An extent is free for it.
+    pub(super) room: bool,
+    /// Little of the write budget is left.
+    pub(super) scarce: bool,
+}
+
+/// What there is to do for a dirty block.
 pub(super) fn judge(
     extents: &mut Extents,
     dram: &mut Residency,
     admission: Admission,
     Dirty { slot, reused, .. }: Dirty,
-    room: bool,
+    WriteMeans { room, scarce }: WriteMeans,
 ) -> CleaningStep {
     let Some(key) = dram.key(slot) else {
         violated!("dirty {slot:?} has no key");
@@ -73,7 +82,7 @@ pub(super) fn judge(
         dram.set_clean(slot, true);
         return CleaningStep::Done;
     }
-    if extents.knows(&key) || !admission.admits(Candidate { reused, room }) {
+    if extents.knows(&key) || !admission.admits(Candidate { reused, room, scarce }) {
         dram.pass_over(slot);
         return CleaningStep::Done;
     }

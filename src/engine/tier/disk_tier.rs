@@ -225,6 +225,7 @@ impl DiskTier {
             nvme_direct: u64::from(device.direct),
             nvme_registered: u64::from(device.registered),
             nvme_staging_bytes: self.staging_bytes,
+            nvme_write_budget_left_bytes: self.medium.budget_left(),
             ..Gauges::default()
         }
     }

@@ -13,13 +13,14 @@ use super::health::Health;
 use super::jobs::Job;
 use super::residency::Residency;
 use super::trace::{self, OperationLog};
-use crate::limits;
+use crate::config::nvme::WriteRate;
 use crate::nvme::disk::{Description, Disk};
 use crate::nvme::space::SegmentLayout;
 use crate::nvme::store::Store;
 use crate::policy::load::Rates;
-use crate::policy::{Admission, LoadPolicy, PolicyName};
+use crate::policy::{Admission, LoadPolicy, PolicyName, WriteBudget};
 use crate::pool::Pool;
+use crate::{invariant, limits};
 
 /// What the user decided about the nvme tier.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -34,6 +35,8 @@ pub struct DiskSettings {
     pub admission: Admission,
     /// Seconds after which a block is erased from disk.
     pub retention_s: Option<u64>,
+    /// Bytes that may be written in a time; `None`: no bound.
+    pub write_budget: Option<WriteRate>,
     /// Chooses which blocks stay when the store is full.
     pub policy: PolicyName,
 }
@@ -58,6 +61,8 @@ pub(super) struct Medium {
     pool: Arc<Pool>,
     jobs: Sender<Job>,
     last_token: u64,
+    opened: Instant,
+    budget: Option<WriteBudget>,
 }
 
 impl Medium {
@@ -71,6 +76,7 @@ impl Medium {
     ) -> Self {
         let mut extents = Extents::new(store.extents_max(), settings.policy);
         extents.make_ready(store.extents_ready());
+        let extent_bytes = store.layout().extent_bytes;
         Self {
             extents,
             health: Health::default(),
@@ -85,6 +91,9 @@ impl Medium {
             pool,
             jobs,
             last_token: 0,
+            opened: Instant::now(),
+            // One that is too small for a single block was refused at the opening.
+            budget: settings.write_budget.and_then(|rate| WriteBudget::new(rate, extent_bytes, 0.0)),
         }
     }
 
@@ -136,6 +145,32 @@ impl Medium {
     /// Blocks that may be written at once.
     pub(super) fn writes_max(&self) -> u64 {
         (limits::SPILL_BYTES_IN_FLIGHT_MAX / self.extent_bytes()).max(limits::SPILLS_IN_FLIGHT_MIN)
+    }
+
+    fn since_open_s(&self) -> f64 {
+        self.opened.elapsed().as_secs_f64()
+    }
+
+    /// The write budget has enough left for a block, or there is none.
+    pub(super) fn may_write(&self) -> bool {
+        self.budget.as_ref().is_none_or(|budget| budget.bytes_left(self.since_open_s()) >= self.extent_bytes())
+    }
+
+    /// So little of the write budget is left that it is kept for what pays.
+    pub(super) fn is_budget_short(&self) -> bool {
+        self.budget.as_ref().is_some_and(|budget| budget.is_short(self.since_open_s()))
+    }
+
+    /// Takes a block's bytes from the write budget, which [`Medium::may_write`] has found enough.
+    pub(super) fn spend(&mut self) {
+        let (now_s, bytes) = (self.since_open_s(), self.extent_bytes());
+        let taken = self.budget.as_mut().is_none_or(|budget| budget.take(now_s, bytes));
+        invariant!(taken, "more is written than the write budget has left");
+    }
+
+    /// Bytes that the write budget has left at this moment; 0 without one.
+    pub(super) fn budget_left(&self) -> u64 {
+        self.budget.as_ref().map_or(0, |budget| budget.bytes_left(self.since_open_s()))
     }
 
     /// A name for a transfer that no other one has.

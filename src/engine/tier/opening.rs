@@ -15,6 +15,8 @@ use crate::nvme::page_trial::{self, PageTrial};
 use crate::nvme::staging::HugeStaging;
 use crate::nvme::store::{Opened, Recovery, Store, Wish};
 use crate::nvme::{probe, recovery, space};
+use crate::policy::WriteBudget;
+use crate::policy::write_budget::WriteRate;
 use crate::pool::Pool;
 use kvcellar_block::error::{Error, Result};
 use kvcellar_block::size::show;
@@ -173,6 +175,7 @@ fn opened(
         warnings,
     };
     let staging_bytes = staging.as_ref().map_or(0, HugeStaging::bytes);
+    check_budget(nvme, &store)?;
     let parts = DiskParts { store, disk, jobs, found: &entries, next_sequence, staging_bytes };
     lock(engine).open_disk(parts, settings_of(config));
     let mover = Mover::start(engine, inbox, staging).ok_or_else(|| Error::DeviceDead {
@@ -220,6 +223,20 @@ fn staging_of(
     }
 }
 
+/// A budget that no block fits into would be a store that nothing is ever written to.
+fn check_budget(nvme: &NvmeConfig, store: &Store) -> Result<()> {
+    let block = store.layout().extent_bytes;
+    let is_enough = |rate: WriteRate| WriteBudget::new(rate, block, 0.0).is_some();
+    match nvme.write_budget {
+        Some(rate) if !is_enough(rate) => Err(Error::config(
+            "nvme_write_budget",
+            format!("{} in {} s do not hold two blocks of {}", show(rate.bytes), rate.seconds, show(block)),
+            "Write a larger size, or a longer time: a day rather than a second",
+        )),
+        _ => Ok(()),
+    }
+}
+
 fn settings_of(config: &Config) -> DiskSettings {
     let nvme = &config.nvme;
     DiskSettings {
@@ -228,6 +245,7 @@ fn settings_of(config: &Config) -> DiskSettings {
         load_policy: nvme.load_policy,
         admission: nvme.admission,
         retention_s: nvme.retention_s,
+        write_budget: nvme.write_budget,
         policy: config.policy,
     }
 }

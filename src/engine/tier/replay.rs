@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use super::cleaning::{self, Cleaning, CleaningStep, judge};
+use super::cleaning::{self, Cleaning, CleaningStep, WriteMeans, judge};
 use super::extents::{Extents, Stamp};
 use super::hit::{self, Sources};
 use super::reservation::Provenance;
@@ -199,8 +199,8 @@ impl TierReplay {
         let mut cleaning = Cleaning::new(dram, settings.clean_percent, false);
         let mut written = 0;
         while let Some(dirty) = cleaning.next(dram) {
-            let room = disk.free() > 0;
-            let key = match judge(disk, dram, settings.admission, dirty, room) {
+            let means = WriteMeans { room: disk.free() > 0, scarce: false };
+            let key = match judge(disk, dram, settings.admission, dirty, means) {
                 CleaningStep::Done => continue,
                 CleaningStep::Write(key) => key,
                 CleaningStep::NeedsRoom(key) => {

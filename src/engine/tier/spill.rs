@@ -7,7 +7,7 @@
 use hashbrown::HashMap;
 use serde_json::Value;
 
-use super::cleaning::{self, Cleaning, CleaningStep, judge};
+use super::cleaning::{self, Cleaning, CleaningStep, WriteMeans, judge};
 use super::clock::now_s;
 use super::extents::Stamp;
 use super::jobs::Job;
@@ -83,9 +83,14 @@ impl Cleaner {
         let everything = self.flushing || medium.settings.write_through;
         let mut cleaning = Cleaning::new(dram, medium.settings.clean_percent, everything);
         while medium.health.is_in() && medium.extents.writing() + (chosen.len() as u64) < medium.writes_max() {
+            if !medium.may_write() {
+                // What is evicted meanwhile is lost to the disk, and counted as such.
+                break;
+            }
             let Some(dirty) = cleaning.next(dram) else { break };
             let room = medium.extents.free() > chosen.len() as u64;
-            let key = match judge(&mut medium.extents, dram, medium.settings.admission, dirty, room) {
+            let means = WriteMeans { room, scarce: medium.is_budget_short() };
+            let key = match judge(&mut medium.extents, dram, medium.settings.admission, dirty, means) {
                 CleaningStep::Done => continue,
                 CleaningStep::Write(key) => key,
                 CleaningStep::NeedsRoom(_) if self.growth != Growth::Ended => {
@@ -99,6 +104,7 @@ impl Cleaner {
                     key
                 }
             };
+            medium.spend();
             dram.begin_write(dirty.slot);
             chosen.push((dirty.slot, key));
         }
