@@ -1,5 +1,5 @@
-//! Flow control: requests go on as engines have room for them, and wait in a [`RequestQueue`](super::queue::RequestQueue)
-//! until then.
+//! Flow control: requests go on as engines have room for them, and wait in a
+//! [`RequestQueue`](super::queue::RequestQueue) until then.
 //!
 //! Without it every request goes to an engine at once, whose own queue knows neither priorities nor
 //! deadlines nor whose a request is. So as little as possible is kept waiting there: an engine has
