@@ -161,7 +161,7 @@ impl Medium {
         self.budget.as_ref().is_some_and(|budget| budget.is_short(self.since_open_s()))
     }
 
-    /// Takes a block's bytes from the write budget, which [`Medium::may_write`] has found enough.
+    /// Takes a block's bytes from the write budget, which `may_write` has found enough.
     pub(super) fn spend(&mut self) {
         let (now_s, bytes) = (self.since_open_s(), self.extent_bytes());
         let taken = self.budget.as_mut().is_none_or(|budget| budget.take(now_s, bytes));

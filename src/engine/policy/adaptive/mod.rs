@@ -1,7 +1,7 @@
 //! Adaptive: keeps the blocks that bring the most hits for the time that they take a place.
 //!
-//! Every block has a class that follows from its past ([`history`]). For each class the policy
-//! measures how likely a block is to be used again at each age since its last use ([`hazards`]), on
+//! Every block has a class that follows from its past (`history`). For each class the policy
+//! measures how likely a block is to be used again at each age since its last use (`hazards`), on
 //! blocks that it holds and on ghosts of those it evicted. From that follows what keeping a block
 //! is worth now: the most uses that an epoch of its place can bring, over all times to give it up.
 //! This is the Gittins index; keeping what has the largest is the best that can be done for blocks
