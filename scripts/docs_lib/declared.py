@@ -114,6 +114,7 @@ _ROUTE_LABELS = {
     "events_connected": ("engine",),
     "events_age_seconds": ("engine",),
     "queue_requests": ("priority",),
+    "peers": ("state",),
     "predictions": ("prefix", "reported"),
     "clients_cut": ("reason",),
 }
