@@ -15,6 +15,7 @@ WORKED_OUT = {
     "nvme_dir": "none: no nvme tier",
     "retention": "none: blocks do not expire",
     "trace_file": "none",
+    "record_trace": "none",
 }
 
 

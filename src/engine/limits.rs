@@ -323,3 +323,14 @@ pub const WAITS_PER_VICTIM: u32 = 4096;
 /// the policy is not LRU. What is evicted beyond them between two hooks may be dirty, and is
 /// dropped then.
 pub const COLD_END_MAX: usize = 1024;
+
+/// Requests that wait to be recorded (`record_trace`). At the bound further ones are left out and
+/// counted: no request waits for the disk.
+pub const RECORD_QUEUE: usize = 4096;
+
+/// Bytes of a record of requests, its older half included. At the bound the older half goes.
+pub const RECORD_BYTES_MAX: u64 = 512 << 20;
+
+/// Engines that record their requests to one `record_trace`, each in a file of its own. Further ones
+/// are refused.
+pub const RECORDS_MAX: u32 = 1024;

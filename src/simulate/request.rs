@@ -18,6 +18,9 @@ pub struct TracedRequest {
     /// block. The last one may be partial.
     #[serde(rename = "hash_ids")]
     pub blocks: Vec<u64>,
+    /// Tokens of a block, where the trace says it.
+    #[serde(default)]
+    pub block_tokens: Option<u32>,
 }
 
 impl TracedRequest {

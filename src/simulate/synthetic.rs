@@ -227,6 +227,7 @@ impl Player {
             prompt_tokens: blocks.len() as u32 * BLOCK_TOKENS,
             answer_tokens: BLOCK_TOKENS,
             blocks,
+            block_tokens: None,
         };
         self.prompts.into_iter().map(request).collect()
     }

@@ -3,6 +3,8 @@
 //! A trace file is in Mooncake's format: one JSON object a line. Files of any size are read line by
 //! line and never held.
 
+use std::cmp::{Ordering, Reverse};
+use std::collections::BinaryHeap;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -10,6 +12,9 @@ use std::path::{Path, PathBuf};
 use super::request::TracedRequest;
 use super::synthetic::Synthetic;
 use kvcellar_block::error::{Error, Result};
+
+/// So many lines later a request may stand than one that came after it.
+const LATE_LINES_MAX: usize = 4096;
 
 /// What a line has to be, for messages.
 const EXPECTED: &str = "expected a JSON object such as {\"timestamp\": 0, \"input_length\": 600, \
@@ -51,21 +56,83 @@ impl WorkloadSource {
     }
 }
 
+/// Requests whose lines wait for earlier ones: a record has a request when it ends, and the trace
+/// when it came.
+#[derive(Default)]
+struct ArrivalOrder {
+    waiting: BinaryHeap<Reverse<(u64, u64, Later)>>,
+    last_ms: u64,
+}
+
+/// A request beside what orders it.
+struct Later(TracedRequest);
+
+impl PartialEq for Later {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for Later {}
+
+impl PartialOrd for Later {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Later {
+    fn cmp(&self, _: &Self) -> Ordering {
+        Ordering::Equal
+    }
+}
+
+impl ArrivalOrder {
+    /// Takes a line's request. Returns the earliest one with its line, once enough are waiting.
+    fn push(&mut self, request: TracedRequest, line: u64) -> Option<(TracedRequest, u64)> {
+        self.waiting.push(Reverse((request.at_ms, line, Later(request))));
+        if self.waiting.len() > LATE_LINES_MAX { self.pop() } else { None }
+    }
+
+    fn pop(&mut self) -> Option<(TracedRequest, u64)> {
+        self.waiting.pop().map(|Reverse((_, line, Later(request)))| (request, line))
+    }
+
+    /// Fails where a later one has passed already.
+    fn pass(&mut self, request: &TracedRequest, path: &Path, line: u64) -> Result<()> {
+        if request.at_ms < self.last_ms {
+            let problem = format!(
+                "timestamp {} comes more than {LATE_LINES_MAX} lines after {}, expected the order of time",
+                request.at_ms, self.last_ms
+            );
+            return Err(malformed(path, line, problem));
+        }
+        self.last_ms = request.at_ms;
+        Ok(())
+    }
+}
+
+fn malformed(path: &Path, line: u64, problem: String) -> Error {
+    Error::config(&format!("{} line {line}", path.display()), problem, "Mend or remove the line")
+}
+
 fn each_line(path: &Path, block_tokens: u32, visit: &mut dyn FnMut(&TracedRequest) -> Result<()>) -> Result<()> {
     let io = |error| Error::io("reading", path, error, "Name a trace file in Mooncake's format, one request a line");
     let file = File::open(path).map_err(io)?;
-    let mut last_ms = 0;
+    let mut order = ArrivalOrder::default();
     for (line, number) in BufReader::new(file).lines().zip(1_u64..) {
         let line = line.map_err(io)?;
         if line.trim().is_empty() {
             continue;
         }
-        let wrong = |problem: String| {
-            let field = format!("{} line {number}", path.display());
-            Error::config(&field, problem, "Mend or remove the line")
-        };
+        let wrong = |problem: String| malformed(path, number, problem);
         let request: TracedRequest =
             serde_json::from_str(&line).map_err(|error| wrong(format!("{error}; {EXPECTED}")))?;
+        if let Some(tokens) = request.block_tokens.filter(|tokens| *tokens != block_tokens) {
+            return Err(wrong(format!(
+                "has blocks of {tokens} tokens, expected {block_tokens}: use --block-tokens {tokens}"
+            )));
+        }
         let wanted = request.prompt_tokens.div_ceil(block_tokens) as usize;
         if request.blocks.len() != wanted {
             return Err(wrong(format!(
@@ -74,13 +141,13 @@ fn each_line(path: &Path, block_tokens: u32, visit: &mut dyn FnMut(&TracedReques
                 request.prompt_tokens
             )));
         }
-        if request.at_ms < last_ms {
-            return Err(wrong(format!(
-                "timestamp {} comes after {last_ms}, expected the order of time",
-                request.at_ms
-            )));
+        if let Some((request, number)) = order.push(request, number) {
+            order.pass(&request, path, number)?;
+            visit(&request)?;
         }
-        last_ms = request.at_ms;
+    }
+    while let Some((request, number)) = order.pop() {
+        order.pass(&request, path, number)?;
         visit(&request)?;
     }
     Ok(())
@@ -107,8 +174,18 @@ mod tests {
     fn lines_become_requests() {
         let found = read(&format!("{GOOD}\n{GOOD}")).expect("whole");
         assert_eq!(found.len(), 2);
-        assert_eq!(found[0], TracedRequest { at_ms: 5, prompt_tokens: 600, answer_tokens: 2, blocks: vec![7, 8] });
+        assert_eq!(
+            found[0],
+            TracedRequest { at_ms: 5, prompt_tokens: 600, answer_tokens: 2, blocks: vec![7, 8], block_tokens: None }
+        );
         assert_eq!((found[0].tokens_of(1, 512), found[0].tokens_of(2, 512)), (512, 600));
+    }
+
+    #[test]
+    fn requests_come_in_the_order_in_which_they_arrived() {
+        let text = [9, 3, 7, 3].map(|at| GOOD.replace(": 5", &format!(": {at}"))).concat();
+        let found: Vec<u64> = read(&text).expect("whole").iter().map(|request| request.at_ms).collect();
+        assert_eq!(found, [3, 3, 7, 9]);
     }
 
     #[test]
@@ -118,7 +195,12 @@ mod tests {
             (format!("{GOOD}{GOOD}not json\n"), "line 3", "expected a JSON object"),
             (GOOD.replace("[7, 8]", "[7, -8]"), "line 1", "hash_ids"),
             (GOOD.replace("[7, 8]", "[7]"), "line 1", "expected 2 of 512 tokens"),
-            (format!("{GOOD}{}", GOOD.replace(": 5", ": 4")), "line 2", "expected the order of time"),
+            (GOOD.replace('}', ", \"block_tokens\": 16}"), "line 1", "use --block-tokens 16"),
+            (
+                format!("{}{}", GOOD.repeat(LATE_LINES_MAX + 1), GOOD.replace(": 5", ": 4")),
+                "line 4098",
+                "expected the order of time",
+            ),
         ];
         for (text, line, problem) in cases {
             let message = read(&text).expect_err("malformed").to_string();

@@ -1,17 +1,23 @@
 """Hits of a real engine against an independent model: exactly, with a working set of four times vLLM's own cache."""
 
+import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.deadlines import deadline
 from tests.vllm import oplog
 from tests.vllm.cache_model import DramTier, Replay
 from tests.vllm.engines import Engine, open_engine
 from tests.vllm.gpu_model import PrefixCache
 from tests.vllm.hit_model import HitModel
 from tests.vllm.places import temporary_pool_dir
+from tests.vllm.processes import wait_until
 from tests.vllm.prompts import Conversation
 from tests.vllm.server import BLOCK_TOKENS, KV_BLOCKS
 from tests.vllm.sizes import kv_mib
@@ -22,18 +28,32 @@ ANSWER_TOKENS = 4
 CONVERSATIONS = 8
 # All conversations at their ends: 4 x 64 blocks of vLLM's own cache.
 LIMIT_TOKENS = 1000
+RECORD = "requests.jsonl"
 
 
 @pytest.fixture(scope="module")
 def engine(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """A small KV cache, and a pool that holds more than it but not the working set. Bytes of all loads are verified."""
     with temporary_pool_dir() as pool_dir:
-        cellar = {"dram_size": kv_mib(100), "namespace_salt": "hit-model", "verify_loads": True}
+        record = tmp_path_factory.mktemp("record") / RECORD
+        cellar = {
+            "dram_size": kv_mib(100),
+            "namespace_salt": "hit-model",
+            "verify_loads": True,
+            "record_trace": str(record),
+        }
         options: dict[str, Any] = {"num_gpu_blocks_override": KV_BLOCKS, "max_num_batched_tokens": CHUNK_TOKENS}
         with open_engine(
             tmp_path_factory.mktemp("hit-model"), pool_dir, cellar=cellar, one_process=True, **options
         ) as engine:
             yield engine
+
+
+@pytest.fixture(scope="module")
+def record(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the engine records its requests."""
+    (found,) = tmp_path_factory.getbasetemp().glob(f"record*/{RECORD}")
+    return found
 
 
 def conversations(seed: int, turn_tokens: tuple[int, int]) -> list[Conversation]:
@@ -47,7 +67,27 @@ def assert_all_loaded_bytes_were_verified(engine: Engine) -> None:
     assert metrics.cellar("load_failures_total") == 0
 
 
-def test_at_concurrency_one_hits_equal_a_prediction_from_prompts_alone(engine: Engine, seed: int) -> None:
+def check_record(record: Path, model: HitModel, engine: Engine) -> None:
+    """A line for each request, with its lengths and where its tokens came from; and it can be replayed."""
+    lines = lambda: [json.loads(line) for line in record.read_text().splitlines()]  # noqa: E731
+    wait_until(lambda: len(lines()) == len(engine.served), "the record")
+    found = lines()
+    assert [line["input_length"] for line in found] == [len(request.prompt) for request in engine.served]
+    assert sum(line["local_tokens"] for line in found) == model.local_tokens
+    assert sum(line["dram_tokens"] for line in found) == model.external_tokens
+    assert all(line["nvme_tokens"] == 0 and line["output_length"] == ANSWER_TOKENS for line in found)
+    seen: dict[tuple[int, ...], int] = {}
+    for line, request in zip(found, engine.served, strict=True):
+        for at in range(len(request.prompt) // BLOCK_TOKENS):
+            prefix = tuple(request.prompt[: (at + 1) * BLOCK_TOKENS])
+            assert seen.setdefault(prefix, line["hash_ids"][at]) == line["hash_ids"][at]
+    assert len(set(seen.values())) == len(seen)
+    command = [sys.executable, "-m", "kvcellar", "simulate", str(record), "--block-tokens", str(BLOCK_TOKENS), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=deadline(60.0))
+    assert done.returncode == 0, done.stderr
+
+
+def test_at_concurrency_one_hits_equal_a_prediction_from_prompts_alone(engine: Engine, record: Path, seed: int) -> None:
     rng = random.Random(seed)
     before = engine.settle()
     slots = before.slots("total")
@@ -73,6 +113,7 @@ def test_at_concurrency_one_hits_equal_a_prediction_from_prompts_alone(engine: E
     assert any(hit.local and hit.external for hit in model.history), "no request continued a local hit"
     Replay(BLOCK_TOKENS).run(engine.trace())
     assert_all_loaded_bytes_were_verified(engine)
+    check_record(record, model, engine)
 
 
 def test_at_eight_conversations_the_replay_agrees(engine: Engine, seed: int) -> None:

@@ -75,6 +75,9 @@ pub struct Config {
     pub nvme: NvmeConfig,
     /// Where the engine writes its operation log, if anywhere. Hashes and counts, never tokens.
     pub trace_file: Option<PathBuf>,
+    /// Where requests are recorded for `kvcellar simulate`, if anywhere. Hashes and lengths, never
+    /// tokens.
+    pub record_trace: Option<PathBuf>,
 }
 
 /// Default size of the dram tier: modest, so that a first start never surprises a machine.
@@ -96,6 +99,7 @@ pub const KEYS: &[(&str, &str)] = &[
     ("on_reset", "\"erase\" or \"keep\""),
     ("policy", "\"lru\", \"s3fifo\", \"arc\", \"lrfu\" or \"adaptive\""),
     ("trace_file", "an absolute path"),
+    ("record_trace", "an absolute path"),
 ];
 
 impl Default for Config {
@@ -117,6 +121,7 @@ impl Default for Config {
             policy: PolicyName::Lru,
             nvme: NvmeConfig::default(),
             trace_file: None,
+            record_trace: None,
         }
     }
 }
@@ -179,6 +184,7 @@ impl Config {
                 self.policy = value.as_str().and_then(PolicyName::named).ok_or_else(|| wrong(key, value))?;
             }
             "trace_file" => self.trace_file = Some(absolute_path(key, value)?),
+            "record_trace" => self.record_trace = Some(absolute_path(key, value)?),
             _ if self.nvme.set(key, value)? => {}
             _ => return Err(unknown(key)),
         }
@@ -245,7 +251,7 @@ mod tests {
     #[test]
     fn every_documented_key_is_accepted() {
         let json = r#"{"dram_size":"512MiB","pool_dir":"/dev/shm","keep_pool":false,"copy_threads":3,"unsupported_groups":"bypass",
-            "strict_load_failure":true,"events":false,"without_prefix_caching":true,"local_engines":4,"namespace_salt":"x","verify_loads":true,"on_reset":"keep","policy":"adaptive","trace_file":"/tmp/t",
+            "strict_load_failure":true,"events":false,"without_prefix_caching":true,"local_engines":4,"namespace_salt":"x","verify_loads":true,"on_reset":"keep","policy":"adaptive","trace_file":"/tmp/t","record_trace":"/tmp/r",
             "nvme_dir":"/disk","nvme_size":"1GiB","nvme_reserve":"2GiB","nvme_engine":"threads","nvme_staging":"off","nvme_admission":"reused",
             "nvme_write_budget":"2TB/day",
             "write_through":true,"clean_percent":25,"load_policy":"auto","retention":"24h"}"#;

@@ -12,6 +12,7 @@ use super::load::{self, Admission, Hit};
 use super::medium::Medium;
 use super::observe::{Collector, StatsDelta};
 use super::offload::{Offer, Start};
+use super::recorder::Recorder;
 use super::requests::{Finished, Requests};
 use super::residency::Residency;
 use super::session::Session;
@@ -70,7 +71,8 @@ impl TierEngine {
     /// An engine without slots: every lookup is a miss until [`Self::open`].
     ///
     /// # Errors
-    /// [`Error::Unsupported`] when block sizes do not fit together, [`Error::Io`] for `trace_file`.
+    /// [`Error::Unsupported`] when block sizes do not fit together, [`Error::Io`] for `trace_file`
+    /// and `record_trace`.
     pub fn new(config: &Config, grouping: Grouping) -> Result<Self> {
         grouping.check()?;
         Ok(Self {
@@ -78,6 +80,7 @@ impl TierEngine {
                 requests: Requests::new(grouping),
                 plan: StepPlan::default(),
                 log: OperationLog::open(config.trace_file.as_deref())?,
+                recorder: config.record_trace.as_deref().map(Recorder::open).transpose()?,
             },
             state: State::Detached,
             collector: Collector::default(),
@@ -304,7 +307,11 @@ impl TierEngine {
     pub fn finish(&mut self, id: &str, prompt: u32, total: u32) {
         // A request that is not known was left out.
         let Some(request) = self.session.requests.get_mut(id) else { return };
-        request.finished = Some(Finished { prompt, total });
+        let finished = Finished { prompt, total };
+        request.finished = Some(finished);
+        if let (Some(recorder), Some(request)) = (&self.session.recorder, self.session.requests.get(id)) {
+            recorder.record(request, finished, self.session.requests.grouping().hash_tokens);
+        }
         match &mut self.state {
             State::Attached(attached) => attached.retire_if_done(&mut self.session, id),
             State::Detached => drop(self.session.requests.take_finished(id)),

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::hit::{self, Sources};
 use super::offload::Offloads;
-use super::requests::{Asked, RequestState, Requests};
+use super::requests::{Asked, FirstHit, RequestState, Requests};
 use super::reservation::Provenance;
 use super::restore::{LostBlock, Wanted};
 use super::session::Session;
@@ -429,6 +429,7 @@ pub(super) fn count_lookup(
     if std::mem::replace(&mut request.counted, true) {
         return;
     }
+    request.first_hit = FirstHit { local: request.local, dram: external - on_disk.1, nvme: on_disk.1 };
     let (decision, reached, hashes) = (request.decision, request.local + external, request.hashes.len() as u64);
     let grouping = requests.grouping();
     let known = (hashes * u64::from(grouping.hash_tokens)) as u32;

@@ -29,8 +29,10 @@ pub fn check(config: &Config) -> Result<Vec<String>> {
     if let Some(dir) = &config.nvme.dir {
         warnings.extend(disk(&config.nvme, dir, &config.pool_dir)?);
     }
-    if let Some(file) = &config.trace_file {
-        trace(file)?;
+    for (key, file) in [("trace_file", &config.trace_file), ("record_trace", &config.record_trace)] {
+        if let Some(file) = file {
+            output(key, file)?;
+        }
     }
     Ok(warnings)
 }
@@ -119,8 +121,8 @@ fn room(nvme: &NvmeConfig, dir: &Path) -> Result<Option<String>> {
     )))
 }
 
-fn trace(file: &Path) -> Result<()> {
-    let key = "trace_file";
+/// A file that is to be written.
+fn output(key: &'static str, file: &Path) -> Result<()> {
     if fs::metadata(file).is_ok_and(|found| found.is_dir()) {
         return Err(Error::config(key, format!("{} is a directory", file.display()), "Name a file in it"));
     }

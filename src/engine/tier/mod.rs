@@ -33,6 +33,7 @@ pub mod namespace;
 mod observe;
 pub mod offload;
 pub mod opening;
+mod recorder;
 pub mod replay;
 pub mod requests;
 pub mod reservation;

@@ -37,6 +37,10 @@ pub struct RequestState {
     /// What its last lookup asked, and the token at which the request may resume, while the answer
     /// follows from nothing else.
     pub(super) answered: Option<(Asked, u32)>,
+    /// When it came.
+    pub(super) arrived: Instant,
+    /// What was found of it at its first admission.
+    pub(super) first_hit: FirstHit,
     /// When it was first asked to wait for another request's load.
     pub waiting_since: Option<Instant>,
     /// Offload batches under way.
@@ -56,6 +60,17 @@ pub(super) struct Asked {
     pub(super) hashes: usize,
     /// What the tiers held; see [`super::tiers::Tiers::changes`].
     pub(super) changes: Changes,
+}
+
+/// Tokens of a request's first admission, by where they came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct FirstHit {
+    /// vLLM's own cache.
+    pub(super) local: u32,
+    /// The dram tier.
+    pub(super) dram: u32,
+    /// The disk.
+    pub(super) nvme: u32,
 }
 
 /// The length of a request that vLLM finished.
@@ -83,6 +98,8 @@ impl RequestState {
             decision: None,
             counted: false,
             answered: None,
+            arrived: Instant::now(),
+            first_hit: FirstHit::default(),
             waiting_since: None,
             batches: 0,
             finished: None,

@@ -1,5 +1,6 @@
 //! What is there with and without tiers: vLLM's requests, the step's orders, the operation log.
 
+use super::recorder::Recorder;
 use super::requests::Requests;
 use super::trace::OperationLog;
 use kvcellar_block::plan::StepPlan;
@@ -12,4 +13,6 @@ pub(super) struct Session {
     pub(super) plan: StepPlan,
     /// The operation log, if the user wants one.
     pub(super) log: OperationLog,
+    /// The record of requests, if the user wants one.
+    pub(super) recorder: Option<Recorder>,
 }
