@@ -331,6 +331,6 @@ pub const RECORD_QUEUE: usize = 4096;
 /// Bytes of a record of requests, its older half included. At the bound the older half goes.
 pub const RECORD_BYTES_MAX: u64 = 512 << 20;
 
-/// Engines that record their requests to one `record_trace`, each in a file of its own. Further ones
-/// are refused.
+/// Engines that record their requests to one `record_trace`, each in a file of its own. Further
+/// ones are refused.
 pub const RECORDS_MAX: u32 = 1024;
