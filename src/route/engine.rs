@@ -1,5 +1,6 @@
 //! One engine: where it is, what it said last, what was promised to it.
 
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -65,6 +66,8 @@ pub struct Engine {
     pub spec: Spec,
     /// What it said last.
     pub told: ArcSwap<Told>,
+    /// What its name was last resolved to; empty where it has an address instead of a name.
+    addresses: ArcSwap<Vec<SocketAddr>>,
     /// What it serves; empty: not known.
     pub models: ArcSwap<Vec<Model>>,
     /// What is counted of its requests.
@@ -104,6 +107,7 @@ impl Engine {
             draining: AtomicBool::new(spec.draining),
             spec,
             told: ArcSwap::default(),
+            addresses: ArcSwap::default(),
             models: ArcSwap::default(),
             tally: Tally::default(),
             cold_turn: AtomicU64::new(0),
@@ -138,10 +142,19 @@ impl Engine {
     /// Its address as a gateway wants it: numbers. A name is resolved every time.
     pub async fn endpoint(&self) -> Option<String> {
         let authority = self.spec.authority();
-        if authority.parse::<std::net::SocketAddr>().is_ok() {
+        if authority.parse::<SocketAddr>().is_ok() {
             return Some(authority.to_owned());
         }
-        tokio::net::lookup_host(authority).await.ok()?.next().map(|address| address.to_string())
+        let found: Vec<_> = tokio::net::lookup_host(authority).await.ok()?.collect();
+        let first = found.first().map(SocketAddr::to_string);
+        self.addresses.store(Arc::new(found));
+        first
+    }
+
+    /// A gateway means this engine by a place: its authority, or an address of its name.
+    pub fn is_at(&self, place: &str) -> bool {
+        let is_one_of = |address: SocketAddr| self.addresses.load().contains(&address);
+        place == self.spec.authority() || place.parse().is_ok_and(is_one_of)
     }
 
     /// What it probably holds.
@@ -343,6 +356,15 @@ mod tests {
     use super::super::breaker::FAILURES_MAX as FAILURES_MAX_OF_REQUESTS;
     use super::*;
     use kvcellar_discovery::parse;
+
+    #[tokio::test]
+    async fn a_gateway_means_an_engine_by_its_name_or_by_an_address_of_it() {
+        let engine = Engine::new(parse("http://localhost:1").expect("an engine"));
+        let endpoint = engine.endpoint().await.expect("it resolves");
+        assert!(endpoint.parse::<SocketAddr>().is_ok() && engine.is_at(&endpoint), "{endpoint}");
+        assert!(engine.is_at("localhost:1") && !engine.is_at("localhost:2"));
+        assert!(!engine.is_at("10.0.0.1:1") && !engine.is_at(""));
+    }
 
     #[test]
     fn health_follows_scrapes() {

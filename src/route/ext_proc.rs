@@ -5,6 +5,7 @@
 //! engine's address goes out as a header and as metadata of `envoy.lb`. A stream that ends early is
 //! a client that went away: what was booked for it is given back.
 
+mod metadata;
 mod session;
 
 use std::collections::VecDeque;

@@ -373,7 +373,7 @@ impl Router {
             request
                 .subset
                 .as_ref()
-                .is_none_or(|subset| subset.iter().any(|it| it == engine.spec.authority() || *it == engine.spec.name))
+                .is_none_or(|subset| subset.iter().any(|it| engine.is_at(it) || *it == engine.spec.name))
         };
         let goes_on = |engine: &Engine| engine.spec.role != EngineRole::Prefill;
         let may = |engine: &&Arc<Engine>| engine.is_usable() && goes_on(engine) && in_subset(engine);

@@ -50,8 +50,12 @@ async fn follow(engine: Arc<Engine>, upstream: Upstream, every: Duration) {
             Ok(told) => {
                 // Before it gets requests again: it may have come back with other models.
                 let ask = turn % MODELS_EVERY == 0 || engine.is_back(&told) || engine.models.load().is_empty();
-                if ask && let Some(models) = models(&engine, &upstream).await {
-                    engine.models.store(Arc::new(models));
+                if ask {
+                    // Gateways know it by its addresses.
+                    engine.endpoint().await;
+                    if let Some(models) = models(&engine, &upstream).await {
+                        engine.models.store(Arc::new(models));
+                    }
                 }
                 turn += 1;
                 if engine.heard(told) {

@@ -211,7 +211,7 @@ impl Ticket {
 
     /// The gateway says where it went, which may be a fallback.
     pub fn served_by(&mut self, endpoint: &str) {
-        let at = self.order.iter().position(|(engine, _)| engine.spec.authority() == endpoint);
+        let at = self.order.iter().position(|(engine, _)| engine.is_at(endpoint));
         if let Some(at) = at.filter(|at| *at != self.at) {
             self.engine().tally.retried();
             self.booking = None;

@@ -51,6 +51,8 @@ class Fake:
     one_by_one: bool = False
     # Whether events say that each block lies in host memory, too.
     host_tier: bool = False
+    # Names of adapters that it serves beside its model, with blanks between.
+    adapters: str = ""
     # A PEM file with key and certificate; a path that everything lies below; a key clients need.
     tls: str = ""
     prefix: str = ""
@@ -94,7 +96,7 @@ class Fake:
             "model",
             "prefill_rate",
         ]
-        options += [option for option in ("tls", "prefix", "api_key") if getattr(self, option)]
+        options += [option for option in ("adapters", "tls", "prefix", "api_key") if getattr(self, option)]
         for option in options:
             command += [f"--{option.replace('_', '-')}", str(getattr(self, option))]
         command += ["--one-by-one"] if self.one_by_one else []

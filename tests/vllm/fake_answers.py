@@ -3,7 +3,7 @@
 import json
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,7 +159,8 @@ def error(status: int, kind: str, message: str) -> Json:
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
-def models(name: str = MODEL) -> Json:
+def models(name: str = MODEL, adapters: Sequence[str] = ()) -> Json:
     """/v1/models."""
     row = {"id": name, "object": "model", "created": 0, "owned_by": "vllm", "root": name, "parent": None}
-    return {"object": "list", "data": [{**row, "max_model_len": MODEL_LEN_MAX, "permission": []}]}
+    rows = [row, *({**row, "id": adapter, "root": f"/adapters/{adapter}", "parent": name} for adapter in adapters)]
+    return {"object": "list", "data": [{**it, "max_model_len": MODEL_LEN_MAX, "permission": []} for it in rows]}

@@ -22,7 +22,7 @@ from tests.vllm.fake_answers import Asked, Wrong
 from tests.vllm.fake_cache import PrefixCache
 from tests.vllm.fake_events import Publisher
 from tests.vllm.fake_faults import HEADER, ID_HEADER, Fault, Mode
-from tests.vllm.fake_metrics import Numbers
+from tests.vllm.fake_metrics import Numbers, Said
 
 BODY_BYTES_MAX = 64 << 20
 PREFILL_TOKENS_PER_S = 40_000
@@ -103,6 +103,7 @@ class FakeEngine:
         """What the operator of the test sees."""
         app = web.Application(client_max_size=BODY_BYTES_MAX)
         app.router.add_post("/mode", self.set_mode)
+        app.router.add_post("/say", self.say)
         app.router.add_post("/lose", self.lose)
         app.router.add_post("/held", self.held)
         app.router.add_post("/clear", self.clear)
@@ -286,7 +287,7 @@ class FakeEngine:
 
     async def models(self, request: web.Request) -> web.StreamResponse:
         self.note(request, "seen")
-        return self.answer(answers.models(self.options.model))
+        return self.answer(answers.models(self.options.model, self.options.adapters.split()))
 
     async def other(self, request: web.Request) -> web.StreamResponse:
         """What is asked of a model without a prompt."""
@@ -307,6 +308,10 @@ class FakeEngine:
     async def set_mode(self, request: web.Request) -> web.StreamResponse:
         self.mode = msgspec.convert(await request.json(), Mode)
         await self.listen()
+        return web.Response()
+
+    async def say(self, request: web.Request) -> web.StreamResponse:
+        self.numbers.said = msgspec.convert(await request.json(), Said)
         return web.Response()
 
     async def lose(self, request: web.Request) -> web.StreamResponse:
@@ -343,6 +348,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tls", default="")
     parser.add_argument("--prefix", default="")
     parser.add_argument("--api-key", default="")
+    parser.add_argument("--adapters", default="")
     for port in ("port", "admin-port", "events-port", "replay-port", "blocks", "block-tokens"):
         parser.add_argument(f"--{port}", type=int, required=True)
     parser.add_argument("--seen", type=Path, required=True)

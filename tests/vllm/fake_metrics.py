@@ -9,6 +9,23 @@ from tests.vllm.fake_answers import MODEL
 
 
 @dataclass
+class Said:
+    """What it says of itself instead of what is so; what is `None` stays as it is.
+
+    Attributes:
+        adapters_max: how many adapters may be loaded at a time; 0: it says nothing of adapters.
+
+    """
+
+    running: int | None = None
+    waiting: int | None = None
+    kv_usage: float | None = None
+    adapters_max: int = 0
+    adapters_running: list[str] = field(default_factory=list)
+    adapters_waiting: list[str] = field(default_factory=list)
+
+
+@dataclass
 class Numbers:
     """Counted since its process began."""
 
@@ -20,6 +37,7 @@ class Numbers:
     ended: int = 0
     queried_tokens: int = 0
     hit_tokens: int = 0
+    said: Said = field(default_factory=Said)
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
@@ -53,15 +71,23 @@ class Numbers:
         """The body of /metrics."""
         labels = f'{{engine="0",model_name="{MODEL}"}}'
         config = f'block_size="{self.block_tokens}",cache_dtype="auto",engine="0",num_gpu_blocks="{self.blocks}"'
+        said = self.said
+        running = self.now_running if said.running is None else said.running
+        waiting = self.open - self.now_running if said.waiting is None else said.waiting
         rows = [
-            ("gauge", "vllm:num_requests_running", labels, self.now_running),
-            ("gauge", "vllm:num_requests_waiting", labels, self.open - self.now_running),
-            ("gauge", "vllm:kv_cache_usage_perc", labels, usage),
+            ("gauge", "vllm:num_requests_running", labels, running),
+            ("gauge", "vllm:num_requests_waiting", labels, waiting),
+            ("gauge", "vllm:kv_cache_usage_perc", labels, usage if said.kv_usage is None else said.kv_usage),
             ("gauge", "vllm:cache_config_info", f"{{{config}}}", 1),
             ("counter", "vllm:prefix_cache_queries", labels, self.queried_tokens),
             ("counter", "vllm:prefix_cache_hits", labels, self.hit_tokens),
             ("gauge", "process_start_time_seconds", "", self.started_s),
         ]
+        if said.adapters_max:
+            names = (",".join(said.adapters_running), ",".join(said.adapters_waiting))
+            adapters = f'max_lora="{said.adapters_max}",running_lora_adapters="{names[0]}"'
+            adapters += f',waiting_lora_adapters="{names[1]}"'
+            rows.append(("gauge", "vllm:lora_requests_info", f"{{{adapters}}}", time.time()))
         lines = []
         for kind, name, row_labels, value in rows:
             full = f"{name}_total" if kind == "counter" else name

@@ -187,8 +187,17 @@ def envoy_config(port: int, admin: int, picker: int, body_mode: str) -> dict[str
 def open_envoy(work_dir: Path, picker: int, body_mode: str = "FULL_DUPLEX_STREAMED") -> Iterator[httpx.Client]:
     """Starts Envoy in front of a picker."""
     port, admin = free_port(), free_port()
+    with run_envoy(work_dir, port, admin, envoy_config(port, admin, picker, body_mode)) as (client, _):
+        yield client
+
+
+@contextlib.contextmanager
+def run_envoy(
+    work_dir: Path, port: int, admin: int, made: dict[str, Any]
+) -> Iterator[tuple[httpx.Client, httpx.Client]]:
+    """Envoy with a configuration: what comes in at its gateway, and its admin interface."""
     config, log = work_dir / f"envoy-{port}.json", work_dir / f"envoy-{port}.log"
-    config.write_text(json.dumps(envoy_config(port, admin, picker, body_mode)))
+    config.write_text(json.dumps(made))
     binary = Path(sys.executable).with_name("envoy")
     command = [str(binary), "-c", str(config), "--use-dynamic-base-id", "--concurrency", "1", "-l", "warning"]
     with log.open("wb") as output:
@@ -199,6 +208,6 @@ def open_envoy(work_dir: Path, picker: int, body_mode: str = "FULL_DUPLEX_STREAM
     ):
         try:
             wait_port(shown, "/ready", process, log)
-            yield client
+            yield client, shown
         finally:
             stop(process)

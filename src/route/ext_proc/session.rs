@@ -16,10 +16,10 @@ use envoy_types::pb::envoy::service::ext_proc::v3::{
     ImmediateResponse, ProcessingRequest, ProcessingResponse, StreamedBodyResponse, TrailersResponse,
 };
 use envoy_types::pb::envoy::r#type::v3::HttpStatus;
-use envoy_types::pb::google::protobuf::value::Kind as ValueKind;
-use envoy_types::pb::google::protobuf::{Struct, Value};
+use envoy_types::pb::google::protobuf::Struct;
 
 use super::PickerLimits;
+use super::metadata::{self, DESTINATION, SERVED, SUBSET};
 use crate::answer::Tail;
 use crate::engine::Engine;
 use crate::outcome::Outcome;
@@ -31,11 +31,6 @@ use crate::ticket::Ticket;
 use crate::traces;
 use crate::two_steps::{PREFILLER, PrefillBy};
 use crate::urgency::Urgency;
-
-/// Where the gateway reads the address.
-const DESTINATION: &str = "x-gateway-destination-endpoint";
-const SUBSET: (&str, &str) = ("envoy.lb.subset_hint", "x-gateway-destination-endpoint-subset");
-const SERVED: (&str, &str) = ("envoy.lb", "x-gateway-destination-endpoint-served");
 
 /// Envoy takes no larger pieces of a streamed body.
 const CHUNK_BYTES: usize = 62_000;
@@ -117,7 +112,7 @@ impl PickerSession {
         self.trace = traces::HEADERS.iter().filter_map(|name| Some(((*name).to_owned(), field(name)?))).collect();
         self.urgency = Urgency::read(|name| fields.get(name).map(String::as_str), &self.router.setup.objectives);
         self.debug = fields.contains_key("x-kvcellar-debug");
-        let hint = text_of(metadata, SUBSET);
+        let hint = metadata::text(metadata, SUBSET);
         self.subset =
             hint.map(|hint| hint.split(',').map(|it| it.trim().to_owned()).filter(|it| !it.is_empty()).collect());
         match self.request_mode {
@@ -248,11 +243,9 @@ impl PickerSession {
             ..CommonResponse::default()
         };
         let body = ticket.body(request.raw);
+        let told = metadata::of(places, ticket.decision(), self.debug);
         self.ticket = Some(ticket);
-        let text = |text: String| Value { kind: Some(ValueKind::StringValue(text)) };
-        let lb = Struct { fields: HashMap::from([(DESTINATION.to_owned(), text(places))]) };
-        let lb = Value { kind: Some(ValueKind::StructValue(lb)) };
-        Ok((common, Struct { fields: HashMap::from([("envoy.lb".to_owned(), lb)]) }, body))
+        Ok((common, told, body))
     }
 
     /// One that the router has not seen.
@@ -271,7 +264,7 @@ impl PickerSession {
         let fields = read(headers.headers.as_ref());
         let status: u16 = fields.get(":status").and_then(|text| text.parse().ok()).unwrap_or(0);
         self.failed = status >= 500;
-        if let (Some(served), Some(ticket)) = (text_of(metadata, SERVED), &mut self.ticket) {
+        if let (Some(served), Some(ticket)) = (metadata::text(metadata, SERVED), &mut self.ticket) {
             ticket.served_by(&served);
         }
         let mut added = Vec::new();
@@ -352,20 +345,6 @@ fn read(headers: Option<&HeaderMap>) -> HashMap<String, String> {
         if it.raw_value.is_empty() { it.value.clone() } else { String::from_utf8_lossy(&it.raw_value).into_owned() }
     };
     headers.map_or_else(HashMap::new, |map| map.headers.iter().map(|it| (it.key.to_lowercase(), value(it))).collect())
-}
-
-fn text_of(metadata: Option<&Metadata>, (space, name): (&str, &str)) -> Option<String> {
-    match metadata?.filter_metadata.get(space)?.fields.get(name)?.kind.as_ref()? {
-        ValueKind::StringValue(text) => Some(text.clone()),
-        ValueKind::ListValue(list) => {
-            let texts = list.values.iter().filter_map(|value| match &value.kind {
-                Some(ValueKind::StringValue(text)) => Some(text.as_str()),
-                _ => None,
-            });
-            Some(texts.collect::<Vec<_>>().join(","))
-        }
-        _ => None,
-    }
 }
 
 #[cfg(test)]
