@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::clients::ClientOptions;
+use super::descriptors;
 use kvcellar_block::error::{Error, Result};
 use kvcellar_discovery::Places;
 use kvcellar_engine::config::size;
@@ -88,6 +89,7 @@ pub fn serve(options: &Options) -> i32 {
 }
 
 async fn run(options: &Options) -> Result<()> {
+    descriptors::raise(options.clients.connections.into());
     let memory = size::parse("memory", &options.memory.as_str().into())?;
     let body = size::parse("body", &options.body.as_str().into())?;
     let token = options.token_file.as_ref().map(|path| {

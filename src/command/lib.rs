@@ -1,6 +1,7 @@
 //! The `kvcellar` command: options, and what is printed. The work is the other crates'.
 
 pub mod clients;
+pub mod descriptors;
 pub mod doctor;
 pub mod events;
 pub mod health;

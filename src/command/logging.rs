@@ -1,6 +1,7 @@
 //! Where the command's log lines go: to standard error, one a line. All crates log through the
 //! `log` facade.
 
+use std::io::Write as _;
 use std::sync::OnceLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -37,7 +38,9 @@ impl Log for ToStderr {
 
     fn log(&self, record: &Record<'_>) {
         if self.enabled(record.metadata()) {
-            eprintln!("{}", self.0.line(record));
+            // A log that cannot be written, because its disk is full or its reader gone, must not
+            // end what wanted to write.
+            let _lost = writeln!(std::io::stderr().lock(), "{}", self.0.line(record));
         }
     }
 

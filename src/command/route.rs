@@ -1,6 +1,7 @@
 //! `kvcellar route`: sends each request to the engine that saves the most work.
 
 use std::collections::BTreeMap;
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,7 +11,8 @@ use std::time::Duration;
 use axum::http::HeaderName;
 use clap::{Args, ValueEnum};
 
-use super::clients::ClientOptions;
+use super::clients::{ClientOptions, SECONDS_MAX};
+use super::descriptors;
 use super::health;
 use kvcellar_block::error::{Error, Result};
 use kvcellar_discovery::Places;
@@ -135,7 +137,7 @@ pub struct Options {
     #[arg(long, default_value = "256MiB")]
     pub queue_memory: String,
     /// How long a request waits that names no shorter time itself, in s.
-    #[arg(long, default_value_t = 60)]
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=SECONDS_MAX))]
     pub queue_s: u64,
     /// An engine has room while the prompts it was given take less time than this, in ms.
     #[arg(long, default_value_t = 100)]
@@ -171,7 +173,7 @@ pub struct Options {
     #[arg(long, default_value_t = 500)]
     pub scrape_ms: u64,
     /// How long an engine may send nothing, in s.
-    #[arg(long, default_value_t = 600)]
+    #[arg(long, default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=SECONDS_MAX))]
     pub silence_s: u64,
     /// Engines that a request may try before its first byte.
     #[arg(long, default_value_t = 3)]
@@ -225,7 +227,7 @@ impl Options {
         let bytes = size::parse("queue-memory", &bytes.into())? as usize;
         let settings = GateSettings {
             bounds: QueueBounds { requests: if self.queue == 0 { wished } else { self.queue }, bytes },
-            patience: Duration::from_secs(wish.seconds.unwrap_or(self.queue_s).max(1)),
+            patience: Duration::from_secs(wish.seconds.unwrap_or(self.queue_s).clamp(1, SECONDS_MAX)),
             backlog: Duration::from_millis(self.queue_backlog_ms.max(1)),
             concurrency: self.queue_concurrency,
             starved: Duration::from_secs(5),
@@ -289,10 +291,24 @@ fn weight(text: &str) -> Result<(Scorer, f64)> {
 
 /// Routes to exactly these engines from now on, and follows their events where an index needs them.
 fn settle(router: &Router, fleet: &mut Option<Fleet>, found: Vec<Spec>) {
+    if let Err(problem) = check_names(&found) {
+        log::warn!("{problem}. The engines stay as they were");
+        return;
+    }
     if let Some(fleet) = fleet {
         fleet.set(found.iter().filter_map(Spec::source).collect());
     }
     router.set_engines(found);
+}
+
+/// Each engine has a name of its own: of two with one name the second would get nothing.
+fn check_names(found: &[Spec]) -> Result<()> {
+    let mut names = HashSet::new();
+    let again = found.iter().find(|spec| !names.insert(spec.name.as_str()));
+    again.map_or(Ok(()), |spec| {
+        let problem = format!("two engines are called `{}`", spec.name);
+        Err(Error::config("engine", problem, "Give each a name of its own (name=...)"))
+    })
 }
 
 /// What is weighed how: from a file, else from flags.
@@ -348,9 +364,11 @@ fn setup(
 }
 
 async fn run(options: &Options) -> Result<()> {
+    descriptors::raise(options.clients.connections.into());
     let weighing = weighing(options)?;
     let finder = options.places.open().await?;
     let found = finder.look().await?;
+    check_names(&found)?;
     if found.is_empty() && !options.places.may_change() {
         return Err(kvcellar_discovery::nobody());
     }
@@ -382,7 +400,7 @@ async fn run(options: &Options) -> Result<()> {
     let router = Router::new(Arc::clone(&engines), upstream, setup);
     let limits = ProxyLimits {
         body_bytes_max: body,
-        silence: Duration::from_secs(options.silence_s.max(1)),
+        silence: Duration::from_secs(options.silence_s),
         tries: options.tries.max(1),
         session_header: named_header,
     };

@@ -45,6 +45,13 @@ impl Aliases {
             }
             targets.push((ModelShare { model: model.to_owned(), weight }, weighted.is_some()));
         }
+        let another = names.iter().find_map(|(name, targets)| {
+            let target = targets.iter().find(|(target, _)| names.contains_key(&target.model))?;
+            Some((name, &target.0.model))
+        });
+        if let Some((name, model)) = another {
+            return Err(wrong(format!("`{name}` stands for `{model}`, which is an alias itself"), "Name a model"));
+        }
         for (name, targets) in &names {
             if targets.len() > 1 && !targets.iter().all(|(_, has_weight)| *has_weight) {
                 let remedy = "Name one of them, or give each its share: chat=MODEL@9 and chat=OTHER@1";
@@ -116,6 +123,7 @@ mod tests {
             (&["chat=a@1", "chat=b"], "not all with a weight"),
             (&["chat=a@1", "chat=a@2"], "twice"),
             (&["chat=a@0", "chat=b@0"], "weight 0"),
+            (&["chat=a", "talk=chat"], "an alias itself"),
         ] {
             let error = parse(texts).expect_err("refused").to_string();
             assert!(error.contains(said), "{texts:?}: {error}");

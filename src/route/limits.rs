@@ -63,3 +63,6 @@ pub const PEERS_RESOLVE: Duration = Duration::from_secs(5);
 pub const PEER_BOOKINGS_MAX: usize = 65_536;
 /// Models that a router names to a peer.
 pub const PEER_MODELS_MAX: usize = 256;
+
+/// Characters of a peer's text that are shown. The rest is left out.
+pub const PEER_TEXT_MAX: usize = 300;

@@ -105,6 +105,13 @@ impl PickerConfig {
                 ));
             }
             (profiles, Some(handler)) => {
+                let is_run = |name: &str| handler.profiles.iter().any(|it| it == name);
+                if let Some(profile) = profiles.iter().find(|profile| !is_run(&profile.name)) {
+                    return Err(wrong(
+                        format!("nothing runs the scheduling profile `{}`", profile.name),
+                        "Remove it: disagg-profile-handler runs those of decode and prefill",
+                    ));
+                }
                 let find = |name: &str| {
                     let found = profiles.iter().find(|profile| profile.name == name);
                     let missing = || wrong(format!("there is no scheduling profile `{name}`"), "Write it");
@@ -260,6 +267,8 @@ schedulingProfiles:
         assert_eq!(made.prefill, Some(PrefillProfile { policy: prefill, tokens_min: 256 }));
         assert_eq!(made.mode, Mode::Approximate);
         assert!(made.notes.iter().any(|note| note.contains("llm-d.ai/role")), "{:?}", made.notes);
+        let third = with(&format!("{SPLIT}- name: other\n"));
+        assert!(refused(&third).contains("`other`"));
         let off = PickerConfig::parse(&with(&SPLIT.replace("256", "0"))).expect("a policy");
         assert_eq!(off.prefill, None, "0 switches the split off");
     }
@@ -347,6 +356,10 @@ schedulingProfiles:
                 "`decode`",
             ),
             ("- type: prefix-based-pd-decider\n  parameters: {nonCachedTokens: few}", "nonCachedTokens"),
+            (
+                "- type: max-score-picker\n- type: random-picker\nschedulingProfiles: [{name: a, plugins: [{pluginRef: max-score-picker}, {pluginRef: random-picker}]}]",
+                "two pickers",
+            ),
             ("- type: queue-scorer\nsaturationDetector: {queueDepthThreshold: 5}", "--in-flight"),
             ("- type: queue-scorer\nschedulingProfiles: [{name: a, plugins: [{pluginRef: b}]}]", "`b`"),
             (

@@ -177,6 +177,11 @@ impl Proxy {
     fn request(&self, kind: Kind, parts: &Parts, body: &Bytes) -> Result<Request, Refusal> {
         let refused = |refusal: &Refusal| self.router.metrics.refused(refusal.name());
         let climbs = |part: &str| matches!(part.to_ascii_lowercase().replace("%2e", ".").as_str(), "." | "..");
+        if !parts.uri.path().starts_with('/') {
+            // Behind an engine's address it would be another address.
+            let problem = format!("the target of the request, `{}`, is no path", parts.uri);
+            return Err(Refusal::BadRequest(problem)).inspect_err(refused);
+        }
         if parts.uri.path().split('/').any(climbs) {
             // Below an engine's path it would lead to somebody else's.
             return Err(Refusal::BadRequest("the path goes up".to_owned())).inspect_err(refused);

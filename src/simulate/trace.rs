@@ -119,6 +119,10 @@ fn malformed(path: &Path, line: u64, problem: String) -> Error {
 fn each_line(path: &Path, block_tokens: u32, visit: &mut dyn FnMut(&TracedRequest) -> Result<()>) -> Result<()> {
     let io = |error| Error::io("reading", path, error, "Name a trace file in Mooncake's format, one request a line");
     let file = File::open(path).map_err(io)?;
+    if !file.metadata().map_err(io)?.is_file() {
+        let problem = format!("{} is no regular file, and a trace is read several times", path.display());
+        return Err(Error::config("TRACE", problem, "Write it to a file first"));
+    }
     let mut order = ArrivalOrder::default();
     for (line, number) in BufReader::new(file).lines().zip(1_u64..) {
         let line = line.map_err(io)?;

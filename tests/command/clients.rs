@@ -121,6 +121,20 @@ async fn a_body_that_keeps_its_pace_may_take_longer_than_a_stall() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn at_the_bound_of_connections_those_that_say_nothing_make_room() {
+    let router = RouterProcess::start(&engine(&Arc::default()).await, &["--connections", "2"]).await;
+    let silent = [connect(router.http).await, connect(router.http).await];
+    router.reaches("kvcellar_route_client_connections", 2).await;
+    let mut client = connect(router.http).await;
+    client.write_all(b"GET /v1/models HTTP/1.1\r\nhost: r\r\n\r\n").await.expect("sent");
+    let mut said = [0; 15];
+    client.read_exact(&mut said).await.expect("an answer");
+    assert_eq!(&said, b"HTTP/1.1 200 OK");
+    assert!(router.metric(r#"kvcellar_route_clients_cut_total{reason="silent"}"#).await > 0);
+    drop(silent);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn at_the_bound_of_connections_idle_ones_make_room_and_busy_ones_are_waited_for() {
     let work = Arc::new(Work::default());
     let router = RouterProcess::start(&engine(&work).await, &["--connections", "2"]).await;

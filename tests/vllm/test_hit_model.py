@@ -28,14 +28,18 @@ ANSWER_TOKENS = 4
 CONVERSATIONS = 8
 # All conversations at their ends: 4 x 64 blocks of vLLM's own cache.
 LIMIT_TOKENS = 1000
-RECORD = "requests.jsonl"
 
 
 @pytest.fixture(scope="module")
-def engine(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the engine records its requests."""
+    return tmp_path_factory.mktemp("record") / "requests.jsonl"
+
+
+@pytest.fixture(scope="module")
+def engine(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory, record: Path) -> Iterator[Engine]:
     """A small KV cache, and a pool that holds more than it but not the working set. Bytes of all loads are verified."""
     with temporary_pool_dir() as pool_dir:
-        record = tmp_path_factory.mktemp("record") / RECORD
         cellar = {
             "dram_size": kv_mib(100),
             "namespace_salt": "hit-model",
@@ -47,13 +51,6 @@ def engine(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> It
             tmp_path_factory.mktemp("hit-model"), pool_dir, cellar=cellar, one_process=True, **options
         ) as engine:
             yield engine
-
-
-@pytest.fixture(scope="module")
-def record(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the engine records its requests."""
-    (found,) = tmp_path_factory.getbasetemp().glob(f"record*/{RECORD}")
-    return found
 
 
 def conversations(seed: int, turn_tokens: tuple[int, int]) -> list[Conversation]:
@@ -75,7 +72,8 @@ def check_record(record: Path, model: HitModel, engine: Engine) -> None:
     assert [line["input_length"] for line in found] == [len(request.prompt) for request in engine.served]
     assert sum(line["local_tokens"] for line in found) == model.local_tokens
     assert sum(line["dram_tokens"] for line in found) == model.external_tokens
-    assert all(line["nvme_tokens"] == 0 and line["output_length"] == ANSWER_TOKENS for line in found)
+    assert [line["output_length"] for line in found] == [len(request.answer) for request in engine.served]
+    assert not any(line["nvme_tokens"] for line in found)
     seen: dict[tuple[int, ...], int] = {}
     for line, request in zip(found, engine.served, strict=True):
         for at in range(len(request.prompt) // BLOCK_TOKENS):

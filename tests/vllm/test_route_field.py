@@ -297,3 +297,25 @@ def test_a_model_has_other_names(fleet: Fleet, a_and_b: tuple[Fake, Fake], tmp_p
         listed = [row["id"] for row in router.client.get("/v1/models").json()["data"]]
         assert sorted(listed) == ["large", "m-a", "m-b"], "what nobody serves is not listed"
         assert post(router, model="nobodys", prompt=[1], max_tokens=1).status_code == 404
+
+
+def test_a_target_that_is_no_path_blames_no_engine(fleet: Fleet, a_and_b: tuple[Fake, Fake], tmp_path: Path) -> None:
+    with routed(tmp_path, fleet) as router:
+        port = httpx.URL(router.http).port
+        for _ in range(2 * FAILURES_MAX):
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                client.sendall(b"OPTIONS * HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+                assert client.recv(1024).startswith(b"HTTP/1.1 400")
+        assert {health(router, name) for name in "ab"} == {"healthy"}
+        assert post(router).status_code == 200
+
+
+def test_engines_of_one_name_are_refused(fleet: Fleet, a_and_b: tuple[Fake, Fake], tmp_path: Path) -> None:
+    """At the start; and later the engines stay as they were."""
+    twice = [{**engine.spec(), "name": "a"} for engine in a_and_b]
+    with pytest.raises(AssertionError, match="two engines are called `a`"), routed(tmp_path, fleet, engines=twice):
+        pass
+    with routed(tmp_path, fleet) as router:
+        (tmp_path / "engines.json").write_text(json.dumps(twice))
+        wait_until(lambda: "two engines are called `a`" in router.log.read_text(), "the warning")
+        assert {health(router, name) for name in "ab"} == {"healthy"}

@@ -42,11 +42,13 @@ pub enum Cut {
     SlowBody,
     /// It took nothing of its answer.
     StalledAnswer,
+    /// It said nothing, and its place was wanted for another one.
+    Silent,
 }
 
 impl Cut {
     /// All reasons, in their order.
-    pub const ALL: [Self; 3] = [Self::SlowHead, Self::SlowBody, Self::StalledAnswer];
+    pub const ALL: [Self; 4] = [Self::SlowHead, Self::SlowBody, Self::StalledAnswer, Self::Silent];
 
     /// In metrics.
     pub fn as_str(self) -> &'static str {
@@ -54,6 +56,7 @@ impl Cut {
             Self::SlowHead => "slow_head",
             Self::SlowBody => "slow_body",
             Self::StalledAnswer => "stalled_answer",
+            Self::Silent => "silent",
         }
     }
 }

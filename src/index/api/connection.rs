@@ -19,10 +19,13 @@ use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
-use tokio::time::Sleep;
+use tokio::time::{Instant, Sleep};
 
 use super::clients::{ClientCounts, ClientLimits, Cut, UNREAD_BYTES_MAX};
 use super::paced::Paced;
+
+/// A client that says nothing keeps its place for so long, if another one wants it.
+const SILENT_FOR: Duration = Duration::from_secs(1);
 
 /// How connections are asked to end.
 #[derive(Debug, Default)]
@@ -32,7 +35,8 @@ pub(super) struct Ending {
 }
 
 impl Ending {
-    /// Another client waits: those that have had an answer end when they are idle.
+    /// Another client waits: those that have had an answer end when they are idle, and those that
+    /// have said nothing for a moment.
     pub(super) fn make_room(&self) {
         self.asked.notify_waiters();
     }
@@ -64,7 +68,8 @@ impl ClientConnection {
         // What is written is whole: waiting for more would only delay it.
         let _still_well = stream.set_nodelay(true);
         let head_begun = Arc::new(AtomicBool::new(false));
-        let had_answer = AtomicBool::new(false);
+        let (had_answer, has_asked) = (AtomicBool::new(false), AtomicBool::new(false));
+        let began = Instant::now();
         let watched = Watched {
             stream,
             stall: limits.stall,
@@ -75,6 +80,7 @@ impl ClientConnection {
         let router = TowerToHyperService::new(router);
         let service = service_fn(|request: hyper::Request<Incoming>| {
             head_begun.store(false, Ordering::Relaxed);
+            has_asked.store(true, Ordering::Relaxed);
             let paced = request.map(|body| Paced::new(body, limits.stall, Arc::clone(&counts)));
             let answer = router.call(paced);
             let (head_begun, had_answer) = (&head_begun, &had_answer);
@@ -97,6 +103,11 @@ impl ClientConnection {
                 ended = served.as_mut() => break ended,
                 () = ending.asked.notified() => {
                     // A client that has just come is about to ask.
+                    let is_silent = !head_begun.load(Ordering::Relaxed) && !has_asked.load(Ordering::Relaxed);
+                    if is_silent && began.elapsed() >= SILENT_FOR {
+                        counts.cut(Cut::Silent);
+                        break Ok(());
+                    }
                     if ending.is_stop.load(Ordering::Acquire) || had_answer.load(Ordering::Relaxed) {
                         served.as_mut().graceful_shutdown();
                     }

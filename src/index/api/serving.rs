@@ -118,8 +118,9 @@ impl Server {
         }
         if said.is_due() {
             log::warn!(
-                "all {} connections are in use: further clients wait, and idle connections are ended. Allow more with \
-                 --connections, or look who holds them",
+                "{}: all {} connections are in use: further clients wait, and idle and silent connections are ended. \
+                 Look who holds them; --connections allows clients of engines more",
+                self.listener.local_addr().map_or_else(|_| String::new(), |address| address.to_string()),
                 self.limits.connections
             );
         }

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use serde::Deserialize;
 use tokio::task::JoinSet;
 
-use super::follower::{Follower, Heard, PeerFault, Wanted, tell};
+use super::follower::{Follower, Heard, PeerFault, Wanted, shown, tell};
 use super::hear::{Listener, hear};
 use super::news::{Aged, News, PeerNews, VERSION};
 use super::standing::{PeerState, Peers};
@@ -155,12 +155,12 @@ impl PeerLine {
         let now_s = self.since.elapsed().as_secs_f64();
         let told = match answer {
             Ok((StatusCode::OK, body)) => {
-                serde_json::from_slice::<PeerNews>(&body).map_err(|error| PeerFault::Answer(error.to_string()))
+                serde_json::from_slice::<PeerNews>(&body).map_err(|error| PeerFault::Answer(shown(&error.to_string())))
             }
             Ok((StatusCode::UNAUTHORIZED, _)) => Err(PeerFault::Key),
             Ok((status, body)) => {
                 let text: String = String::from_utf8_lossy(&body).chars().take(200).collect();
-                Err(PeerFault::Answer(format!("{status} {text}")))
+                Err(PeerFault::Answer(shown(&format!("{status} {text}"))))
             }
             Err(why) => {
                 if let Some(peer) = self.follower.expire(now_s) {

@@ -50,6 +50,11 @@ pub struct Heard {
     pub is_new: bool,
 }
 
+/// Text of a peer as logs may show it: in one line, and not long.
+pub(super) fn shown(text: &str) -> String {
+    text.chars().take(limits::PEER_TEXT_MAX).flat_map(char::escape_debug).collect()
+}
+
 /// Follows one peer.
 #[derive(Debug, Default)]
 pub struct Follower {
@@ -77,9 +82,12 @@ impl Follower {
         if told.version != VERSION {
             return Err(PeerFault::Version(told.version));
         }
+        if told.instance == 0 {
+            return Err(PeerFault::Answer("it has no number".to_owned()));
+        }
         let is_other = !ours.is_empty() && !told.models.is_empty() && !told.models.iter().any(|it| ours.contains(it));
         if is_other {
-            return Err(PeerFault::Models { theirs: told.models.join(", "), ours: ours.join(", ") });
+            return Err(PeerFault::Models { theirs: shown(&told.models.join(", ")), ours: ours.join(", ") });
         }
         let before = self.known.take();
         let goes_on = before.is_some_and(|known| known.instance == told.instance && !told.is_snapshot);

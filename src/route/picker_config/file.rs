@@ -90,7 +90,7 @@ fn seconds_of(text: &str) -> Option<u64> {
     let mut seconds = 0;
     for (unit, worth) in [('h', 3600), ('m', 60), ('s', 1)] {
         if let Some((count, rest)) = left.split_once(unit) {
-            seconds += count.parse::<u64>().ok()? * worth;
+            seconds = count.parse::<u64>().ok()?.checked_mul(worth)?.checked_add(seconds)?;
             left = rest;
         }
     }
@@ -184,6 +184,6 @@ mod tests {
     #[test]
     fn durations_as_go_writes_them() {
         assert_eq!(["60s", "1m30s", "2h", "1h0m5s"].map(seconds_of), [Some(60), Some(90), Some(7200), Some(3605)]);
-        assert_eq!(["", "60", "1.5s", "100ms", "s", "0s"].map(seconds_of), [None; 6]);
+        assert_eq!(["", "60", "1.5s", "100ms", "s", "0s", "5124095576030432h"].map(seconds_of), [None; 7]);
     }
 }

@@ -82,6 +82,8 @@ pub(super) struct Stages {
     pub(super) decode: String,
     /// The profile of those that compute prompts for others, with the tokens from which they do.
     pub(super) prefill: Option<(String, u32)>,
+    /// The names of both profiles, whether prompts are split or not.
+    pub(super) profiles: [String; 2],
 }
 
 /// The handler that there is.
@@ -99,7 +101,8 @@ pub(super) fn handler(parts: &BTreeMap<String, Part>) -> Result<Option<Stages>> 
         ));
     };
     let prefill = tokens.map(|tokens| (names.prefill.clone(), tokens));
-    Ok(Some(Stages { decode: names.decode.clone(), prefill }))
+    let profiles = [names.decode.clone(), names.prefill.clone()];
+    Ok(Some(Stages { decode: names.decode.clone(), prefill, profiles }))
 }
 
 /// Tokens that another engine must hold beyond the chosen one's for a sidecar to be told of it.

@@ -51,6 +51,7 @@ impl Weighed {
         let mut made =
             Self { weights: Vec::new(), pick: Pick::Best, mode: Mode::None, fallbacks: 0, session_header: None };
         let mut seen = BTreeSet::new();
+        let mut picks = None;
         for (name, weight) in used.0 {
             let part = found.get(name).filter(|_| seen.insert(name)).ok_or_else(|| {
                 wrong(
@@ -62,7 +63,12 @@ impl Weighed {
                 return Err(wrong(format!("the weight of `{name}` is {weight}"), "Write a number of 0 or more"));
             }
             match &part.kind {
-                PluginKind::Pick { how, fallbacks } => (made.pick, made.fallbacks) = (*how, *fallbacks),
+                PluginKind::Pick { how, fallbacks } => {
+                    if picks.replace(name).is_some() {
+                        return Err(wrong("there are two pickers in a profile", "Keep one of them"));
+                    }
+                    (made.pick, made.fallbacks) = (*how, *fallbacks);
+                }
                 PluginKind::Prefix(lookup) => {
                     let mode = lookup.mode(name, producers)?;
                     if made.mode != Mode::None {
