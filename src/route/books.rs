@@ -206,12 +206,27 @@ impl Books {
 
     /// Nothing of this peer counts any more.
     pub fn forget(&mut self, now_s: f64, peer: u64) {
-        if self.theirs.0 > 0 {
-            let its: Vec<BookingId> = self.open.keys().filter(|id| id.peer == peer && peer != 0).copied().collect();
-            for id in its {
-                self.end_at(now_s, id);
-            }
+        if self.theirs.0 == 0 || peer == 0 {
+            return;
         }
+        // All at once: a peer may have many, and requests wait for the books.
+        if self.unanswered.front().is_some_and(|(it, _, _)| it.peer == peer) {
+            self.oldest_since_s = self.oldest_since_s.max(now_s);
+        }
+        self.unanswered.retain(|(it, _, _)| it.peer != peer);
+        let Self { open, tokens, theirs, uncomputed, .. } = self;
+        open.retain(|id, open| {
+            if id.peer != peer {
+                return true;
+            }
+            let its = u64::from(open.promise.tokens);
+            *tokens -= its;
+            *theirs = (theirs.0 - 1, theirs.1 - its);
+            if open.first_s.is_none() {
+                *uncomputed -= open.promise.uncomputed();
+            }
+            false
+        });
     }
 
     /// Requests of this router that have not ended, oldest first.

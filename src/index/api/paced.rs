@@ -18,7 +18,7 @@ use super::clients::{BODY_BYTES_PER_S_MIN, ClientCounts, Cut};
 #[error("it came too slowly")]
 pub struct TooSlow;
 
-/// A body that ends with [`TooSlow`] when it falls behind.
+/// A body that ends with [`TooSlow`] when it falls behind, or stops coming.
 pub(super) struct Paced {
     inner: Incoming,
     since: Instant,
@@ -56,7 +56,8 @@ impl Body for Paced {
             this.alarm = None;
             return Poll::Ready(frame.map(|frame| frame.map_err(Into::into)));
         }
-        let deadline = this.deadline();
+        // What came early is no credit for saying nothing.
+        let deadline = this.deadline().min(Instant::now() + this.stall);
         let alarm = this.alarm.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
         if alarm.as_mut().poll(context).is_pending() {
             return Poll::Pending;
