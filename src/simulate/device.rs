@@ -10,23 +10,32 @@ use kvcellar_engine::policy::load::Rates;
 #[derive(Debug, Clone, Copy, PartialEq, Args, Serialize)]
 pub struct DeviceModel {
     /// Tokens that a prefill computes in a second, at the beginning of a prompt.
-    #[arg(long, default_value_t = 17_500.0, value_name = "TOKENS/S")]
+    #[arg(long, default_value_t = 17_500.0, value_name = "TOKENS/S", value_parser = above_zero)]
     pub prefill_rate: f64,
     /// Tokens before a token that make computing it cost twice as much, because of attention.
-    #[arg(long, default_value_t = 64_000.0, value_name = "TOKENS")]
+    #[arg(long, default_value_t = 64_000.0, value_name = "TOKENS", value_parser = above_zero)]
     pub attention_tokens: f64,
     /// Rate from memory to the GPU, in GB/s.
-    #[arg(long, default_value_t = 50.0, value_name = "GB/S")]
+    #[arg(long, default_value_t = 50.0, value_name = "GB/S", value_parser = above_zero)]
     pub dram_rate: f64,
     /// Rate from disk, in GB/s.
-    #[arg(long, default_value_t = 7.0, value_name = "GB/S")]
+    #[arg(long, default_value_t = 7.0, value_name = "GB/S", value_parser = above_zero)]
     pub nvme_rate: f64,
     /// Time before the first byte comes from memory, in ms.
-    #[arg(long, default_value_t = 0.5, value_name = "MS")]
+    #[arg(long, default_value_t = 0.5, value_name = "MS", value_parser = zero_or_more)]
     pub dram_latency: f64,
     /// Time before the first byte comes from disk, in ms.
-    #[arg(long, default_value_t = 2.0, value_name = "MS")]
+    #[arg(long, default_value_t = 2.0, value_name = "MS", value_parser = zero_or_more)]
     pub nvme_latency: f64,
+}
+
+fn above_zero(text: &str) -> Result<f64, String> {
+    zero_or_more(text).ok().filter(|value| *value > 0.0).ok_or_else(|| "write a number above 0".to_owned())
+}
+
+fn zero_or_more(text: &str) -> Result<f64, String> {
+    let value = text.parse().ok().filter(|value: &f64| value.is_finite() && *value >= 0.0);
+    value.ok_or_else(|| "write a number of 0 or more".to_owned())
 }
 
 impl DeviceModel {
@@ -65,6 +74,15 @@ mod tests {
         dram_latency: 1.0,
         nvme_latency: 5.0,
     };
+
+    #[test]
+    fn what_is_no_rate_is_refused() {
+        assert_eq!((above_zero("5e3"), zero_or_more("0")), (Ok(5e3), Ok(0.0)));
+        for nonsense in ["0", "-5", "nan", "inf", ""] {
+            assert!(above_zero(nonsense).is_err(), "{nonsense}");
+        }
+        assert!(zero_or_more("-1").is_err());
+    }
 
     #[test]
     fn late_tokens_cost_more_than_early_ones() {
