@@ -6,8 +6,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Instant, SystemTime};
 
-use xxhash_rust::xxh3::xxh3_64;
-
 use super::aliases::Aliases;
 use super::booking::Booking;
 use super::books::Promise;
@@ -89,6 +87,30 @@ pub struct Setup {
     pub peers: Option<Peers>,
 }
 
+impl Setup {
+    /// One that weighs engines in this way, and does nothing else that has to be asked for.
+    pub fn new(mode: Mode, policy: Policy) -> Self {
+        Self {
+            mode,
+            policy,
+            weights: Weights::default(),
+            index: None,
+            fleet: None,
+            models: Models::default(),
+            in_flight_max: 0,
+            gate: None,
+            objectives: Objectives::default(),
+            aliases: Aliases::default(),
+            two_steps: TwoSteps { by: PrefillBy::Router, tokens_min: u32::MAX },
+            prefill_policy: None,
+            source_hints: SourceHints::default(),
+            seed: 1,
+            traces: None,
+            peers: None,
+        }
+    }
+}
+
 /// The router.
 #[derive(Debug)]
 pub struct Router {
@@ -109,8 +131,7 @@ pub struct Router {
     /// Where sessions went.
     pub sessions: Sessions,
     decider: Mutex<(Decider, fastrand::Rng)>,
-    in_flight: Arc<AtomicU64>,
-    expectations: Option<Arc<Expectations>>,
+    office: Arc<TicketOffice>,
 }
 
 impl Router {
@@ -118,17 +139,24 @@ impl Router {
     /// index what to expect.
     pub fn new(engines: Arc<Engines>, upstream: Upstream, setup: Setup) -> Arc<Self> {
         setup.peers.iter().for_each(|peers| engines.tell(&peers.journal));
-        Arc::new(Self {
-            engines,
+        let office = Arc::new(TicketOffice {
             metrics: Arc::default(),
             ring: Arc::default(),
+            gate: setup.gate.clone(),
+            in_flight: AtomicU64::new(0),
+            expectations: setup.index.clone().map(Expectations::of),
+            hints_for: setup.source_hints.to,
+        });
+        Arc::new(Self {
+            engines,
+            metrics: Arc::clone(&office.metrics),
+            ring: Arc::clone(&office.ring),
             remote: Remote::new(upstream.clone()),
             upstream,
             retries: RetryBudget::default(),
             sessions: Sessions::default(),
             decider: Mutex::new((Decider::new(setup.policy.clone()), fastrand::Rng::with_seed(setup.seed))),
-            in_flight: Arc::default(),
-            expectations: setup.index.clone().map(|index| Arc::new(Expectations::of(index))),
+            office,
             setup,
         })
     }
@@ -139,7 +167,7 @@ impl Router {
         let aliases = &self.setup.aliases;
         let Some(name) = request.model.clone().filter(|_| !aliases.is_empty()) else { return };
         let who = request.session.as_deref().or(Some(request.urgency.id.as_str()).filter(|id| !id.is_empty()));
-        let key = who.map_or_else(|| fastrand::u64(..), |who| xxh3_64(who.as_bytes()));
+        let key = who.map_or_else(|| fastrand::u64(..), sessions::key);
         let all = self.engines.all();
         let is_served = |model: &str| all.iter().any(|engine| engine.takes(Some(model)));
         let Some(model) = aliases.model(&name, key, is_served) else { return };
@@ -218,10 +246,10 @@ impl Router {
         let source = self.source(request, &prompt, (chosen, found[choice.chosen]), prefill.as_ref());
         decision.source = source.as_ref().map(|source| source.engine.spec.name.clone());
         let order = choice.order.iter().map(|at| (Arc::clone(&engines[*at]), found[*at])).collect();
-        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        self.office.in_flight.fetch_add(1, Ordering::Relaxed);
         self.retries.earn();
         let mut ticket = Ticket {
-            office: self.office(),
+            office: Arc::clone(&self.office),
             order,
             at: 0,
             booking: None,
@@ -260,20 +288,9 @@ impl Router {
         Ok(Some(pass))
     }
 
-    fn office(&self) -> TicketOffice {
-        TicketOffice {
-            metrics: Arc::clone(&self.metrics),
-            ring: Arc::clone(&self.ring),
-            gate: self.setup.gate.clone(),
-            in_flight: Arc::clone(&self.in_flight),
-            expectations: self.expectations.clone(),
-            hints_for: self.setup.source_hints.to,
-        }
-    }
-
     /// Refuses what is more than may be in flight.
     fn shed(&self) -> Result<(), Refusal> {
-        let open = self.in_flight.load(Ordering::Relaxed) as usize;
+        let open = self.office.in_flight.load(Ordering::Relaxed) as usize;
         let may = self.setup.in_flight_max == 0 || open < self.setup.in_flight_max;
         if may { Ok(()) } else { Err(Refusal::Shed(open)) }
     }
@@ -332,7 +349,8 @@ impl Router {
             (_, Some((engine, found))) => (engine, found),
             (_, None) => (chosen.0, &chosen.1),
         };
-        if !is_text || held.held.tokens.saturating_add(hints.tokens_min) >= prompt.tokens {
+        let may_gain = held.held.tokens.saturating_add(hints.tokens_min) < prompt.tokens;
+        if !is_text || !may_gain || !two_steps::can_be_split(&request.body) {
             return None;
         }
         let all = self.engines.all();
@@ -340,11 +358,8 @@ impl Router {
         let may = |engine: &&Arc<Engine>| engine.takes(model) && engine.is_trusted();
         let engines: Vec<_> = all.iter().filter(may).cloned().collect();
         let beside = (computes.as_ref(), held.held.tokens);
-        let source = {
-            let (_, random) = &mut *self.decider();
-            KvSource::choose(index, &prompt.keys, prompt.tokens, &engines, beside, hints.tokens_min, random)?
-        };
-        two_steps::can_be_split(&request.body).then_some(source)
+        let (_, random) = &mut *self.decider();
+        KvSource::choose(index, &prompt.keys, prompt.tokens, &engines, beside, hints.tokens_min, random)
     }
 
     /// Tokens of the index's blocks.

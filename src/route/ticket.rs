@@ -34,9 +34,9 @@ pub struct TicketOffice {
     /// Lets others through when an engine has room again.
     pub gate: Option<Arc<Gate>>,
     /// Requests that have not ended.
-    pub in_flight: Arc<AtomicU64>,
+    pub in_flight: AtomicU64,
     /// Hears which blocks an engine will have.
-    pub expectations: Option<Arc<Expectations>>,
+    pub expectations: Option<Expectations>,
     /// Who is told who else holds a prompt.
     pub hints_for: HintsFor,
 }
@@ -51,7 +51,7 @@ impl TicketOffice {
 /// given back in any case.
 #[derive(Debug)]
 pub struct Ticket {
-    pub(super) office: TicketOffice,
+    pub(super) office: Arc<TicketOffice>,
     pub(super) order: Vec<(Arc<Engine>, Found)>,
     pub(super) at: usize,
     pub(super) booking: Option<Booking>,

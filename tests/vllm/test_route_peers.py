@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from random import Random
 
 import httpx
 import pytest
@@ -16,7 +15,7 @@ from tests.vllm.fake import Fake
 from tests.vllm.processes import wait_until
 from tests.vllm.router import Router, open_router
 from tests.vllm.server import free_port
-from tests.vllm.soak_fleet import Fleet
+from tests.vllm.soak_fleet import Fleet, open_fleet
 from tests.vllm.soak_plan import body_of
 
 REQUESTS = 80
@@ -31,12 +30,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """Two engines that compute one prompt after the other."""
     work_dir = tmp_path_factory.mktemp("peers")
     engines = {name: Fake(name, work_dir, one_by_one=True, blocks=20_000) for name in "ab"}
-    made = Fleet(work_dir / "engines.json", engines, Random(1))
-    try:
-        made.start()
+    with open_fleet(work_dir, engines) as made:
         yield made
-    finally:
-        made.close()
 
 
 @contextlib.contextmanager

@@ -13,8 +13,6 @@ use crate::report::{GoalBound, percentile, thread_cpu_s};
 use kvcellar_block::error::{Error, Result};
 use kvcellar_events::wire::{Batch, BatchArena, Event, Hashes, Stored};
 use kvcellar_index::Index;
-use kvcellar_index::tiers::Weights;
-use kvcellar_route::aliases::Aliases;
 use kvcellar_route::choose::Policy;
 use kvcellar_route::engine::Told;
 use kvcellar_route::engines::Engines;
@@ -22,12 +20,9 @@ use kvcellar_route::outcome::Outcome;
 use kvcellar_route::prompt::{Checked, Models, Prompt};
 use kvcellar_route::request::{Kind, Request};
 use kvcellar_route::router::{Mode, Router, Setup};
-use kvcellar_route::source::SourceHints;
 use kvcellar_route::spec::{EngineRole, Spec};
 use kvcellar_route::tokens::TokenModel;
-use kvcellar_route::two_steps::{PrefillBy, TwoSteps};
 use kvcellar_route::upstream::{Upstream, UpstreamOptions};
-use kvcellar_route::urgency::Objectives;
 
 /// What prompts are like, and how prefixes are looked up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -166,22 +161,9 @@ impl KnownPrefix {
         let model = TokenModel::open(&options.tokenizer, 256 << 20)?;
         let named = [(String::new(), Arc::new(Checked { model, differs: AtomicBool::new(false) }))].into();
         let setup = Setup {
-            mode: if index.is_some() { Mode::Precise } else { Mode::Approximate },
-            policy: Policy::Cost,
-            weights: Weights::default(),
             index: index.clone(),
-            fleet: None,
             models: Models { named },
-            in_flight_max: 0,
-            gate: None,
-            objectives: Objectives::default(),
-            aliases: Aliases::default(),
-            two_steps: TwoSteps { by: PrefillBy::Router, tokens_min: u32::MAX },
-            prefill_policy: None,
-            source_hints: SourceHints::default(),
-            seed: 1,
-            traces: None,
-            peers: None,
+            ..Setup::new(if index.is_some() { Mode::Precise } else { Mode::Approximate }, Policy::Cost)
         };
         Ok((Router::new(engines, Upstream::open(&UpstreamOptions::default())?, setup), index))
     }

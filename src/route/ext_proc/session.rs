@@ -350,17 +350,15 @@ fn read(headers: Option<&HeaderMap>) -> HashMap<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::aliases::Aliases;
+
     use crate::choose::Policy;
     use crate::engine::Told;
     use crate::engines::Engines;
-    use crate::prompt::Models;
+
     use crate::router::{Mode, Setup};
-    use crate::source::SourceHints;
+
     use crate::two_steps::{PrefillBy, TwoSteps};
     use crate::upstream::{Upstream, UpstreamOptions};
-    use crate::urgency::Objectives;
-    use kvcellar_index::tiers::Weights;
 
     fn router(engines: usize, by: PrefillBy) -> Arc<Router> {
         let known = Arc::new(Engines::default());
@@ -373,24 +371,7 @@ mod tests {
         for engine in known.all().iter() {
             engine.heard(Told::default());
         }
-        let setup = Setup {
-            mode: Mode::None,
-            policy: Policy::RoundRobin,
-            weights: Weights::default(),
-            index: None,
-            fleet: None,
-            models: Models::default(),
-            in_flight_max: 0,
-            gate: None,
-            objectives: Objectives::default(),
-            aliases: Aliases::default(),
-            two_steps: TwoSteps { by, tokens_min: 1 },
-            prefill_policy: None,
-            source_hints: SourceHints::default(),
-            seed: 1,
-            traces: None,
-            peers: None,
-        };
+        let setup = Setup { two_steps: TwoSteps { by, tokens_min: 1 }, ..Setup::new(Mode::None, Policy::RoundRobin) };
         Router::new(known, Upstream::open(&UpstreamOptions::default()).expect("no files"), setup)
     }
 

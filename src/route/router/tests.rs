@@ -13,24 +13,7 @@ use crate::outcome::Outcome;
 const MANY: usize = 1000;
 
 fn router() -> Arc<Router> {
-    let setup = Setup {
-        mode: Mode::Approximate,
-        policy: Policy::RoundRobin,
-        weights: Weights::default(),
-        index: None,
-        fleet: None,
-        models: Models::default(),
-        in_flight_max: 0,
-        gate: None,
-        objectives: Objectives::default(),
-        aliases: Aliases::default(),
-        two_steps: TwoSteps { by: PrefillBy::Router, tokens_min: 1 },
-        prefill_policy: None,
-        source_hints: SourceHints::default(),
-        seed: 1,
-        traces: None,
-        peers: None,
-    };
+    let setup = Setup::new(Mode::Approximate, Policy::RoundRobin);
     let upstream = Upstream::open(&UpstreamOptions::default()).expect("no files");
     Router::new(Arc::default(), upstream, setup)
 }
