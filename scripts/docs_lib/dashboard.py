@@ -268,14 +268,14 @@ ROUTE = [
     Panel(
         "How requests ended",
         "Requests a second, by outcome. `done` is the good one.",
-        {"{{outcome}}": rate("kvcellar_route_outcomes_total", "outcome")},
+        {"{{outcome}}": rate("kvcellar_route_requests_total", "outcome")},
     ),
     Panel(
         "Refused requests and retries",
         "Requests a second that were not passed on, by reason, and that a second engine got.",
         {
             "{{reason}}": rate("kvcellar_route_refused_total", "reason"),
-            "retried": rate("kvcellar_route_retries_total"),
+            "retried": rate("kvcellar_route_requests_retried_total"),
         },
     ),
     Panel(
@@ -411,7 +411,7 @@ ALERTS = [
     ),
     Alert(
         "KVCellarRouteFailures",
-        'sum by (instance) (rate(kvcellar_route_outcomes_total{outcome=~"failed|broken|timeout"}[5m])) > 0.1',
+        'sum by (instance) (rate(kvcellar_route_requests_total{outcome=~"failed|broken|timeout"}[5m])) > 0.1',
         "5m",
         "warning",
         "Requests through the router {{ $labels.instance }} fail in engines.",

@@ -108,6 +108,7 @@ _ROUTE_LABELS = {
     "inexact": ("reason",),
     "outcomes": ("engine", "outcome"),
     "retries": ("engine",),
+    "requests": ("outcome",),
     "aliased": ("alias", "model"),
     "sources": ("engine",),
     "prefills": ("engine", "outcome"),

@@ -16,6 +16,7 @@ use super::engine::Engine;
 use super::engines::Engines;
 use super::gate::Gate;
 use super::peers::standing::{PEER_STATES, Peers};
+use super::outcome::Outcome;
 use super::prefix_source::PrefixSource;
 use kvcellar_index::api::clients::ClientCounts;
 use kvcellar_index::fleet::FleetView;
@@ -34,6 +35,8 @@ pub struct Metrics {
     refused: Counts,
     inexact: Counts,
     aliased: Counts,
+    requests: Counts,
+    retried: Counter,
     predictions: Counts,
     mismatched: Counter,
     predicted: Counter,
@@ -109,6 +112,17 @@ impl Default for Metrics {
                 registry,
                 "aliased",
                 "Requests that named an alias, by alias and the model that they went on to",
+            ),
+            requests: counts(
+                registry,
+                "requests",
+                "Requests that were passed on, by end; of all engines, those that left included",
+            ),
+            retried: add(
+                registry,
+                "requests_retried",
+                "Times that another engine got a request, of all engines, those that left included",
+                Counter::default(),
             ),
             predictions: counts(registry, "predictions", "Predicted cached tokens against those reported"),
             mismatched: add(
@@ -351,6 +365,16 @@ impl Metrics {
     /// A decision was made.
     pub fn decided(&self, took: Duration) {
         self.decide_seconds.observe(took.as_secs_f64());
+    }
+
+    /// A request that was passed on has ended.
+    pub fn ended(&self, outcome: Outcome) {
+        self.requests.get_or_create(&labels([("outcome", outcome.as_str())])).inc();
+    }
+
+    /// Another engine got a request after one failed.
+    pub fn retried(&self) {
+        self.retried.inc();
     }
 
     /// A request waited for room.

@@ -2,7 +2,8 @@
 //!
 //! The counts belong to the engine and go with it: no series of an engine that left the fleet stays
 //! behind, neither in memory nor in `/metrics`. One that comes back begins at 0, as after a
-//! restart, which Prometheus's `rate` and `increase` understand.
+//! restart, which Prometheus's `rate` and `increase` understand. [`super::metrics::Metrics`] counts
+//! ends and retries of the router as a whole, which no leaving engine takes along.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

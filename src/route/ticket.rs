@@ -177,14 +177,15 @@ impl Ticket {
     pub fn move_on(&mut self) -> bool {
         let may = |engine: &Engine| engine.is_usable() && engine.is_trusted();
         let Some(at) = (self.at + 1..self.order.len()).find(|at| may(&self.order[*at].0)) else { return false };
-        self.engine().tally.retried();
-        self.booking = None;
         self.move_to(at);
         true
     }
 
     /// Another engine has it now.
     fn move_to(&mut self, at: usize) {
+        self.engine().tally.retried();
+        self.office.metrics.retried();
+        self.booking = None;
         self.at = at;
         let (engine, found) = &self.order[at];
         self.decision.engine.clone_from(&engine.spec.name);
@@ -213,8 +214,6 @@ impl Ticket {
     pub fn served_by(&mut self, endpoint: &str) {
         let at = self.order.iter().position(|(engine, _)| engine.is_at(endpoint));
         if let Some(at) = at.filter(|at| *at != self.at) {
-            self.engine().tally.retried();
-            self.booking = None;
             self.move_to(at);
         }
     }
@@ -271,6 +270,7 @@ impl Drop for Ticket {
         (self.booking, self.prefill) = (None, None);
         self.office.wake();
         self.engine().tally.ended(self.decision.outcome);
+        self.office.metrics.ended(self.decision.outcome);
         if let Some(trace) = &mut self.trace {
             let first = self.first_byte.get().map(|at| SystemTime::now() - at.elapsed());
             trace.end(&self.decision, first);

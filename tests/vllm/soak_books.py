@@ -1,8 +1,8 @@
 """The books of a soak: what clients saw against what the router counted, so that every failure has a reason.
 
-The router counts a decision for every request that it passed on, and one outcome for each of them; a refusal for every
-other one. Clients that went away do not know which it was, nor how far it came: they are the only leeway, and no more
-than their number.
+The router counts a decision for every request that it passed on, and one end for each of them; a refusal for every
+other one. Counts by engine go with their engine, so those of the router as a whole are asked for. Clients that went
+away do not know which it was, nor how far it came: they are the only leeway, and no more than their number.
 """
 
 import json
@@ -71,9 +71,9 @@ class Books:
         decided = [record for record in self.records if is_decided(record, sightings)]
         left = sum(record.end is End.LEFT for record in self.records)
         unsure = left - sum(record.end is End.LEFT for record in decided)
-        decisions = counted.value("kvcellar_route_decisions_total")
+        decisions = counted.value("kvcellar_route_decide_seconds_count")
         found = between("decisions", decisions, len(decided), len(decided) + unsure)
-        total = counted.value("kvcellar_route_outcomes_total")
+        total = counted.value("kvcellar_route_requests_total")
         if total != decisions:
             found.append(f"{decisions:.0f} decisions have {total:.0f} outcomes")
         sure = Counter(outcome_of(record) for record in decided)
@@ -109,7 +109,7 @@ def refused(counted: Snapshot, reason: str) -> float:
 
 def outcomes(counted: Snapshot, outcome: str) -> float:
     """Ends of one kind."""
-    return counted.value("kvcellar_route_outcomes_total", outcome=outcome)
+    return counted.value("kvcellar_route_requests_total", outcome=outcome)
 
 
 def is_decided(record: Record, sightings: dict[int, set[str]]) -> bool:

@@ -115,13 +115,13 @@ class Campaign:
         log, counted = self.router.log.read_text(errors="replace"), self.counted()
         found = [line for line in log.splitlines() if "panicked" in line]
         said = log.count("trying another engine")
-        found += between("retries", counted.value("kvcellar_route_retries_total"), said, said)
+        found += between("retries", counted.value("kvcellar_route_requests_retried_total"), said, said)
         return found + between("mismatched prompts", counted.value("kvcellar_route_prompts_mismatched_total"), 0, 0)
 
     def _is_at_rest(self) -> bool:
         counted = self.counted()
         open_now = [counted.value(f"kvcellar_route_engine_in_flight{what}") for what in ("", "_tokens")]
-        ended = counted.value("kvcellar_route_outcomes_total") == counted.value("kvcellar_route_decisions_total")
+        ended = counted.value("kvcellar_route_requests_total") == counted.value("kvcellar_route_decide_seconds_count")
         return not any(open_now) and ended
 
     async def _index(self, planner: Planner) -> list[str]:

@@ -57,13 +57,15 @@ class Fleet:
         self.lives: dict[str, tuple[ExitStack, Server]] = {}
 
     def start(self, name: str) -> Server:
-        """Starts an engine."""
+        """Starts an engine. Engines of one directory share `dram_size`, so each has a directory of its own."""
         ends = ExitStack()
         port, events = self.ports[name]
+        pool_dir = self.pool_dir / name
+        pool_dir.mkdir(mode=0o700, exist_ok=True)
         server = ends.enter_context(
             open_server(
                 self.work_dir,
-                self.pool_dir,
+                pool_dir,
                 cellar={"dram_size": kv_mib(64), "namespace_salt": name},
                 name=f"{name}-{time.monotonic_ns()}",
                 port=port,

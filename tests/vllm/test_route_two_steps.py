@@ -58,7 +58,9 @@ def pair(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
     with temporary_pool_dir() as pool_dir, ExitStack() as ends:
         servers = {}
         for role, core in zip(nixl.ROLES, cores, strict=False):
-            ours = transfer_config({"pool_dir": str(pool_dir), "dram_size": kv_mib(32), "namespace_salt": role})
+            # Engines of one directory share `dram_size`.
+            (own_dir := pool_dir / role).mkdir(mode=0o700)
+            ours = transfer_config({"pool_dir": str(own_dir), "dram_size": kv_mib(32), "namespace_salt": role})
             transfer = nixl.beside(role, [nixl.connector(role), ours], kv_load_failure_policy="recompute")
             env = {
                 "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
@@ -68,9 +70,7 @@ def pair(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
                 "UCX_NET_DEVICES": "lo",
             }
             more = ["--kv-transfer-config", json.dumps(transfer)]
-            servers[role] = ends.enter_context(
-                open_server(work_dir, pool_dir, cellar={}, name=role, more=more, env=env)
-            )
+            servers[role] = ends.enter_context(open_server(work_dir, own_dir, cellar={}, name=role, more=more, env=env))
         yield Pair(servers["prefill"], servers["decode"], work_dir)
 
 

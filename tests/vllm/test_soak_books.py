@@ -23,13 +23,13 @@ GOOD = [
 ]
 SEEN = {1: "a", 2: "b", 4: "b", 5: "a", 6: "b", 7: "b"}
 COUNTED = {
-    "decisions_total{}": 7,
+    "decide_seconds_count{}": 7,
     'refused_total{reason="bad_request"}': 1,
-    'outcomes_total{outcome="done"}': 2,
-    'outcomes_total{outcome="failed"}': 1,
-    'outcomes_total{outcome="broken"}': 1,
-    'outcomes_total{outcome="engine_error"}': 1,
-    'outcomes_total{outcome="aborted"}': 2,
+    'requests_total{outcome="done"}': 2,
+    'requests_total{outcome="failed"}': 1,
+    'requests_total{outcome="broken"}': 1,
+    'requests_total{outcome="engine_error"}': 1,
+    'requests_total{outcome="aborted"}': 2,
 }
 
 
@@ -44,7 +44,7 @@ def problems(tmp_path: Path, records: list[Record], counted: dict[str, int], see
 def test_books_that_add_up(tmp_path: Path) -> None:
     """Of the client that left before any engine saw it nothing is certain: it may or may not have been decided on."""
     assert problems(tmp_path, GOOD, COUNTED, SEEN) == []
-    undecided = {**COUNTED, "decisions_total{}": 6, 'outcomes_total{outcome="aborted"}': 1}
+    undecided = {**COUNTED, "decide_seconds_count{}": 6, 'requests_total{outcome="aborted"}': 1}
     assert problems(tmp_path, GOOD, undecided, SEEN) == []
 
 
