@@ -249,7 +249,7 @@ class SchedulerSide:
         self._left_out_ids.discard(request.request_id)
         lora = request.lora_request.name if request.lora_request is not None else ""
         name = known.name if known is not None else self._name(request.request_id)
-        self._engine.add_request(name, wishes, lora, adapter)
+        self._engine.add_request(name, wishes, lora, adapter, request.cache_salt)
         known = self._requests[request.request_id] = KnownRequest(request, name, self._groups)
         if request.num_computed_tokens > 0:
             self._due.admitted(known)

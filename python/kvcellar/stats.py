@@ -49,6 +49,7 @@ COUNTERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "load_seconds": ("Seconds with a load under way, over all ranks.", {}),
     "verified_loads": ("Loaded blocks whose bytes were compared (verify_loads), over all ranks.", {}),
     "mismatched_loads": ("Loaded blocks whose bytes did not match their checksum, over all ranks.", {}),
+    "pins_refused": ("Blocks that a request wanted pinned, beyond what may be.", {}),
     "internal_errors": ("Errors of KV Cellar itself: after one the tiers are out of service until the next start.", {}),
     "invariant_violations": ("States that cannot be, found and survived: bugs of KV Cellar.", {}),
     "left_out_requests": ("Requests served without KV Cellar, because a value of theirs cannot be used.", {}),
@@ -66,10 +67,18 @@ DROP_REASONS = (
     "expired",
     "overwritten",
 )
+# As COUNTERS, for each tenant; "other" stands for all requests of none.
+TENANT_COUNTERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "tenant_hit_tokens": ("Tokens loaded for a tenant's requests.", {"tier": "dram"}),
+    "tenant_nvme_hit_tokens": ("Tokens loaded for a tenant's requests.", {"tier": "nvme"}),
+    "tenant_miss_tokens": ("Tokens of a tenant's requests found neither in vLLM's own cache nor here.", {}),
+    "tenant_evicted_blocks": ("A tenant's blocks evicted from the dram tier.", {}),
+}
 SLOT_STATES = ("total", "free", "filling", "filled", "clean")
 GAUGES: Mapping[str, str] = {
     "in_service": "1 while blocks are stored and loaded; 0 before the pool is there and after an internal error.",
     "pins": "Holds on blocks.",
+    "pinned_blocks": "Blocks that requests have pinned for a time.",
     "leases": "Running loads.",
     "fences": "vLLM blocks that wait to be copied before they may be overwritten.",
     "pending_events": "KVEvents that wait for a step.",
@@ -94,7 +103,8 @@ class KVCellarStats(KVConnectorStats):
     """Growth of counters since the last report, and the present value of gauges.
 
     ``data``: ``counters`` (name -> amount), ``dropped`` (reason -> blocks), ``gauges`` (name -> value),
-    ``lookup_seconds`` (list of seconds). All of it crosses process borders, so it is plain data.
+    ``lookup_seconds`` (list of seconds), ``tenants`` (name -> counters, and blocks by tier; only where there are
+    tenants). All of it crosses process borders, so it is plain data.
     """
 
     data: dict[str, Any]
@@ -115,6 +125,11 @@ class KVCellarStats(KVConnectorStats):
                 mine[name] = mine.get(name, 0) + amount
         self.data.setdefault("gauges", {}).update(other.data.get("gauges", {}))
         self.data.setdefault("lookup_seconds", []).extend(other.data.get("lookup_seconds", []))
+        tenants = self.data.setdefault("tenants", {})
+        for tenant, (grown, blocks) in other.data.get("tenants", {}).items():
+            counters, before = tenants.get(tenant, ({}, {}))
+            summed = {name: counters.get(name, 0) + grown.get(name, 0) for name in {**counters, **grown}}
+            tenants[tenant] = (summed, {**before, **blocks})
         return self
 
     def reduce(self) -> dict[str, int | float]:
@@ -139,6 +154,7 @@ def with_engine(own: KVCellarStats, stats: EngineStats) -> KVCellarStats:
             "dropped": stats.dropped,
             "gauges": gauges,
             "lookup_seconds": stats.lookup_seconds,
+            "tenants": stats.tenants,
         }
     )
 
@@ -219,6 +235,7 @@ class KVCellarPromMetrics(KVConnectorPromMetrics):
                 name=f"vllm:kvcellar_{name}", documentation=text, multiprocess_mode="mostrecent", labelnames=labelnames
             )
             self._gauges.update({(engine, name): gauge.labels(*values) for engine, values in engines})
+        self._of_tenants(labelnames, per_engine_labelvalues)
         lookups = self._histogram_cls(
             name="vllm:kvcellar_lookup_seconds",
             documentation="Duration of one lookup in the tier engine.",
@@ -226,6 +243,25 @@ class KVCellarPromMetrics(KVConnectorPromMetrics):
             labelnames=labelnames,
         )
         self._lookups: dict[int, Any] = {engine: lookups.labels(*values) for engine, values in engines}
+
+    def _of_tenants(self, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]) -> None:
+        """Families by tenant. They have series once there are tenants."""
+        self._values = per_engine_labelvalues
+        self._tenant_counters: dict[str, Any] = {}
+        families: dict[str, Any] = {}
+        for name, (text, labels) in TENANT_COUNTERS.items():
+            family = name.replace("_nvme_", "_")
+            if family not in families:
+                families[family] = self._counter_cls(
+                    name=f"vllm:kvcellar_{family}", documentation=text, labelnames=[*labelnames, "tenant", *labels]
+                )
+            self._tenant_counters[name] = families[family]
+        self._tenant_blocks = self._gauge_cls(
+            name="vllm:kvcellar_tenant_blocks",
+            documentation="Blocks of a tenant, by tier.",
+            multiprocess_mode="mostrecent",
+            labelnames=[*labelnames, "tenant", "tier"],
+        )
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Record one report. An exception here would end the front end's output, so there is none."""
@@ -241,5 +277,12 @@ class KVCellarPromMetrics(KVConnectorPromMetrics):
             self._dropped[engine_idx, reason].inc(blocks)
         for name, value in transfer_stats_data.get("gauges", {}).items():
             self._gauges[engine_idx, name].set(value)
+        values = self._values[engine_idx]
+        for tenant, (counters, blocks) in transfer_stats_data.get("tenants", {}).items():
+            for name, amount in counters.items():
+                labels = TENANT_COUNTERS[f"tenant_{name}"][1].values()
+                self._tenant_counters[f"tenant_{name}"].labels(*values, tenant, *labels).inc(amount)
+            for tier, count in blocks.items():
+                self._tenant_blocks.labels(*values, tenant, tier).set(count)
         for seconds in transfer_stats_data.get("lookup_seconds", []):
             self._lookups[engine_idx].observe(seconds)

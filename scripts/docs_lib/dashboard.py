@@ -121,6 +121,16 @@ ENGINE = [
         },
     ),
     Panel(
+        "Blocks by tenant",
+        "Where `tenants` are configured. `other`: requests of none.",
+        {"{{tenant}}, {{tier}}": gauge("vllm:kvcellar_tenant_blocks", "tenant, tier")},
+    ),
+    Panel(
+        "Tokens loaded by tenant",
+        "Tokens a second that a tenant's requests did not have to compute.",
+        {"{{tenant}}, {{tier}}": rate("vllm:kvcellar_tenant_hit_tokens_total", "tenant, tier")},
+    ),
+    Panel(
         "Disk traffic",
         "Bytes a second, descriptors included.",
         {"written": rate("vllm:kvcellar_spilled_bytes_total"), "read": rate("vllm:kvcellar_restored_bytes_total")},

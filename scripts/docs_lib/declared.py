@@ -59,11 +59,17 @@ def engine() -> list[Metric]:
     for name, (text, labels) in said["COUNTERS"].items():
         family = name.removeprefix("nvme_") if labels.get("tier") == "nvme" else name
         families.setdefault(family, Metric(f"vllm:kvcellar_{family}", "counter", tuple(labels), text))
+    for name, (text, labels) in said["TENANT_COUNTERS"].items():
+        family = name.replace("_nvme_", "_")
+        families.setdefault(family, Metric(f"vllm:kvcellar_{family}", "counter", ("tenant", *labels), text))
     dropped, text = said["DROPPED"]
     families[dropped] = Metric(f"vllm:kvcellar_{dropped}", "counter", ("reason",), text)
     others = re.findall(r'name="vllm:kvcellar_(\w+)",\s*documentation="([^"]+)"', source)
     for name, text in others:
-        kind, labels = ("histogram", ()) if name.endswith("_seconds") else ("gauge", ("state",))
+        kind, labels = {
+            "pool_slots": ("gauge", ("state",)),
+            "tenant_blocks": ("gauge", ("tenant", "tier")),
+        }.get(name, ("histogram", ()))
         families[name] = Metric(f"vllm:kvcellar_{name}", kind, labels, text)
     for name, text in said["GAUGES"].items():
         families[name] = Metric(f"vllm:kvcellar_{name}", "gauge", (), text)

@@ -14,6 +14,7 @@ WORKED_OUT = {
     "nvme_reserve": "a twentieth of the file system, at most 10 GiB",
     "nvme_dir": "none: no nvme tier",
     "retention": "none: blocks do not expire",
+    "tenants": "none",
     "trace_file": "none",
     "record_trace": "none",
 }
@@ -104,5 +105,6 @@ def request_keys() -> list[Key]:
     source = (CONFIG / "controls.rs").read_text()
     body = source.split("impl Default for Controls", 1)[1].split("\n}\n", 1)[0]
     defaults = dict(re.findall(r"(\w+): (\w+)", body))
-    shown = {"true": "`true`", "false": "`false`", "None": "no bound"}
-    return [Key(name, write, shown[defaults[name]]) for name, write in listed(source)]
+    shown = {"true": "`true`", "false": "`false`"}
+    worked_out = {"max_load_tokens": "no bound", "pin": "none", "tenant": "none"}
+    return [Key(name, write, worked_out.get(name) or shown[defaults[name]]) for name, write in listed(source)]

@@ -18,11 +18,11 @@ use kvcellar_block::error::{Error, Result};
 use kvcellar_block::kinds::{ChunkedLocal, SlidingWindow};
 use kvcellar_block::plan::StepPlan;
 use kvcellar_block::{BlockHash, GroupKind, GroupSpec, Grouping, SlotIndex};
-use kvcellar_engine::config::{Config, Controls};
+use kvcellar_engine::config::Config;
 use kvcellar_engine::pool::memory::{HeapSlots, SlotMemory};
-use kvcellar_engine::tier::TierEngine;
 use kvcellar_engine::tier::load::Hit;
 use kvcellar_engine::tier::offload::{GroupOffer, Offer, Start};
+use kvcellar_engine::tier::{Arrival, TierEngine};
 
 /// Sizes of the benchmark.
 #[derive(Debug, Clone, Args)]
@@ -135,7 +135,7 @@ impl HybridRun {
         let blocks = self.options.tokens / BLOCK_TOKENS;
         let hashes: Vec<BlockHash> = (0..blocks).map(|block| hash(self.next << 32 | u64::from(block))).collect();
         let id = format!("computed-{}", self.next);
-        self.engine.add_request(&id, Controls::default(), "", None);
+        self.engine.add_request(&id, Arrival::default());
         self.engine.add_hashes(&id, &hashes);
         let (mut seconds, mut stored) = (0.0, 0);
         for first in (0..blocks).step_by((self.options.step / BLOCK_TOKENS) as usize) {
@@ -155,7 +155,7 @@ impl HybridRun {
         black_box(self.engine.take_events());
 
         let id = format!("again-{}", self.next);
-        self.engine.add_request(&id, Controls::default(), "", None);
+        self.engine.add_request(&id, Arrival::default());
         self.engine.add_hashes(&id, &hashes);
         let begun = Instant::now();
         let hit = self.engine.lookup(&id, self.options.tokens + 1, 0);

@@ -334,3 +334,6 @@ pub const RECORD_BYTES_MAX: u64 = 512 << 20;
 /// Engines that record their requests to one `record_trace`, each in a file of its own. Further
 /// ones are refused.
 pub const RECORDS_MAX: u32 = 1024;
+
+/// Tenants of one engine. An order of eviction is kept for each.
+pub const TENANTS_MAX: usize = 16;

@@ -1,6 +1,7 @@
 //! Counters, gauges and samples of the tier engine, with units in their names.
 
-use crate::limits::LATENCY_SAMPLES_MAX;
+use crate::limits::{LATENCY_SAMPLES_MAX, TENANTS_MAX};
+use crate::policy::Owner;
 
 /// Why a block was not kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,6 +60,31 @@ impl DropReason {
     }
 }
 
+/// What is counted of one tenant, or of all who are none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct OwnerCounts {
+    /// Tokens that its requests loaded from the dram tier.
+    pub hit_tokens: u64,
+    /// Tokens that they loaded from disk.
+    pub nvme_hit_tokens: u64,
+    /// Tokens that neither vLLM's own cache nor a tier had for them.
+    pub miss_tokens: u64,
+    /// Blocks of its own that were evicted from the dram tier.
+    pub evicted_blocks: u64,
+}
+
+impl OwnerCounts {
+    /// Name and value of each.
+    pub fn plain(&self) -> [(&'static str, u64); 4] {
+        [
+            ("hit_tokens", self.hit_tokens),
+            ("nvme_hit_tokens", self.nvme_hit_tokens),
+            ("miss_tokens", self.miss_tokens),
+            ("evicted_blocks", self.evicted_blocks),
+        ]
+    }
+}
+
 /// Everything that only grows.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counters {
@@ -110,8 +136,12 @@ pub struct Counters {
     pub load_decisions: u64,
     /// Lookups whose part on disk was to be computed instead.
     pub recompute_decisions: u64,
+    /// Blocks that a request wanted pinned and that were not, because others need the room.
+    pub pins_refused: u64,
     /// States that cannot be, found in this process: bugs.
     pub invariant_violations: u64,
+    /// What is counted by tenant, too.
+    pub(crate) by_owner: [OwnerCounts; TENANTS_MAX + 1],
 }
 
 impl Counters {
@@ -121,8 +151,18 @@ impl Counters {
         self.dropped_blocks[index] += blocks;
     }
 
+    /// What is counted of one tenant.
+    pub fn of(&self, owner: Owner) -> &OwnerCounts {
+        &self.by_owner[usize::from(owner.0).min(TENANTS_MAX)]
+    }
+
+    /// As [`Self::of`], to count.
+    pub fn of_mut(&mut self, owner: Owner) -> &mut OwnerCounts {
+        &mut self.by_owner[usize::from(owner.0).min(TENANTS_MAX)]
+    }
+
     /// Name and value of each plain counter.
-    pub fn plain(&self) -> [(&'static str, u64); 24] {
+    pub fn plain(&self) -> [(&'static str, u64); 25] {
         [
             ("hit_blocks", self.hit_blocks),
             ("hit_tokens", self.hit_tokens),
@@ -147,6 +187,7 @@ impl Counters {
             ("nvme_outages", self.nvme_outages),
             ("load_decisions", self.load_decisions),
             ("recompute_decisions", self.recompute_decisions),
+            ("pins_refused", self.pins_refused),
             ("invariant_violations", self.invariant_violations),
         ]
     }
@@ -165,6 +206,8 @@ pub struct Gauges {
     pub filled_slots: u64,
     /// Holds on blocks.
     pub pins: u64,
+    /// Blocks that requests have pinned for a time.
+    pub pinned_blocks: u64,
     /// Owners of holds: running loads.
     pub leases: u64,
     /// vLLM blocks that must not be overwritten before they were copied.
@@ -203,13 +246,14 @@ pub struct Gauges {
 
 impl Gauges {
     /// Name and value of each gauge.
-    pub fn all(&self) -> [(&'static str, u64); 22] {
+    pub fn all(&self) -> [(&'static str, u64); 23] {
         [
             ("total_slots", self.total_slots),
             ("free_slots", self.free_slots),
             ("filling_slots", self.filling_slots),
             ("filled_slots", self.filled_slots),
             ("pins", self.pins),
+            ("pinned_blocks", self.pinned_blocks),
             ("leases", self.leases),
             ("fences", self.fences),
             ("pending_events", self.pending_events),

@@ -21,7 +21,7 @@ use kvcellar_engine::tier::mover::{self, Mover};
 use kvcellar_engine::tier::offload::{Offer, Start};
 use kvcellar_engine::tier::opening::{self, Identity};
 use kvcellar_engine::tier::warm_table::WarmTable;
-use kvcellar_engine::tier::{TierEngine, namespace};
+use kvcellar_engine::tier::{Arrival, TierEngine, namespace};
 
 /// The tier engine of one `EngineCore`.
 #[pyclass(frozen, name = "TierEngine", module = "kvcellar._native")]
@@ -148,8 +148,8 @@ impl PyTierEngine {
     }
 
     /// A request arrived. `controls`: JSON object of the user's wishes, or `None`; `adapter`: 16
-    /// bytes that say what its LoRA adapter consists of, nothing without one.
-    #[pyo3(signature = (request, controls, lora_name, adapter=inputs::NO_ADAPTER))]
+    /// bytes that say what its LoRA adapter consists of, nothing without one; `cache_salt`: vLLM's.
+    #[pyo3(signature = (request, controls, lora_name, adapter=inputs::NO_ADAPTER, cache_salt=None))]
     fn add_request(
         &self,
         py: Python<'_>,
@@ -157,12 +157,13 @@ impl PyTierEngine {
         controls: Option<&str>,
         lora_name: &str,
         adapter: &[u8],
+        cache_salt: Option<&str>,
     ) -> PyResult<()> {
         let adapter = inputs::adapter(adapter)?;
         self.run(py, |engine| {
             TierEngine::check_request_id(request)?;
             let controls = controls.map(Controls::parse).transpose()?.unwrap_or_default();
-            engine.add_request(request, controls, lora_name, adapter);
+            engine.add_request(request, Arrival { controls, cache_salt, lora: lora_name, adapter });
             Ok(())
         })
     }

@@ -6,7 +6,7 @@ use pyo3::types::{IntoPyDict, PyBytes, PyDict, PyList};
 use kvcellar_block::{BlockHash, Tier};
 use kvcellar_engine::event_log::Run;
 use kvcellar_engine::gpu::worker::CopyStats;
-use kvcellar_engine::tier::{StatsDelta, engine, opening};
+use kvcellar_engine::tier::{StatsDelta, TenantDelta, engine, opening};
 
 /// The pool an engine got.
 #[pyclass(frozen, get_all, module = "kvcellar._native")]
@@ -198,17 +198,24 @@ pub(super) struct EngineStats {
     gauges: Py<PyDict>,
     /// Durations of lookups, in seconds.
     lookup_seconds: Py<PyList>,
+    /// By tenant, where there are any: growth of its counters, and its blocks by tier.
+    tenants: Py<PyDict>,
 }
 
 impl EngineStats {
     /// The differences as Python's plain data.
     pub(super) fn new(py: Python<'_>, delta: StatsDelta) -> PyResult<Self> {
-        let StatsDelta { counters, dropped, gauges, lookup_seconds } = delta;
+        let StatsDelta { counters, dropped, gauges, lookup_seconds, tenants } = delta;
+        let of_tenants = PyDict::new(py);
+        for TenantDelta { name, counters, blocks } in tenants {
+            of_tenants.set_item(name, (counters.into_py_dict(py)?, blocks.into_py_dict(py)?))?;
+        }
         Ok(Self {
             counters: counters.into_py_dict(py)?.unbind(),
             dropped: dropped.into_py_dict(py)?.unbind(),
             gauges: gauges.into_py_dict(py)?.unbind(),
             lookup_seconds: PyList::new(py, lookup_seconds)?.unbind(),
+            tenants: of_tenants.unbind(),
         })
     }
 }

@@ -1,5 +1,7 @@
 //! What a replay counts.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 
 use super::device::DeviceModel;
@@ -45,6 +47,8 @@ pub struct Totals {
     pub last_ms: u64,
     /// Predicted times to first token, in seconds.
     pub first_token_s: Vec<f32>,
+    /// By tenant, where requests have one: tokens of its prompts, and those found.
+    pub tenants: BTreeMap<String, (u64, u64)>,
 }
 
 impl Account {
@@ -67,6 +71,11 @@ impl Account {
         totals.prefill_s += device.prefill_s(0, request.prompt_tokens);
         totals.last_ms = request.at_ms;
         totals.first_token_s.push((computed_s + load_s) as f32);
+        if let Some(tenant) = &request.tenant {
+            let (tokens, found) = totals.tenants.entry(tenant.clone()).or_default();
+            *tokens += u64::from(request.prompt_tokens);
+            *found += u64::from(hit_tokens);
+        }
     }
 }
 
@@ -105,6 +114,18 @@ pub struct Summary {
     pub prefill_saved_s: f64,
     /// Their share of all.
     pub prefill_saved_share: f64,
+    /// By tenant, where requests have one.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tenants: Vec<TenantSummary>,
+}
+
+/// One tenant's part.
+#[derive(Debug, Clone, Serialize)]
+pub struct TenantSummary {
+    /// As the trace names it.
+    pub name: String,
+    /// Share of its prompts' tokens that were found.
+    pub hit_tokens_share: f64,
 }
 
 impl Totals {
@@ -134,6 +155,12 @@ impl Totals {
             ttft_p90_ms: at(90),
             ttft_mean_ms: mean,
             prefill_saved_s: self.saved_s,
+            tenants: (self.tenants.iter())
+                .map(|(name, (tokens, found))| TenantSummary {
+                    name: name.clone(),
+                    hit_tokens_share: share(*found, *tokens),
+                })
+                .collect(),
             prefill_saved_share: if self.prefill_s > 0.0 { self.saved_s / self.prefill_s } else { 0.0 },
         }
     }

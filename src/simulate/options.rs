@@ -16,7 +16,7 @@ use super::trace::WorkloadSource;
 use super::{picture, table};
 use kvcellar_bench::report::{Goal, print_goals, report};
 use kvcellar_block::error::{Error, Result};
-use kvcellar_engine::config::size;
+use kvcellar_engine::config::{Config, TenantList, size};
 use kvcellar_engine::policy::{Admission, LoadPolicy, PolicyName};
 
 /// Which blocks are written to disk.
@@ -84,6 +84,10 @@ pub struct SimulateOptions {
     /// Share of the slots, in percent, kept free or clean.
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u64).range(..=100))]
     pub clean_percent: u64,
+    /// Shares of tenants, as the configuration's key `tenants`; requests are told apart by the
+    /// trace's field `tenant`.
+    #[arg(long, value_name = "JSON", conflicts_with = "sweep")]
+    pub tenants: Option<String>,
     /// The modelled device.
     #[command(flatten)]
     pub device: DeviceModel,
@@ -129,7 +133,17 @@ impl SimulateOptions {
                 LoadChoice::Never => LoadPolicy::Never,
             },
             clean_percent: self.clean_percent,
+            tenants: TenantList::default(),
         }
+    }
+
+    /// As [`Self::choices`], with the tenants that the user named.
+    fn choices_and_tenants(&self) -> Result<Choices> {
+        let Some(text) = &self.tenants else { return Ok(self.choices()) };
+        let no_json = |error| Error::config("--tenants", format!("no JSON ({error})"), "Write the key's value");
+        let tenants: Value = serde_json::from_str(text).map_err(no_json)?;
+        let config = Config::parse(&json!({ "tenants": tenants }).to_string())?;
+        Ok(Choices { tenants: config.tenants, ..self.choices() })
     }
 
     fn keepers(&self) -> Result<Vec<Keeper>> {
@@ -189,8 +203,9 @@ fn one_size(options: &SimulateOptions, source: &WorkloadSource) -> Result<(Sizes
         return Err(Error::config("--dram", "holds no block", "Write a larger size, or a smaller --block-size"));
     }
     let sizes = Sizes { dram_blocks, nvme_blocks };
+    let choices = options.choices_and_tenants()?;
     let row = |keeper: Keeper| {
-        let totals = replay(source, &account, keeper, sizes, options.choices())?;
+        let totals = replay(source, &account, keeper, sizes, &choices)?;
         Ok(Row { keeper, summary: totals.summary(account.block_bytes) })
     };
     let rows = options.keepers()?.into_iter().map(row).collect::<Result<Vec<Row>>>()?;
@@ -206,7 +221,7 @@ fn all_sizes(options: &SimulateOptions) -> Result<(Vec<Curves>, Vec<Goal>)> {
         // Both tiers for what was asked for by name; made-up workloads are there to compare
         // policies.
         let two_tiers = !options.workloads || matches!(source, WorkloadSource::File { .. });
-        all.push(sweep::sweep(&source, &account, options.choices(), different, two_tiers, &mut progress)?);
+        all.push(sweep::sweep(&source, &account, &options.choices(), different, two_tiers, &mut progress)?);
     }
     let goals = sweep::goals(&all);
     Ok((all, goals))
@@ -311,6 +326,23 @@ mod tests {
         assert!(with.hit_blocks_share > without.hit_blocks_share && with.ttft_mean_ms < without.ttft_mean_ms);
         let never = rows("--synthetic chat --load 10 --dram 3% --nvme 60% --policy lru --load-policy never");
         assert_eq!(never.expect("a size")[0].summary.nvme_hit_blocks, 0);
+    }
+
+    #[test]
+    fn a_quiet_tenant_keeps_what_is_guaranteed_while_another_scans() {
+        let found = |tenants: &str| {
+            let text = format!("--synthetic tenants --load 30 --dram 5% --policy lru {tenants}");
+            let rows = rows(&text).expect("a replay");
+            let of =
+                |name: &str| rows[0].summary.tenants.iter().find(|it| it.name == name).map(|it| it.hit_tokens_share);
+            (of("quiet").expect("quiet"), of("scan").expect("scan"))
+        };
+        let (alone, _) = found("");
+        let (guaranteed, _) = found(r#"--tenants {"quiet":{"guaranteed":"90%"}}"#);
+        let (limited, _) = found(r#"--tenants {"scan":{"limit":"10%"}}"#);
+        assert!(guaranteed > alone + 0.05 && limited > alone + 0.05, "{alone} {guaranteed} {limited}");
+        let wrong = rows(r#"--synthetic chat --load 1 --tenants {"a":{"limit":"x"}}"#).expect_err("no share");
+        assert!(wrong.to_string().contains("tenants.a.limit"), "{wrong}");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use super::clairvoyant;
 use super::trace::WorkloadSource;
 use kvcellar_block::BlockHash;
 use kvcellar_block::error::Result;
+use kvcellar_engine::config::TenantList;
 use kvcellar_engine::policy::{Admission, LoadPolicy, PolicyName};
 use kvcellar_engine::tier::replay::{ReplaySettings, TierReplay};
 
@@ -63,7 +64,7 @@ pub struct Row {
 }
 
 /// What the user decided about the tiers beside their policy.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Choices {
     /// Which blocks are written to disk.
     pub admission: Admission,
@@ -71,6 +72,8 @@ pub struct Choices {
     pub load_policy: LoadPolicy,
     /// Share of the slots, in percent, kept free or clean.
     pub clean_percent: u64,
+    /// Who shares the tiers.
+    pub tenants: TenantList,
 }
 
 /// The block hash that stands for a trace's id.
@@ -97,7 +100,7 @@ pub fn replay(
     account: &Account,
     keeper: Keeper,
     sizes: Sizes,
-    choices: Choices,
+    choices: &Choices,
 ) -> Result<Totals> {
     let policy = match keeper {
         Keeper::Policy(policy) => policy,
@@ -107,7 +110,7 @@ pub fn replay(
         }
         Keeper::Infinite => return clairvoyant::replay(source, account, None),
     };
-    let mut tiers = TierReplay::new(ReplaySettings {
+    let settings = ReplaySettings {
         slots: sizes.dram_blocks,
         extents: sizes.nvme_blocks,
         block_tokens: account.block_tokens,
@@ -117,13 +120,15 @@ pub fn replay(
         load_policy: choices.load_policy,
         rates: account.device.rates(),
         clean_percent: choices.clean_percent,
-    });
+    };
+    let mut tiers = TierReplay::shared(settings, &choices.tenants);
     let mut totals = Totals::default();
     let mut hashes = Vec::new();
     source.each(&mut |request| {
         hashes.clear();
         hashes.extend(request.blocks.iter().map(|id| hash(*id)));
-        let served = tiers.serve(&hashes, request.prompt_tokens);
+        let owner = choices.tenants.owner(request.tenant.as_deref(), None);
+        let served = tiers.serve_for(owner, &hashes, request.prompt_tokens);
         account.add(&mut totals, request, served.dram, served.nvme);
         totals.stored += u64::from(served.stored);
         totals.written += u64::from(served.written);

@@ -3,7 +3,7 @@
 use serde::Deserialize;
 
 /// One request.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 pub struct TracedRequest {
     /// When it came, in ms from the trace's beginning.
     #[serde(rename = "timestamp")]
@@ -21,6 +21,9 @@ pub struct TracedRequest {
     /// Tokens of a block, where the trace says it.
     #[serde(default)]
     pub block_tokens: Option<u32>,
+    /// Its tenant, where the trace says it.
+    #[serde(default)]
+    pub tenant: Option<String>,
 }
 
 impl TracedRequest {

@@ -74,7 +74,7 @@ fn part_of(blocks: u64, percent: u32) -> u32 {
 pub fn sweep(
     source: &WorkloadSource,
     account: &Account,
-    choices: Choices,
+    choices: &Choices,
     different_blocks: u64,
     two_tiers: bool,
     progress: &mut dyn FnMut(&str),

@@ -5,6 +5,8 @@
 
 #![expect(clippy::cast_sign_loss, reason = "times and counts are not negative")]
 
+use std::ops::Range;
+
 use clap::ValueEnum;
 
 use super::request::TracedRequest;
@@ -66,6 +68,7 @@ impl Synthetic {
             next_block: 0,
             load: f64::from(self.load_percent) / 100.0,
             prompts: Vec::new(),
+            tenants: Vec::new(),
         };
         match self.workload {
             Workload::Chat => player.chat(0.0, SECONDS, 1.2),
@@ -83,7 +86,10 @@ impl Synthetic {
             Workload::Tenants => {
                 player.rag(0.0, SECONDS, 1.5);
                 player.chat(0.0, SECONDS, 0.4);
+                let quiet = 0..player.next_block;
                 player.circle(0.0, SECONDS, 0.25);
+                let scan = quiet.end..player.next_block;
+                player.tenants = vec![(quiet, "quiet"), (scan, "scan")];
             }
         }
         player.into_requests()
@@ -97,6 +103,8 @@ struct Player {
     load: f64,
     /// When each prompt comes, in seconds, and its blocks.
     prompts: Vec<(f64, Vec<u64>)>,
+    /// Blocks whose requests belong to a tenant, by ranges of their first one.
+    tenants: Vec<(Range<u64>, &'static str)>,
 }
 
 impl Player {
@@ -222,7 +230,12 @@ impl Player {
 
     fn into_requests(mut self) -> Vec<TracedRequest> {
         self.prompts.sort_by(|(one, _), (other, _)| one.total_cmp(other));
+        let tenant = |first: Option<&u64>| {
+            let of_it = |(range, _): &&(Range<u64>, &str)| first.is_some_and(|first| range.contains(first));
+            self.tenants.iter().find(of_it).map(|(_, name)| (*name).to_owned())
+        };
         let request = |(at, blocks): (f64, Vec<u64>)| TracedRequest {
+            tenant: tenant(blocks.first()),
             at_ms: (at * 1e3) as u64,
             prompt_tokens: blocks.len() as u32 * BLOCK_TOKENS,
             answer_tokens: BLOCK_TOKENS,

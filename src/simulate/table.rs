@@ -45,6 +45,9 @@ pub fn one_size(workload: &str, sizes: Sizes, block_bytes: u64, rows: &[Row]) ->
             summary.ttft_p90_ms,
             summary.prefill_saved_s,
         );
+        for tenant in &summary.tenants {
+            let _ = writeln!(text, "  {:<16}{:>6.2}% of its tokens", tenant.name, tenant.hit_tokens_share * 100.0);
+        }
     }
     text
 }

@@ -180,7 +180,13 @@ mod tests {
         assert_eq!(found.len(), 2);
         assert_eq!(
             found[0],
-            TracedRequest { at_ms: 5, prompt_tokens: 600, answer_tokens: 2, blocks: vec![7, 8], block_tokens: None }
+            TracedRequest {
+                at_ms: 5,
+                prompt_tokens: 600,
+                answer_tokens: 2,
+                blocks: vec![7, 8],
+                ..TracedRequest::default()
+            }
         );
         assert_eq!((found[0].tokens_of(1, 512), found[0].tokens_of(2, 512)), (512, 600));
     }

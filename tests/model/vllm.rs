@@ -7,12 +7,12 @@ use std::sync::Arc;
 use kvcellar_block::kinds::{ChunkedLocal, SlidingWindow};
 use kvcellar_block::plan::{BlockCopy, StepPlan};
 use kvcellar_block::{BlockHash, BlockKey, GroupIndex, GroupKind, GroupSpec, Grouping, SlotIndex};
-use kvcellar_engine::config::{Config, Controls};
+use kvcellar_engine::config::Config;
 use kvcellar_engine::event_log::Run;
 use kvcellar_engine::pool::memory::{HeapSlots, SlotMemory};
-use kvcellar_engine::tier::TierEngine;
 use kvcellar_engine::tier::load::Hit;
 use kvcellar_engine::tier::offload::{GroupOffer, Offer, Start};
+use kvcellar_engine::tier::{Arrival, TierEngine};
 use proptest::prelude::*;
 
 use super::dram::{Dram, Life, Name, is_ever_needed, is_needed, name};
@@ -180,7 +180,7 @@ impl Simulation {
     fn arrive(&mut self, family: u8, tokens: u32) {
         self.serial += 1;
         let id = format!("request-{}", self.serial);
-        self.engine.add_request(&id, Controls::default(), "", None);
+        self.engine.add_request(&id, Arrival::default());
         let hashes: Vec<BlockHash> = (0..tokens / self.grouping.hash_tokens).map(|index| hash(family, index)).collect();
         self.engine.add_hashes(&id, &hashes);
         let groups = self.grouping.groups.len();

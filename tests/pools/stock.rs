@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use kvcellar_block::plan::{BlockCopy, StepPlan, VERIFY};
 use kvcellar_block::{AdapterId, GroupIndex, SlotIndex};
-use kvcellar_engine::config::{Config, Controls};
+use kvcellar_engine::config::Config;
 use kvcellar_engine::pool::Pool;
 use kvcellar_engine::pool::memory::SlotMemory;
 use kvcellar_engine::pool::open::Opened;
 use kvcellar_engine::pool::slot_table::SlotState;
+use kvcellar_engine::tier::Arrival;
 use kvcellar_engine::tier::engine::TierEngine;
 use kvcellar_engine::tier::load::Hit;
 use kvcellar_engine::tier::offload::{GroupOffer, Offer, Start};
@@ -56,7 +57,7 @@ impl Stock {
         self.requests += 1;
         let id = format!("request-{}", self.requests);
         let name = self.adapter.map_or("", |_| "sql");
-        self.engine.add_request(&id, Controls::default(), name, self.adapter);
+        self.engine.add_request(&id, Arrival { lora: name, adapter: self.adapter, ..Arrival::default() });
         self.engine.add_hashes(&id, &hashes.iter().map(|number| hash(*number)).collect::<Vec<_>>());
         id
     }

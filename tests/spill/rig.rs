@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use kvcellar_block::Tier;
 use kvcellar_block::geometry::RankBytes;
 use kvcellar_block::{BlockHash, GroupKind, GroupSpec, Grouping, SlotGeometry};
+use kvcellar_engine::config::Config;
 use kvcellar_engine::config::nvme::StagingChoice;
-use kvcellar_engine::config::{Config, Controls};
 use kvcellar_engine::event_log::Run;
 use kvcellar_engine::gpu::Copier;
 use kvcellar_engine::gpu::host::HostCopier;
@@ -22,12 +22,12 @@ use kvcellar_engine::nvme::disk::Disk;
 use kvcellar_engine::nvme::staging::HugeStaging;
 use kvcellar_engine::nvme::store::{Store, Wish as StoreWish};
 use kvcellar_engine::pool::open::{self, Wish};
-use kvcellar_engine::tier::TierEngine;
 use kvcellar_engine::tier::disk_tier::{DiskParts, DiskSettings};
 use kvcellar_engine::tier::load::Hit;
 use kvcellar_engine::tier::mover::{self, Mover, ToMover};
 use kvcellar_engine::tier::offload::{GroupOffer, Offer, Start};
 use kvcellar_engine::tier::opening::{self, DiskReport, Identity};
+use kvcellar_engine::tier::{Arrival, TierEngine};
 
 use kvcellar_testkit::faulty_disk::FaultyDisk;
 
@@ -204,6 +204,7 @@ impl Rig {
             retention_s: None,
             write_budget: config.nvme.write_budget,
             policy: config.policy,
+            tenants: config.tenants.clone(),
         };
         let device = Arc::clone(&disk) as Arc<dyn Disk>;
         let staging = (config.nvme.staging == StagingChoice::On)
@@ -266,7 +267,7 @@ impl Rig {
         let id = format!("request-{}", self.requests);
         let hashes: Vec<BlockHash> = (0..blocks).map(|index| hash(chain, index)).collect();
         let mut engine = self.lock();
-        engine.add_request(&id, Controls::default(), "", None);
+        engine.add_request(&id, Arrival::default());
         engine.add_hashes(&id, &hashes);
         drop(engine);
         id

@@ -12,14 +12,14 @@ use super::bare;
 use kvcellar_block::error::{Error, Result};
 use kvcellar_block::plan::{BlockCopy, StepPlan};
 use kvcellar_block::{BlockHash, Grouping, SlotIndex};
-use kvcellar_engine::config::{Config, Controls};
+use kvcellar_engine::config::Config;
 use kvcellar_engine::nvme::disk::Description;
 use kvcellar_engine::pool::{Pool, futex};
-use kvcellar_engine::tier::TierEngine;
 use kvcellar_engine::tier::load::Hit;
 use kvcellar_engine::tier::mover::Mover;
 use kvcellar_engine::tier::offload::{GroupOffer, Offer, Start};
 use kvcellar_engine::tier::opening::{self, Identity};
+use kvcellar_engine::tier::{Arrival, TierEngine};
 
 /// How long one chain may take before the benchmark gives up.
 const PATIENCE: Duration = Duration::from_mins(2);
@@ -91,7 +91,7 @@ impl WholeTier {
         let id = format!("{what}-{chain}");
         let hashes: Vec<BlockHash> = (0..self.chain_blocks).map(|index| hash(chain, index)).collect();
         let mut engine = lock(&self.engine);
-        engine.add_request(&id, Controls::default(), "", None);
+        engine.add_request(&id, Arrival::default());
         engine.add_hashes(&id, &hashes);
         id
     }

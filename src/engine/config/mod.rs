@@ -8,6 +8,7 @@ pub mod controls;
 pub mod nvme;
 pub mod policy;
 pub mod size;
+pub mod tenants;
 
 use std::path::PathBuf;
 
@@ -18,6 +19,7 @@ use kvcellar_block::error::{Error, Result};
 pub use controls::Controls;
 pub use nvme::NvmeConfig;
 pub use policy::PolicyName;
+pub use tenants::TenantList;
 
 /// What to do with a model that has KV cache groups this version cannot keep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +73,8 @@ pub struct Config {
     pub on_reset: OnReset,
     /// Which blocks both tiers keep.
     pub policy: PolicyName,
+    /// Who shares both tiers.
+    pub tenants: TenantList,
     /// The nvme tier.
     pub nvme: NvmeConfig,
     /// Where the engine writes its operation log, if anywhere. Hashes and counts, never tokens.
@@ -98,6 +102,7 @@ pub const KEYS: &[(&str, &str)] = &[
     ("verify_loads", "true or false"),
     ("on_reset", "\"erase\" or \"keep\""),
     ("policy", "\"lru\", \"s3fifo\", \"arc\", \"lrfu\" or \"adaptive\""),
+    ("tenants", "tenants such as {\"acme\": {\"guaranteed\": \"20%\", \"limit\": \"60%\"}}"),
     ("trace_file", "an absolute path"),
     ("record_trace", "an absolute path"),
 ];
@@ -119,6 +124,7 @@ impl Default for Config {
             verify_loads: false,
             on_reset: OnReset::Erase,
             policy: PolicyName::Lru,
+            tenants: TenantList::default(),
             nvme: NvmeConfig::default(),
             trace_file: None,
             record_trace: None,
@@ -183,6 +189,7 @@ impl Config {
             "policy" => {
                 self.policy = value.as_str().and_then(PolicyName::named).ok_or_else(|| wrong(key, value))?;
             }
+            "tenants" => self.tenants = TenantList::parse(key, value)?,
             "trace_file" => self.trace_file = Some(absolute_path(key, value)?),
             "record_trace" => self.record_trace = Some(absolute_path(key, value)?),
             _ if self.nvme.set(key, value)? => {}
@@ -251,7 +258,7 @@ mod tests {
     #[test]
     fn every_documented_key_is_accepted() {
         let json = r#"{"dram_size":"512MiB","pool_dir":"/dev/shm","keep_pool":false,"copy_threads":3,"unsupported_groups":"bypass",
-            "strict_load_failure":true,"events":false,"without_prefix_caching":true,"local_engines":4,"namespace_salt":"x","verify_loads":true,"on_reset":"keep","policy":"adaptive","trace_file":"/tmp/t","record_trace":"/tmp/r",
+            "strict_load_failure":true,"events":false,"without_prefix_caching":true,"local_engines":4,"namespace_salt":"x","verify_loads":true,"on_reset":"keep","policy":"adaptive","tenants":{"a":{"guaranteed":"10%"}},"trace_file":"/tmp/t","record_trace":"/tmp/r",
             "nvme_dir":"/disk","nvme_size":"1GiB","nvme_reserve":"2GiB","nvme_engine":"threads","nvme_staging":"off","nvme_admission":"reused",
             "nvme_write_budget":"2TB/day",
             "write_through":true,"clean_percent":25,"load_policy":"auto","retention":"24h"}"#;

@@ -226,7 +226,7 @@ impl NvmeConfig {
 }
 
 /// Seconds of a time such as `90s`, `30m`, `24h` or `7d`.
-fn seconds(text: &str) -> Option<u64> {
+pub(super) fn seconds(text: &str) -> Option<u64> {
     let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
     let unit = match unit {
         "s" => 1,

@@ -17,6 +17,7 @@ pub mod lru;
 mod oracle;
 mod rings;
 pub mod s3fifo;
+pub mod tenants;
 pub mod write_budget;
 
 pub use adaptive::Adaptive;
@@ -27,6 +28,7 @@ pub use load::LoadPolicy;
 pub use lrfu::Lrfu;
 pub use lru::Lru;
 pub use s3fifo::S3Fifo;
+pub use tenants::{Owner, Quota, Tenants};
 pub use write_budget::WriteBudget;
 
 pub use crate::config::policy::PolicyName;

@@ -54,6 +54,9 @@ impl Attached {
 
     /// Finishes what the ranks have answered, and has dirty blocks written.
     pub(super) fn poll(&mut self, session: &mut Session) {
+        if self.tiers.dram.kept() > 0 {
+            self.tiers.dram.let_go_of_kept(Instant::now());
+        }
         while let Some(request) = self.offloads.complete_next(&mut self.tiers, session) {
             self.retire_if_done(session, &request);
             if self.offloads.is_empty() {
@@ -237,6 +240,7 @@ impl Attached {
             filling_slots: census.filling,
             filled_slots: census.filled,
             pins: census.pins,
+            pinned_blocks: self.tiers.dram.kept(),
             leases: self.loads.running() as u64,
             fences: self.offloads.fences() as u64,
             pending_events: self.tiers.dram.events.len() as u64,

@@ -6,8 +6,8 @@ use std::collections::VecDeque;
 use super::dirty::Dirty;
 use super::extents::Extents;
 use super::residency::Residency;
-use crate::policy::Admission;
 use crate::policy::admission::Candidate;
+use crate::policy::{Admission, Owner};
 use crate::{limits, violated};
 use kvcellar_block::BlockKey;
 
@@ -89,10 +89,10 @@ pub(super) fn judge(
     if room { CleaningStep::Write(key) } else { CleaningStep::NeedsRoom(key) }
 }
 
-/// Drops the coldest block on disk to make room for one more. `None`: all are being read or
-/// written.
-pub(super) fn make_room(extents: &mut Extents, dram: &mut Residency) -> Option<BlockKey> {
-    let gone = extents.evict(&mut dram.events)?;
+/// Drops the coldest block on disk to make room for one more of `owner`. `None`: all that may go
+/// are being read or written.
+pub(super) fn make_room(extents: &mut Extents, dram: &mut Residency, owner: Owner) -> Option<BlockKey> {
+    let gone = extents.evict(owner, &mut dram.events)?;
     dram.counters.nvme_evicted_blocks += 1;
     if let Some(held) = dram.find(&gone) {
         dram.set_clean(held, false);

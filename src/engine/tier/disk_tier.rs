@@ -68,8 +68,8 @@ impl DiskTier {
     ) -> (Self, OpenedDisk) {
         let window = set_window_aside(pool, dram);
         let window_slots = window.slots();
-        let mut medium = Medium::new(parts.store, parts.disk, Arc::clone(pool), parts.jobs, settings);
         let oldest = settings.retention_s.map_or(0, |retention| now_s().saturating_sub(retention));
+        let mut medium = Medium::new(parts.store, parts.disk, Arc::clone(pool), parts.jobs, settings);
         for entry in parts.found.iter().filter(|entry| entry.written_s >= oldest) {
             let stamp = Stamp { sequence: entry.sequence, written_s: entry.written_s };
             medium.extents.adopt(entry.extent, &entry.key, stamp);

@@ -13,22 +13,22 @@ use super::medium::Medium;
 use super::observe::{Collector, StatsDelta};
 use super::offload::{Offer, Start};
 use super::recorder::Recorder;
-use super::requests::{Finished, Requests};
+use super::requests::{Arrival, Finished, Requests};
 use super::residency::Residency;
 use super::session::Session;
 use super::tiers::Tiers;
 use super::trace::{self, OperationLog};
-use crate::config::{Config, Controls, OnReset};
+use crate::config::{Config, OnReset, TenantList};
 use crate::event_log::{EventLog, Run};
 use crate::metrics::{Counters, Gauges};
 use crate::nvme::buffer::PoolPart;
-use crate::policy::{self, PolicyName};
+use crate::policy::{PolicyName, Tenants};
 use crate::pool::Pool;
 use crate::pool::memory::SlotMemory;
 use crate::{invariant, limits, violated};
 use kvcellar_block::error::{Error, Result};
 use kvcellar_block::plan::{ANSWERED, StepPlan};
-use kvcellar_block::{AdapterId, BlockHash, BlockKey, Grouping, SlotIndex, Tier};
+use kvcellar_block::{BlockHash, BlockKey, Grouping, SlotIndex, Tier};
 
 /// Legal states: detached -> attached, by [`TierEngine::open`] or [`TierEngine::open_pool`], and
 /// back by [`TierEngine::close`].
@@ -49,6 +49,8 @@ pub struct TierEngine {
     events_enabled: bool,
     /// Chooses which blocks stay in the dram tier.
     policy: PolicyName,
+    /// Who shares the tiers.
+    tenants: TenantList,
     on_reset: OnReset,
     /// A reset came: what is stored belongs to this process alone, in whatever pool or store.
     private: bool,
@@ -88,6 +90,7 @@ impl TierEngine {
             events_enabled: config.events,
             on_reset: config.on_reset,
             policy: config.policy,
+            tenants: config.tenants.clone(),
             private: false,
         })
     }
@@ -95,6 +98,11 @@ impl TierEngine {
     /// The groups this engine was made for.
     pub fn grouping(&self) -> &Grouping {
         self.session.requests.grouping()
+    }
+
+    /// The order of eviction of so many slots.
+    fn places(&self, slots: u32) -> Tenants<SlotIndex> {
+        Tenants::new(self.policy, slots, &self.tenants.quotas(slots))
     }
 
     fn attached(&self) -> Option<&Attached> {
@@ -112,10 +120,7 @@ impl TierEngine {
     /// Gives the engine its slots, which hold nothing.
     pub fn open(&mut self, memory: Arc<dyn SlotMemory>) {
         let slots = memory.slot_count();
-        self.attach(
-            Residency::new(memory, policy::build(self.policy, slots), EventLog::new(self.events_enabled)),
-            None,
-        );
+        self.attach(Residency::new(memory, self.places(slots), EventLog::new(self.events_enabled)), None);
         self.session.log.record(|| trace::line("open", &[("slots", slots.into()), ("adopted", 0.into())]));
     }
 
@@ -134,8 +139,7 @@ impl TierEngine {
         }
         let pool = Arc::new(pool);
         let memory: Arc<dyn SlotMemory> = Arc::new(Arc::clone(&pool));
-        let mut dram =
-            Residency::new(memory, policy::build(self.policy, pool.slot_count()), EventLog::new(self.events_enabled));
+        let mut dram = Residency::new(memory, self.places(pool.slot_count()), EventLog::new(self.events_enabled));
         let adopted = super::adoption::take_over(&mut dram, adopt);
         let fields = [
             ("slots", Value::from(pool.slot_count())),
@@ -214,10 +218,10 @@ impl TierEngine {
         self.session.plan = StepPlan::default();
     }
 
-    /// A request arrived. `lora`: name of its adapter, empty for none; `adapter`: what that
-    /// consists of.
-    pub fn add_request(&mut self, id: &str, controls: Controls, lora: &str, adapter: Option<AdapterId>) {
-        self.session.requests.add(id, controls, lora, adapter);
+    /// A request arrived.
+    pub fn add_request(&mut self, id: &str, arrival: Arrival<'_>) {
+        let owner = self.tenants.owner(arrival.controls.tenant.as_deref(), arrival.cache_salt);
+        self.session.requests.add(id, owner, arrival);
     }
 
     /// Appends block hashes of a request; those of one that was left out are not needed.
@@ -452,7 +456,13 @@ impl TierEngine {
     /// What changed since the last call; `None` when nothing did.
     pub fn take_stats(&mut self) -> Option<StatsDelta> {
         let (counters, gauges) = (self.counters(), self.gauges());
-        self.collector.collect(&counters, &gauges)
+        let tiers = match &self.state {
+            State::Attached(attached) => Some(&attached.tiers),
+            State::Detached => None,
+        };
+        let blocks = |owner| tiers.map_or([("dram", 0), ("nvme", 0)], |tiers| tiers.blocks_of(owner));
+        let tenants = self.tenants.names().map(|(owner, name)| (owner, name, blocks(owner)));
+        self.collector.collect(&counters, &gauges, tenants)
     }
 
     /// An id that cannot travel in a plan is refused where it enters.

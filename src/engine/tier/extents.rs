@@ -8,7 +8,7 @@
 use super::extent_state::{ExtentChange, ExtentState};
 use super::table::Table;
 use crate::event_log::EventLog;
-use crate::policy::{Block, Departure, Eviction, Heat, PolicyName, Touch, build};
+use crate::policy::{Block, Departure, Heat, Owner, PolicyName, Quota, Tenants, Touch};
 use crate::{invariant, violated};
 use kvcellar_block::descriptor::Lineage;
 use kvcellar_block::{BlockHash, BlockKey, ExtentIndex, GroupIndex, Tier};
@@ -25,7 +25,7 @@ pub struct Stamp {
 /// The nvme tier's contents.
 pub struct Extents {
     table: Table<ExtentIndex, ExtentState>,
-    order: Box<dyn Eviction<ExtentIndex>>,
+    order: Tenants<ExtentIndex>,
     free: Vec<ExtentIndex>,
     stamps: Box<[Stamp]>,
     ready: u32,
@@ -41,11 +41,11 @@ pub struct Extents {
 
 impl Extents {
     /// An empty tier of at most `max` extents, of which none exists yet. `policy`: chooses whom to
-    /// evict.
-    pub fn new(max: u32, policy: PolicyName) -> Self {
+    /// evict. `quotas`: what each tenant gets of it.
+    pub fn new(max: u32, policy: PolicyName, quotas: &[Quota]) -> Self {
         Self {
             table: Table::new(max),
-            order: build(policy, max),
+            order: Tenants::new(policy, max, quotas),
             free: Vec::new(),
             stamps: vec![Stamp::default(); max as usize].into_boxed_slice(),
             ready: 0,
@@ -176,7 +176,8 @@ impl Extents {
             return false;
         }
         self.transition(extent, ExtentChange::Adopt, &mut EventLog::new(false));
-        self.assign(extent, key, None);
+        self.table.insert(extent, key);
+        self.order.adopt(extent, &Block::unknown(key.fingerprint()));
         self.stamps[extent.0 as usize] = stamp;
         self.order.insert(extent, Heat::Hot);
         true
@@ -215,10 +216,20 @@ impl Extents {
         run
     }
 
-    /// Drops the coldest block to make one more extent free. Returns its key. `None`: all are being
-    /// read or written.
-    pub fn evict(&mut self, events: &mut EventLog) -> Option<BlockKey> {
-        let victim = self.order.victim(&|_| true)?;
+    /// So many more blocks of this owner may lie on disk, whether or not extents are free.
+    pub fn room(&self, owner: Owner) -> u32 {
+        self.order.room(owner)
+    }
+
+    /// Extents that hold blocks of an owner.
+    pub fn blocks_of(&self, owner: Owner) -> u32 {
+        self.order.blocks(owner)
+    }
+
+    /// Drops the coldest block to make one more extent free for a block of `asker`. Returns its
+    /// key. `None`: all that may go are being read or written.
+    pub fn evict(&mut self, asker: Owner, events: &mut EventLog) -> Option<BlockKey> {
+        let victim = self.order.victim(asker, 1, &|_| true)?;
         let evicted = self.key(victim);
         // What is in the order of eviction is not read.
         let drop = ExtentChange::Drop { retire: false, read: false };
@@ -233,16 +244,12 @@ impl Extents {
         self.free[from..].sort_unstable_by(|a, b| b.cmp(a));
     }
 
-    fn assign(&mut self, extent: ExtentIndex, key: &BlockKey, parent: Option<ExtentIndex>) {
-        self.table.insert(extent, key);
-        self.order.assign(extent, &Block { parent, ..Block::unknown(key.fingerprint()) });
-    }
-
-    /// Takes a free extent for a block that will be written. `parent`: the block before it in its
+    /// Takes a free extent for a block of `owner` that will be written. `parent`: the block before it in its
     /// prefix, as far as that is known.
     pub fn reserve(
         &mut self,
         key: &BlockKey,
+        owner: Owner,
         parent: Option<&BlockKey>,
         stamp: Stamp,
         events: &mut EventLog,
@@ -252,7 +259,8 @@ impl Extents {
             return None;
         }
         let parent = parent.and_then(|parent| self.table.find(parent));
-        self.assign(extent, key, parent);
+        self.table.insert(extent, key);
+        self.order.assign(extent, owner, &Block { parent, ..Block::unknown(key.fingerprint()) });
         self.stamps[extent.0 as usize] = stamp;
         Some(extent)
     }
@@ -285,9 +293,12 @@ impl Extents {
         self.transition(extent, ExtentChange::Drop { retire, read: self.is_read(extent) }, events);
     }
 
-    /// A block is being read: its extent is not given away.
-    pub fn begin_read(&mut self, extent: ExtentIndex) {
+    /// A block is being read for a request of `owner`: its extent is not given away.
+    pub fn begin_read(&mut self, extent: ExtentIndex, owner: Owner) {
         self.table.record_mut(extent).pins += 1;
+        if let Some(key) = self.key(extent) {
+            self.order.claim(extent, owner, &Block::unknown(key.fingerprint()));
+        }
         self.order.touch(extent, Touch::Fresh);
         self.order.remove(extent);
     }
@@ -377,12 +388,12 @@ mod tests {
 
     /// One extent, committed and being read by so many.
     fn read_by(readers: u32) -> (Extents, EventLog) {
-        let (mut extents, mut events) = (Extents::new(1, PolicyName::Lru), EventLog::new(true));
+        let (mut extents, mut events) = (Extents::new(1, PolicyName::Lru, &[]), EventLog::new(true));
         extents.make_ready(1);
-        assert_eq!(extents.reserve(&key(1), None, Stamp::default(), &mut events), Some(HERE));
+        assert_eq!(extents.reserve(&key(1), Owner::NOBODY, None, Stamp::default(), &mut events), Some(HERE));
         extents.commit(HERE, Lineage::default(), &mut events);
         for _ in 0..readers {
-            extents.begin_read(HERE);
+            extents.begin_read(HERE, Owner::NOBODY);
         }
         (extents, events)
     }
@@ -393,7 +404,7 @@ mod tests {
         extents.discard(HERE, true, &mut events);
         extents.end_read(HERE, &mut events);
         assert_eq!((extents.retired(), extents.free(), extents.committed()), (1, 0, 0));
-        assert_eq!(extents.reserve(&key(2), None, Stamp::default(), &mut events), None);
+        assert_eq!(extents.reserve(&key(2), Owner::NOBODY, None, Stamp::default(), &mut events), None);
     }
 
     #[test]
@@ -414,10 +425,10 @@ mod tests {
         let (mut extents, mut events) = read_by(2);
         extents.discard(HERE, false, &mut events);
         extents.end_read(HERE, &mut events);
-        assert_eq!((extents.free(), extents.evict(&mut events)), (0, None));
+        assert_eq!((extents.free(), extents.evict(Owner::NOBODY, &mut events)), (0, None));
         extents.end_read(HERE, &mut events);
         assert_eq!((extents.retired(), extents.free()), (0, 1));
-        assert_eq!(extents.reserve(&key(2), None, Stamp::default(), &mut events), Some(HERE));
+        assert_eq!(extents.reserve(&key(2), Owner::NOBODY, None, Stamp::default(), &mut events), Some(HERE));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::hit::{self, Sources};
 use super::offload::Offloads;
 use super::requests::{Asked, FirstHit, RequestState, Requests};
-use super::reservation::Provenance;
+use super::reservation::{Provenance, User};
 use super::restore::{LostBlock, Wanted};
 use super::session::Session;
 use super::tiers::{Source, Tiers};
@@ -193,10 +193,10 @@ impl Loads {
             session.plan.loads.push(doomed(id));
             return;
         };
-        let (local, serial) = (request.local, request.serial);
+        let (local, user) = (request.local, request.user());
         let prompt_tokens = request.known_tokens(session.requests.grouping());
         let plan = plan(tiers, session.requests.grouping(), request, admission);
-        let committed = commit(tiers, &plan, id, (serial, prompt_tokens));
+        let committed = commit(tiers, &plan, id, (user, prompt_tokens));
         for block in plan.blocks.iter().filter(|_| !plan.doomed) {
             offloads.wait_for(block.destination, 0, &mut session.plan);
         }
@@ -309,9 +309,9 @@ fn plan(tiers: &Tiers, grouping: &Grouping, request: &RequestState, admission: A
     LoadPlan { blocks, doomed }
 }
 
-/// Holds what a plan names, makes room for what comes from disk, and orders its reads. `serial`,
+/// Holds what a plan names, makes room for what comes from disk, and orders its reads. `user`,
 /// `prompt_tokens`: of the request.
-fn commit(tiers: &mut Tiers, plan: &LoadPlan, id: &str, (serial, prompt_tokens): (u32, u32)) -> Committed {
+fn commit(tiers: &mut Tiers, plan: &LoadPlan, id: &str, (user, prompt_tokens): (User, u32)) -> Committed {
     let mut committed = Committed { doomed: plan.doomed, ..Committed::default() };
     if plan.doomed {
         return committed;
@@ -319,11 +319,11 @@ fn commit(tiers: &mut Tiers, plan: &LoadPlan, id: &str, (serial, prompt_tokens):
     // First what is here, so that making room for the rest cannot evict it.
     for block in &plan.blocks {
         if let Source::Slot(slot) | Source::Restoring(slot) = block.source {
-            tiers.dram.pin(slot, serial);
+            tiers.dram.pin(slot, user);
             committed.held.push((slot, block.first_token));
         }
     }
-    committed.evicted = make_room(tiers, plan, serial);
+    committed.evicted = make_room(tiers, plan, user);
     let mut reads: Vec<ReadPart> = Vec::new();
     // The slot of each group's last block so far: the next one follows it.
     let mut parents: Vec<Option<SlotIndex>> = Vec::new();
@@ -335,7 +335,7 @@ fn commit(tiers: &mut Tiers, plan: &LoadPlan, id: &str, (serial, prompt_tokens):
             Source::Slot(slot) => (slot, tiers.dram.generation(slot), verify_flag(tiers, slot)),
             Source::Restoring(slot) => (slot, tiers.dram.generation(slot), FOLLOW | verify_flag(tiers, slot)),
             Source::Extent(extent) => {
-                let wanted = Wanted { key: *key, extent, token: *first_token, request: id, serial, provenance };
+                let wanted = Wanted { key: *key, extent, token: *first_token, request: id, user, provenance };
                 let Some(part) = plan_read(tiers, wanted) else {
                     // Neither a slot of its own nor a window.
                     committed.doomed = true;
@@ -380,7 +380,7 @@ fn plan_read(tiers: &mut Tiers, wanted: Wanted<'_>) -> Option<ReadPart> {
 
 /// Empties slots for the blocks that only the disk has. What is gone from memory is as recent on
 /// disk as it was there.
-fn make_room(tiers: &mut Tiers, plan: &LoadPlan, serial: u32) -> Vec<BlockKey> {
+fn make_room(tiers: &mut Tiers, plan: &LoadPlan, user: User) -> Vec<BlockKey> {
     if tiers.disk.is_none() {
         return Vec::new();
     }
@@ -388,7 +388,7 @@ fn make_room(tiers: &mut Tiers, plan: &LoadPlan, serial: u32) -> Vec<BlockKey> {
     let needs_slot =
         |block: &&PlannedBlock| matches!(block.source, Source::Extent(_)) && tiers.dram.find_any(&block.key).is_none();
     let count = plan.blocks.iter().filter(needs_slot).count();
-    let evicted = tiers.dram.make_room(count, serial);
+    let evicted = tiers.dram.make_room(count, user);
     for key in &evicted {
         if let Some(extent) = tiers.on_disk(key) {
             tiers.touch_on_disk(&[extent]);
@@ -411,6 +411,7 @@ fn count(counters: &mut Counters, requests: &mut Requests, id: &str, external: u
     counters.nvme_hit_tokens += u64::from(tokens);
     if let Some(request) = requests.get_mut(id) {
         request.disk_tokens = tokens;
+        counters.of_mut(request.owner).nvme_hit_tokens += u64::from(tokens);
     }
     count_lookup(counters, requests, id, external, (blocks, tokens));
 }
@@ -431,6 +432,7 @@ pub(super) fn count_lookup(
     }
     request.first_hit = FirstHit { local: request.local, dram: external - on_disk.1, nvme: on_disk.1 };
     let (decision, reached, hashes) = (request.decision, request.local + external, request.hashes.len() as u64);
+    let owner = request.owner;
     let grouping = requests.grouping();
     let known = (hashes * u64::from(grouping.hash_tokens)) as u32;
     let whole = (known - known % grouping.hit_tokens).max(reached);
@@ -444,6 +446,9 @@ pub(super) fn count_lookup(
     counters.hit_blocks += blocks(reached - external, reached).saturating_sub(on_disk.0);
     counters.miss_tokens += u64::from(whole - reached);
     counters.miss_blocks += blocks(reached, whole);
+    let of_owner = counters.of_mut(owner);
+    of_owner.hit_tokens += u64::from(external - on_disk.1);
+    of_owner.miss_tokens += u64::from(whole - reached);
 }
 
 /// The operation log's line of a lookup.

@@ -13,6 +13,7 @@ use super::health::Health;
 use super::jobs::Job;
 use super::residency::Residency;
 use super::trace::{self, OperationLog};
+use crate::config::TenantList;
 use crate::config::nvme::WriteRate;
 use crate::nvme::disk::{Description, Disk};
 use crate::nvme::space::SegmentLayout;
@@ -23,7 +24,7 @@ use crate::pool::Pool;
 use crate::{invariant, limits};
 
 /// What the user decided about the nvme tier.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct DiskSettings {
     /// Write every block at once, not only the coldest.
     pub write_through: bool,
@@ -39,6 +40,8 @@ pub struct DiskSettings {
     pub write_budget: Option<WriteRate>,
     /// Chooses which blocks stay when the store is full.
     pub policy: PolicyName,
+    /// Who shares it.
+    pub tenants: TenantList,
 }
 
 /// The disk of one engine, as cleaner and restores use it.
@@ -74,9 +77,12 @@ impl Medium {
         jobs: Sender<Job>,
         settings: DiskSettings,
     ) -> Self {
-        let mut extents = Extents::new(store.extents_max(), settings.policy);
+        let max = store.extents_max();
+        let mut extents = Extents::new(max, settings.policy, &settings.tenants.quotas(max));
         extents.make_ready(store.extents_ready());
         let extent_bytes = store.layout().extent_bytes;
+        // One that is too small for a single block was refused at the opening.
+        let budget = settings.write_budget.and_then(|rate| WriteBudget::new(rate, extent_bytes, 0.0));
         Self {
             extents,
             health: Health::default(),
@@ -92,8 +98,7 @@ impl Medium {
             jobs,
             last_token: 0,
             opened: Instant::now(),
-            // One that is too small for a single block was refused at the opening.
-            budget: settings.write_budget.and_then(|rate| WriteBudget::new(rate, extent_bytes, 0.0)),
+            budget,
         }
     }
 

@@ -25,6 +25,7 @@ pub mod extents;
 pub mod health;
 pub mod hit;
 pub mod jobs;
+mod kept;
 pub mod load;
 pub mod machine;
 mod medium;
@@ -54,5 +55,6 @@ pub mod warm_table;
 pub mod window;
 
 pub use engine::TierEngine;
-pub use observe::StatsDelta;
+pub use observe::{StatsDelta, TenantDelta};
 pub use offload::Offer;
+pub use requests::Arrival;

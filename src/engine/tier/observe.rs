@@ -1,6 +1,7 @@
 //! What the engine's counters and gauges were when they were last collected.
 
 use crate::metrics::{Counters, DropReason, Gauges, Samples};
+use crate::policy::Owner;
 
 /// What changed since the last collection.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -13,6 +14,19 @@ pub struct StatsDelta {
     pub gauges: Vec<(&'static str, u64)>,
     /// Durations of lookups, in seconds.
     pub lookup_seconds: Vec<f64>,
+    /// Where there are tenants: each of them, and all who are none.
+    pub tenants: Vec<TenantDelta>,
+}
+
+/// What changed for one tenant.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TenantDelta {
+    /// As the user named it; `other`: all who are none.
+    pub name: String,
+    /// Growth of each counter that grew: name and amount.
+    pub counters: Vec<(&'static str, u64)>,
+    /// Blocks that it has now, by tier.
+    pub blocks: [(&'static str, u64); 2],
 }
 
 /// Collects statistics as differences.
@@ -28,8 +42,14 @@ impl Collector {
         self.lookup_seconds.add(seconds);
     }
 
-    /// What changed since the last call; `None` when nothing did.
-    pub(super) fn collect(&mut self, counters: &Counters, gauges: &Gauges) -> Option<StatsDelta> {
+    /// What changed since the last call; `None` when nothing did. `tenants`: who there are, with the
+    /// blocks that each has.
+    pub(super) fn collect<'a>(
+        &mut self,
+        counters: &Counters,
+        gauges: &Gauges,
+        tenants: impl Iterator<Item = (Owner, &'a str, [(&'static str, u64); 2])>,
+    ) -> Option<StatsDelta> {
         let now = (*counters, *gauges);
         if now == self.collected && self.lookup_seconds.is_empty() {
             return None;
@@ -46,7 +66,14 @@ impl Collector {
         let dropped = DropReason::ALL.iter().enumerate().map(|(index, reason)| {
             (reason.name(), now.0.dropped_blocks[index].saturating_sub(before.0.dropped_blocks[index]))
         });
+        let of_tenant = |(owner, name, blocks): (Owner, &str, _)| {
+            let (now, before) = (now.0.of(owner).plain(), before.0.of(owner).plain());
+            let grown =
+                now.into_iter().zip(before).map(|((name, now), (_, before))| (name, now.saturating_sub(before)));
+            TenantDelta { name: name.to_owned(), counters: grown.filter(|(_, amount)| *amount > 0).collect(), blocks }
+        };
         Some(StatsDelta {
+            tenants: tenants.map(of_tenant).collect(),
             counters: grown.filter(|(_, amount)| *amount > 0).collect(),
             dropped: dropped.filter(|(_, amount)| *amount > 0).collect(),
             gauges: changed.collect(),

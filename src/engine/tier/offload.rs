@@ -156,13 +156,13 @@ impl Offloads {
         if request.tainted || !request.controls.store {
             return;
         }
-        let serial = request.serial;
+        let user = request.user();
         let sorted = sort_out(tiers, session.requests.grouping(), request, offer);
         tiers.touch_on_disk(&sorted.on_disk);
         if sorted.resident.is_empty() && sorted.missing.is_empty() {
             return;
         }
-        tiers.dram.touch(&sorted.resident, serial);
+        tiers.dram.touch(&sorted.resident, user);
         self.store(&mut tiers.dram, session, offer, &sorted, start);
     }
 
@@ -173,7 +173,7 @@ impl Offloads {
             violated!("{} offers blocks but is not known", offer.request);
             return;
         };
-        let (serial, missing) = (request.serial, &sorted.missing);
+        let (user, missing) = (request.user(), &sorted.missing);
         let mut batch = Batch {
             number: self.last_number + 1,
             request: offer.request.to_owned(),
@@ -184,7 +184,7 @@ impl Offloads {
         };
         let mut refused = None;
         let wanted = missing.len().min(limits::INFLIGHT_STORES_MAX.saturating_sub(self.blocks));
-        let mut evicted = dram.make_room(wanted, serial);
+        let mut evicted = dram.make_room(wanted, user);
         let mut last: Option<(BlockKey, SlotIndex)> = None;
         for candidate in missing {
             if self.blocks + batch.slots.len() >= limits::INFLIGHT_STORES_MAX {
@@ -192,7 +192,7 @@ impl Offloads {
                 break;
             }
             let provenance = Provenance { parent: parent_of(dram, candidate, last), prompt_tokens };
-            match dram.reserve(&candidate.key, serial, provenance) {
+            match dram.reserve(&candidate.key, user, provenance) {
                 Ok(reserved) => {
                     last = Some((candidate.key, reserved.slot));
                     evicted.extend(reserved.evicted);

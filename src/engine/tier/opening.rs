@@ -247,6 +247,7 @@ fn settings_of(config: &Config) -> DiskSettings {
         retention_s: nvme.retention_s,
         write_budget: nvme.write_budget,
         policy: config.policy,
+        tenants: config.tenants.clone(),
     }
 }
 

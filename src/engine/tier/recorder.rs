@@ -6,7 +6,9 @@
 //! a file of its own: the second `FILE-2`, and so on. A line that cannot be
 //! written, or finds too many waiting, is left out and counted.
 
+use std::collections::hash_map::RandomState;
 use std::fs::{File, OpenOptions};
+use std::hash::BuildHasher;
 use std::io::{BufWriter, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -19,6 +21,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::requests::{Finished, RequestState};
 use crate::limits;
@@ -44,10 +47,14 @@ struct RecordedRequest {
     dram_tokens: u32,
     /// Tokens that came from disk.
     nvme_tokens: u32,
+    /// Tells its tenant's requests from others' in this record, and nowhere else.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tenant: Option<String>,
 }
 
 impl RecordedRequest {
-    fn of(request: &RequestState, finished: Finished, block_tokens: u32, began: Instant) -> Self {
+    fn of(request: &RequestState, finished: Finished, block_tokens: u32, recorder: &Recorder) -> Self {
+        let Recorder { began, tenant_key, .. } = *recorder;
         let whole = (finished.prompt / block_tokens) as usize;
         let mut hash_ids: Vec<u64> = request.hashes.iter().take(whole).map(BlockHash::low_u64).collect();
         if finished.prompt as usize > whole * block_tokens as usize {
@@ -64,6 +71,10 @@ impl RecordedRequest {
             local_tokens: request.first_hit.local,
             dram_tokens: request.first_hit.dram,
             nvme_tokens: request.first_hit.nvme,
+            tenant: request
+                .tenant
+                .as_ref()
+                .map(|name| format!("{:016x}", xxh3_64_with_seed(name.as_bytes(), tenant_key))),
         }
     }
 }
@@ -154,6 +165,8 @@ pub(super) struct Recorder {
     lines: Option<Sender<RecordedRequest>>,
     left_out: Arc<AtomicU64>,
     began: Instant,
+    /// Names of tenants are hashed with it. It is never written.
+    tenant_key: u64,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -178,13 +191,14 @@ impl Recorder {
             problem: "no thread could be started".to_owned(),
             remedy: "Raise the limit on processes, or remove record_trace".to_owned(),
         })?;
-        Ok(Self { lines: Some(lines), left_out, began: Instant::now(), thread: Some(thread) })
+        let tenant_key = RandomState::new().hash_one(0);
+        Ok(Self { lines: Some(lines), left_out, began: Instant::now(), tenant_key, thread: Some(thread) })
     }
 
     /// A request has ended. Its prompt's blocks have so many tokens.
     pub(super) fn record(&self, request: &RequestState, finished: Finished, block_tokens: u32) {
         let Some(lines) = &self.lines else { return };
-        let line = RecordedRequest::of(request, finished, block_tokens.max(1), self.began);
+        let line = RecordedRequest::of(request, finished, block_tokens.max(1), self);
         if lines.try_send(line).is_err() && self.left_out.fetch_add(1, Ordering::Relaxed) == 0 {
             log::warn!("record_trace: the disk is too slow for it: some requests are left out");
         }
@@ -221,9 +235,11 @@ mod tests {
 
     use super::*;
     use crate::config::Controls;
+    use crate::tier::reservation::User;
 
     fn request(serial: u32, blocks: u8) -> RequestState {
-        let mut request = RequestState::new(serial, Controls::default(), "".into(), None);
+        let user = User { serial, ..User::default() };
+        let mut request = RequestState::new(user, Controls::default(), "".into(), None);
         let hashes: Vec<_> = (0..blocks).map(|block| BlockHash::new(&[block + 1; 32]).expect("a hash")).collect();
         request.add_hashes(&hashes);
         request
@@ -240,6 +256,7 @@ mod tests {
         let path = folder.path().join("trace.jsonl");
         let recorder = Recorder::open(&path).expect("a record");
         let mut one = request(1, 4);
+        one.tenant = Some("acme".into());
         one.first_hit = crate::tier::requests::FirstHit { local: 16, dram: 32, nvme: 0 };
         recorder.record(&one, Finished { prompt: 50, total: 57 }, 16);
         recorder.record(&request(2, 3), Finished { prompt: 48, total: 48 }, 16);
@@ -249,6 +266,8 @@ mod tests {
         let ids: Vec<_> = found.iter().map(|line| line["hash_ids"].as_array().expect("ids").clone()).collect();
         assert_eq!((ids[0].len(), ids[1].len()), (4, 3), "a partial block has a name, too");
         assert_eq!(ids[0][..3], ids[1][..], "equal prefixes have equal names");
+        let tenant = found[0]["tenant"].as_str().expect("a tenant");
+        assert!(tenant.len() == 16 && !tenant.contains("acme") && found[1].get("tenant").is_none());
         let numbers = ["input_length", "output_length", "block_tokens", "local_tokens", "dram_tokens", "nvme_tokens"];
         assert_eq!(numbers.map(|name| found[0][name].as_u64()), [50, 7, 16, 16, 32, 0].map(Some));
     }

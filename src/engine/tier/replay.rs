@@ -10,11 +10,12 @@ use std::sync::Arc;
 use super::cleaning::{self, Cleaning, CleaningStep, WriteMeans, judge};
 use super::extents::{Extents, Stamp};
 use super::hit::{self, Sources};
-use super::reservation::Provenance;
+use super::reservation::{Provenance, User};
 use super::residency::Residency;
+use crate::config::TenantList;
 use crate::event_log::EventLog;
 use crate::policy::load::Rates;
-use crate::policy::{self, Admission, LoadPolicy, PolicyName};
+use crate::policy::{Admission, LoadPolicy, Owner, PolicyName, Tenants};
 use crate::pool::memory::HeapSlots;
 use kvcellar_block::descriptor::Lineage;
 use kvcellar_block::{BlockHash, BlockKey, ExtentIndex, GroupIndex, GroupKind, GroupSpec, Grouping, SlotIndex};
@@ -70,29 +71,40 @@ pub struct TierReplay {
     grouping: Grouping,
     dram: Residency,
     disk: Option<Extents>,
-    serial: u32,
+    user: User,
 }
 
 impl TierReplay {
     /// Empty tiers.
     pub fn new(settings: ReplaySettings) -> Self {
+        Self::shared(settings, &TenantList::default())
+    }
+
+    /// Empty tiers that these tenants share.
+    pub fn shared(settings: ReplaySettings, tenants: &TenantList) -> Self {
         let ReplaySettings { slots, extents, block_tokens, policy, .. } = settings;
         let memory = Arc::new(HeapSlots::new(slots, 1));
-        let mut dram = Residency::new(memory, policy::build(policy, slots), EventLog::new(false));
+        let mut dram =
+            Residency::new(memory, Tenants::new(policy, slots, &tenants.quotas(slots)), EventLog::new(false));
         let disk = (extents > 0).then(|| {
             dram.track_dirty();
-            let mut disk = Extents::new(extents, policy);
+            let mut disk = Extents::new(extents, policy, &tenants.quotas(extents));
             disk.make_ready(extents);
             disk
         });
         let group = GroupSpec { kind: GroupKind::Full, kind_name: String::new(), block_tokens, eagle: false };
         let grouping = Grouping { groups: vec![group], hash_tokens: block_tokens, hit_tokens: block_tokens };
-        Self { settings, grouping, dram, disk, serial: 0 }
+        Self { settings, grouping, dram, disk, user: User::default() }
     }
 
-    /// Serves a request whose prompt has these blocks and so many tokens.
+    /// Serves a request of no tenant whose prompt has these blocks and so many tokens.
     pub fn serve(&mut self, hashes: &[BlockHash], prompt_tokens: u32) -> ReplayedHits {
-        self.serial = self.serial.wrapping_add(1);
+        self.serve_for(Owner::NOBODY, hashes, prompt_tokens)
+    }
+
+    /// As [`Self::serve`], of this tenant.
+    pub fn serve_for(&mut self, owner: Owner, hashes: &[BlockHash], prompt_tokens: u32) -> ReplayedHits {
+        self.user = User { serial: self.user.serial.wrapping_add(1), owner };
         let mut served = ReplayedHits::default();
         let hit = self.reach(hashes);
         self.load(&hashes[..hit], prompt_tokens, &mut served);
@@ -100,8 +112,13 @@ impl TierReplay {
         served.written = self.clean();
         // Touched from last to first when it ends.
         let held: Vec<SlotIndex> = hashes.iter().filter_map(|hash| self.dram.find(&key(*hash))).collect();
-        self.dram.touch(&held, self.serial);
+        self.dram.touch(&held, self.user);
         served
+    }
+
+    /// Blocks that an owner has in memory and on disk.
+    pub fn blocks_of(&self, owner: Owner) -> (u32, u32) {
+        (self.dram.blocks_of(owner), self.disk.as_ref().map_or(0, |disk| disk.blocks_of(owner)))
     }
 
     /// Blocks of the hit.
@@ -124,16 +141,16 @@ impl TierReplay {
 
     /// Holds the blocks of a hit, reads those that only the disk has, and lets go.
     fn load(&mut self, hashes: &[BlockHash], prompt_tokens: u32, served: &mut ReplayedHits) {
-        let serial = self.serial;
+        let user = self.user;
         let found: Vec<Option<SlotIndex>> = hashes.iter().map(|hash| self.dram.find(&key(*hash))).collect();
         for slot in found.iter().flatten() {
-            self.dram.pin(*slot, serial);
+            self.dram.pin(*slot, user);
         }
         served.dram = found.iter().flatten().count() as u32;
         served.nvme = found.len() as u32 - served.dram;
         let mut held: Vec<SlotIndex> = Vec::with_capacity(found.len());
         if let Some(disk) = &mut self.disk {
-            for gone in self.dram.make_room(served.nvme as usize, serial) {
+            for gone in self.dram.make_room(served.nvme as usize, user) {
                 // As recent on disk as it was in memory.
                 if let Some(extent) = disk.find(&gone) {
                     disk.touch(extent);
@@ -155,10 +172,10 @@ impl TierReplay {
     fn restore(&mut self, key: &BlockKey, provenance: Provenance) -> Option<SlotIndex> {
         let disk = self.disk.as_mut()?;
         let extent = disk.find(key)?;
-        disk.begin_read(extent);
+        disk.begin_read(extent, self.user.owner);
         disk.end_read(extent, &mut self.dram.events);
-        let slot = self.dram.reserve_restore(key, self.serial, provenance).ok()?.slot;
-        self.dram.pin(slot, self.serial);
+        let slot = self.dram.reserve_restore(key, self.user, provenance).ok()?.slot;
+        self.dram.pin(slot, self.user);
         self.dram.end_restore(slot, Some(Lineage::default()));
         Some(slot)
     }
@@ -174,13 +191,13 @@ impl TierReplay {
             }
         }
         self.touch_on_disk(&on_disk);
-        self.dram.touch(&resident, self.serial);
-        self.dram.make_room(missing.len(), self.serial);
+        self.dram.touch(&resident, self.user);
+        self.dram.make_room(missing.len(), self.user);
         let mut slots = Vec::with_capacity(missing.len());
         for at in missing {
             let before = at.checked_sub(1).and_then(|before| self.dram.find_any(&key(hashes[before])));
             let provenance = Provenance { parent: before.map(|(slot, _)| slot), prompt_tokens };
-            let Ok(reserved) = self.dram.reserve(&key(hashes[at]), self.serial, provenance) else { break };
+            let Ok(reserved) = self.dram.reserve(&key(hashes[at]), self.user, provenance) else { break };
             slots.push(reserved.slot);
         }
         self.dram.publish_all(&slots, std::iter::repeat_with(Lineage::default));
@@ -199,12 +216,14 @@ impl TierReplay {
         let mut cleaning = Cleaning::new(dram, settings.clean_percent, false);
         let mut written = 0;
         while let Some(dirty) = cleaning.next(dram) {
-            let means = WriteMeans { room: disk.free() > 0, scarce: false };
+            let owner = dram.owner(dirty.slot);
+            let room = disk.free() > 0 && disk.room(owner) > 0;
+            let means = WriteMeans { room, scarce: false };
             let key = match judge(disk, dram, settings.admission, dirty, means) {
                 CleaningStep::Done => continue,
                 CleaningStep::Write(key) => key,
                 CleaningStep::NeedsRoom(key) => {
-                    if cleaning::make_room(disk, dram).is_none() {
+                    if cleaning::make_room(disk, dram, owner).is_none() {
                         break;
                     }
                     key
@@ -212,7 +231,7 @@ impl TierReplay {
             };
             dram.begin_write(dirty.slot);
             let parent = dram.parent_key(dirty.slot);
-            let extent = disk.reserve(&key, parent.as_ref(), Stamp::default(), &mut dram.events);
+            let extent = disk.reserve(&key, owner, parent.as_ref(), Stamp::default(), &mut dram.events);
             dram.end_write(dirty.slot, extent.is_some());
             let Some(extent) = extent else { break };
             disk.commit(extent, Lineage::default(), &mut dram.events);
@@ -229,6 +248,7 @@ fn key(hash: BlockHash) -> BlockKey {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Config;
 
     fn hashes(from: u8, to: u8) -> Vec<BlockHash> {
         (from..to).map(|byte| BlockHash::new(&[byte; 32]).expect("32 bytes")).collect()
@@ -263,6 +283,36 @@ mod tests {
         let mut replay = TierReplay::new(settings(4, 0));
         assert_eq!(replay.serve(&hashes(0, 10), 160).stored, 4);
         assert_eq!(replay.serve(&hashes(0, 10), 160), ReplayedHits { dram: 4, ..ReplayedHits::default() });
+    }
+
+    #[test]
+    fn tenants_keep_their_shares_in_both_tiers() {
+        let json = r#"{"tenants": {"quiet": {"guaranteed": "25%"}, "scan": {"limit": "50%"}}}"#;
+        let tenants = Config::parse(json).expect("tenants").tenants;
+        let (quiet, scan) = (tenants.owner(Some("quiet"), None), tenants.owner(Some("scan"), None));
+        for policy in PolicyName::ALL {
+            let settings = ReplaySettings { policy, clean_percent: 50, ..settings(40, 100) };
+            let mut replay = TierReplay::shared(settings, &tenants);
+            // What a request brings is written when others come.
+            let blocks = |from: u8| hashes(from, from + 5);
+            (0..5).for_each(|at| drop(replay.serve_for(quiet, &blocks(at * 5), 80)));
+            for at in 0..60 {
+                replay.serve_for(scan, &blocks(50 + at % 40 * 5), 80);
+                let (dram, nvme) = replay.blocks_of(scan);
+                assert!(dram <= 20 && nvme <= 50, "{policy:?}: the limit holds at every moment: {dram}, {nvme}");
+            }
+            for at in 0..60 {
+                replay.serve(&blocks(50 + at % 40 * 5), 80);
+            }
+            // A prompt beyond the limit takes no more than the limit from others.
+            replay.serve_for(scan, &hashes(0, 200)[50..], 150 * 16);
+            let left = [quiet, Owner::NOBODY].map(|owner| replay.blocks_of(owner).0);
+            assert!(left[0] >= 10 && left[0] + left[1] >= 20, "{policy:?}: {left:?}");
+            let (dram, _) = replay.blocks_of(quiet);
+            assert!(dram >= 10, "{policy:?}: others take nothing of what is guaranteed: {dram}");
+            let found: u32 = (0..5).map(|at| replay.serve_for(quiet, &blocks(at * 5), 80).hits()).sum();
+            assert_eq!(found, 25, "{policy:?}: in memory or on disk");
+        }
     }
 
     #[test]

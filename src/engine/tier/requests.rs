@@ -4,8 +4,10 @@ use std::time::Instant;
 
 use hashbrown::HashMap;
 
+use super::reservation::User;
 use super::tiers::Changes;
 use crate::config::Controls;
+use crate::policy::Owner;
 use kvcellar_block::{AdapterId, BlockHash, BlockKey, GroupIndex, Grouping};
 
 /// One request, from its arrival until its last offload is done.
@@ -13,6 +15,10 @@ use kvcellar_block::{AdapterId, BlockHash, BlockKey, GroupIndex, Grouping};
 pub struct RequestState {
     /// Tells this request's touches from others'.
     pub serial: u32,
+    /// Whose it is.
+    pub owner: Owner,
+    /// What its tenant is told from others by, for a record; `None`: nothing.
+    pub tenant: Option<Box<str>>,
     /// What the user asked of the cache.
     pub controls: Controls,
     /// Block hashes so far, at the granularity of `request.block_hashes`, with the adapter mixed
@@ -47,6 +53,19 @@ pub struct RequestState {
     pub batches: u32,
     /// vLLM finished it.
     pub finished: Option<Finished>,
+}
+
+/// What is known of a request when it arrives.
+#[derive(Debug, Default)]
+pub struct Arrival<'a> {
+    /// What its user asked of the cache.
+    pub controls: Controls,
+    /// vLLM's `cache_salt`.
+    pub cache_salt: Option<&'a str>,
+    /// Name of its LoRA adapter, empty for none.
+    pub lora: &'a str,
+    /// What the adapter consists of.
+    pub adapter: Option<AdapterId>,
 }
 
 /// Everything that a lookup's answer follows from.
@@ -84,9 +103,11 @@ pub struct Finished {
 
 impl RequestState {
     /// A request that just arrived.
-    pub fn new(serial: u32, controls: Controls, lora: Box<str>, adapter: Option<AdapterId>) -> Self {
+    pub fn new(User { serial, owner }: User, controls: Controls, lora: Box<str>, adapter: Option<AdapterId>) -> Self {
         Self {
             serial,
+            owner,
+            tenant: None,
             controls,
             hashes: Vec::new(),
             lora,
@@ -104,6 +125,11 @@ impl RequestState {
             batches: 0,
             finished: None,
         }
+    }
+
+    /// Who uses what it uses.
+    pub fn user(&self) -> User {
+        User { serial: self.serial, owner: self.owner }
     }
 
     /// Appends hashes as vLLM made them. The only place where they enter: keys, parents, both tiers
@@ -154,12 +180,15 @@ impl Requests {
         &self.grouping
     }
 
-    /// A request arrived. `lora`: name of its adapter, empty for none; `adapter`: what that
-    /// consists of.
-    pub fn add(&mut self, id: &str, controls: Controls, lora: &str, adapter: Option<AdapterId>) {
+    /// A request of `owner` arrived.
+    pub fn add(&mut self, id: &str, owner: Owner, arrival: Arrival<'_>) {
+        let Arrival { controls, cache_salt, lora, adapter } = arrival;
         // 0 is nobody's: slots that no request has used carry it.
         self.last_serial = self.last_serial.wrapping_add(1).max(1);
-        self.by_id.insert(id.to_owned(), RequestState::new(self.last_serial, controls, lora.into(), adapter));
+        let tenant = controls.tenant.clone().or_else(|| cache_salt.map(Into::into));
+        let user = User { serial: self.last_serial, owner };
+        let request = RequestState { tenant, ..RequestState::new(user, controls, lora.into(), adapter) };
+        self.by_id.insert(id.to_owned(), request);
     }
 
     /// A request; `None` for one that was left out, or that has ended.

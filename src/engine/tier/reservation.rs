@@ -1,6 +1,16 @@
-//! Slots taken for blocks that are to come.
+//! Slots taken for blocks that are to come, and for whom.
 
+use crate::policy::Owner;
 use kvcellar_block::{BlockKey, Generation, SlotIndex};
+
+/// Who uses blocks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct User {
+    /// The request's serial, which tells its uses from others'.
+    pub serial: u32,
+    /// Whose request it is.
+    pub owner: Owner,
+}
 
 /// A slot that was taken for a new block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -6,19 +6,22 @@
 //!
 //! Beside a disk a filled slot is *clean* while the disk holds the same block, else *dirty*; dirty
 //! slots that may be evicted stand in a second order, so that the coldest of them is found at once.
-//! A slot that is being written to disk stays where it is in the order, but is no victim.
+//! A slot that is being written to disk stays where it is in the order, but is no victim. A slot
+//! that is kept for a time is in no order of eviction, and may be written to disk like any other.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::census::Census;
 use super::dirty::{Dirty, DirtyOrder};
-use super::reservation::{Provenance, Reserved};
+use super::kept::KeptSlots;
+use super::reservation::{Provenance, Reserved, User};
 use super::slot_state::{Origin, SlotChange, SlotState};
 use super::table::{Record, Table};
 use crate::event_log::EventLog;
 use crate::metrics::{Counters, DropReason};
-use crate::policy::{Block, Departure, Eviction, Heat, Touch};
+use crate::policy::{Block, Departure, Heat, Owner, Tenants, Touch};
 use crate::pool::memory::SlotMemory;
 use crate::{invariant, violated};
 use kvcellar_block::descriptor::Lineage;
@@ -59,8 +62,9 @@ impl Record<SlotFacts> {
 pub struct Residency {
     memory: Arc<dyn SlotMemory>,
     table: Table<SlotIndex, SlotFacts>,
-    policy: Box<dyn Eviction<SlotIndex>>,
+    policy: Tenants<SlotIndex>,
     dirty: DirtyOrder,
+    kept: KeptSlots,
     free: Vec<SlotIndex>,
     census: Census,
     /// Grows whenever another block is visible than before, and with every hold on one.
@@ -73,10 +77,11 @@ pub struct Residency {
 
 impl Residency {
     /// An empty tier over `memory`. The slots' lines must be empty, or be adopted next.
-    pub fn new(memory: Arc<dyn SlotMemory>, policy: Box<dyn Eviction<SlotIndex>>, events: EventLog) -> Self {
+    pub fn new(memory: Arc<dyn SlotMemory>, policy: Tenants<SlotIndex>, events: EventLog) -> Self {
         let slots = memory.slot_count();
         Self {
             table: Table::new(slots),
+            kept: KeptSlots::new(slots, policy.guaranteed()),
             policy,
             dirty: DirtyOrder::new(slots),
             // Taken from the end: low slots first.
@@ -142,6 +147,7 @@ impl Residency {
             }
             self.leave(slot);
         }
+        self.kept.forget(slot);
         self.policy.release(slot, departure);
         self.table.remove(slot);
     }
@@ -199,48 +205,65 @@ impl Residency {
     ///
     /// # Errors
     /// The reason why there is none: [`DropReason::NoSlot`], or [`DropReason::OwnPrefix`] when the
-    /// victim was last used by the very request (`toucher`) that asks.
+    /// victim was last used by the very request that asks (`by`).
     pub fn reserve(
         &mut self,
         key: &BlockKey,
-        toucher: u32,
+        by: User,
         provenance: Provenance,
     ) -> std::result::Result<Reserved, DropReason> {
-        self.reserve_for(key, toucher, provenance, Origin::Offload)
+        self.reserve_for(key, by, provenance, Origin::Offload)
     }
 
     fn reserve_for(
         &mut self,
         key: &BlockKey,
-        toucher: u32,
+        by: User,
         Provenance { parent, prompt_tokens }: Provenance,
         origin: Origin,
     ) -> std::result::Result<Reserved, DropReason> {
-        let evicted = if self.free.is_empty() { Some(self.evict(toucher)?) } else { None };
+        let evicted = if self.room(by.owner) == 0 { Some(self.evict(by, 1)?) } else { None };
         let slot = self.free.pop().ok_or(DropReason::NoSlot)?;
         if !self.transition(slot, SlotChange::Reserve { origin }) {
             return Err(DropReason::NoSlot);
         }
         let generation = self.memory.line(slot).begin_fill(self.memory.cache_generation());
         self.table.insert(slot, key);
-        self.policy.assign(slot, &Block { parent, prompt_tokens, ..Block::unknown(key.fingerprint()) });
+        let block = Block { parent, prompt_tokens, ..Block::unknown(key.fingerprint()) };
+        self.policy.assign(slot, by.owner, &block);
         let facts = &mut self.table.record_mut(slot).facts;
-        (facts.generation, facts.toucher, facts.reused) = (generation.0, toucher, false);
+        (facts.generation, facts.toucher, facts.reused) = (generation.0, by.serial, false);
         self.memory.prefetch(slot);
         Ok(Reserved { slot, generation, evicted })
     }
 
-    /// Empties the slot that the policy chooses. Returns the key of the block that is gone.
-    fn evict(&mut self, toucher: u32) -> std::result::Result<BlockKey, DropReason> {
+    /// Slots that this owner can have without any eviction.
+    fn room(&self, owner: Owner) -> usize {
+        self.free.len().min(self.policy.room(owner) as usize)
+    }
+
+    /// Whose block a slot holds.
+    pub fn owner(&self, slot: SlotIndex) -> Owner {
+        self.policy.owner(slot)
+    }
+
+    /// Slots that hold blocks of an owner.
+    pub fn blocks_of(&self, owner: Owner) -> u32 {
+        self.policy.blocks(owner)
+    }
+
+    /// Empties the slot that the policy chooses, so that a user gets room for so many blocks. Returns
+    /// the key of the block that is gone.
+    fn evict(&mut self, by: User, wanted: u32) -> std::result::Result<BlockKey, DropReason> {
         let table = &self.table;
         let may = |slot: SlotIndex| !table.record(slot).facts.writing;
-        let victim = self.policy.victim(&may).ok_or(DropReason::NoSlot)?;
+        let victim = self.policy.victim(by.owner, wanted, &may).ok_or(DropReason::NoSlot)?;
         let record = self.table.record(victim);
         // A clean block of the same prefix stays on disk: it may make room for what follows it.
-        if record.facts.toucher == toucher && !record.is_clean() {
+        if record.facts.toucher == by.serial && !record.is_clean() {
             return Err(DropReason::OwnPrefix);
         }
-        let (evicted, clean) = (record.key(), record.is_clean());
+        let (evicted, clean, owner) = (record.key(), record.is_clean(), self.policy.owner(victim));
         let remove = SlotChange::Remove { held: false };
         let Some(evicted) = evicted.filter(|_| self.transition_as(victim, remove, Departure::Evicted)) else {
             violated!("{victim:?} was to be evicted but holds no block");
@@ -252,6 +275,7 @@ impl Residency {
             self.counters.dropped(DropReason::Unspilled, 1);
         }
         self.counters.evicted_blocks += 1;
+        self.counters.of_mut(owner).evicted_blocks += 1;
         // The next victim is about known now: fetch its record while this one is being filled.
         self.policy.coldest(&mut |next| {
             self.table.prefetch(next);
@@ -261,13 +285,14 @@ impl Residency {
         Ok(evicted)
     }
 
-    /// Empties slots, the next victims first, until `count` are free or none may go. Returns what
-    /// is gone. The next `count` slots that are reserved are handed out in ascending order: what is
+    /// Empties slots, the next victims first, until `count` are free for this user or none may go.
+    /// Returns what is gone. The next `count` slots that are reserved are handed out in ascending order: what is
     /// read together lies together.
-    pub fn make_room(&mut self, count: usize, toucher: u32) -> Vec<BlockKey> {
+    pub fn make_room(&mut self, count: usize, by: User) -> Vec<BlockKey> {
         let mut evicted = Vec::new();
-        while self.free.len() < count
-            && let Ok(gone) = self.evict(toucher)
+        let most = u32::try_from(count).unwrap_or(u32::MAX).min(self.policy.limit(by.owner));
+        while self.room(by.owner) < most as usize
+            && let Ok(gone) = self.evict(by, most)
         {
             evicted.push(gone);
         }
@@ -306,12 +331,12 @@ impl Residency {
     }
 
     /// Holds a visible block.
-    pub fn pin(&mut self, slot: SlotIndex, toucher: u32) {
+    pub fn pin(&mut self, slot: SlotIndex, by: User) {
         let can_be_held = self.table.record(slot).is_visible() || self.is_restoring(slot);
         if !invariant!(can_be_held, "{slot:?} is to be held but holds no block") {
             return;
         }
-        let touch = self.used_by(slot, toucher);
+        let touch = self.used_by(slot, by);
         self.policy.touch(slot, touch);
         let record = self.table.record_mut(slot);
         record.pins += 1;
@@ -345,15 +370,44 @@ impl Residency {
 
     /// Blocks were used: they become the last to be evicted, the first of them last of all. Pinned
     /// ones stay as they are.
-    pub fn touch(&mut self, slots: &[SlotIndex], toucher: u32) {
+    pub fn touch(&mut self, slots: &[SlotIndex], by: User) {
         for slot in slots.iter().rev() {
             if self.table.record(*slot).pins == 0 {
-                let touch = self.used_by(*slot, toucher);
+                let touch = self.used_by(*slot, by);
                 self.table.record_mut(*slot).facts.used = self.dirty.stamp(Heat::Hot);
                 self.policy.touch(*slot, touch);
                 self.dirty.touch(*slot);
             }
         }
+    }
+
+    /// Keeps visible blocks until a time, as many as may be kept; a block that is kept longer already
+    /// stays so. Returns how many are kept now.
+    pub fn keep(&mut self, slots: &[SlotIndex], until: Instant) -> usize {
+        let mut count = 0;
+        for slot in slots {
+            let is_kept = self.table.record(*slot).is_visible() && self.kept.keep(*slot, self.owner(*slot), until);
+            if is_kept {
+                self.policy.remove(*slot);
+                count += 1;
+            }
+        }
+        count
+    }
+
+    /// Blocks whose time is over may be evicted like any other.
+    pub fn let_go_of_kept(&mut self, now: Instant) {
+        while let Some(slot) = self.kept.next_over(now) {
+            let record = self.table.record(slot);
+            if record.is_visible() && record.pins == 0 {
+                self.policy.insert(slot, Heat::Hot);
+            }
+        }
+    }
+
+    /// Blocks that are kept.
+    pub fn kept(&self) -> u64 {
+        self.kept.len() as u64
     }
 
     /// No future hit is likely to need this block: it goes first.
@@ -369,7 +423,7 @@ impl Residency {
     pub fn adopt(&mut self, slot: SlotIndex, key: &BlockKey, generation: Generation, lineage: Lineage) {
         self.table.insert(slot, key);
         let parent = lineage.parent.and_then(|hash| self.table.find(&BlockKey { hash, ..*key }));
-        self.policy.assign(slot, &Block { parent, ..Block::unknown(key.fingerprint()) });
+        self.policy.adopt(slot, &Block { parent, ..Block::unknown(key.fingerprint()) });
         self.table.record_mut(slot).facts.generation = generation.0;
         // The line is filled already.
         if self.show_block(slot, SlotChange::Adopt, lineage) {
@@ -386,13 +440,16 @@ impl Residency {
     }
 
     /// A request uses a slot: whether for the first time.
-    fn used_by(&mut self, slot: SlotIndex, toucher: u32) -> Touch {
+    fn used_by(&mut self, slot: SlotIndex, by: User) -> Touch {
         let facts = &mut self.table.record_mut(slot).facts;
-        if facts.toucher == toucher {
+        if facts.toucher == by.serial {
             return Touch::Again;
         }
-        facts.toucher = toucher;
+        facts.toucher = by.serial;
         facts.reused = true;
+        if let Some(key) = self.key(slot) {
+            self.policy.claim(slot, by.owner, &Block::unknown(key.fingerprint()));
+        }
         Touch::Fresh
     }
 
@@ -408,7 +465,9 @@ impl Residency {
         let record = self.table.record_mut(slot);
         record.facts.used = self.dirty.stamp(heat);
         let spillable = !record.is_clean() && !record.facts.writing;
-        self.policy.insert(slot, heat);
+        if !self.kept.has(slot) {
+            self.policy.insert(slot, heat);
+        }
         if spillable {
             self.dirty.insert(slot, heat);
         }
@@ -426,7 +485,7 @@ impl Residency {
 
     /// The disk holds the visible block of this slot too, or does so no longer.
     pub fn set_clean(&mut self, slot: SlotIndex, clean: bool) {
-        let record = self.table.record(slot);
+        let record = *self.table.record(slot);
         let (was_clean, writing) = (record.is_clean(), record.facts.writing);
         if !self.transition(slot, SlotChange::SetClean(clean)) {
             // Not to be offered to the cleaner again.
@@ -438,7 +497,7 @@ impl Residency {
         }
         if clean {
             self.dirty.remove(slot);
-        } else if self.policy.holds(slot) && !writing {
+        } else if (self.policy.holds(slot) || (self.kept.has(slot) && record.pins == 0)) && !writing {
             self.dirty.insert(slot, Heat::Cold);
         }
     }
@@ -518,10 +577,10 @@ impl Residency {
     pub fn reserve_restore(
         &mut self,
         key: &BlockKey,
-        toucher: u32,
+        by: User,
         provenance: Provenance,
     ) -> std::result::Result<Reserved, DropReason> {
-        self.reserve_for(key, toucher, provenance, Origin::Disk)
+        self.reserve_for(key, by, provenance, Origin::Disk)
     }
 
     /// Whether the slot is being filled from disk.

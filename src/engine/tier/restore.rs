@@ -11,7 +11,7 @@ use hashbrown::HashMap;
 
 use super::jobs::Job;
 use super::medium::Medium;
-use super::reservation::Provenance;
+use super::reservation::{Provenance, User};
 use super::residency::Residency;
 use super::trace::{self, OperationLog, names};
 use super::transfer::{self, Read, ReadPart, Trouble};
@@ -32,8 +32,8 @@ pub(super) struct Wanted<'a> {
     pub(super) token: u32,
     /// The request that loads it.
     pub(super) request: &'a str,
-    /// The request's serial.
-    pub(super) serial: u32,
+    /// The request, and whose it is.
+    pub(super) user: User,
     /// Where the block stands in it.
     pub(super) provenance: Provenance,
 }
@@ -106,17 +106,17 @@ impl Restores {
         dram: &mut Residency,
         wanted: Wanted<'_>,
     ) -> Option<ReadPart> {
-        let Wanted { key, extent, token, request, serial, provenance } = wanted;
+        let Wanted { key, extent, token, request, user, provenance } = wanted;
         // A block that is being offloaded has its slot already: it cannot have another.
         let is_known = dram.find_any(&key).is_some();
-        let reserved = if is_known { None } else { dram.reserve_restore(&key, serial, provenance).ok() };
+        let reserved = if is_known { None } else { dram.reserve_restore(&key, user, provenance).ok() };
         let (slot, generation, place) = if let Some(reserved) = reserved {
             invariant!(
                 reserved.evicted.is_none(),
                 "{:?} was evicted for a block that had room made for it",
                 reserved.evicted
             );
-            dram.pin(reserved.slot, serial);
+            dram.pin(reserved.slot, user);
             (reserved.slot, reserved.generation, None)
         } else {
             let (index, slot, generation) = self.window.promise()?;
@@ -124,7 +124,7 @@ impl Restores {
         };
         let part =
             ReadPart { slot, generation, extent, key, window: place.is_some(), request: request.to_owned(), token };
-        medium.extents.begin_read(extent);
+        medium.extents.begin_read(extent, user.owner);
         if let Some(index) = place {
             self.window.enqueue(index, part.clone());
         }

@@ -1,5 +1,7 @@
 //! The end of a request: its prefix is made to outlive its suffix.
 
+use std::time::{Duration, Instant};
+
 use serde_json::Value;
 
 use super::requests::{Finished, RequestState};
@@ -47,7 +49,13 @@ pub(super) fn retire(
         };
         trace::line("retire", &[("req", Value::from(id)), ("keys", unpinned(&warm)), ("cold", unpinned(&cold))])
     });
-    dram.touch(&warm, request.serial);
+    dram.touch(&warm, request.user());
+    if let Some(until) =
+        request.controls.pin_s.and_then(|seconds| Instant::now().checked_add(Duration::from_secs(seconds)))
+    {
+        let kept = dram.keep(&warm, until);
+        dram.counters.pins_refused += (warm.len() - kept) as u64;
+    }
     for slot in cold.iter().rev() {
         dram.cool(*slot);
     }

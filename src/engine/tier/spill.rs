@@ -88,18 +88,25 @@ impl Cleaner {
                 break;
             }
             let Some(dirty) = cleaning.next(dram) else { break };
-            let room = medium.extents.free() > chosen.len() as u64;
+            let owner = dram.owner(dirty.slot);
+            let of_owner = chosen.iter().filter(|(slot, _)| dram.owner(*slot) == owner).count();
+            let is_at_limit = medium.extents.room(owner) as usize <= of_owner;
+            if is_at_limit && of_owner > 0 {
+                // Those count when they have their extents: then it goes on.
+                break;
+            }
+            let room = medium.extents.free() > chosen.len() as u64 && !is_at_limit;
             let means = WriteMeans { room, scarce: medium.is_budget_short() };
             let key = match judge(&mut medium.extents, dram, medium.settings.admission, dirty, means) {
                 CleaningStep::Done => continue,
                 CleaningStep::Write(key) => key,
-                CleaningStep::NeedsRoom(_) if self.growth != Growth::Ended => {
+                CleaningStep::NeedsRoom(_) if self.growth != Growth::Ended && !is_at_limit => {
                     self.grow(medium);
                     break;
                 }
                 CleaningStep::NeedsRoom(key) => {
                     // Where all extents are being read or written, the block waits for its turn.
-                    let Some(gone) = cleaning::make_room(&mut medium.extents, dram) else { break };
+                    let Some(gone) = cleaning::make_room(&mut medium.extents, dram, owner) else { break };
                     evicted.push(gone);
                     key
                 }
@@ -138,7 +145,8 @@ impl Cleaner {
         for (slot, key) in chosen {
             let stamp = Stamp { sequence: self.next_sequence, written_s: now_s() };
             let parent = dram.parent_key(slot);
-            let Some(extent) = medium.extents.reserve(&key, parent.as_ref(), stamp, &mut dram.events) else {
+            let owner = dram.owner(slot);
+            let Some(extent) = medium.extents.reserve(&key, owner, parent.as_ref(), stamp, &mut dram.events) else {
                 violated!("more blocks were chosen to be written than extents are free");
                 dram.end_write(slot, false);
                 continue;

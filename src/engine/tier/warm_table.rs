@@ -3,10 +3,10 @@
 
 use std::sync::Arc;
 
-use super::reservation::Provenance;
+use super::reservation::{Provenance, User};
 use super::residency::Residency;
 use crate::event_log::EventLog;
-use crate::policy::Lru;
+use crate::policy::{Lru, Owner, Tenants};
 use crate::pool::memory::HeapSlots;
 use kvcellar_block::descriptor::Lineage;
 use kvcellar_block::{BlockHash, BlockKey, GroupIndex, SlotIndex};
@@ -16,15 +16,18 @@ const GROUP: GroupIndex = GroupIndex(0);
 /// A table full of known blocks.
 pub struct WarmTable {
     residency: Residency,
-    serial: u32,
+    user: User,
 }
 
 impl WarmTable {
     /// A table with exactly as many slots as `hashes`, holding them all.
     pub fn new(hashes: &[BlockHash]) -> Self {
         let memory = Arc::new(HeapSlots::new(hashes.len() as u32, 1));
-        let policy = Box::new(Lru::new(hashes.len() as u32));
-        let mut table = Self { residency: Residency::new(memory, policy, EventLog::new(false)), serial: 1 };
+        let policy = Tenants::single(Box::new(Lru::new(hashes.len() as u32)));
+        let mut table = Self {
+            residency: Residency::new(memory, policy, EventLog::new(false)),
+            user: User { serial: 1, owner: Owner::NOBODY },
+        };
         table.allocate(hashes);
         table
     }
@@ -43,12 +46,12 @@ impl WarmTable {
 
     /// Takes slots for new blocks, makes them visible, and returns how many others were evicted.
     pub fn allocate(&mut self, hashes: &[BlockHash]) -> usize {
-        self.serial += 1;
+        self.user.serial += 1;
         let mut evicted = 0;
         let mut slots: Vec<SlotIndex> = Vec::with_capacity(hashes.len());
         for hash in hashes {
             let key = BlockKey { hash: *hash, group: GROUP };
-            if let Ok(reserved) = self.residency.reserve(&key, self.serial, Provenance::default()) {
+            if let Ok(reserved) = self.residency.reserve(&key, self.user, Provenance::default()) {
                 evicted += usize::from(reserved.evicted.is_some());
                 slots.push(reserved.slot);
             }
