@@ -1,7 +1,7 @@
 //! Counters, gauges and samples of the tier engine, with units in their names.
 
 use crate::limits::{LATENCY_SAMPLES_MAX, TENANTS_MAX};
-use crate::policy::Owner;
+use crate::policy::BlockOwner;
 
 /// Why a block was not kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -152,12 +152,12 @@ impl Counters {
     }
 
     /// What is counted of one tenant.
-    pub fn of(&self, owner: Owner) -> &OwnerCounts {
+    pub fn of(&self, owner: BlockOwner) -> &OwnerCounts {
         &self.by_owner[usize::from(owner.0).min(TENANTS_MAX)]
     }
 
     /// As [`Self::of`], to count.
-    pub fn of_mut(&mut self, owner: Owner) -> &mut OwnerCounts {
+    pub fn of_mut(&mut self, owner: BlockOwner) -> &mut OwnerCounts {
         &mut self.by_owner[usize::from(owner.0).min(TENANTS_MAX)]
     }
 

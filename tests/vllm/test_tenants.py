@@ -1,4 +1,4 @@
-"""Tenants of one real engine, on both tiers: what is guaranteed stays, whatever others store, and a pin holds."""
+"""Tenants of one real engine: what is guaranteed stays, whatever others store; pins hold."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use super::wrong;
 use crate::limits::TENANTS_MAX;
-use crate::policy::{Owner, Quota};
+use crate::policy::{BlockOwner, Quota};
 use kvcellar_block::error::{Error, Result};
 
 /// Characters of a name: it becomes a label of metrics.
@@ -67,19 +67,19 @@ impl TenantList {
     }
 
     /// Whose a request is. `name`: what it says itself; `cache_salt`: vLLM's. The name comes first.
-    pub fn owner(&self, name: Option<&str>, cache_salt: Option<&str>) -> Owner {
+    pub fn owner(&self, name: Option<&str>, cache_salt: Option<&str>) -> BlockOwner {
         let is_it = |tenant: &Tenant| match name {
             Some(name) => tenant.name == name,
             None => cache_salt.is_some() && tenant.cache_salt.as_deref() == cache_salt,
         };
-        self.0.iter().position(is_it).map_or(Owner::NOBODY, |at| Owner(at as u8 + 1))
+        self.0.iter().position(is_it).map_or(BlockOwner::NOBODY, |at| BlockOwner(at as u8 + 1))
     }
 
-    /// Names of those who may own blocks, by [`Owner`]: nobody, as `other`, and the tenants. None
-    /// without tenants.
-    pub fn names(&self) -> impl Iterator<Item = (Owner, &str)> {
-        let others = (!self.0.is_empty()).then_some((Owner::NOBODY, "other"));
-        let tenants = self.0.iter().enumerate().map(|(at, tenant)| (Owner(at as u8 + 1), tenant.name.as_str()));
+    /// Names of those who may own blocks: nobody, as `other`, and the tenants. None without
+    /// tenants.
+    pub fn names(&self) -> impl Iterator<Item = (BlockOwner, &str)> {
+        let others = (!self.0.is_empty()).then_some((BlockOwner::NOBODY, "other"));
+        let tenants = self.0.iter().enumerate().map(|(at, tenant)| (BlockOwner(at as u8 + 1), tenant.name.as_str()));
         others.into_iter().chain(tenants)
     }
 

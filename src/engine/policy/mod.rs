@@ -28,7 +28,7 @@ pub use load::LoadPolicy;
 pub use lrfu::Lrfu;
 pub use lru::Lru;
 pub use s3fifo::S3Fifo;
-pub use tenants::{Owner, Quota, Tenants};
+pub use tenants::{BlockOwner, Quota, Tenants};
 pub use write_budget::WriteBudget;
 
 pub use crate::config::policy::PolicyName;

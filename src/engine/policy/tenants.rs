@@ -20,9 +20,9 @@ use crate::violated;
 
 /// Whose a block is: a tenant, by its number in the configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, PartialOrd, Ord)]
-pub struct Owner(pub u8);
+pub struct BlockOwner(pub u8);
 
-impl Owner {
+impl BlockOwner {
     /// No tenant: a request that names none, or one that the configuration does not know.
     pub const NOBODY: Self = Self(0);
 
@@ -46,14 +46,14 @@ impl Quota {
 }
 
 /// Blocks of one tenant.
-struct Part<I> {
+struct TenantOrder<I> {
     order: Box<dyn Eviction<I>>,
     quota: Quota,
     /// Places that hold its blocks, evictable or not.
     blocks: u32,
 }
 
-impl<I> Part<I> {
+impl<I> TenantOrder<I> {
     fn spare(&self) -> u32 {
         self.blocks.saturating_sub(self.quota.guaranteed)
     }
@@ -62,7 +62,7 @@ impl<I> Part<I> {
 /// What is known of a place where there are tenants.
 #[derive(Debug, Clone, Copy, Default)]
 struct PlaceFacts {
-    owner: Owner,
+    owner: BlockOwner,
     /// The block was there before the engine began: the first tenant that uses it gets it.
     is_found: bool,
     /// The clock at its last use.
@@ -72,7 +72,7 @@ struct PlaceFacts {
 /// All places of a tier, by tenant.
 pub struct Tenants<I> {
     /// The first is nobody's.
-    parts: Vec<Part<I>>,
+    parts: Vec<TenantOrder<I>>,
     /// Empty without tenants.
     places: Box<[PlaceFacts]>,
     clock: u64,
@@ -81,7 +81,7 @@ pub struct Tenants<I> {
 impl<I: Index + 'static> Tenants<I> {
     /// `places` places under a policy. `quotas`: of each tenant, none for a tier without.
     pub fn new(policy: PolicyName, places: u32, quotas: &[Quota]) -> Self {
-        let part = |quota| Part { order: build(policy, places), quota, blocks: 0 };
+        let part = |quota| TenantOrder { order: build(policy, places), quota, blocks: 0 };
         let known = if quotas.is_empty() { 0 } else { places as usize };
         Self {
             parts: std::iter::once(Quota::NONE).chain(quotas.iter().copied()).map(part).collect(),
@@ -94,7 +94,7 @@ impl<I: Index + 'static> Tenants<I> {
 impl<I: Index> Tenants<I> {
     /// No tenants: one order of eviction.
     pub fn single(order: Box<dyn Eviction<I>>) -> Self {
-        Self { parts: vec![Part { order, quota: Quota::NONE, blocks: 0 }], places: Box::default(), clock: 0 }
+        Self { parts: vec![TenantOrder { order, quota: Quota::NONE, blocks: 0 }], places: Box::default(), clock: 0 }
     }
 
     fn has_tenants(&self) -> bool {
@@ -105,27 +105,27 @@ impl<I: Index> Tenants<I> {
         self.places.get(place.number() as usize).map_or(0, |facts| facts.owner.number())
     }
 
-    fn part(&self, place: I) -> &Part<I> {
+    fn part(&self, place: I) -> &TenantOrder<I> {
         &self.parts[self.part_of(place)]
     }
 
-    fn part_mut(&mut self, place: I) -> &mut Part<I> {
+    fn part_mut(&mut self, place: I) -> &mut TenantOrder<I> {
         let number = self.part_of(place);
         &mut self.parts[number]
     }
 
     /// The part of an owner; one that no quota names is nobody.
-    fn known(&self, owner: Owner) -> usize {
+    fn known(&self, owner: BlockOwner) -> usize {
         if owner.number() < self.parts.len() { owner.number() } else { 0 }
     }
 
     /// Whose block a place holds.
-    pub fn owner(&self, place: I) -> Owner {
-        Owner(self.part_of(place) as u8)
+    pub fn owner(&self, place: I) -> BlockOwner {
+        BlockOwner(self.part_of(place) as u8)
     }
 
     /// Places that hold blocks of an owner.
-    pub fn blocks(&self, owner: Owner) -> u32 {
+    pub fn blocks(&self, owner: BlockOwner) -> u32 {
         self.parts[self.known(owner)].blocks
     }
 
@@ -135,18 +135,18 @@ impl<I: Index> Tenants<I> {
     }
 
     /// So many places may hold blocks of this owner at the most.
-    pub fn limit(&self, owner: Owner) -> u32 {
+    pub fn limit(&self, owner: BlockOwner) -> u32 {
         self.parts[self.known(owner)].quota.limit
     }
 
     /// So many more places may hold blocks of this owner.
-    pub fn room(&self, owner: Owner) -> u32 {
+    pub fn room(&self, owner: BlockOwner) -> u32 {
         let part = &self.parts[self.known(owner)];
         part.quota.limit.saturating_sub(part.blocks)
     }
 
     /// A place was given to a block of this owner. It is not in the order of eviction.
-    pub fn assign(&mut self, place: I, owner: Owner, block: &Block<I>) {
+    pub fn assign(&mut self, place: I, owner: BlockOwner, block: &Block<I>) {
         self.place_at(place, self.known(owner), false, block);
     }
 
@@ -162,7 +162,7 @@ impl<I: Index> Tenants<I> {
         self.clock += 1;
         let used = self.clock;
         if let Some(facts) = self.places.get_mut(place.number() as usize) {
-            *facts = PlaceFacts { owner: Owner(number as u8), is_found, used };
+            *facts = PlaceFacts { owner: BlockOwner(number as u8), is_found, used };
         }
         let part = &mut self.parts[number];
         part.blocks += 1;
@@ -171,7 +171,7 @@ impl<I: Index> Tenants<I> {
 
     /// A block of before this engine began is used by somebody: it becomes a tenant's, who has room
     /// for it. `block`: what is known of it.
-    pub fn claim(&mut self, place: I, by: Owner, block: &Block<I>) {
+    pub fn claim(&mut self, place: I, by: BlockOwner, block: &Block<I>) {
         let number = self.known(by);
         if number == 0 || self.room(by) == 0 {
             return;
@@ -226,9 +226,9 @@ impl<I: Index> Tenants<I> {
         }
     }
 
-    /// The place to evict next so that `asker` gets room for so many blocks (`wanted`), of those that
-    /// `may` be evicted. It stays in the order until it is removed or released.
-    pub fn victim(&mut self, asker: Owner, wanted: u32, may: &dyn Fn(I) -> bool) -> Option<I> {
+    /// The place to evict next so that `asker` gets room for `wanted` blocks, of those that `may` be
+    /// evicted. It stays in the order until it is removed or released.
+    pub fn victim(&mut self, asker: BlockOwner, wanted: u32, may: &dyn Fn(I) -> bool) -> Option<I> {
         if !self.has_tenants() {
             return self.parts[0].order.victim(may);
         }
@@ -357,8 +357,8 @@ mod tests {
 
     use super::*;
 
-    const ONE: Owner = Owner(1);
-    const TWO: Owner = Owner(2);
+    const ONE: BlockOwner = BlockOwner(1);
+    const TWO: BlockOwner = BlockOwner(2);
 
     fn tier(policy: PolicyName, places: u32, quotas: &[(u32, u32)]) -> Tenants<SlotIndex> {
         let quota = |(guaranteed, limit): &(u32, u32)| Quota { guaranteed: *guaranteed, limit: *limit };
@@ -366,20 +366,20 @@ mod tests {
     }
 
     /// A tier that stores: free places first, then those of victims.
-    struct Stored {
+    struct StoringTier {
         tenants: Tenants<SlotIndex>,
         free: Vec<SlotIndex>,
         next: u64,
     }
 
-    impl Stored {
+    impl StoringTier {
         fn new(policy: PolicyName, places: u32, quotas: &[(u32, u32)]) -> Self {
             let free = (0..places).rev().map(SlotIndex).collect();
             Self { tenants: tier(policy, places, quotas), free, next: 1 }
         }
 
         /// Stores one block, if it finds a place.
-        fn store(&mut self, owner: Owner) -> Option<SlotIndex> {
+        fn store(&mut self, owner: BlockOwner) -> Option<SlotIndex> {
             if self.free.is_empty() || self.tenants.room(owner) == 0 {
                 let victim = self.tenants.victim(owner, 1, &|_| true)?;
                 self.tenants.release(victim, Departure::Evicted);
@@ -393,20 +393,20 @@ mod tests {
         }
 
         fn has(&self) -> [u32; 3] {
-            [Owner::NOBODY, ONE, TWO].map(|owner| self.tenants.blocks(owner))
+            [BlockOwner::NOBODY, ONE, TWO].map(|owner| self.tenants.blocks(owner))
         }
     }
 
     #[test]
     fn a_scan_takes_nothing_of_a_guaranteed_share() {
         for policy in PolicyName::ALL {
-            let mut tier = Stored::new(policy, 100, &[(30, 100), (0, 100)]);
+            let mut tier = StoringTier::new(policy, 100, &[(30, 100), (0, 100)]);
             (0..40).for_each(|_| drop(tier.store(ONE)));
             (0..1_000).for_each(|_| drop(tier.store(TWO)));
             assert_eq!(tier.has(), [0, 30, 70], "{policy:?}");
             // It gets back what is guaranteed as fast as it stores, and no more while others are
             // busier.
-            let mut tier = Stored::new(policy, 100, &[(30, 100), (0, 100)]);
+            let mut tier = StoringTier::new(policy, 100, &[(30, 100), (0, 100)]);
             (0..1_000).for_each(|_| drop(tier.store(TWO)));
             (0..30).for_each(|_| drop(tier.store(ONE)));
             assert_eq!(tier.has(), [0, 30, 70], "{policy:?}");
@@ -416,7 +416,7 @@ mod tests {
     #[test]
     fn a_tenant_at_its_limit_makes_room_among_its_own() {
         for policy in PolicyName::ALL {
-            let mut tier = Stored::new(policy, 100, &[(0, 20), (0, 100)]);
+            let mut tier = StoringTier::new(policy, 100, &[(0, 20), (0, 100)]);
             (0..50).for_each(|_| drop(tier.store(ONE)));
             assert_eq!((tier.has(), tier.free.len()), ([0, 20, 0], 80), "{policy:?}");
             assert_eq!(tier.tenants.room(ONE), 0);
@@ -425,14 +425,14 @@ mod tests {
 
     #[test]
     fn where_all_is_guaranteed_everybody_evicts_his_own() {
-        let mut tier = Stored::new(PolicyName::Lru, 10, &[(5, 10), (5, 10)]);
+        let mut tier = StoringTier::new(PolicyName::Lru, 10, &[(5, 10), (5, 10)]);
         (0..5).for_each(|_| drop((tier.store(ONE), tier.store(TWO))));
         let oldest = tier.tenants.order()[0];
         assert_eq!(tier.tenants.owner(oldest), ONE);
         assert_eq!(tier.store(TWO).map(|place| tier.tenants.owner(place)), Some(TWO));
         assert_eq!(tier.has(), [0, 5, 5]);
         // Nobody's requests find no place where every block is guaranteed to somebody.
-        assert_eq!(tier.store(Owner::NOBODY), None);
+        assert_eq!(tier.store(BlockOwner::NOBODY), None);
     }
 
     #[test]
@@ -446,8 +446,12 @@ mod tests {
         tier.claim(places[0], ONE, &Block::unknown(1));
         tier.claim(places[0], TWO, &Block::unknown(1));
         tier.claim(places[1], ONE, &Block::unknown(2));
-        tier.claim(places[2], Owner::NOBODY, &Block::unknown(3));
-        assert_eq!(places.map(|place| tier.owner(place)), [ONE, Owner::NOBODY, Owner::NOBODY], "as far as its limit");
+        tier.claim(places[2], BlockOwner::NOBODY, &Block::unknown(3));
+        assert_eq!(
+            places.map(|place| tier.owner(place)),
+            [ONE, BlockOwner::NOBODY, BlockOwner::NOBODY],
+            "as far as its limit"
+        );
         assert!(places.iter().all(|place| tier.holds(*place)));
     }
 
@@ -461,15 +465,15 @@ mod tests {
         ) {
             let total: u32 = quotas.iter().map(|(guaranteed, _)| guaranteed).sum();
             prop_assume!(total <= places && quotas.iter().all(|(guaranteed, limit)| guaranteed <= limit));
-            let mut tier = Stored::new(PolicyName::Lru, places, &quotas);
-            // Owner, place; the longest unused first.
-            let mut model: Vec<(Owner, SlotIndex)> = Vec::new();
-            let quota = |owner: Owner| match owner {
-                Owner::NOBODY => (0, u32::MAX),
-                Owner(number) => quotas[usize::from(number) - 1],
+            let mut tier = StoringTier::new(PolicyName::Lru, places, &quotas);
+            // BlockOwner, place; the longest unused first.
+            let mut model: Vec<(BlockOwner, SlotIndex)> = Vec::new();
+            let quota = |owner: BlockOwner| match owner {
+                BlockOwner::NOBODY => (0, u32::MAX),
+                BlockOwner(number) => quotas[usize::from(number) - 1],
             };
             for (owner, what, which) in steps {
-                let owner = Owner(owner.min(quotas.len() as u8));
+                let owner = BlockOwner(owner.min(quotas.len() as u8));
                 if what == 0 && !model.is_empty() {
                     let at = usize::from(which) % model.len();
                     let used = model.remove(at);
@@ -477,13 +481,13 @@ mod tests {
                     model.push(used);
                     continue;
                 }
-                let count = |model: &[(Owner, SlotIndex)], of: Owner| {
+                let count = |model: &[(BlockOwner, SlotIndex)], of: BlockOwner| {
                     model.iter().filter(|(owner, _)| *owner == of).count() as u32
                 };
                 let at_limit = count(&model, owner) >= quota(owner).1;
                 if at_limit || model.len() as u32 == places {
-                    let spare = |of: Owner| count(&model, of) > quota(of).0;
-                    let first = |may: &dyn Fn(Owner) -> bool| model.iter().position(|(owner, _)| may(*owner));
+                    let spare = |of: BlockOwner| count(&model, of) > quota(of).0;
+                    let first = |may: &dyn Fn(BlockOwner) -> bool| model.iter().position(|(owner, _)| may(*owner));
                     let own = || first(&|of| of == owner);
                     let victim = if at_limit { own() } else { first(&spare).or_else(own) };
                     let Some(victim) = victim else {
@@ -497,8 +501,8 @@ mod tests {
                 prop_assert!(stored.is_some());
                 model.extend(stored.map(|place| (owner, place)));
                 for of in 0..=quotas.len() as u8 {
-                    prop_assert_eq!(tier.tenants.blocks(Owner(of)), count(&model, Owner(of)));
-                    prop_assert!(tier.tenants.blocks(Owner(of)) <= quota(Owner(of)).1);
+                    prop_assert_eq!(tier.tenants.blocks(BlockOwner(of)), count(&model, BlockOwner(of)));
+                    prop_assert!(tier.tenants.blocks(BlockOwner(of)) <= quota(BlockOwner(of)).1);
                 }
             }
             let mut order = tier.tenants.order();
@@ -514,12 +518,12 @@ mod tests {
             stored in proptest::collection::vec(0_u8..3, 300..600),
             guaranteed in 0_u32..100,
         ) {
-            let mut tier = Stored::new(PolicyName::Lru, 300, &[(guaranteed, 300), (50, 300)]);
-            stored.iter().for_each(|owner| drop(tier.store(Owner(*owner))));
+            let mut tier = StoringTier::new(PolicyName::Lru, 300, &[(guaranteed, 300), (50, 300)]);
+            stored.iter().for_each(|owner| drop(tier.store(BlockOwner(*owner))));
             let order = tier.tenants.order();
-            let beyond: u32 = tier.tenants.parts.iter().map(Part::spare).sum();
+            let beyond: u32 = tier.tenants.parts.iter().map(TenantOrder::spare).sum();
             for expected in &order[..beyond as usize] {
-                let victim = tier.tenants.victim(Owner::NOBODY, 1, &|_| true);
+                let victim = tier.tenants.victim(BlockOwner::NOBODY, 1, &|_| true);
                 prop_assert_eq!(victim, Some(*expected));
                 tier.tenants.release(*expected, Departure::Evicted);
             }

@@ -7,7 +7,7 @@ use super::dirty::Dirty;
 use super::extents::Extents;
 use super::residency::Residency;
 use crate::policy::admission::Candidate;
-use crate::policy::{Admission, Owner};
+use crate::policy::{Admission, BlockOwner};
 use crate::{limits, violated};
 use kvcellar_block::BlockKey;
 
@@ -91,7 +91,7 @@ pub(super) fn judge(
 
 /// Drops the coldest block on disk to make room for one more of `owner`. `None`: all that may go
 /// are being read or written.
-pub(super) fn make_room(extents: &mut Extents, dram: &mut Residency, owner: Owner) -> Option<BlockKey> {
+pub(super) fn make_room(extents: &mut Extents, dram: &mut Residency, owner: BlockOwner) -> Option<BlockKey> {
     let gone = extents.evict(owner, &mut dram.events)?;
     dram.counters.nvme_evicted_blocks += 1;
     if let Some(held) = dram.find(&gone) {

@@ -8,7 +8,7 @@
 use super::extent_state::{ExtentChange, ExtentState};
 use super::table::Table;
 use crate::event_log::EventLog;
-use crate::policy::{Block, Departure, Heat, Owner, PolicyName, Quota, Tenants, Touch};
+use crate::policy::{Block, BlockOwner, Departure, Heat, PolicyName, Quota, Tenants, Touch};
 use crate::{invariant, violated};
 use kvcellar_block::descriptor::Lineage;
 use kvcellar_block::{BlockHash, BlockKey, ExtentIndex, GroupIndex, Tier};
@@ -217,18 +217,18 @@ impl Extents {
     }
 
     /// So many more blocks of this owner may lie on disk, whether or not extents are free.
-    pub fn room(&self, owner: Owner) -> u32 {
+    pub fn room(&self, owner: BlockOwner) -> u32 {
         self.order.room(owner)
     }
 
     /// Extents that hold blocks of an owner.
-    pub fn blocks_of(&self, owner: Owner) -> u32 {
+    pub fn blocks_of(&self, owner: BlockOwner) -> u32 {
         self.order.blocks(owner)
     }
 
     /// Drops the coldest block to make one more extent free for a block of `asker`. Returns its
     /// key. `None`: all that may go are being read or written.
-    pub fn evict(&mut self, asker: Owner, events: &mut EventLog) -> Option<BlockKey> {
+    pub fn evict(&mut self, asker: BlockOwner, events: &mut EventLog) -> Option<BlockKey> {
         let victim = self.order.victim(asker, 1, &|_| true)?;
         let evicted = self.key(victim);
         // What is in the order of eviction is not read.
@@ -244,12 +244,12 @@ impl Extents {
         self.free[from..].sort_unstable_by(|a, b| b.cmp(a));
     }
 
-    /// Takes a free extent for a block of `owner` that will be written. `parent`: the block before it in its
-    /// prefix, as far as that is known.
+    /// Takes a free extent for a block of `owner` that will be written. `parent`: the block before
+    /// it in its prefix, as far as that is known.
     pub fn reserve(
         &mut self,
         key: &BlockKey,
-        owner: Owner,
+        owner: BlockOwner,
         parent: Option<&BlockKey>,
         stamp: Stamp,
         events: &mut EventLog,
@@ -294,7 +294,7 @@ impl Extents {
     }
 
     /// A block is being read for a request of `owner`: its extent is not given away.
-    pub fn begin_read(&mut self, extent: ExtentIndex, owner: Owner) {
+    pub fn begin_read(&mut self, extent: ExtentIndex, owner: BlockOwner) {
         self.table.record_mut(extent).pins += 1;
         if let Some(key) = self.key(extent) {
             self.order.claim(extent, owner, &Block::unknown(key.fingerprint()));
@@ -390,10 +390,10 @@ mod tests {
     fn read_by(readers: u32) -> (Extents, EventLog) {
         let (mut extents, mut events) = (Extents::new(1, PolicyName::Lru, &[]), EventLog::new(true));
         extents.make_ready(1);
-        assert_eq!(extents.reserve(&key(1), Owner::NOBODY, None, Stamp::default(), &mut events), Some(HERE));
+        assert_eq!(extents.reserve(&key(1), BlockOwner::NOBODY, None, Stamp::default(), &mut events), Some(HERE));
         extents.commit(HERE, Lineage::default(), &mut events);
         for _ in 0..readers {
-            extents.begin_read(HERE, Owner::NOBODY);
+            extents.begin_read(HERE, BlockOwner::NOBODY);
         }
         (extents, events)
     }
@@ -404,7 +404,7 @@ mod tests {
         extents.discard(HERE, true, &mut events);
         extents.end_read(HERE, &mut events);
         assert_eq!((extents.retired(), extents.free(), extents.committed()), (1, 0, 0));
-        assert_eq!(extents.reserve(&key(2), Owner::NOBODY, None, Stamp::default(), &mut events), None);
+        assert_eq!(extents.reserve(&key(2), BlockOwner::NOBODY, None, Stamp::default(), &mut events), None);
     }
 
     #[test]
@@ -425,10 +425,10 @@ mod tests {
         let (mut extents, mut events) = read_by(2);
         extents.discard(HERE, false, &mut events);
         extents.end_read(HERE, &mut events);
-        assert_eq!((extents.free(), extents.evict(Owner::NOBODY, &mut events)), (0, None));
+        assert_eq!((extents.free(), extents.evict(BlockOwner::NOBODY, &mut events)), (0, None));
         extents.end_read(HERE, &mut events);
         assert_eq!((extents.retired(), extents.free()), (0, 1));
-        assert_eq!(extents.reserve(&key(2), Owner::NOBODY, None, Stamp::default(), &mut events), Some(HERE));
+        assert_eq!(extents.reserve(&key(2), BlockOwner::NOBODY, None, Stamp::default(), &mut events), Some(HERE));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use hashbrown::HashMap;
 
-use crate::policy::Owner;
+use crate::policy::BlockOwner;
 use kvcellar_block::SlotIndex;
 
 /// Percent of the slots that are guaranteed to no tenant and that pins may take together.
@@ -22,17 +22,17 @@ struct Allowance {
 
 /// One kept slot.
 #[derive(Debug, Clone, Copy)]
-struct Kept {
+struct KeptSlot {
     until: Instant,
-    owner: Owner,
+    owner: BlockOwner,
 }
 
-/// Kept slots. They are not in the order of eviction.
+/// KeptSlot slots. They are not in the order of eviction.
 #[derive(Debug, Default)]
 pub(super) struct KeptSlots {
-    by_slot: HashMap<SlotIndex, Kept>,
+    by_slot: HashMap<SlotIndex, KeptSlot>,
     by_end: BTreeSet<(Instant, SlotIndex)>,
-    /// Kept slots of each owner.
+    /// KeptSlot slots of each owner.
     counts: Vec<u64>,
     allowance: Allowance,
 }
@@ -56,7 +56,7 @@ impl KeptSlots {
     }
 
     /// Keeps a slot, or keeps it for longer. Returns whether that is allowed.
-    pub(super) fn keep(&mut self, slot: SlotIndex, owner: Owner, until: Instant) -> bool {
+    pub(super) fn keep(&mut self, slot: SlotIndex, owner: BlockOwner, until: Instant) -> bool {
         if let Some(kept) = self.by_slot.get_mut(&slot) {
             if kept.until < until {
                 self.by_end.remove(&(kept.until, slot));
@@ -69,12 +69,12 @@ impl KeptSlots {
             return false;
         }
         self.counts[usize::from(owner.0)] += 1;
-        self.by_slot.insert(slot, Kept { until, owner });
+        self.by_slot.insert(slot, KeptSlot { until, owner });
         self.by_end.insert((until, slot));
         true
     }
 
-    fn may_keep(&self, owner: Owner) -> bool {
+    fn may_keep(&self, owner: BlockOwner) -> bool {
         let Some((own, guaranteed)) =
             self.counts.get(usize::from(owner.0)).zip(self.allowance.guaranteed.get(usize::from(owner.0)))
         else {
@@ -86,7 +86,7 @@ impl KeptSlots {
 
     /// The slot's block is gone.
     pub(super) fn forget(&mut self, slot: SlotIndex) {
-        if let Some(Kept { until, owner }) = self.by_slot.remove(&slot) {
+        if let Some(KeptSlot { until, owner }) = self.by_slot.remove(&slot) {
             self.by_end.remove(&(until, slot));
             self.counts[usize::from(owner.0)] -= 1;
         }
@@ -119,8 +119,8 @@ mod tests {
     use kvcellar_block::descriptor::Lineage;
     use kvcellar_block::{BlockHash, BlockKey, GroupIndex};
 
-    const NOBODY: Owner = Owner::NOBODY;
-    const TENANT: Owner = Owner(1);
+    const NOBODY: BlockOwner = BlockOwner::NOBODY;
+    const TENANT: BlockOwner = BlockOwner(1);
 
     #[test]
     fn kept_slots_end_in_the_order_of_their_times() {
@@ -149,7 +149,7 @@ mod tests {
         assert_eq!(tried(&mut kept, 100, TENANT), 60, "its own share");
         kept.forget(SlotIndex(0));
         assert_eq!(tried(&mut kept, 200, TENANT), 1, "and what is free of the rest");
-        assert_eq!(tried(&mut kept, 300, Owner(9)), 0);
+        assert_eq!(tried(&mut kept, 300, BlockOwner(9)), 0);
     }
 
     fn key(byte: u8) -> BlockKey {

@@ -1,7 +1,7 @@
 //! What the engine's counters and gauges were when they were last collected.
 
 use crate::metrics::{Counters, DropReason, Gauges, Samples};
-use crate::policy::Owner;
+use crate::policy::BlockOwner;
 
 /// What changed since the last collection.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -48,7 +48,7 @@ impl Collector {
         &mut self,
         counters: &Counters,
         gauges: &Gauges,
-        tenants: impl Iterator<Item = (Owner, &'a str, [(&'static str, u64); 2])>,
+        tenants: impl Iterator<Item = (BlockOwner, &'a str, [(&'static str, u64); 2])>,
     ) -> Option<StatsDelta> {
         let now = (*counters, *gauges);
         if now == self.collected && self.lookup_seconds.is_empty() {
@@ -66,7 +66,7 @@ impl Collector {
         let dropped = DropReason::ALL.iter().enumerate().map(|(index, reason)| {
             (reason.name(), now.0.dropped_blocks[index].saturating_sub(before.0.dropped_blocks[index]))
         });
-        let of_tenant = |(owner, name, blocks): (Owner, &str, _)| {
+        let of_tenant = |(owner, name, blocks): (BlockOwner, &str, _)| {
             let (now, before) = (now.0.of(owner).plain(), before.0.of(owner).plain());
             let grown =
                 now.into_iter().zip(before).map(|((name, now), (_, before))| (name, now.saturating_sub(before)));

@@ -15,7 +15,7 @@ use super::residency::Residency;
 use crate::config::TenantList;
 use crate::event_log::EventLog;
 use crate::policy::load::Rates;
-use crate::policy::{Admission, LoadPolicy, Owner, PolicyName, Tenants};
+use crate::policy::{Admission, BlockOwner, LoadPolicy, PolicyName, Tenants};
 use crate::pool::memory::HeapSlots;
 use kvcellar_block::descriptor::Lineage;
 use kvcellar_block::{BlockHash, BlockKey, ExtentIndex, GroupIndex, GroupKind, GroupSpec, Grouping, SlotIndex};
@@ -99,11 +99,11 @@ impl TierReplay {
 
     /// Serves a request of no tenant whose prompt has these blocks and so many tokens.
     pub fn serve(&mut self, hashes: &[BlockHash], prompt_tokens: u32) -> ReplayedHits {
-        self.serve_for(Owner::NOBODY, hashes, prompt_tokens)
+        self.serve_for(BlockOwner::NOBODY, hashes, prompt_tokens)
     }
 
     /// As [`Self::serve`], of this tenant.
-    pub fn serve_for(&mut self, owner: Owner, hashes: &[BlockHash], prompt_tokens: u32) -> ReplayedHits {
+    pub fn serve_for(&mut self, owner: BlockOwner, hashes: &[BlockHash], prompt_tokens: u32) -> ReplayedHits {
         self.user = User { serial: self.user.serial.wrapping_add(1), owner };
         let mut served = ReplayedHits::default();
         let hit = self.reach(hashes);
@@ -117,7 +117,7 @@ impl TierReplay {
     }
 
     /// Blocks that an owner has in memory and on disk.
-    pub fn blocks_of(&self, owner: Owner) -> (u32, u32) {
+    pub fn blocks_of(&self, owner: BlockOwner) -> (u32, u32) {
         (self.dram.blocks_of(owner), self.disk.as_ref().map_or(0, |disk| disk.blocks_of(owner)))
     }
 
@@ -306,7 +306,7 @@ mod tests {
             }
             // A prompt beyond the limit takes no more than the limit from others.
             replay.serve_for(scan, &hashes(0, 200)[50..], 150 * 16);
-            let left = [quiet, Owner::NOBODY].map(|owner| replay.blocks_of(owner).0);
+            let left = [quiet, BlockOwner::NOBODY].map(|owner| replay.blocks_of(owner).0);
             assert!(left[0] >= 10 && left[0] + left[1] >= 20, "{policy:?}: {left:?}");
             let (dram, _) = replay.blocks_of(quiet);
             assert!(dram >= 10, "{policy:?}: others take nothing of what is guaranteed: {dram}");

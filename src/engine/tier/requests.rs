@@ -7,7 +7,7 @@ use hashbrown::HashMap;
 use super::reservation::User;
 use super::tiers::Changes;
 use crate::config::Controls;
-use crate::policy::Owner;
+use crate::policy::BlockOwner;
 use kvcellar_block::{AdapterId, BlockHash, BlockKey, GroupIndex, Grouping};
 
 /// One request, from its arrival until its last offload is done.
@@ -16,7 +16,7 @@ pub struct RequestState {
     /// Tells this request's touches from others'.
     pub serial: u32,
     /// Whose it is.
-    pub owner: Owner,
+    pub owner: BlockOwner,
     /// What its tenant is told from others by, for a record; `None`: nothing.
     pub tenant: Option<Box<str>>,
     /// What the user asked of the cache.
@@ -181,7 +181,7 @@ impl Requests {
     }
 
     /// A request of `owner` arrived.
-    pub fn add(&mut self, id: &str, owner: Owner, arrival: Arrival<'_>) {
+    pub fn add(&mut self, id: &str, owner: BlockOwner, arrival: Arrival<'_>) {
         let Arrival { controls, cache_salt, lora, adapter } = arrival;
         // 0 is nobody's: slots that no request has used carry it.
         self.last_serial = self.last_serial.wrapping_add(1).max(1);

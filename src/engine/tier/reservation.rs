@@ -1,6 +1,6 @@
 //! Slots taken for blocks that are to come, and for whom.
 
-use crate::policy::Owner;
+use crate::policy::BlockOwner;
 use kvcellar_block::{BlockKey, Generation, SlotIndex};
 
 /// Who uses blocks.
@@ -9,7 +9,7 @@ pub struct User {
     /// The request's serial, which tells its uses from others'.
     pub serial: u32,
     /// Whose request it is.
-    pub owner: Owner,
+    pub owner: BlockOwner,
 }
 
 /// A slot that was taken for a new block.

@@ -21,7 +21,7 @@ use super::slot_state::{Origin, SlotChange, SlotState};
 use super::table::{Record, Table};
 use crate::event_log::EventLog;
 use crate::metrics::{Counters, DropReason};
-use crate::policy::{Block, Departure, Heat, Owner, Tenants, Touch};
+use crate::policy::{Block, BlockOwner, Departure, Heat, Tenants, Touch};
 use crate::pool::memory::SlotMemory;
 use crate::{invariant, violated};
 use kvcellar_block::descriptor::Lineage;
@@ -238,22 +238,22 @@ impl Residency {
     }
 
     /// Slots that this owner can have without any eviction.
-    fn room(&self, owner: Owner) -> usize {
+    fn room(&self, owner: BlockOwner) -> usize {
         self.free.len().min(self.policy.room(owner) as usize)
     }
 
     /// Whose block a slot holds.
-    pub fn owner(&self, slot: SlotIndex) -> Owner {
+    pub fn owner(&self, slot: SlotIndex) -> BlockOwner {
         self.policy.owner(slot)
     }
 
     /// Slots that hold blocks of an owner.
-    pub fn blocks_of(&self, owner: Owner) -> u32 {
+    pub fn blocks_of(&self, owner: BlockOwner) -> u32 {
         self.policy.blocks(owner)
     }
 
-    /// Empties the slot that the policy chooses, so that a user gets room for so many blocks. Returns
-    /// the key of the block that is gone.
+    /// Empties the slot that the policy chooses, so that a user gets room for so many blocks.
+    /// Returns the key of the block that is gone.
     fn evict(&mut self, by: User, wanted: u32) -> std::result::Result<BlockKey, DropReason> {
         let table = &self.table;
         let may = |slot: SlotIndex| !table.record(slot).facts.writing;
@@ -286,8 +286,8 @@ impl Residency {
     }
 
     /// Empties slots, the next victims first, until `count` are free for this user or none may go.
-    /// Returns what is gone. The next `count` slots that are reserved are handed out in ascending order: what is
-    /// read together lies together.
+    /// Returns what is gone. The next `count` slots that are reserved are handed out in ascending
+    /// order: what is read together lies together.
     pub fn make_room(&mut self, count: usize, by: User) -> Vec<BlockKey> {
         let mut evicted = Vec::new();
         let most = u32::try_from(count).unwrap_or(u32::MAX).min(self.policy.limit(by.owner));
@@ -381,8 +381,8 @@ impl Residency {
         }
     }
 
-    /// Keeps visible blocks until a time, as many as may be kept; a block that is kept longer already
-    /// stays so. Returns how many are kept now.
+    /// Keeps visible blocks until a time, as many as may be kept; a block that is kept longer
+    /// already stays so. Returns how many are kept now.
     pub fn keep(&mut self, slots: &[SlotIndex], until: Instant) -> usize {
         let mut count = 0;
         for slot in slots {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::disk_tier::DiskTier;
 use super::residency::Residency;
-use crate::policy::Owner;
+use crate::policy::BlockOwner;
 use crate::pool::Pool;
 use kvcellar_block::{BlockKey, ExtentIndex, SlotIndex, Tier};
 
@@ -62,7 +62,7 @@ impl Tiers {
     }
 
     /// Blocks of an owner, by tier.
-    pub(super) fn blocks_of(&self, owner: Owner) -> [(&'static str, u64); 2] {
+    pub(super) fn blocks_of(&self, owner: BlockOwner) -> [(&'static str, u64); 2] {
         let on_disk = self.disk.as_ref().map_or(0, |disk| disk.medium.extents.blocks_of(owner));
         [("dram", self.dram.blocks_of(owner).into()), ("nvme", on_disk.into())]
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::reservation::{Provenance, User};
 use super::residency::Residency;
 use crate::event_log::EventLog;
-use crate::policy::{Lru, Owner, Tenants};
+use crate::policy::{BlockOwner, Lru, Tenants};
 use crate::pool::memory::HeapSlots;
 use kvcellar_block::descriptor::Lineage;
 use kvcellar_block::{BlockHash, BlockKey, GroupIndex, SlotIndex};
@@ -26,7 +26,7 @@ impl WarmTable {
         let policy = Tenants::single(Box::new(Lru::new(hashes.len() as u32)));
         let mut table = Self {
             residency: Residency::new(memory, policy, EventLog::new(false)),
-            user: User { serial: 1, owner: Owner::NOBODY },
+            user: User { serial: 1, owner: BlockOwner::NOBODY },
         };
         table.allocate(hashes);
         table
