@@ -90,7 +90,6 @@ class SchedulerSide:
         # not ask it.
         self._active = True
         self._counted = True
-        self._measures_prefill = self._config.measures_prefill
         self._step_tokens = 0
         self._step_began = 0.0
         self._offers: dict[tuple[int, int], RankOffer] = {}
@@ -378,6 +377,9 @@ class SchedulerSide:
             return
         self._note_end(known)
         self._active = self._counted = True
+        if not self._requests:
+            # vLLM may idle until the next step.
+            self._time_step(0)
         offer = None
         if not known.was_rewritten():
             # Before its first step a request has only what vLLM found in its own cache: the rest
@@ -395,8 +397,7 @@ class SchedulerSide:
         if self._numbers_steps:
             self._step += 1
             self._adapters.heard_until(self._step - self._vllm_config.max_concurrent_batches)
-        if self._measures_prefill:
-            self._time_step(output.total_num_scheduled_tokens)
+        self._time_step(output.total_num_scheduled_tokens)
         handed: list[list[int]] | None = None
         foreign: list[int] = []
         if self._foreign is not None and self._manager is not None:
@@ -452,9 +453,10 @@ class SchedulerSide:
             known.last_step = self._step
 
     def _time_step(self, tokens: int) -> None:
-        """Tell the engine how long the last step's prefill took: until this one, if vLLM did not idle in between.
+        """Tell the engine how long the last step's prefill took: until this one, or until its last request ended.
 
-        An idle gap makes prefill look slower than it is, so that more is loaded: the safe side.
+        A gap after that is no prefill. One that nobody notices, while only requests that are left out run, makes
+        prefill look slower than it is.
         """
         now = time.perf_counter()
         if self._step_tokens >= _PREFILL_TOKENS_MIN:

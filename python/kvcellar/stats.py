@@ -16,7 +16,8 @@ from kvcellar._native import CopyReport, EngineStats
 
 logger = init_logger(f"vllm.{__name__}")
 
-# name -> (description, fixed labels). Names get `vllm:kvcellar_` in front and `_total` behind.
+# name -> (description, fixed labels). Names get `vllm:kvcellar_` in front and `_total` behind. A family has one entry
+# for each value of its label, whose name begins with the value; the first may do without.
 COUNTERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "hit_blocks": ("Blocks loaded for requests.", {"tier": "dram"}),
     "hit_tokens": ("Tokens loaded for requests.", {"tier": "dram"}),
@@ -52,6 +53,12 @@ COUNTERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "pins_refused": ("Blocks that a request wanted pinned, beyond what may be.", {}),
     "internal_errors": ("Errors of KV Cellar itself: after one the tiers are out of service until the next start.", {}),
     "invariant_violations": ("States that cannot be, found and survived: bugs of KV Cellar.", {}),
+    "saved_seconds": ("Seconds of prefill that loaded tokens would have taken.", {"tier": "dram"}),
+    "nvme_saved_seconds": ("Seconds of prefill that loaded tokens would have taken.", {"tier": "nvme"}),
+    "what_if_blocks": ("Blocks looked up that vLLM's own cache did not have: what the live what-if is about.", {}),
+    "now_what_if_misses": ("Those of them that a cache of this capacity would miss, estimated.", {"capacity": "now"}),
+    "double_what_if_misses": ("Those that a cache of twice the capacity would miss.", {"capacity": "double"}),
+    "infinite_what_if_misses": ("Those that a cache without end would miss.", {"capacity": "infinite"}),
     "left_out_requests": ("Requests served without KV Cellar, because a value of theirs cannot be used.", {}),
 }
 DROPPED = ("dropped_blocks", "Blocks that were not kept, by reason.")
@@ -204,8 +211,10 @@ class KVCellarPromMetrics(KVConnectorPromMetrics):
         self._counters: dict[tuple[int, str], Any] = {}
         families: dict[str, Any] = {}
         for name, (text, labels) in COUNTERS.items():
-            # One family for all tiers: the tier is a label, not part of the name.
-            family = name.removeprefix("nvme_") if labels.get("tier") == "nvme" else name
+            # One family for all values of a label: they are no part of its name.
+            family = name
+            for value in labels.values():
+                family = family.removeprefix(f"{value}_")
             counter = families.get(family)
             if counter is None:
                 counter = families[family] = self._counter_cls(

@@ -57,7 +57,9 @@ def engine() -> list[Metric]:
     source = STATS.read_text()
     families: dict[str, Metric] = {}
     for name, (text, labels) in said["COUNTERS"].items():
-        family = name.removeprefix("nvme_") if labels.get("tier") == "nvme" else name
+        family = name
+        for value in labels.values():
+            family = family.removeprefix(f"{value}_")
         families.setdefault(family, Metric(f"vllm:kvcellar_{family}", "counter", tuple(labels), text))
     for name, (text, labels) in said["TENANT_COUNTERS"].items():
         family = name.replace("_nvme_", "_")

@@ -122,6 +122,14 @@ impl BlockKey {
         let first = self.hash.bytes.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
         first.wrapping_add(u64::from(self.group.0) << 32)
     }
+
+    /// A number that says whether a sample holds this key: as evenly spread as the fingerprint, and
+    /// independent of it.
+    #[inline]
+    pub fn sampling_number(&self) -> u64 {
+        // Every hash has at least 16 bytes.
+        self.hash.bytes[8..].first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes))
+    }
 }
 
 impl fmt::Display for BlockKey {

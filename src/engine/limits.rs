@@ -337,3 +337,21 @@ pub const RECORDS_MAX: u32 = 1024;
 
 /// Tenants of one engine. An order of eviction is kept for each.
 pub const TENANTS_MAX: usize = 16;
+
+// The live what-if.
+
+/// Share of blocks that the what-if samples, where the two bounds below allow it.
+pub const WHAT_IF_RATE: f64 = 0.01;
+
+/// Places of the miniature of the present capacity, at least, where the tiers have as many: of
+/// small tiers a larger share of the blocks is sampled.
+pub const WHAT_IF_PLACES_MIN: u32 = 4096;
+
+/// Places of that miniature, at most: of larger tiers a smaller share is sampled, which costs no
+/// accuracy. With the one of twice the capacity they take 200 bytes each at most, 10 MiB together.
+pub const WHAT_IF_PLACES_MAX: u32 = 1 << 14;
+
+/// Bits of the number of registers that count first uses, one byte each.
+pub const WHAT_IF_REGISTER_BITS: u32 = 16;
+
+const _: () = assert!(WHAT_IF_PLACES_MIN < WHAT_IF_PLACES_MAX, "a range");

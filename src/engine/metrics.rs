@@ -142,6 +142,25 @@ pub struct Counters {
     pub invariant_violations: u64,
     /// What is counted by tenant, too.
     pub(crate) by_owner: [OwnerCounts; TENANTS_MAX + 1],
+    /// What the live what-if found.
+    pub what_if: WhatIfCounts,
+    /// Microseconds of prefill that blocks of the dram tier replaced.
+    pub saved_us: u64,
+    /// The same, of blocks from disk.
+    pub nvme_saved_us: u64,
+}
+
+/// What the live what-if found, in blocks, since the beginning.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct WhatIfCounts {
+    /// Blocks that were looked up.
+    pub blocks: u64,
+    /// Those of them that a cache of the present capacity would miss.
+    pub now_misses: u64,
+    /// The same, with twice the capacity.
+    pub double_misses: u64,
+    /// The same, with a cache that keeps everything.
+    pub infinite_misses: u64,
 }
 
 impl Counters {
@@ -162,7 +181,7 @@ impl Counters {
     }
 
     /// Name and value of each plain counter.
-    pub fn plain(&self) -> [(&'static str, u64); 25] {
+    pub fn plain(&self) -> [(&'static str, u64); 29] {
         [
             ("hit_blocks", self.hit_blocks),
             ("hit_tokens", self.hit_tokens),
@@ -189,7 +208,16 @@ impl Counters {
             ("recompute_decisions", self.recompute_decisions),
             ("pins_refused", self.pins_refused),
             ("invariant_violations", self.invariant_violations),
+            ("what_if_blocks", self.what_if.blocks),
+            ("now_what_if_misses", self.what_if.now_misses),
+            ("double_what_if_misses", self.what_if.double_misses),
+            ("infinite_what_if_misses", self.what_if.infinite_misses),
         ]
+    }
+
+    /// Name and microseconds of each counter that is shown in seconds.
+    pub fn microseconds(&self) -> [(&'static str, u64); 2] {
+        [("saved_seconds", self.saved_us), ("nvme_saved_seconds", self.nvme_saved_us)]
     }
 }
 

@@ -299,8 +299,8 @@ impl PyTierEngine {
         Ok(held.into_iter().map(row).collect())
     }
 
-    /// A step computed this many tokens in so many seconds: what `load_policy: auto` weighs a
-    /// restore against.
+    /// A step computed this many tokens in so many seconds: what loads are worth, and what
+    /// `load_policy: auto` weighs a restore against.
     fn prefilled(&self, py: Python<'_>, tokens: u64, seconds: f64) -> PyResult<()> {
         self.run(py, |engine| {
             engine.prefilled(tokens, seconds);

@@ -66,12 +66,6 @@ impl PyConfig {
         self.inner.strict_load_failure
     }
 
-    /// How long prefill takes decides what is loaded.
-    #[getter]
-    fn measures_prefill(&self) -> bool {
-        self.inner.nvme.dir.is_some() && self.inner.nvme.load_policy == kvcellar_engine::config::nvme::LoadPolicy::Auto
-    }
-
     /// There is a disk tier, which changes between steps.
     #[getter]
     fn has_disk(&self) -> bool {

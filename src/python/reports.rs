@@ -205,13 +205,17 @@ pub(super) struct EngineStats {
 impl EngineStats {
     /// The differences as Python's plain data.
     pub(super) fn new(py: Python<'_>, delta: StatsDelta) -> PyResult<Self> {
-        let StatsDelta { counters, dropped, gauges, lookup_seconds, tenants } = delta;
+        let StatsDelta { counters, seconds, dropped, gauges, lookup_seconds, tenants } = delta;
         let of_tenants = PyDict::new(py);
         for TenantDelta { name, counters, blocks } in tenants {
             of_tenants.set_item(name, (counters.into_py_dict(py)?, blocks.into_py_dict(py)?))?;
         }
+        let counters = counters.into_py_dict(py)?;
+        for (name, amount) in seconds {
+            counters.set_item(name, amount)?;
+        }
         Ok(Self {
-            counters: counters.into_py_dict(py)?.unbind(),
+            counters: counters.unbind(),
             dropped: dropped.into_py_dict(py)?.unbind(),
             gauges: gauges.into_py_dict(py)?.unbind(),
             lookup_seconds: PyList::new(py, lookup_seconds)?.unbind(),

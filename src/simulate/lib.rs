@@ -17,5 +17,6 @@ pub mod sweep;
 pub mod synthetic;
 pub mod table;
 pub mod trace;
+pub mod what_if;
 
 pub use options::{SimulateOptions, run};

@@ -77,7 +77,7 @@ pub struct Choices {
 }
 
 /// The block hash that stands for a trace's id.
-fn hash(id: u64) -> BlockHash {
+pub(super) fn hash(id: u64) -> BlockHash {
     let mut bytes = [0; 32];
     let mut state = id;
     for part in bytes.chunks_exact_mut(8) {

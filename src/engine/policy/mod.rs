@@ -142,3 +142,13 @@ pub fn build<I: Index + 'static>(name: PolicyName, places: u32) -> Box<dyn Evict
         PolicyName::Adaptive => Box::new(Adaptive::new(places)),
     }
 }
+
+/// A policy of this name for a sample of blocks: its `places` places stand for `of` of them, and
+/// what it remembers beside them shrinks alike.
+pub fn miniature<I: Index + 'static>(name: PolicyName, places: u32, of: u32) -> Box<dyn Eviction<I>> {
+    match name {
+        PolicyName::Adaptive => Box::new(Adaptive::miniature(places, of)),
+        // What they remember follows from their places alone.
+        PolicyName::Lru | PolicyName::S3Fifo | PolicyName::Arc | PolicyName::Lrfu => build(name, places),
+    }
+}

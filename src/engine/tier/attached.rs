@@ -11,11 +11,13 @@ use super::retire::retire;
 use super::session::Session;
 use super::tiers::Tiers;
 use super::trace;
+use super::what_if::WhatIf;
 use crate::event_log::Run;
 use crate::limits;
-use crate::metrics::{DropReason, Gauges};
+use crate::metrics::{Counters, DropReason, Gauges};
+use crate::policy::PolicyName;
 use crate::violated;
-use kvcellar_block::{SlotIndex, Tier};
+use kvcellar_block::{Grouping, SlotIndex, Tier};
 
 /// Tiers, and what is under way between them and vLLM's KV cache.
 pub(super) struct Attached {
@@ -23,6 +25,7 @@ pub(super) struct Attached {
     pub(super) tiers: Tiers,
     offloads: Offloads,
     loads: Loads,
+    what_if: WhatIf,
 }
 
 /// What changes while pending work goes on; see [`Attached::progress`].
@@ -36,9 +39,10 @@ pub(super) struct Progress {
 }
 
 impl Attached {
-    /// Nothing is under way.
-    pub(super) fn new(tiers: Tiers) -> Self {
-        Self { tiers, offloads: Offloads::default(), loads: Loads::default() }
+    /// Nothing is under way. `policy`: of the dram tier.
+    pub(super) fn new(tiers: Tiers, policy: PolicyName, grouping: &Grouping) -> Self {
+        let what_if = WhatIf::new(policy, tiers.dram.memory().slot_count(), grouping);
+        Self { tiers, offloads: Offloads::default(), loads: Loads::default(), what_if }
     }
 
     /// Puts a disk below the dram tier. `None`: there is no pool that it could be read into.
@@ -49,6 +53,7 @@ impl Attached {
         };
         let (disk, opened) = DiskTier::open(parts, settings, pool, &mut self.tiers.dram);
         self.tiers.disk = Some(disk);
+        self.what_if.add_disk(opened.extents_max);
         Some(opened)
     }
 
@@ -152,6 +157,15 @@ impl Attached {
         }
     }
 
+    /// vLLM finished a request.
+    pub(super) fn finish(&mut self, session: &mut Session, id: &str) {
+        let Session { requests, .. } = &*session;
+        if let Some((request, finished)) = requests.get(id).and_then(|request| Some((request, request.finished?))) {
+            self.what_if.on_finished(requests.grouping(), request, finished);
+        }
+        self.retire_if_done(session, id);
+    }
+
     /// vLLM gives these blocks to somebody in this step: whoever still reads them is waited for.
     pub(super) fn wait_for(&self, session: &mut Session, blocks: impl Iterator<Item = u32>, flags: u16) {
         if self.offloads.fences() == 0 {
@@ -185,6 +199,7 @@ impl Attached {
     /// Drops every block. Returns the pool's new generation.
     pub(super) fn reset(&mut self) -> u64 {
         self.offloads.on_reset();
+        self.what_if.reset();
         let Tiers { dram, disk, .. } = &mut self.tiers;
         if let Some(disk) = disk {
             disk.reset(dram);
@@ -229,6 +244,11 @@ impl Attached {
     /// Events for this step, neighbours joined.
     pub(super) fn take_events(&mut self) -> Vec<Run> {
         self.tiers.dram.events.take(limits::EVENTS_PER_STEP_MAX)
+    }
+
+    /// Everything that only grows.
+    pub(super) fn counters(&self) -> Counters {
+        Counters { what_if: self.what_if.counts(), ..self.tiers.dram.counters }
     }
 
     /// The state now.

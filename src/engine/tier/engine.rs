@@ -15,6 +15,7 @@ use super::offload::{Offer, Start};
 use super::recorder::Recorder;
 use super::requests::{Arrival, Finished, Requests};
 use super::residency::Residency;
+use super::savings::Savings;
 use super::session::Session;
 use super::tiers::Tiers;
 use super::trace::{self, OperationLog};
@@ -83,6 +84,7 @@ impl TierEngine {
                 plan: StepPlan::default(),
                 log: OperationLog::open(config.trace_file.as_deref())?,
                 recorder: config.record_trace.as_deref().map(Recorder::open).transpose()?,
+                savings: Savings::default(),
             },
             state: State::Detached,
             collector: Collector::default(),
@@ -114,7 +116,8 @@ impl TierEngine {
 
     fn attach(&mut self, dram: Residency, pool: Option<Arc<Pool>>) {
         self.session.requests.forget_answers();
-        self.state = State::Attached(Box::new(Attached::new(Tiers { dram, disk: None, pool })));
+        let tiers = Tiers { dram, disk: None, pool };
+        self.state = State::Attached(Box::new(Attached::new(tiers, self.policy, self.grouping())));
     }
 
     /// Gives the engine its slots, which hold nothing.
@@ -317,7 +320,7 @@ impl TierEngine {
             recorder.record(request, finished, self.session.requests.grouping().hash_tokens);
         }
         match &mut self.state {
-            State::Attached(attached) => attached.retire_if_done(&mut self.session, id),
+            State::Attached(attached) => attached.finish(&mut self.session, id),
             State::Detached => drop(self.session.requests.take_finished(id)),
         }
     }
@@ -415,8 +418,9 @@ impl TierEngine {
 
     /// Everything that only grows.
     pub fn counters(&self) -> Counters {
-        let counters = self.attached().map(|attached| attached.tiers.dram.counters).unwrap_or_default();
-        Counters { invariant_violations: invariant::violations(), ..counters }
+        let counters = self.attached().map(Attached::counters).unwrap_or_default();
+        let Savings { dram_us: saved_us, nvme_us: nvme_saved_us, .. } = self.session.savings;
+        Counters { invariant_violations: invariant::violations(), saved_us, nvme_saved_us, ..counters }
     }
 
     /// The engine's state now.
@@ -436,6 +440,7 @@ impl TierEngine {
 
     /// A step computed this many tokens in so many seconds.
     pub fn prefilled(&mut self, tokens: u64, seconds: f64) {
+        self.session.savings.prefilled(tokens, seconds);
         if let State::Attached(attached) = &mut self.state
             && let Some(disk) = &mut attached.tiers.disk
         {

@@ -13,6 +13,7 @@ use super::offload::Offloads;
 use super::requests::{Asked, FirstHit, RequestState, Requests};
 use super::reservation::{Provenance, User};
 use super::restore::{LostBlock, Wanted};
+use super::savings::LoadedTokens;
 use super::session::Session;
 use super::tiers::{Source, Tiers};
 use super::trace::{self, names};
@@ -42,6 +43,8 @@ struct Lease {
     held: Vec<(SlotIndex, u32)>,
     /// A block was gone when it was planned.
     doomed: bool,
+    /// What it loads.
+    tokens: LoadedTokens,
     /// The first token of the first block that could not be restored.
     lost_at: Option<u32>,
 }
@@ -200,12 +203,13 @@ impl Loads {
         for block in plan.blocks.iter().filter(|_| !plan.doomed) {
             offloads.wait_for(block.destination, 0, &mut session.plan);
         }
-        count(&mut tiers.dram.counters, &mut session.requests, id, external, &committed);
+        let on_disk = count(&mut tiers.dram.counters, &mut session.requests, id, external, &committed);
+        let tokens = LoadedTokens { dram: external - on_disk, nvme: on_disk };
         let with_disk = tiers.disk.is_some();
         session.log.record(|| load_line(id, [local, external], &plan, &committed, with_disk));
         let Committed { copies, held, doomed, .. } = committed;
         session.plan.loads.push(Load { request: id.to_owned(), doomed, copies });
-        self.leases.insert(id.to_owned(), Lease { local, held, doomed, lost_at: None });
+        self.leases.insert(id.to_owned(), Lease { local, held, doomed, tokens, lost_at: None });
     }
 
     /// Every rank reported the end of a load. Returns whether it was one of ours.
@@ -232,7 +236,9 @@ impl Loads {
         for (slot, _) in lease.held.iter().rev() {
             dram.unpin(*slot);
         }
-        if failed {
+        if !failed {
+            session.savings.loaded(lease.tokens);
+        } else {
             dram.counters.load_failures += 1;
             let hit_tokens = session.requests.grouping().hit_tokens;
             if let Some(request) = session.requests.get_mut(id) {
@@ -398,8 +404,8 @@ fn make_room(tiers: &mut Tiers, plan: &LoadPlan, user: User) -> Vec<BlockKey> {
 }
 
 /// Counts an admitted load: what comes from disk each time, hits and misses once for each lookup,
-/// when it is known what vLLM took.
-fn count(counters: &mut Counters, requests: &mut Requests, id: &str, external: u32, committed: &Committed) {
+/// when it is known what vLLM took. Returns the tokens that come from disk.
+fn count(counters: &mut Counters, requests: &mut Requests, id: &str, external: u32, committed: &Committed) -> u32 {
     let grouping = requests.grouping();
     let on_disk = || committed.own.iter().chain(&committed.window);
     // Tokens are counted in the first group that needs its whole prefix, else in the first.
@@ -414,6 +420,7 @@ fn count(counters: &mut Counters, requests: &mut Requests, id: &str, external: u
         counters.of_mut(request.owner).nvme_hit_tokens += u64::from(tokens);
     }
     count_lookup(counters, requests, id, external, (blocks, tokens));
+    tokens
 }
 
 /// Counts hits and misses, once for each lookup. `on_disk`: blocks and tokens of `external` that

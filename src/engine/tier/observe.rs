@@ -8,6 +8,8 @@ use crate::policy::BlockOwner;
 pub struct StatsDelta {
     /// Growth of each counter that grew: name and amount.
     pub counters: Vec<(&'static str, u64)>,
+    /// Growth of each counter of seconds that grew.
+    pub seconds: Vec<(&'static str, f64)>,
     /// Dropped blocks by reason.
     pub dropped: Vec<(&'static str, u64)>,
     /// Gauges that changed.
@@ -61,6 +63,8 @@ impl Collector {
             .into_iter()
             .zip(before.0.plain())
             .map(|((name, now), (_, before))| (name, now.saturating_sub(before)));
+        let micros = now.0.microseconds().into_iter().zip(before.0.microseconds());
+        let seconds = micros.map(|((name, now), (_, before))| (name, now.saturating_sub(before) as f64 / 1e6));
         let changed =
             now.1.all().into_iter().zip(before.1.all()).filter(|(now, before)| now != before).map(|(now, _)| now);
         let dropped = DropReason::ALL.iter().enumerate().map(|(index, reason)| {
@@ -75,6 +79,7 @@ impl Collector {
         Some(StatsDelta {
             tenants: tenants.map(of_tenant).collect(),
             counters: grown.filter(|(_, amount)| *amount > 0).collect(),
+            seconds: seconds.filter(|(_, amount)| *amount > 0.0).collect(),
             dropped: dropped.filter(|(_, amount)| *amount > 0).collect(),
             gauges: changed.collect(),
             lookup_seconds: self.lookup_seconds.take(),

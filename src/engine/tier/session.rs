@@ -2,6 +2,7 @@
 
 use super::recorder::Recorder;
 use super::requests::Requests;
+use super::savings::Savings;
 use super::trace::OperationLog;
 use kvcellar_block::plan::StepPlan;
 
@@ -15,4 +16,6 @@ pub(super) struct Session {
     pub(super) log: OperationLog,
     /// The record of requests, if the user wants one.
     pub(super) recorder: Option<Recorder>,
+    /// What loads saved.
+    pub(super) savings: Savings,
 }

@@ -95,6 +95,11 @@ fn worth_of(hazards: &Hazards, worth: &[f64; CLASSES]) -> Box<[f64]> {
     segments
 }
 
+/// Evicted blocks that are remembered beside so many places.
+fn ghosts_of(places: u32) -> u32 {
+    places.saturating_mul(limits::GHOSTS_PER_PLACE).max(limits::GHOSTS_MIN)
+}
+
 fn tag(fingerprint: u64) -> u32 {
     fingerprint as u32
 }
@@ -122,8 +127,13 @@ pub struct Adaptive<I> {
 impl<I: Index> Adaptive<I> {
     /// A policy for `places` places, none of which may be evicted yet.
     pub fn new(places: u32) -> Self {
-        let ghosts = places.saturating_mul(limits::GHOSTS_PER_PLACE).max(limits::GHOSTS_MIN);
-        Self::sized(places, ghosts, USES_PER_ESTIMATE)
+        Self::sized(places, ghosts_of(places), USES_PER_ESTIMATE)
+    }
+
+    /// A policy for `places` places that stand for `of` of them: it remembers as many ghosts less.
+    pub fn miniature(places: u32, of: u32) -> Self {
+        let ghosts = u64::from(ghosts_of(of)) * u64::from(places) / u64::from(of.max(1));
+        Self::sized(places, ghosts as u32, USES_PER_ESTIMATE)
     }
 
     fn sized(places: u32, ghosts: u32, estimate_uses: u32) -> Self {
