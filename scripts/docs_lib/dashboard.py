@@ -52,6 +52,7 @@ def quantiles(metric: str) -> dict[str, str]:
 
 
 HITS, MISSES = "vllm:kvcellar_hit_tokens_total", "vllm:kvcellar_miss_tokens_total"
+WHAT_IF_MISSES = "vllm:kvcellar_what_if_misses_total"
 
 ENGINE = [
     Panel(
@@ -86,6 +87,23 @@ ENGINE = [
         "Tokens loaded and missed",
         "Tokens a second, by the tier that gave them.",
         {"{{tier}}": rate(HITS, "tier"), "missed": rate(MISSES)},
+    ),
+    Panel(
+        "What more room would bring",
+        "Share of the blocks that vLLM's own cache did not have: found with the present capacity, with twice as much, "
+        "and with a cache without end. Estimated from a sample: look at hours, and at the gaps between the lines.",
+        {
+            "{{capacity}}": f"clamp_min(1 - {rate(WHAT_IF_MISSES, 'capacity')} "
+            f"/ ignoring(capacity) group_left {rate('vllm:kvcellar_what_if_blocks_total')}, 0)"
+        },
+        "percentunit",
+    ),
+    Panel(
+        "Prefill saved",
+        "Seconds of the model's time, in a second, that loaded tokens would have taken to compute, by tier: 1 is as "
+        "much as one engine has.",
+        {"{{tier}}": rate("vllm:kvcellar_saved_seconds_total", "tier")},
+        stacked=True,
     ),
     Panel(
         "Pool slots",

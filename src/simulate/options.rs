@@ -13,7 +13,7 @@ use super::replay::{Choices, Keeper, Row, Sizes, replay};
 use super::sweep::{self, Curves};
 use super::synthetic::{BLOCK_TOKENS, Synthetic, Workload};
 use super::trace::WorkloadSource;
-use super::{picture, table};
+use super::{picture, table, what_if};
 use kvcellar_bench::report::{Goal, print_goals, report};
 use kvcellar_block::error::{Error, Result};
 use kvcellar_engine::config::{Config, TenantList, size};
@@ -91,6 +91,10 @@ pub struct SimulateOptions {
     /// The modelled device.
     #[command(flatten)]
     pub device: DeviceModel,
+    /// Also shows what an engine's live what-if would say of this workload: with this capacity, with
+    /// twice as much, and without end.
+    #[arg(long, conflicts_with = "sweep")]
+    pub what_if: bool,
     /// Curves over capacities from 1% to 50% of the workload's different blocks, over one tier and
     /// over both, with all policies and bounds.
     #[arg(long)]
@@ -247,12 +251,17 @@ pub fn run(options: &SimulateOptions) -> Result<()> {
         let sources = options.sources();
         let Some(source) = sources.first() else { return Ok(()) };
         let (sizes, account, rows) = one_size(options, source)?;
+        let estimates = if options.what_if { what_if::estimates(source, &rows, sizes)? } else { Vec::new() };
         if options.json {
-            let whole = json!({ "workload": source.name(), "sizes": sizes, "block_bytes": account.block_bytes,
+            let mut whole = json!({ "workload": source.name(), "sizes": sizes, "block_bytes": account.block_bytes,
                 "device": account.device, "results": rows });
+            if options.what_if {
+                whole["what_if"] = json!(estimates);
+            }
             println!("{whole:#}");
         } else {
             print!("{}", table::one_size(&source.name(), sizes, account.block_bytes, &rows));
+            print!("{}", table::what_if(&estimates));
         }
         return Ok(());
     }
@@ -343,6 +352,24 @@ mod tests {
         assert!(guaranteed > alone + 0.05 && limited > alone + 0.05, "{alone} {guaranteed} {limited}");
         let wrong = rows(r#"--synthetic chat --load 1 --tenants {"a":{"limit":"x"}}"#).expect_err("no share");
         assert!(wrong.to_string().contains("tenants.a.limit"), "{wrong}");
+    }
+
+    #[test]
+    fn the_what_if_stands_beside_the_result() {
+        let options = options("--synthetic chat --load 5 --dram 10% --policy all --what-if");
+        let source = &options.sources()[0];
+        let (sizes, _, rows) = one_size(&options, source).expect("a size");
+        let estimates = what_if::estimates(source, &rows, sizes).expect("a workload");
+        let names: Vec<&str> = estimates.iter().map(|estimate| estimate.policy).collect();
+        assert_eq!(names, PolicyName::ALL.map(PolicyName::name), "bounds have none");
+        for (estimate, row) in estimates.iter().zip(&rows) {
+            assert!((estimate.now - row.summary.hit_blocks_share).abs() < 0.001, "a small tier is sampled whole");
+            assert!(estimate.now <= estimate.double && estimate.double <= estimate.infinite + 0.01, "{estimate:?}");
+        }
+        let text = table::what_if(&estimates);
+        assert_eq!(text.lines().count(), 2 + estimates.len(), "{text}");
+        assert!(table::what_if(&[]).is_empty());
+        run(&options).expect("it runs");
     }
 
     #[test]

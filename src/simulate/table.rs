@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use super::replay::{Keeper, Row, Sizes};
 use super::sweep::{Curves, Point};
+use super::what_if::Estimate;
 use kvcellar_block::size::show;
 
 /// One workload at one size: a row for each keeper.
@@ -48,6 +49,21 @@ pub fn one_size(workload: &str, sizes: Sizes, block_bytes: u64, rows: &[Row]) ->
         for tenant in &summary.tenants {
             let _ = writeln!(text, "  {:<16}{:>6.2}% of its tokens", tenant.name, tenant.hit_tokens_share * 100.0);
         }
+    }
+    text
+}
+
+/// What engines would say of other capacities: a row for each policy, in percent of blocks found.
+pub fn what_if(estimates: &[Estimate]) -> String {
+    let mut text = String::new();
+    if estimates.is_empty() {
+        return text;
+    }
+    let _ = writeln!(text, "live what-if, blocks found, %");
+    let _ = writeln!(text, "{:<9} {:>8} {:>8} {:>8} {:>8}", "policy", "sampled", "now", "double", "infinite");
+    for Estimate { policy, rate, now, double, infinite } in estimates {
+        let [rate, now, double, infinite] = [rate, now, double, infinite].map(|share| share * 100.0);
+        let _ = writeln!(text, "{policy:<9} {rate:>8.2} {now:>8.2} {double:>8.2} {infinite:>8.2}");
     }
     text
 }

@@ -92,7 +92,10 @@ impl Miniature {
             self.policy.remove(SlotIndex(*place));
         }
         for place in hit.iter().rev().flatten() {
-            self.policy.insert(SlotIndex(*place), Heat::Hot);
+            // Two equal fingerprints in one request are one block here.
+            if !self.policy.holds(SlotIndex(*place)) {
+                self.policy.insert(SlotIndex(*place), Heat::Hot);
+            }
         }
     }
 
@@ -108,6 +111,9 @@ impl Miniature {
     fn store(&mut self, found: &mut [Option<u32>], request: &SampledRequest) {
         let missing = found.iter().filter(|place| place.is_none()).count();
         while self.free.len() < missing && self.evict(request.serial) {}
+        // Handed out in ascending order, as slots are.
+        let from = self.free.len().saturating_sub(missing);
+        self.free[from..].sort_unstable_by(|a, b| b.cmp(a));
         self.stored.clear();
         for at in 0..found.len() {
             if found[at].is_some() {
