@@ -50,7 +50,6 @@ HOOKS = {
 # Native calls that ordinary traffic does not make, with the reason.
 NOT_CALLED = {
     "TierEngine": {
-        "prefilled": "load_policy is not auto",
         "take_events": "events come with take_report, unless a disk loses blocks or the tiers retire",
         "held": "for tests",
         "gauges": "for tests",

@@ -26,6 +26,9 @@ COUNTERS = (
     "load_failures",
     "verified_loads",
     "adopted_blocks",
+    "saved_seconds",
+    "what_if_blocks",
+    "what_if_misses",
 )
 GAUGES = ("pool_slots", "pins", "leases", "fences", "pool_bytes", "pool_huge_bytes")
 
@@ -77,6 +80,29 @@ def test_numbers_agree_over_an_offload_and_a_load(shared_server: Server, seed: i
     assert grew("lookup_seconds_count") > 0
     theirs = "vllm:external_prefix_cache_hits_total"
     assert stored.value(theirs) - before.value(theirs) == 9 * BLOCK_TOKENS
+
+
+def test_the_what_if_and_savings_follow_an_offload_and_a_load(shared_server: Server, seed: int) -> None:
+    # One step of 149 tokens: long enough to say how fast prompts are computed.
+    tokens = prompt(random.Random(f"what-if-{seed}"), 9 * BLOCK_TOKENS + 5)
+    before = shared_server.settle()
+    shared_server.complete(tokens)
+    stored = shared_server.settle()
+    assert shared_server.reset()
+    shared_server.complete(tokens)
+    loaded = shared_server.settle()
+
+    def grew(name: str, **labels: str) -> tuple[float, float]:
+        values = [metrics.cellar(name, **labels) for metrics in (before, stored, loaded)]
+        return values[1] - values[0], values[2] - values[1]
+
+    assert grew("what_if_blocks_total") == (9, 9)
+    first, again = grew("what_if_misses_total", capacity="infinite")
+    # Counted approximately, and what was looked up once is no miss any more.
+    assert first == pytest.approx(9, abs=1) and again == 0
+    assert loaded.labels("vllm:kvcellar_what_if_misses_total", "capacity") == {"now", "double", "infinite"}
+    assert grew("saved_seconds_total", tier="dram")[1] > 0
+    assert grew("saved_seconds_total", tier="nvme") == (0, 0)
 
 
 def test_the_pool_adds_up(shared_server: Server) -> None:
