@@ -137,7 +137,8 @@ mod tests {
 
     #[test]
     fn at_one_percent_it_is_within_two_points_of_a_recorded_hour() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/traces/mooncake_conversation_trace.jsonl");
+        let path =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/traces/mooncake_conversation_trace.jsonl");
         if !path.is_file() {
             eprintln!("skipped: there is no {}", path.display());
             return;

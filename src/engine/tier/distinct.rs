@@ -72,7 +72,9 @@ mod tests {
 
     #[test]
     fn different_blocks_are_counted_once() {
-        for (blocks, bits, tolerance) in [(100, 16, 0.01), (20_000, 16, 0.02), (300_000, 12, 0.05), (300_000, 16, 0.015)] {
+        for (blocks, bits, tolerance) in
+            [(100, 16, 0.01), (20_000, 16, 0.02), (300_000, 12, 0.05), (300_000, 16, 0.015)]
+        {
             let mut distinct = Distinct::new(bits);
             let all = || (0..blocks).map(spread);
             let grown: f64 = all().map(|block| distinct.add(block)).sum();
