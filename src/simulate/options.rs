@@ -40,6 +40,7 @@ pub enum LoadChoice {
 }
 
 /// What to replay, over what.
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 #[derive(Debug, Clone, Args)]
 pub struct SimulateOptions {
     /// Trace in Mooncake's format: one JSON object a line, with `timestamp` (ms),
@@ -91,7 +92,7 @@ pub struct SimulateOptions {
     /// The modelled device.
     #[command(flatten)]
     pub device: DeviceModel,
-    /// Also shows what an engine's live what-if would say of this workload: with this capacity, with
+    /// Also shows what an engine's live what-if would say of this workload: with this capacity,
     /// twice as much, and without end.
     #[arg(long, conflicts_with = "sweep")]
     pub what_if: bool,

@@ -1,9 +1,9 @@
 //! How many different blocks came by, in fixed memory.
 //!
-//! A register keeps the longest run of zeros among the fingerprints that fall to it, as in
-//! HyperLogLog. The count grows whenever a register does, by one over the chance that a new block
-//! would have changed any (historic inverse probability): no correction for few or many is needed,
-//! it never falls, and its growth can be split by who caused it.
+//! A register keeps the longest run of zeros among the fingerprints that fall to it
+//! (`HyperLogLog`). The count grows whenever a register does, by one over the chance that a new
+//! block would have changed any (historic inverse probability): no correction for few or many is
+//! needed, it never falls, and its growth can be split by who caused it.
 //!
 //! Standard error of the whole count: 0.83 / sqrt(registers), 0.33% of it with 2^16 registers, and
 //! less while there are fewer blocks than registers.

@@ -236,9 +236,7 @@ impl Loads {
         for (slot, _) in lease.held.iter().rev() {
             dram.unpin(*slot);
         }
-        if !failed {
-            session.savings.loaded(lease.tokens);
-        } else {
+        if failed {
             dram.counters.load_failures += 1;
             let hit_tokens = session.requests.grouping().hit_tokens;
             if let Some(request) = session.requests.get_mut(id) {
@@ -246,6 +244,8 @@ impl Loads {
                 let end = barrier.unwrap_or(lease.local);
                 request.barrier = Some(end - end % hit_tokens);
             }
+        } else {
+            session.savings.loaded(lease.tokens);
         }
         if !dropped.is_empty() {
             session.log.record(|| trace::line("drop", &[("keys", names(dropped)), ("reason", "corrupt".into())]));

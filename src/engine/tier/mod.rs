@@ -10,6 +10,7 @@
 //! `spill` (to disk), [`hit`] and [`load`] (a request comes back for them), `restore` (from disk),
 //! `retire` (a request ends), [`adoption`] (after a restart). [`disk_tier`] is the nvme tier,
 //! `medium` its disk, [`mover`] its thread. [`machine`] tells before all that what cannot work.
+//! [`what_if`] says what other capacities would find, `savings` what loads were worth.
 
 pub mod adoption;
 mod announce;
