@@ -83,6 +83,7 @@ mod tests {
     use crate::device::DeviceModel;
     use crate::replay::{Choices, replay};
     use crate::synthetic::{BLOCK_TOKENS, Synthetic, Workload};
+    use kvcellar_engine::config::TenantList;
     use kvcellar_engine::policy::{Admission, LoadPolicy};
 
     const POLICIES: [PolicyName; 2] = [PolicyName::Lru, PolicyName::Adaptive];
