@@ -12,6 +12,7 @@ use xxhash_rust::xxh3::Xxh3Default;
 use super::key::{BlockHash, BlockKey, Generation, GroupIndex};
 use crate::error::{Error, Result};
 use crate::limits;
+use crate::salt::SaltTag;
 
 /// Bytes of the fixed part.
 pub const FIXED_BYTES: u64 = 128;
@@ -33,6 +34,8 @@ pub struct Lineage {
     pub lora: Box<str>,
     /// Extra hash keys, as the connector encoded them; empty for none.
     pub extra: Box<[u8]>,
+    /// Whose block it is.
+    pub salt: SaltTag,
 }
 
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -52,7 +55,8 @@ struct Fixed {
     hash: [u8; 32],
     parent: [u8; 32],
     checksum: u64,
-    reserved_tail: [u8; 24],
+    salt: SaltTag,
+    reserved_tail: [u8; 16],
 }
 
 const _: () = assert!(size_of::<Fixed>() as u64 == FIXED_BYTES);
@@ -141,7 +145,8 @@ pub fn write(page: &mut [u8], key: &BlockKey, generation: Generation, ranks: usi
         hash: *key.hash.padded(),
         parent: lineage.parent.map_or([0; 32], |parent| *parent.padded()),
         checksum: 0,
-        reserved_tail: [0; 24],
+        salt: lineage.salt,
+        reserved_tail: [0; 16],
     };
     fixed.checksum = checksum(&fixed, &page[start..at]);
     page[..size_of::<Fixed>()].copy_from_slice(bytemuck::bytes_of(&fixed));
@@ -164,6 +169,7 @@ pub fn read(page: &[u8], ranks: usize) -> Result<(BlockKey, Generation, Lineage)
         tokens: token_bytes.chunks_exact(4).map(bytemuck::pod_read_unaligned).collect(),
         lora: std::str::from_utf8(lora).map_err(|_| damaged("lora name is not UTF-8"))?.into(),
         extra: extra.into(),
+        salt: fixed.salt,
     };
     Ok((key, Generation(fixed.generation), lineage))
 }
@@ -225,6 +231,25 @@ pub fn unseal(page: &[u8], ranks: usize) -> Result<(BlockKey, Seal, Vec<u64>)> {
         encoding: raw.encoding,
     };
     Ok((key, seal, sums.chunks_exact(8).map(bytemuck::pod_read_unaligned).collect()))
+}
+
+/// Whose block a descriptor tells of, whatever else is wrong with it: of one that did not fit, too.
+/// A page that was never written, or that cannot be read, leaves it unknown.
+pub fn salt(page: &[u8]) -> SaltTag {
+    let fixed: Fixed = match page.get(..size_of::<Fixed>()) {
+        Some(bytes) => bytemuck::pod_read_unaligned(bytes),
+        None => return SaltTag::UNKNOWN,
+    };
+    let ranks = fixed.ranks as usize;
+    let checked = if fixed.flags & TRUNCATED == 0 { checked(page, ranks).is_ok() } else { is_whole_truncated(&fixed) };
+    if checked { fixed.salt } else { SaltTag::UNKNOWN }
+}
+
+/// A truncated descriptor has no body: its fixed part is vouched for alone.
+fn is_whole_truncated(fixed: &Fixed) -> bool {
+    fixed.magic == MAGIC
+        && fixed.version == VERSION
+        && checksum(&Fixed { checksum: 0, ..*fixed }, &[]) == fixed.checksum
 }
 
 /// Gives a whole descriptor another generation: its image was restored into another slot.
@@ -295,6 +320,7 @@ mod tests {
             tokens: (0..16).collect(),
             lora: "adapter".into(),
             extra: [1, 2, 3].into(),
+            salt: SaltTag::of(b"ada"),
         };
         (BlockKey { hash, group: GroupIndex(3) }, lineage)
     }
@@ -333,6 +359,23 @@ mod tests {
         let mut page = vec![0; 4096];
         assert!(!write(&mut page, &key, Generation(1), 2, &lineage));
         assert!(read(&page, 2).is_err());
+        assert_eq!(salt(&page), lineage.salt, "but whose it is can be told");
+    }
+
+    #[test]
+    fn whose_it_is_is_told_by_whole_descriptors_that_have_a_tag() {
+        let (key, mut lineage) = sample();
+        let mut page = vec![0; 4096];
+        assert_eq!(salt(&page), SaltTag::UNKNOWN, "never written");
+        write(&mut page, &key, Generation(9), 2, &lineage);
+        assert_eq!(salt(&page), SaltTag::of(b"ada"));
+        page[200] ^= 1;
+        page[300] ^= 1;
+        assert_eq!(salt(&page), SaltTag::UNKNOWN, "damaged");
+        // An earlier version left zeros where the tag is.
+        lineage.salt = SaltTag::UNKNOWN;
+        write(&mut page, &key, Generation(9), 2, &lineage);
+        assert_eq!((salt(&page), read(&page, 2).expect("valid").2), (SaltTag::UNKNOWN, lineage));
     }
 
     #[test]

@@ -10,9 +10,11 @@ pub mod limits;
 pub mod log_lines;
 pub mod plan;
 mod prefetch;
+pub mod salt;
 pub mod size;
 
 pub use geometry::{GroupSpec, Grouping, RankPart, SlotGeometry};
 pub use key::{AdapterId, BlockHash, BlockKey, ExtentIndex, Generation, GroupIndex, SlotIndex, Tier};
 pub use kinds::GroupKind;
 pub use prefetch::prefetch;
+pub use salt::SaltTag;
