@@ -114,6 +114,10 @@ pub const FLUSH_MS: u64 = 1_500;
 /// Blocks of a reopened store whose descriptors are read for their announcement at once.
 pub const ANNOUNCE_BATCH: usize = 64;
 
+/// Bytes of slots that are overwritten in one round of the engine, after their salt was forgotten:
+/// some milliseconds. Further slots wait for the next round.
+pub const ERASE_BYTES_PER_POLL: u64 = 32 << 20;
+
 /// Extents looked at for their age in one round of the mover.
 pub const RETENTION_BATCH: u32 = 4096;
 

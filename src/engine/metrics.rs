@@ -26,11 +26,13 @@ pub enum DropReason {
     Expired,
     /// vLLM wrote over it before it was copied, and could not be told to wait.
     Overwritten,
+    /// Whoever it was of asked for it to be forgotten.
+    Forgotten,
 }
 
 impl DropReason {
     /// All reasons, in the order of [`Counters::dropped_blocks`].
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::NoSlot,
         Self::OwnPrefix,
         Self::QueueFull,
@@ -41,6 +43,7 @@ impl DropReason {
         Self::DiskFailed,
         Self::Expired,
         Self::Overwritten,
+        Self::Forgotten,
     ];
 
     /// The label's value.
@@ -56,6 +59,7 @@ impl DropReason {
             Self::DiskFailed => "disk_failed",
             Self::Expired => "expired",
             Self::Overwritten => "overwritten",
+            Self::Forgotten => "forgotten",
         }
     }
 }

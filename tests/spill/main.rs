@@ -10,6 +10,7 @@
 
 mod budget;
 mod faults;
+mod forget;
 mod kills;
 mod restart;
 mod rig;

@@ -1,5 +1,6 @@
 //! A played vLLM around a real engine.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::sleep;
@@ -7,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use kvcellar_block::Tier;
 use kvcellar_block::geometry::RankBytes;
-use kvcellar_block::{BlockHash, GroupKind, GroupSpec, Grouping, SlotGeometry};
+use kvcellar_block::{BlockHash, GroupKind, GroupSpec, Grouping, SaltTag, SlotGeometry};
 use kvcellar_engine::config::Config;
 use kvcellar_engine::config::nvme::StagingChoice;
 use kvcellar_engine::event_log::Run;
@@ -27,7 +28,7 @@ use kvcellar_engine::tier::load::Hit;
 use kvcellar_engine::tier::mover::{self, Mover, ToMover};
 use kvcellar_engine::tier::offload::{GroupOffer, Offer, Start};
 use kvcellar_engine::tier::opening::{self, DiskReport, Identity};
-use kvcellar_engine::tier::{Arrival, TierEngine};
+use kvcellar_engine::tier::{Arrival, ForgetReport, TierEngine};
 
 use kvcellar_testkit::faulty_disk::FaultyDisk;
 
@@ -95,23 +96,39 @@ impl Places {
         self.pool = tempfile::tempdir_in("/dev/shm").expect("a directory");
     }
 
+    /// How often byte strings lie in the pool and in the segments. They begin at multiples of 8
+    /// bytes, as names in descriptors and payloads do.
+    pub(crate) fn count(&self, needles: &[Vec<u8>]) -> (usize, usize) {
+        let head = |bytes: &[u8]| u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes"));
+        let by_head: HashMap<u64, &Vec<u8>> = needles.iter().map(|needle| (head(needle), needle)).collect();
+        let is_one = |bytes: &[u8]| by_head.get(&head(bytes)).is_some_and(|needle| bytes.starts_with(needle));
+        let in_file = |path: PathBuf| {
+            let bytes = std::fs::read(path).expect("a file");
+            (0..bytes.len() / 8).filter(|word| is_one(&bytes[word * 8..])).count()
+        };
+        let pools = files_below(self.pool.path()).into_iter();
+        (pools.map(in_file).sum(), self.segments().into_iter().map(in_file).sum())
+    }
+
     /// All segment files.
     pub(crate) fn segments(&self) -> Vec<PathBuf> {
-        let mut found = Vec::new();
-        let mut rest = vec![self.disk.path().to_owned()];
-        while let Some(dir) = rest.pop() {
-            for entry in std::fs::read_dir(&dir).expect("a directory").flatten() {
-                let path = entry.path();
-                if path.is_dir() {
-                    rest.push(path);
-                } else if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("segment-")) {
-                    found.push(path);
-                }
-            }
-        }
-        found.sort();
+        let mut found = files_below(self.disk.path());
+        found.retain(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("segment-")));
         found
     }
+}
+
+fn files_below(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut rest = vec![dir.to_owned()];
+    while let Some(dir) = rest.pop() {
+        for entry in std::fs::read_dir(&dir).expect("a directory").flatten() {
+            let path = entry.path();
+            if path.is_dir() { rest.push(path) } else { found.push(path) }
+        }
+    }
+    found.sort();
+    found
 }
 
 fn engine_with_pool(
@@ -153,6 +170,8 @@ pub(crate) struct Rig {
     worker: CopyWorker,
     cache: Vec<u8>,
     requests: u32,
+    /// Whose each chain is; nobody's without an entry.
+    salts: HashMap<u32, SaltTag>,
 }
 
 impl Rig {
@@ -242,7 +261,7 @@ impl Rig {
         );
         let ticket = lock(&engine).pool().expect("a pool").ticket();
         worker.attach(&ticket)?;
-        Ok(Self { engine, report, events: Vec::new(), mover, worker, cache, requests: 0 })
+        Ok(Self { engine, report, events: Vec::new(), mover, worker, cache, requests: 0, salts: HashMap::new() })
     }
 
     /// What its start told.
@@ -268,12 +287,13 @@ impl Rig {
         let hashes: Vec<BlockHash> = (0..blocks).map(|index| hash(chain, index)).collect();
         let mut engine = self.lock();
         engine.add_request(&id, Arrival::default());
+        engine.salt_request(&id, self.salts.get(&chain).copied().unwrap_or(SaltTag::NONE));
         engine.add_hashes(&id, &hashes);
         drop(engine);
         id
     }
 
-    fn step(&mut self) {
+    pub(crate) fn step(&mut self) {
         let (plan, events) = {
             let mut engine = self.lock();
             engine.poll();
@@ -346,6 +366,47 @@ impl Rig {
             self.step();
         }
         count
+    }
+
+    /// From now on a chain is of requests with this salt.
+    pub(crate) fn salt(&mut self, chain: u32, salt: SaltTag) {
+        self.salts.insert(chain, salt);
+    }
+
+    /// Asks, as a request with this salt would, for everything of it to be forgotten. Returns the
+    /// request's name.
+    pub(crate) fn begin_to_forget(&mut self, salt: SaltTag) -> String {
+        self.requests += 1;
+        let id = format!("request-{}", self.requests);
+        let mut engine = self.lock();
+        engine.add_request(&id, Controls { forget: true, ..Controls::default() }, "", None);
+        engine.salt_request(&id, salt);
+        engine.lookup(&id, 5, 0);
+        drop(engine);
+        id
+    }
+
+    /// Whether all of it is forgotten.
+    pub(crate) fn has_forgotten(&mut self, id: &str) -> Option<ForgetReport> {
+        let mut engine = self.lock();
+        let answer = engine.lookup(id, 5, 0);
+        let report = engine.forgotten(id);
+        assert_eq!(report.is_some(), matches!(answer, Hit::Tokens(0)), "it waits until all is done");
+        report
+    }
+
+    /// Forgets a salt, and waits until that is done.
+    pub(crate) fn forget(&mut self, salt: SaltTag) -> ForgetReport {
+        let id = self.begin_to_forget(salt);
+        let end = Instant::now() + PATIENCE;
+        loop {
+            if let Some(report) = self.has_forgotten(&id) {
+                self.lock().finish(&id, 5, 5);
+                return report;
+            }
+            assert!(Instant::now() < end, "it is never forgotten: {:?}", self.gauges());
+            sleep(Duration::from_millis(1));
+        }
     }
 
     pub(crate) fn ask(&mut self, chain: u32, blocks: u32) -> String {

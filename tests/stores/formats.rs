@@ -1,6 +1,6 @@
 //! What is written is read, and nothing else is.
 
-use kvcellar_block::{ExtentIndex, SlotGeometry};
+use kvcellar_block::{ExtentIndex, SaltTag, SlotGeometry};
 use kvcellar_engine::nvme::extent::{self, Expected};
 use kvcellar_engine::nvme::snapshot::{self, SnapshotEntry, Subject};
 use kvcellar_engine::nvme::superblock::{Clean, Superblock};
@@ -82,6 +82,7 @@ fn entries(count: u64) -> Vec<SnapshotEntry> {
         key: key(number),
         sequence: number * 3,
         written_s: 1_700_000_000 + number,
+        salt: SaltTag::of(&number.to_le_bytes()),
     };
     (0..count).map(entry).collect()
 }

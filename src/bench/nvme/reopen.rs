@@ -75,7 +75,8 @@ fn seal(image: &mut [u8], store: &Store, number: u32) -> Result<SnapshotEntry> {
     let page = &mut image[..geometry.descriptor_bytes as usize];
     descriptor::write(page, &key, Generation(1), geometry.parts.len(), &lineage);
     descriptor::seal(page, &given, &sums)?;
-    Ok(SnapshotEntry { extent: ExtentIndex(number), key, sequence: given.sequence, written_s: given.written_s })
+    let salt = lineage.salt;
+    Ok(SnapshotEntry { extent: ExtentIndex(number), key, sequence: given.sequence, written_s: given.written_s, salt })
 }
 
 /// Fills a new store with `blocks` blocks, segment after segment.

@@ -21,11 +21,13 @@ pub struct Controls {
     pub pin_s: Option<u64>,
     /// Whose the request is, by a name of `tenants`.
     pub tenant: Option<Box<str>>,
+    /// Forget everything of requests with this request's salt.
+    pub forget: bool,
 }
 
 impl Default for Controls {
     fn default() -> Self {
-        Self { store: true, load: true, max_load_tokens: None, pin_s: None, tenant: None }
+        Self { store: true, load: true, max_load_tokens: None, pin_s: None, tenant: None, forget: false }
     }
 }
 
@@ -33,6 +35,7 @@ impl Default for Controls {
 pub(crate) const KEYS: &[(&str, &str)] = &[
     ("store", "true or false"),
     ("load", "true or false"),
+    ("forget", "true or false"),
     ("max_load_tokens", "a whole number of tokens, 0 or more"),
     ("pin", "a time such as \"30m\" or \"2h\", a year at most"),
     ("tenant", "a name of `tenants`"),
@@ -55,6 +58,7 @@ impl Controls {
         for (key, value) in &object {
             match key.as_str() {
                 "store" => controls.store = value.as_bool().ok_or_else(|| wrong(key, value))?,
+                "forget" => controls.forget = value.as_bool().ok_or_else(|| wrong(key, value))?,
                 "load" => controls.load = value.as_bool().ok_or_else(|| wrong(key, value))?,
                 "max_load_tokens" => {
                     let tokens = value.as_u64().and_then(|tokens| u32::try_from(tokens).ok());
@@ -78,8 +82,8 @@ mod tests {
 
     #[test]
     fn controls_are_read_and_refused() {
-        let read = Controls::parse(r#"{"store": false, "max_load_tokens": 32}"#).expect("valid");
-        assert_eq!(read, Controls { store: false, max_load_tokens: Some(32), ..Controls::default() });
+        let read = Controls::parse(r#"{"store": false, "max_load_tokens": 32, "forget": true}"#).expect("valid");
+        assert_eq!(read, Controls { store: false, max_load_tokens: Some(32), forget: true, ..Controls::default() });
         assert_eq!(Controls::parse(r#"{"pin": "2h"}"#).expect("valid").pin_s, Some(7_200));
         for wrong in ["7200", "\"2\"", "\"0s\"", "\"9999d\"", "\"18446744073709551615d\""] {
             let text = Controls::parse(&format!("{{\"pin\": {wrong}}}")).expect_err(wrong).to_string();

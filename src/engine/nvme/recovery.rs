@@ -17,7 +17,7 @@ use super::store::Store;
 use crate::limits;
 use kvcellar_block::descriptor::{self, Seal};
 use kvcellar_block::error::{Error, Result};
-use kvcellar_block::{BlockKey, ExtentIndex};
+use kvcellar_block::{BlockKey, ExtentIndex, SaltTag};
 
 /// Completions of a scan, waiting to be looked at. Bounded by the reads in flight.
 pub type Arrivals = Receiver<Vec<Completion>>;
@@ -128,7 +128,7 @@ impl<'a> Findings<'a> {
         } else {
             match descriptor::unseal(page, self.store.geometry().parts.len()) {
                 Ok((key, seal, _)) if self.is_ours(&key, &seal) => {
-                    self.keep(ExtentIndex(completion.token as u32), key, &seal);
+                    self.keep(ExtentIndex(completion.token as u32), key, &seal, descriptor::salt(page));
                 }
                 _ => self.found.damaged += 1,
             }
@@ -139,13 +139,13 @@ impl<'a> Findings<'a> {
         seal.store == self.store.id() && usize::from(key.group.0) < self.store.geometry().payload_bytes.len()
     }
 
-    fn keep(&mut self, extent: ExtentIndex, key: BlockKey, seal: &Seal) {
+    fn keep(&mut self, extent: ExtentIndex, key: BlockKey, seal: &Seal, salt: SaltTag) {
         self.found.next_sequence = self.found.next_sequence.max(seal.sequence.saturating_add(1));
         if seal.cache_generation != self.store.cache_generation() {
             self.found.empty += 1;
             return;
         }
-        let entry = SnapshotEntry { extent, key, sequence: seal.sequence, written_s: seal.written_s };
+        let entry = SnapshotEntry { extent, key, sequence: seal.sequence, written_s: seal.written_s, salt };
         match self.newest.entry(key) {
             Slot::Vacant(slot) => {
                 slot.insert(entry);

@@ -188,7 +188,22 @@ impl Segments {
         Ok(())
     }
 
-    /// Zeroes the first `bytes` of an extent, a multiple of 4096. Its room stays allocated.
+    /// Makes what was written to these segments durable, and what the filesystem knows of it: zeroed
+    /// ranges are told there alone.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn sync_whole(&self, numbers: impl Iterator<Item = u32>) -> Result<()> {
+        for number in numbers {
+            let Some(segment) = self.held.get(number as usize) else { continue };
+            let fail = |error| Error::io("making durable", path(&self.dir, number), error, REMEDY);
+            segment.file.sync_all().map_err(fail)?;
+        }
+        Ok(())
+    }
+
+    /// Zeroes `bytes` from the begin of an extent on, a multiple of 4096, in its segment. Their room
+    /// stays allocated.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Config`] for an extent that is not there.

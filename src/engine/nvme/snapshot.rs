@@ -1,19 +1,19 @@
 //! The snapshot: which block lies in which extent, written at a clean close so that the next start
 //! needs no scan.
 //!
-//! A header, then one 64-byte record an extent; every record has a checksum and the header has one
-//! over the whole file. The superblock names that checksum, so that an older snapshot is never
-//! taken for the present one.
+//! A header, then one 64-byte record an extent; the header has a checksum over the whole file. The
+//! superblock names that checksum, so that an older snapshot is never taken for the present one.
+//! Version 1 is read, too: where a record has the salt's tag, it had a checksum of its own.
 
 use std::io::Read;
 use std::path::Path;
 
 use bytemuck::{Pod, Zeroable};
-use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
+use xxhash_rust::xxh3::Xxh3Default;
 
 use super::directory::{self, How};
 use kvcellar_block::error::{Error, Result};
-use kvcellar_block::{BlockHash, BlockKey, ExtentIndex, GroupIndex};
+use kvcellar_block::{BlockHash, BlockKey, ExtentIndex, GroupIndex, SaltTag};
 
 /// The file's name.
 pub const NAME: &str = "snapshot";
@@ -25,7 +25,9 @@ pub const HEADER_BYTES: u64 = 64;
 pub const RECORD_BYTES: u64 = 64;
 
 const MAGIC: [u8; 8] = *b"KVCSNAPS";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// Its records have no tags.
+const VERSION_UNTAGGED: u32 = 1;
 
 /// What lies in one extent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +40,8 @@ pub struct SnapshotEntry {
     pub sequence: u64,
     /// When it was written, in seconds since 1970.
     pub written_s: u64,
+    /// Whose block it is.
+    pub salt: SaltTag,
 }
 
 /// What a snapshot is of.
@@ -75,7 +79,7 @@ struct SnapshotRecord {
     hash: [u8; 32],
     sequence: u64,
     written_s: u64,
-    checksum: u64,
+    salt: SaltTag,
 }
 
 const _: () =
@@ -101,7 +105,7 @@ pub fn encode(subject: &Subject, entries: &[SnapshotEntry]) -> (Vec<u8>, u64) {
     let mut bytes = Vec::with_capacity(size_of::<SnapshotHeader>() + size_of_val(entries));
     bytes.extend_from_slice(bytemuck::bytes_of(&header));
     for entry in entries {
-        let mut record = SnapshotRecord {
+        let record = SnapshotRecord {
             extent: entry.extent.0,
             group: entry.key.group.0,
             hash_len: entry.key.hash.as_bytes().len() as u8,
@@ -109,9 +113,8 @@ pub fn encode(subject: &Subject, entries: &[SnapshotEntry]) -> (Vec<u8>, u64) {
             hash: *entry.key.hash.padded(),
             sequence: entry.sequence,
             written_s: entry.written_s,
-            checksum: 0,
+            salt: entry.salt,
         };
-        record.checksum = record_sum(&record);
         bytes.extend_from_slice(bytemuck::bytes_of(&record));
     }
     header.checksum = file_sum(&header, &bytes[size_of::<SnapshotHeader>()..]);
@@ -127,7 +130,8 @@ pub fn encode(subject: &Subject, entries: &[SnapshotEntry]) -> (Vec<u8>, u64) {
 pub fn decode(bytes: &[u8]) -> Result<(Subject, Vec<SnapshotEntry>, u64)> {
     let (head, body) = bytes.split_at_checked(size_of::<SnapshotHeader>()).ok_or_else(|| damaged("it is too short"))?;
     let header: SnapshotHeader = bytemuck::pod_read_unaligned(head);
-    if header.magic != MAGIC || header.version != VERSION || u64::from(header.record_bytes) != RECORD_BYTES {
+    let known = [VERSION, VERSION_UNTAGGED].contains(&header.version);
+    if header.magic != MAGIC || !known || u64::from(header.record_bytes) != RECORD_BYTES {
         return Err(damaged("it is no snapshot of this version"));
     }
     if header.count.checked_mul(RECORD_BYTES) != Some(body.len() as u64) {
@@ -138,15 +142,14 @@ pub fn decode(bytes: &[u8]) -> Result<(Subject, Vec<SnapshotEntry>, u64)> {
     }
     let subject =
         Subject { store: header.store, cache_generation: header.cache_generation, next_sequence: header.next_sequence };
-    let entries: Result<Vec<SnapshotEntry>> = body.chunks_exact(size_of::<SnapshotRecord>()).map(entry).collect();
+    let tagged = header.version == VERSION;
+    let entries: Result<Vec<SnapshotEntry>> =
+        body.chunks_exact(size_of::<SnapshotRecord>()).map(|bytes| entry(bytes, tagged)).collect();
     Ok((subject, entries?, header.checksum))
 }
 
-fn entry(bytes: &[u8]) -> Result<SnapshotEntry> {
+fn entry(bytes: &[u8], tagged: bool) -> Result<SnapshotEntry> {
     let record: SnapshotRecord = bytemuck::pod_read_unaligned(bytes);
-    if record_sum(&record) != record.checksum {
-        return Err(damaged("a record's checksum does not match"));
-    }
     let hash = record.hash.get(..usize::from(record.hash_len)).and_then(BlockHash::new);
     let hash = hash.ok_or_else(|| damaged("hash length"))?;
     Ok(SnapshotEntry {
@@ -154,6 +157,7 @@ fn entry(bytes: &[u8]) -> Result<SnapshotEntry> {
         key: BlockKey { hash, group: GroupIndex(record.group) },
         sequence: record.sequence,
         written_s: record.written_s,
+        salt: if tagged { record.salt } else { SaltTag::UNKNOWN },
     })
 }
 
@@ -173,10 +177,6 @@ pub fn load(dir: &Path, entries_max: u32) -> Result<(Subject, Vec<SnapshotEntry>
     let mut bytes = Vec::with_capacity(len as usize + 1);
     file.take(bytes_max).read_to_end(&mut bytes).map_err(fail)?;
     decode(&bytes)
-}
-
-fn record_sum(record: &SnapshotRecord) -> u64 {
-    xxh3_64(&bytemuck::bytes_of(record)[..size_of::<SnapshotRecord>() - size_of::<u64>()])
 }
 
 fn file_sum(header: &SnapshotHeader, records: &[u8]) -> u64 {

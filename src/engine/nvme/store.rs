@@ -7,6 +7,7 @@
 //! one. Which block lies in which extent is the tier engine's to decide; whether an extent's bytes
 //! are true is [`super::extent::check`]'s.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
@@ -230,6 +231,24 @@ impl Store {
         self.segments.erase(extent, self.layout.extent_bytes)
     }
 
+    /// Overwrites extents with zeros as [`Store::erase`] does, durably when it returns. Returns those
+    /// that could not be, with the first reason; of none it is known that they can still be read.
+    pub fn erase_durably(&self, extents: &[ExtentIndex]) -> (Vec<ExtentIndex>, Option<Error>) {
+        let (mut failed, mut why) = (Vec::new(), None);
+        for run in runs(extents, self.layout) {
+            let bytes = run.len() as u64 * self.layout.extent_bytes;
+            if let Err(error) = self.segments.erase(run[0], bytes) {
+                failed.extend_from_slice(run);
+                why = why.or(Some(error));
+            }
+        }
+        let segments: BTreeSet<u32> = extents.iter().map(|extent| self.place(*extent).0).collect();
+        match self.segments.sync_whole(segments.into_iter()) {
+            Ok(()) => (failed, why),
+            Err(error) => (extents.to_vec(), Some(error)),
+        }
+    }
+
     /// Writes down what lies where, so that the next start needs no scan. Nothing may be written to
     /// the store after it.
     ///
@@ -398,6 +417,11 @@ fn assemble(
         reserve_bytes: wish.reserve_bytes,
         _lock: lock,
     })
+}
+
+/// Runs of neighbours within a segment.
+fn runs(extents: &[ExtentIndex], layout: SegmentLayout) -> impl Iterator<Item = &[ExtentIndex]> {
+    extents.chunk_by(move |one, next| next.0 == one.0 + 1 && layout.place(*one).0 == layout.place(*next).0)
 }
 
 fn random() -> Result<u64> {

@@ -26,6 +26,8 @@ pub trait SlotMemory: Send + Sync {
     fn cache_generation(&self) -> u64;
     /// Makes all contents worthless, and what follows this process's alone.
     fn bump_cache_generation(&self) -> u64;
+    /// Overwrites a slot that nobody uses with zeros.
+    fn erase(&self, slot: SlotIndex);
     /// What a slot holds, if an earlier engine left a whole block of the present generation with
     /// all its checksums.
     fn left_behind(&self, slot: SlotIndex) -> Option<(BlockKey, Generation, Lineage)>;
@@ -59,6 +61,10 @@ impl SlotMemory for Arc<Pool> {
 
     fn bump_cache_generation(&self) -> u64 {
         self.header().bump_cache_generation()
+    }
+
+    fn erase(&self, slot: SlotIndex) {
+        Pool::erase(self, slot);
     }
 
     fn left_behind(&self, slot: SlotIndex) -> Option<(BlockKey, Generation, Lineage)> {
@@ -123,6 +129,8 @@ impl SlotMemory for HeapSlots {
     fn bump_cache_generation(&self) -> u64 {
         self.cache_generation.fetch_add(1, Ordering::Relaxed) + 1
     }
+
+    fn erase(&self, _slot: SlotIndex) {}
 
     fn left_behind(&self, _slot: SlotIndex) -> Option<(BlockKey, Generation, Lineage)> {
         None

@@ -279,6 +279,24 @@ impl Pool {
         owner.store(u64::from(generation), Ordering::Release);
     }
 
+    /// Overwrites a slot with zeros, descriptor and payload. Only the tier engine calls this, for a
+    /// slot that is empty and that nobody copies to or from.
+    pub fn erase(&self, slot: SlotIndex) {
+        let (ranks, bytes) = (self.geometry.parts.len(), self.geometry.slot_bytes as usize);
+        // A hasher that began when the slot was filled may still store its pair: these are atomics.
+        for rank in 0..ranks {
+            self.checksum_pair(slot, rank).iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        }
+        let (first, second) = (descriptor::checksum_offset(0), descriptor::checksum_offset(ranks));
+        for range in [0..first, second..bytes] {
+            let start = self.map.at(self.slot_offset(slot) + range.start, range.len());
+            // SAFETY: the range lies inside the mapping, which lives as long as `self`; by the slot
+            // table's rules nobody writes an empty slot, and who still reads one (a late hasher)
+            // uses nothing of it.
+            unsafe { start.as_ptr().write_bytes(0, range.len()) };
+        }
+    }
+
     /// Removes the file's name. The memory goes when the last process unmaps it.
     ///
     /// # Errors

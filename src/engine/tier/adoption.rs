@@ -1,7 +1,7 @@
 //! After a restart: what an earlier engine left in the pool comes back, if it can prove what it is.
 
 use super::residency::Residency;
-use kvcellar_block::SlotIndex;
+use kvcellar_block::{Generation, SaltTag, SlotIndex};
 
 /// Takes over every whole block of the present generation that has all its checksums, and empties
 /// all other slots. Returns how many came back.
@@ -16,7 +16,14 @@ pub fn take_over(residency: &mut Residency, adopt: bool) -> u64 {
             Some((key, generation, lineage)) if residency.find(&key).is_none() => {
                 residency.adopt(slot, &key, generation, lineage);
             }
-            _ => memory.line(slot).clear(),
+            _ => {
+                let line = memory.line(slot);
+                if line.remains().1 != Generation(0) {
+                    // A slot that was used once may hold anybody's bytes.
+                    residency.remains.set(slot, SaltTag::UNKNOWN);
+                }
+                line.clear();
+            }
         }
     }
     residency.recount_free();

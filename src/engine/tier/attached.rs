@@ -35,6 +35,7 @@ pub(super) struct Progress {
     writing: u64,
     events: u64,
     on_disk: u64,
+    to_erase: u64,
     batches: u64,
 }
 
@@ -68,6 +69,7 @@ impl Attached {
                 self.log_state(session);
             }
         }
+        self.erase_some();
         self.clean(session);
     }
 
@@ -217,7 +219,10 @@ impl Attached {
         let of_disk = |disk: &DiskTier| {
             (disk.is_announcing() && disk.medium.health.is_in()) || (events_enabled && !disk.is_idle())
         };
-        !self.offloads.is_empty() || !self.tiers.dram.events.is_empty() || self.tiers.disk.as_ref().is_some_and(of_disk)
+        !self.offloads.is_empty()
+            || self.to_erase() > 0
+            || !self.tiers.dram.events.is_empty()
+            || self.tiers.disk.as_ref().is_some_and(of_disk)
     }
 
     /// What changes when pending work goes on.
@@ -228,6 +233,7 @@ impl Attached {
             writing: census.writing,
             events: self.tiers.dram.events.len() as u64,
             on_disk: self.tiers.disk.as_ref().map_or(0, |disk| disk.medium.extents.committed()),
+            to_erase: self.to_erase(),
             batches: self.offloads.last_number(),
         }
     }
@@ -237,6 +243,7 @@ impl Attached {
         let moving = |disk: &DiskTier| !disk.is_idle() || disk.is_announcing();
         self.offloads.is_empty()
             && self.offloads.fences() == 0
+            && self.to_erase() == 0
             && self.tiers.dram.events.is_empty()
             && !self.tiers.disk.as_ref().is_some_and(moving)
     }

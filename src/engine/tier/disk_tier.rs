@@ -18,15 +18,19 @@ use super::retention::Retention;
 use super::spill::Cleaner;
 use super::trace::OperationLog;
 use super::window::Window;
+use crate::event_log::EventLog;
 use crate::limits;
 use crate::metrics::{DropReason, Gauges};
 use crate::nvme::disk::Disk;
 use crate::nvme::snapshot::SnapshotEntry;
 use crate::nvme::store::Store;
 use crate::pool::Pool;
-use kvcellar_block::{BlockKey, ExtentIndex};
+use kvcellar_block::{BlockKey, ExtentIndex, SaltTag};
 
 pub use super::medium::DiskSettings;
+
+/// The number of the first extent that a store writes: one that is still to write it holds zeros.
+const FIRST_SEQUENCE: u64 = 1;
 
 /// What a store's opening gives a tier.
 pub struct DiskParts<'a> {
@@ -72,9 +76,14 @@ impl DiskTier {
         let mut medium = Medium::new(parts.store, parts.disk, Arc::clone(pool), parts.jobs, settings);
         for entry in parts.found.iter().filter(|entry| entry.written_s >= oldest) {
             let stamp = Stamp { sequence: entry.sequence, written_s: entry.written_s };
-            medium.extents.adopt(entry.extent, &entry.key, stamp);
+            if medium.extents.adopt(entry.extent, &entry.key, stamp) {
+                medium.extents.remains.set(entry.extent, entry.salt);
+            }
         }
         medium.extents.recount_free();
+        if parts.next_sequence != FIRST_SEQUENCE {
+            medium.extents.doubt_the_rest();
+        }
         let reopened = medium.extents.committed();
         dram.track_dirty();
         dram.counters.nvme_reopened_blocks += reopened;
@@ -138,8 +147,17 @@ impl DiskTier {
                 self.cleaner.on_grown(last);
             }
             Report::Erased(extents) => {
+                // What is forgotten meanwhile is erased once more, durably.
                 for extent in extents {
-                    self.medium.extents.reinstate(extent, &mut dram.events);
+                    if !self.medium.extents.remains.has(extent) {
+                        self.medium.extents.reinstate(extent, &mut dram.events);
+                    }
+                }
+            }
+            Report::ErasedDurably { extents, failed } => {
+                for extent in extents {
+                    let erased = !failed.contains(&extent);
+                    self.medium.extents.end_erasure(extent, erased, &mut dram.events);
                 }
             }
             Report::StoreRemoved => {
@@ -159,7 +177,23 @@ impl DiskTier {
         self.restores.advance_window(&mut self.medium, dram);
         self.announcer.advance(&mut self.medium, dram);
         self.retention.expire(&mut self.medium, dram);
+        self.erase();
         consequences
+    }
+
+    /// Drops the blocks of a salt, and has their extents erased. Returns how many blocks there were.
+    pub(super) fn forget(&mut self, salt: SaltTag, events: &mut EventLog) -> u64 {
+        let dropped = self.medium.extents.forget(salt, events);
+        self.erase();
+        dropped
+    }
+
+    /// Has extents erased that wait for it.
+    fn erase(&mut self) {
+        let waiting = self.medium.extents.remains.take(usize::MAX);
+        if !waiting.is_empty() {
+            self.medium.order(Job::EraseDurably(waiting));
+        }
     }
 
     /// Orders writes of dirty blocks, as far as some have to be written.
@@ -200,7 +234,9 @@ impl DiskTier {
             key,
             sequence: stamp.sequence,
             written_s: stamp.written_s,
+            salt: self.medium.extents.remains.tag(extent),
         };
+        self.erase_the_rest();
         // A write under way may still change an extent: then only a scan tells what is there.
         if !self.cleaner.has_no_writes() {
             return;
@@ -208,6 +244,17 @@ impl DiskTier {
         let entries: Vec<SnapshotEntry> = self.medium.extents.committed_in(0, u32::MAX).map(entry).collect();
         if let Err(error) = self.medium.lock_store().close_clean(&entries, self.cleaner.next_sequence()) {
             log::warn!("no snapshot of the nvme tier, the next start reads the descriptors instead: {error}");
+        }
+    }
+
+    /// The mover erases no more: what it has not done is done now.
+    fn erase_the_rest(&self) {
+        let rest = self.medium.extents.remains.unerased();
+        if rest.is_empty() {
+            return;
+        }
+        if let (failed, Some(error)) = self.medium.lock_store().erase_durably(&rest) {
+            log::error!("{} blocks that were to be forgotten could not be erased from disk: {error}", failed.len());
         }
     }
 

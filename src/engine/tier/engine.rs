@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::attached::{Attached, Progress};
 use super::disk_tier::{DiskParts, DiskSettings, DiskTier};
+use super::forget::{ForgetReport, Forgetting};
 use super::jobs::Report;
 use super::load::{self, Admission, Hit};
 use super::medium::Medium;
@@ -29,7 +30,7 @@ use crate::pool::memory::SlotMemory;
 use crate::{invariant, limits, violated};
 use kvcellar_block::error::{Error, Result};
 use kvcellar_block::plan::{ANSWERED, StepPlan};
-use kvcellar_block::{BlockHash, BlockKey, Grouping, SlotIndex, Tier};
+use kvcellar_block::{BlockHash, BlockKey, Grouping, SaltTag, SlotIndex, Tier};
 
 /// Legal states: detached -> attached, by [`TierEngine::open`] or [`TierEngine::open_pool`], and
 /// back by [`TierEngine::close`].
@@ -227,6 +228,34 @@ impl TierEngine {
         self.session.requests.add(id, owner, arrival);
     }
 
+    /// A request has this salt.
+    pub fn salt_request(&mut self, id: &str, salt: SaltTag) {
+        self.session.requests.salt(id, salt);
+    }
+
+    /// What a request was told to forget, once all of it is erased.
+    pub fn forgotten(&self, id: &str) -> Option<ForgetReport> {
+        match self.session.requests.get(id)?.forgetting? {
+            Forgetting::Over(report) => Some(report),
+            Forgetting::Erasing(_) => None,
+        }
+    }
+
+    /// A request that forgets its own salt loads nothing, and is kept waiting until all is erased.
+    fn forget_first(&mut self, id: &str, salt: SaltTag) -> Hit {
+        // There may be tiers soon, whose blocks have to go, too.
+        let State::Attached(attached) = &mut self.state else { return Hit::AskAgain };
+        let begun = self.session.requests.get(id).and_then(|request| request.forgetting);
+        let forgetting = match begun {
+            Some(forgetting) => attached.advance_forgetting(forgetting),
+            None => attached.forget(&mut self.session, salt),
+        };
+        if let Some(request) = self.session.requests.get_mut(id) {
+            request.forgetting = Some(forgetting);
+        }
+        if matches!(forgetting, Forgetting::Over(_)) { Hit::Tokens(0) } else { Hit::AskAgain }
+    }
+
     /// Appends block hashes of a request; those of one that was left out are not needed.
     pub fn add_hashes(&mut self, id: &str, hashes: &[BlockHash]) {
         if let Some(request) = self.session.requests.get_mut(id) {
@@ -272,6 +301,10 @@ impl TierEngine {
         request.counted = false;
         // vLLM looks up only what it has not computed: whatever a reset tainted is computed anew.
         request.tainted = false;
+        if request.controls.forget && request.salt != SaltTag::NONE {
+            let salt = request.salt;
+            return self.forget_first(id, salt);
+        }
         match &mut self.state {
             State::Attached(attached) => attached.lookup(&mut self.session, id, tokens, local),
             State::Detached => Hit::Tokens(0),

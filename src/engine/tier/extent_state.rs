@@ -1,7 +1,7 @@
 //! The states of an extent, and the one function that says what follows from what.
 //!
 //! An extent whose read or write failed is *retired*: no block gets it before the next start, which
-//! looks at the disk anew. One that is dropped while it is read waits for the last reader, *doomed*
+//! looks at the disk anew, or before it was erased. One that is dropped while it is read waits for the last reader, *doomed*
 //! to become free or *condemned* to be retired; a reader that fails condemns what another change
 //! had doomed.
 
@@ -55,6 +55,8 @@ pub enum ExtentChange {
     Release,
     /// It was erased: it may be used again.
     Reinstate,
+    /// It holds no block, and waits to be erased all the same.
+    Withhold,
 }
 
 /// A change that an extent's state does not allow.
@@ -66,7 +68,7 @@ impl ExtentState {
     /// # Errors
     /// [`IllegalTransition`] where it cannot happen.
     pub fn apply(self, change: ExtentChange) -> Result<Self, IllegalExtentChange> {
-        use ExtentChange::{Adopt, Announce, Commit, Drop, Fail, Reinstate, Release, Reserve};
+        use ExtentChange::{Adopt, Announce, Commit, Drop, Fail, Reinstate, Release, Reserve, Withhold};
         Ok(match (self, change) {
             (Self::Free, Reserve) => Self::Writing,
             (Self::Free, Adopt) => Self::Committed { announced: false },
@@ -88,7 +90,7 @@ impl ExtentState {
             }
             (Self::Condemned, Drop { .. }) => Self::Condemned,
             (Self::Doomed, Release) | (Self::Retired, Reinstate) => Self::Free,
-            (Self::Condemned, Release) => Self::Retired,
+            (Self::Condemned, Release) | (Self::Free, Withhold) => Self::Retired,
             (state, change) => return Err(IllegalTransition { state, change }),
         })
     }
@@ -112,7 +114,7 @@ mod tests {
         ('X', ExtentState::Condemned),
         ('R', ExtentState::Retired),
     ];
-    const CHANGES: [ExtentChange; 13] = [
+    const CHANGES: [ExtentChange; 14] = [
         ExtentChange::Reserve,
         ExtentChange::Adopt,
         ExtentChange::Commit,
@@ -126,6 +128,7 @@ mod tests {
         ExtentChange::Drop { retire: true, read: true },
         ExtentChange::Release,
         ExtentChange::Reinstate,
+        ExtentChange::Withhold,
     ];
 
     /// One row a state, one column a change, `.` where it cannot happen.
@@ -138,13 +141,13 @@ mod tests {
         assert_eq!(
             STATES.map(row),
             [
-                "Wc...........",
-                "..CFR........",
-                ".....cCFRDX..",
-                ".....cCFRDX..",
-                ".......DXDXF.",
-                ".......XXXXR.",
-                "............F",
+                "Wc...........R",
+                "..CFR.........",
+                ".....cCFRDX...",
+                ".....cCFRDX...",
+                ".......DXDXF..",
+                ".......XXXXR..",
+                "............F.",
             ]
         );
     }

@@ -5,7 +5,10 @@
 //! removal; nothing else may. A committed extent that nobody reads is in the order of eviction, and
 //! only then.
 
+mod erasure;
+
 use super::extent_state::{ExtentChange, ExtentState};
+use super::remains::Remains;
 use super::table::Table;
 use crate::event_log::EventLog;
 use crate::policy::{Block, BlockOwner, Departure, Heat, PolicyName, Quota, Tenants, Touch};
@@ -28,6 +31,8 @@ pub struct Extents {
     order: Tenants<ExtentIndex>,
     free: Vec<ExtentIndex>,
     stamps: Box<[Stamp]>,
+    /// Whose bytes lie in the extents.
+    pub(super) remains: Remains<ExtentIndex>,
     ready: u32,
     committed: u64,
     writing: u64,
@@ -48,6 +53,7 @@ impl Extents {
             order: Tenants::new(policy, max, quotas),
             free: Vec::new(),
             stamps: vec![Stamp::default(); max as usize].into_boxed_slice(),
+            remains: Remains::new(max),
             ready: 0,
             committed: 0,
             writing: 0,
@@ -158,6 +164,9 @@ impl Extents {
         }
         if after == ExtentState::Free {
             self.free.push(extent);
+        }
+        if after == ExtentState::Retired {
+            self.remains.release(extent);
         }
         self.changes += u64::from(before.is_committed() != after.is_committed());
         true

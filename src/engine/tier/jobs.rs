@@ -43,6 +43,8 @@ pub enum Job {
     Grow,
     /// Erase these extents.
     Erase(Vec<ExtentIndex>),
+    /// Erase these extents, so that no crash brings them back.
+    EraseDurably(Vec<ExtentIndex>),
     /// A transfer ended.
     Done(Completion),
 }
@@ -80,6 +82,13 @@ pub enum Report {
     },
     /// These extents hold nothing readable any more.
     Erased(Vec<ExtentIndex>),
+    /// Of these extents, which nobody can read any more, some may still be there on disk.
+    ErasedDurably {
+        /// All.
+        extents: Vec<ExtentIndex>,
+        /// Those that could not be erased.
+        failed: Vec<ExtentIndex>,
+    },
     /// The store's directory is gone.
     StoreRemoved,
 }

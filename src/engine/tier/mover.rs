@@ -212,6 +212,7 @@ impl Desk {
                 Job::Describe { extents, trial } => self.describe(&extents, trial, &mut operations),
                 Job::Grow => reports.push(self.grow()),
                 Job::Erase(extents) => reports.push(self.erase(extents)),
+                Job::EraseDurably(extents) => reports.push(self.erase_durably(extents)),
                 Job::Done(completion) => {
                     // Reads that were ordered before go to the disk before time is spent on this
                     // one.
@@ -439,6 +440,14 @@ impl Desk {
             }
         });
         Report::Erased(erased.collect())
+    }
+
+    fn erase_durably(&self, extents: Vec<ExtentIndex>) -> Report {
+        let (failed, why) = lock(&self.store).erase_durably(&extents);
+        if let Some(error) = why {
+            log::error!("{} blocks that were to be forgotten could not be erased from disk: {error}", failed.len());
+        }
+        Report::ErasedDurably { extents, failed }
     }
 
     fn check_place(&mut self) -> Option<Report> {

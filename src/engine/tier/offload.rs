@@ -153,7 +153,7 @@ impl Offloads {
     pub(super) fn offer(&mut self, tiers: &mut Tiers, session: &mut Session, offer: &Offer<'_>, start: Start) {
         // A request that is not known was left out.
         let Some(request) = session.requests.get(offer.request) else { return };
-        if request.tainted || !request.controls.store {
+        if request.tainted || request.forgotten || !request.controls.store {
             return;
         }
         let user = request.user();
@@ -215,7 +215,7 @@ impl Offloads {
             dram.counters.dropped(reason, (missing.len() - batch.slots.len()) as u64);
         }
         request.batches += u32::from(!batch.slots.is_empty());
-        let lora = request.lora.clone();
+        let (lora, salt) = (request.lora.clone(), request.salt);
         // A second pass, so that the descriptors' memory has been fetched meanwhile.
         let grouping = session.requests.grouping();
         for (candidate, copy) in missing.iter().zip(&batch.copies) {
@@ -224,7 +224,9 @@ impl Offloads {
                 tokens: tokens_of(offer, candidate, grouping.groups[candidate.group].block_tokens),
                 lora: lora.clone(),
                 extra: offer.groups[candidate.group].extra.get(candidate.index).cloned().unwrap_or_default(),
+                salt,
             };
+            dram.remains.set(SlotIndex(copy.slot), salt);
             let generation = Generation(copy.generation);
             let fits = dram.memory().describe(SlotIndex(copy.slot), &candidate.key, generation, &lineage);
             dram.counters.undescribed_blocks += u64::from(!fits);
@@ -262,16 +264,18 @@ impl Offloads {
             let key = tiers.dram.key(slot);
             let whole = fill(&tiers.dram, copy) == Fill::Done;
             let overwritten = self.overwritten.remove(&(copy.slot, copy.generation));
-            if whole && !stale && !overwritten {
+            let forgotten = tiers.dram.remains.is_due(slot);
+            if whole && !stale && !overwritten && !forgotten {
                 filled.push(slot);
                 filled_lineages.push(lineage);
                 filled_keys.extend(key);
             } else {
                 tiers.dram.lose(slot);
-                let reason = match (stale, whole) {
-                    (true, _) => DropReason::Reset,
-                    (false, true) => DropReason::Overwritten,
-                    (false, false) => DropReason::CopyFailed,
+                let reason = match (stale, forgotten, whole) {
+                    (true, ..) => DropReason::Reset,
+                    (_, true, _) => DropReason::Forgotten,
+                    (_, _, true) => DropReason::Overwritten,
+                    (_, _, false) => DropReason::CopyFailed,
                 };
                 tiers.dram.counters.dropped(reason, 1);
                 lost_keys.extend(key);

@@ -4,11 +4,12 @@ use std::time::Instant;
 
 use hashbrown::HashMap;
 
+use super::forget::Forgetting;
 use super::reservation::User;
 use super::tiers::Changes;
 use crate::config::Controls;
 use crate::policy::BlockOwner;
-use kvcellar_block::{AdapterId, BlockHash, BlockKey, GroupIndex, Grouping};
+use kvcellar_block::{AdapterId, BlockHash, BlockKey, GroupIndex, Grouping, SaltTag};
 
 /// One request, from its arrival until its last offload is done.
 #[derive(Debug)]
@@ -34,6 +35,12 @@ pub struct RequestState {
     pub barrier: Option<u32>,
     /// Its blocks may stem from before a `reset_cache`: none is kept.
     pub tainted: bool,
+    /// Whose blocks it makes.
+    pub salt: SaltTag,
+    /// Its salt was forgotten while it was there: nothing of it is kept, whatever comes after.
+    pub forgotten: bool,
+    /// What it was told to forget, if that has begun.
+    pub(super) forgetting: Option<Forgetting>,
     /// Tokens of the last admission that come from disk.
     pub disk_tokens: u32,
     /// What was decided about the part of the hit that lies on disk: load it, or compute it.
@@ -115,6 +122,9 @@ impl RequestState {
             local: 0,
             barrier: None,
             tainted: false,
+            salt: SaltTag::NONE,
+            forgotten: false,
+            forgetting: None,
             disk_tokens: 0,
             decision: None,
             counted: false,
@@ -187,7 +197,11 @@ impl Requests {
         self.last_serial = self.last_serial.wrapping_add(1).max(1);
         let tenant = controls.tenant.clone().or_else(|| cache_salt.map(Into::into));
         let user = User { serial: self.last_serial, owner };
-        let request = RequestState { tenant, ..RequestState::new(user, controls, lora.into(), adapter) };
+        let mut request = RequestState { tenant, ..RequestState::new(user, controls, lora.into(), adapter) };
+        // A session that was rewritten is still the one whose salt was forgotten.
+        if let Some(before) = self.by_id.get(id) {
+            (request.salt, request.forgotten) = (before.salt, before.forgotten);
+        }
         self.by_id.insert(id.to_owned(), request);
     }
 
@@ -205,6 +219,21 @@ impl Requests {
     pub(super) fn forget_answers(&mut self) {
         for request in self.by_id.values_mut() {
             request.answered = None;
+        }
+    }
+
+    /// A request has this salt.
+    pub fn salt(&mut self, id: &str, salt: SaltTag) {
+        if let Some(request) = self.by_id.get_mut(id) {
+            request.forgotten &= request.salt == salt;
+            request.salt = salt;
+        }
+    }
+
+    /// A salt is forgotten: nothing of the requests that have it now is kept.
+    pub(super) fn forget(&mut self, salt: SaltTag) {
+        for request in self.by_id.values_mut().filter(|request| request.salt == salt) {
+            request.forgotten = true;
         }
     }
 

@@ -9,6 +9,9 @@
 //! A slot that is being written to disk stays where it is in the order, but is no victim. A slot
 //! that is kept for a time is in no order of eviction, and may be written to disk like any other.
 
+mod erasure;
+mod inheritance;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
@@ -16,6 +19,7 @@ use std::time::Instant;
 use super::census::Census;
 use super::dirty::{Dirty, DirtyOrder};
 use super::kept::KeptSlots;
+use super::remains::Remains;
 use super::reservation::{Provenance, Reserved, User};
 use super::slot_state::{Origin, SlotChange, SlotState};
 use super::table::{Record, Table};
@@ -67,6 +71,10 @@ pub struct Residency {
     kept: KeptSlots,
     free: Vec<SlotIndex>,
     census: Census,
+    /// Whose bytes lie in the slots.
+    pub(super) remains: Remains<SlotIndex>,
+    /// Slots that were taken out of the tier: no block gets them.
+    aside: Vec<SlotIndex>,
     /// Grows whenever another block is visible than before, and with every hold on one.
     changes: u64,
     /// Events of every transition.
@@ -87,6 +95,8 @@ impl Residency {
             // Taken from the end: low slots first.
             free: (0..slots).rev().map(SlotIndex).collect(),
             census: Census { free: u64::from(slots), ..Census::default() },
+            remains: Remains::new(slots),
+            aside: Vec::new(),
             changes: 0,
             events,
             counters: Counters::default(),
@@ -134,7 +144,10 @@ impl Residency {
             // Empty in shared memory first: a crash from here on must not find the old block in a
             // slot that is handed out again.
             self.memory.line(slot).clear();
-            self.free.push(slot);
+            // One that has to be erased is free after that.
+            if !self.remains.release(slot) {
+                self.free.push(slot);
+            }
         }
         true
     }
@@ -419,26 +432,6 @@ impl Residency {
         }
     }
 
-    /// Takes a slot over as an earlier engine left it.
-    pub fn adopt(&mut self, slot: SlotIndex, key: &BlockKey, generation: Generation, lineage: Lineage) {
-        self.table.insert(slot, key);
-        let parent = lineage.parent.and_then(|hash| self.table.find(&BlockKey { hash, ..*key }));
-        self.policy.adopt(slot, &Block { parent, ..Block::unknown(key.fingerprint()) });
-        self.table.record_mut(slot).facts.generation = generation.0;
-        // The line is filled already.
-        if self.show_block(slot, SlotChange::Adopt, lineage) {
-            self.counters.adopted_blocks += 1;
-            self.enter(slot, Heat::Hot);
-        }
-    }
-
-    /// After adoption: the slots that hold nothing, and nothing else, are free.
-    pub fn recount_free(&mut self) {
-        let empty = |slot: &SlotIndex| self.table.record(*slot).facts.state == SlotState::Empty;
-        self.free = (0..self.table.places()).rev().map(SlotIndex).filter(empty).collect();
-        self.census.free = self.free.len() as u64;
-    }
-
     /// A request uses a slot: whether for the first time.
     fn used_by(&mut self, slot: SlotIndex, by: User) -> Touch {
         let facts = &mut self.table.record_mut(slot).facts;
@@ -613,13 +606,6 @@ impl Residency {
     /// are the device's no longer.
     pub fn end_abandoned(&mut self, slot: SlotIndex) {
         self.lose(slot);
-    }
-
-    /// Takes up to `count` free slots out of the tier for good, for the restore window.
-    pub fn set_aside(&mut self, count: u32) -> Vec<SlotIndex> {
-        let taken: Vec<SlotIndex> = (0..count).map_while(|_| self.free.pop()).collect();
-        self.census.free -= taken.len() as u64;
-        taken
     }
 
     /// Whether loads of this slot must compare its checksum first.

@@ -17,9 +17,10 @@ use super::trace::{self, OperationLog, names};
 use super::transfer::{self, Read, ReadPart, Trouble};
 use super::window::Window;
 use crate::metrics::DropReason;
+use crate::pool::memory::SlotMemory;
 use crate::{invariant, limits, violated};
 use kvcellar_block::descriptor::Lineage;
-use kvcellar_block::{BlockKey, ExtentIndex, SlotIndex};
+use kvcellar_block::{BlockKey, ExtentIndex, SaltTag, SlotIndex};
 
 /// A block on disk that a load needs.
 #[derive(Debug, Clone, Copy)]
@@ -117,9 +118,12 @@ impl Restores {
                 reserved.evicted
             );
             dram.pin(reserved.slot, user);
+            dram.remains.set(reserved.slot, medium.extents.remains.tag(extent));
             (reserved.slot, reserved.generation, None)
         } else {
             let (index, slot, generation) = self.window.promise()?;
+            // Blocks of several salts follow each other there.
+            dram.remains.set(slot, SaltTag::UNKNOWN);
             (slot, generation, Some(index))
         };
         let part =
@@ -129,6 +133,11 @@ impl Restores {
             self.window.enqueue(index, part.clone());
         }
         Some(part)
+    }
+
+    /// Slots of the window that nobody uses at this moment.
+    pub(super) fn unused<'a>(&'a self, memory: &'a dyn SlotMemory) -> impl Iterator<Item = SlotIndex> + 'a {
+        self.window.unused(memory)
     }
 
     /// Hands reads to the disk, neighbours in one transfer.
@@ -180,6 +189,7 @@ impl Restores {
         let (mut good, mut bad) = (Vec::new(), Vec::new());
         medium.rates.restored(parts.len() as u64 * medium.extent_bytes(), started.elapsed().as_secs_f64());
         for (part, outcome) in parts.into_iter().zip(outcomes) {
+            let stale = stale || medium.extents.remains.is_due(part.extent);
             dram.counters.restored_bytes += medium.extent_bytes();
             match outcome {
                 Ok(_) => {

@@ -151,6 +151,7 @@ impl Cleaner {
                 dram.end_write(slot, false);
                 continue;
             };
+            medium.extents.remains.set(extent, dram.remains.tag(slot));
             self.next_sequence += 1;
             placed.push(WritePart { slot, extent, key });
         }
@@ -209,11 +210,13 @@ impl Cleaner {
             violated!("write {token} ended but is not under way");
             return;
         };
-        let well = trouble.is_none() && !stale;
+        let whole = trouble.is_none() && !stale;
         if trouble.is_none() {
             medium.health.well();
         }
         for WritePart { slot, extent, key } in &parts {
+            let forgotten = medium.extents.remains.is_due(*extent);
+            let well = whole && !forgotten;
             // Before the slot may be given away.
             let lineage = if dram.events.enabled() && well { lineage_of(medium, *slot) } else { Lineage::default() };
             let held = dram.end_write(*slot, well);
@@ -229,12 +232,12 @@ impl Cleaner {
                 if trouble.is_some() && trouble != Some(Trouble::Undescribed) {
                     dram.counters.dropped(DropReason::DiskFailed, 1);
                 }
-                medium.extents.fail(*extent, trouble == Some(Trouble::Device), &mut dram.events);
+                medium.extents.fail(*extent, forgotten || trouble == Some(Trouble::Device), &mut dram.events);
             }
         }
         log.record(|| {
             let keys = names(parts.iter().map(|part| part.key));
-            trace::line("spilled", &[("keys", keys), ("ok", Value::from(well))])
+            trace::line("spilled", &[("keys", keys), ("ok", Value::from(whole))])
         });
         if trouble == Some(Trouble::Device) {
             medium.on_device_error(dram, log, "writing failed repeatedly");

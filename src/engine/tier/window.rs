@@ -82,6 +82,12 @@ impl Window {
         ready
     }
 
+    /// Its slots that hold no bytes which anybody still reads or copies.
+    pub fn unused<'a>(&'a self, memory: &'a dyn SlotMemory) -> impl Iterator<Item = SlotIndex> + 'a {
+        let is_unused = |place: &&Place| !place.busy || memory.line(place.slot).released(self.ranks);
+        self.places.iter().filter(is_unused).map(|place| place.slot)
+    }
+
     /// Positions that wait for their slot.
     pub fn waiting(&self) -> usize {
         self.waiting.len()

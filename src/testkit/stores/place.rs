@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use kvcellar_block::error::Result;
-use kvcellar_block::{BlockKey, ExtentIndex, SlotGeometry};
+use kvcellar_block::{BlockKey, ExtentIndex, SaltTag, SlotGeometry};
 use kvcellar_engine::nvme::buffer::Buffer;
 use kvcellar_engine::nvme::disk::{Completion, Disk, Kind, Operation};
 use kvcellar_engine::nvme::extent::{self, Expected};
@@ -112,7 +112,8 @@ impl Engine {
         self.entries.retain(|entry| entry.extent.0 != extent);
         let extent = ExtentIndex(extent);
         let written_s = 1000 + self.sequence;
-        self.entries.push(SnapshotEntry { extent, key: key(number), sequence: self.sequence, written_s });
+        let salt = SaltTag::UNKNOWN;
+        self.entries.push(SnapshotEntry { extent, key: key(number), sequence: self.sequence, written_s, salt });
         self.sequence += 1;
     }
 
