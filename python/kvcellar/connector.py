@@ -340,9 +340,7 @@ class KVCellarConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: "Request", block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """A request ended. Its blocks are freed at once; fences protect what is still copied."""
-        if self._scheduler is not None:
-            self._scheduler.finish(request)
-        return False, None
+        return False, self._scheduler.finish(request) if self._scheduler is not None else None
 
     @hook(lambda *_: False)
     def has_pending_push_work(self) -> bool:

@@ -65,10 +65,12 @@ class KnownRequest:
         scheduled: vLLM has scheduled the request since the last lookup.
         last_step: number of the last step that it was scheduled in; see `StepMetadata`.
         due: when a step has to look at it next, if it is far; see `due.Due`.
+        forgets: it wants everything of its salt to be forgotten.
     """
 
     __slots__ = (
         "due",
+        "forgets",
         "hashes",
         "last_hash",
         "last_step",
@@ -89,6 +91,7 @@ class KnownRequest:
         self.last_hash: bytes | None = None
         self.last_step = 0
         self.due = NEVER
+        self.forgets = forgets(request)
         self.looked_up(0, groups)
 
     def looked_up(self, local: int, groups: Groups) -> None:
@@ -215,6 +218,18 @@ def controls(request: Request) -> str | None:
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise UnusableRequest(f"kv_transfer_params.{CONTROLS_KEY}: {type(error).__name__}") from error
     return text
+
+
+def forgets(request: Request) -> bool:
+    """Whether a request wants everything of its salt to be forgotten."""
+    params: Any = request.kv_transfer_params
+    wishes = params.get(CONTROLS_KEY) if isinstance(params, dict) else None
+    return isinstance(wishes, dict) and wishes.get("forget") is True
+
+
+def salt(request: Request) -> bytes:
+    """A request's ``cache_salt``; empty for none."""
+    return (request.cache_salt or "").encode("utf-8", "surrogatepass")
 
 
 class LeftOut:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
+from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_events import KVCacheEvent
@@ -32,7 +33,18 @@ from kvcellar.groups import Groups
 from kvcellar.metadata import RankOffer, StepMetadata, WorkerReport
 from kvcellar.offers import GroupOffer, Offer
 from kvcellar.others import ForeignBlocks
-from kvcellar.requests import NEVER, AskAgain, KnownRequest, LeftOut, UnusableRequest, controls, plain
+from kvcellar.requests import (
+    CONTROLS_KEY,
+    NEVER,
+    AskAgain,
+    KnownRequest,
+    LeftOut,
+    UnusableRequest,
+    controls,
+    forgets,
+    plain,
+    salt,
+)
 from kvcellar.stats import KVCellarStats, of_side, with_engine, without_tiers
 from kvcellar.steps import handed_out
 
@@ -248,7 +260,7 @@ class SchedulerSide:
         self._left_out_ids.discard(request.request_id)
         lora = request.lora_request.name if request.lora_request is not None else ""
         name = known.name if known is not None else self._name(request.request_id)
-        self._engine.add_request(name, wishes, lora, adapter, request.cache_salt)
+        self._engine.add_request(name, wishes, lora, adapter, salt(request))
         known = self._requests[request.request_id] = KnownRequest(request, name, self._groups)
         if request.num_computed_tokens > 0:
             self._due.admitted(known)
@@ -301,6 +313,8 @@ class SchedulerSide:
             raise UnusableRequest("its media are named by a counter (prefix caching and mm_processor_cache_gb are off)")
         if getattr(request, "resumable", False) and window.keeps_stale_hashes():
             raise UnusableRequest("this vLLM leaves stale hashes in streaming sessions")
+        if forgets(request) and not request.cache_salt:
+            raise UnusableRequest("it wants to forget everything of its cache_salt, and has none")
         if request.lora_request is not None and not request.lora_request.name.isprintable():
             raise UnusableRequest("its adapter's name cannot be printed")
 
@@ -367,19 +381,23 @@ class SchedulerSide:
         known = self._requests.get(request.request_id)
         return 0 if known is None else self._engine.disk_tokens(known.name)
 
-    def finish(self, request: Request) -> None:
+    def finish(self, request: Request) -> dict[str, Any] | None:
         """vLLM finished or aborted the request and is about to free its blocks: they may still be copied, behind
         fences.
+
+        Returns:
+            ``kv_transfer_params`` of its answer.
         """
         self._left_out_ids.discard(request.request_id)
         known = self._requests.pop(request.request_id, None)
         if known is None or self._retired:
-            return
+            return None
         self._note_end(known)
         self._active = self._counted = True
         if not self._requests:
             # vLLM may idle until the next step.
             self._time_step(0)
+        told = self._forgotten(known) if known.forgets else None
         offer = None
         if not known.was_rewritten():
             # Before its first step a request has only what vLLM found in its own cache: the rest
@@ -387,6 +405,23 @@ class SchedulerSide:
             computed = request.num_computed_tokens
             offer = self._offer(known, computed if known.scheduled else min(computed, known.local))
         self._engine.finish(known.name, request.num_prompt_tokens, request.num_tokens, offer)
+        return told
+
+    def _forgotten(self, known: KnownRequest) -> dict[str, Any] | None:
+        """What a request that forgets its salt is told; None while that is not done."""
+        report = self._engine.forgotten(known.name)
+        if report is None:
+            return None
+        logger.info(
+            "KV Cellar: a client's cache_salt is forgotten: %d blocks in memory and %d on disk are gone, %.2f GiB are "
+            "overwritten, %d places on disk could not be",
+            report.dram_blocks,
+            report.nvme_blocks,
+            report.bytes_erased / opening.GIB,
+            report.failed,
+        )
+        names = ("dram_blocks", "nvme_blocks", "slots_erased", "extents_erased", "bytes_erased", "failed")
+        return {CONTROLS_KEY: {"forgotten": {name: getattr(report, name) for name in names}}}
 
     # -- one step's way ----------------------------------------------------------------------------
 

@@ -3,7 +3,9 @@
 pub mod clients;
 pub mod descriptors;
 pub mod doctor;
+mod engine_api;
 pub mod events;
+pub mod forget;
 pub mod health;
 pub mod index;
 pub mod logging;
@@ -11,6 +13,7 @@ pub mod pool;
 pub mod route;
 pub mod store;
 pub mod top;
+pub mod warm;
 
 use std::path::PathBuf;
 
@@ -38,6 +41,13 @@ enum Topic {
     /// Says whether this machine, and a directory meant as `nvme_dir`, suit KV Cellar. Exit code 1
     /// when something does not work.
     Doctor(doctor::DoctorOptions),
+    /// Forgets everything of requests with a `cache_salt`, in memory and on disk, and overwrites its
+    /// bytes: of a running engine, or of pools and stores that no engine uses. Exit code 1 when
+    /// something may be left.
+    Forget(forget::Options),
+    /// Sends prompts from a file to an engine or a router, so that their KV is there before
+    /// anybody asks. Exit code 1 when one failed.
+    Warm(warm::Options),
     /// An index of a fleet's KV blocks.
     #[command(subcommand)]
     Index(IndexCommand),
@@ -156,6 +166,8 @@ pub fn run(args: Vec<String>) -> i32 {
         Topic::Top(options) => top::run(&options),
         Topic::Events(command) => events::run(&command),
         Topic::Doctor(options) => doctor::run(&options),
+        Topic::Forget(options) => forget::run(&options),
+        Topic::Warm(options) => warm::run(&options),
         Topic::Simulate(options) => kvcellar_simulate::run(&options).map_or_else(|error| refused(&error), |()| 0),
         Topic::Bench(command) => kvcellar_bench::run(command).map_or_else(|error| refused(&error), |()| 0),
     }

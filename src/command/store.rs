@@ -193,7 +193,7 @@ fn agreed(wanted: &[&Entry]) -> bool {
 }
 
 /// A bar on standard error; nothing where that is no terminal.
-fn bar(name: &str) -> impl FnMut(u64, u64) + use<> {
+pub(crate) fn bar(name: &str) -> impl FnMut(u64, u64) + use<> {
     let bar = ProgressBar::new(0).with_message(name.to_owned());
     if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta}") {
         bar.set_style(style);
@@ -220,7 +220,7 @@ fn age(then_s: Option<u64>) -> String {
     }
 }
 
-fn print_json(value: &impl Serialize) -> i32 {
+pub(crate) fn print_json(value: &impl Serialize) -> i32 {
     match serde_json::to_string_pretty(value) {
         Ok(text) => println!("{text}"),
         Err(error) => return super::refused(&error),

@@ -9,10 +9,10 @@ use pyo3::types::{PyBytes, PyList};
 use super::PyConfig;
 use super::errors::guarded;
 use super::inputs::{self, OwnedOffer, PyOffer};
-use super::reports::{DiskReport, EngineStats, PoolReport, ResetReport, run_object};
+use super::reports::{DiskReport, EngineStats, ForgetReport, PoolReport, ResetReport, run_object};
 use kvcellar_block::error::{Error, Result};
 use kvcellar_block::geometry::RankBytes;
-use kvcellar_block::{BlockKey, Grouping, SlotGeometry, Tier};
+use kvcellar_block::{BlockKey, Grouping, SaltTag, SlotGeometry, Tier};
 use kvcellar_engine::config::{Config, Controls};
 use kvcellar_engine::pool::Pool;
 use kvcellar_engine::pool::open::{self, Wish};
@@ -148,8 +148,9 @@ impl PyTierEngine {
     }
 
     /// A request arrived. `controls`: JSON object of the user's wishes, or `None`; `adapter`: 16
-    /// bytes that say what its LoRA adapter consists of, nothing without one; `cache_salt`: vLLM's.
-    #[pyo3(signature = (request, controls, lora_name, adapter=inputs::NO_ADAPTER, cache_salt=None))]
+    /// bytes that say what its LoRA adapter consists of, nothing without one; `salt`: the bytes of
+    /// its `cache_salt`, nothing without one.
+    #[pyo3(signature = (request, controls, lora_name, adapter=inputs::NO_ADAPTER, salt=inputs::NO_SALT))]
     fn add_request(
         &self,
         py: Python<'_>,
@@ -157,13 +158,14 @@ impl PyTierEngine {
         controls: Option<&str>,
         lora_name: &str,
         adapter: &[u8],
-        cache_salt: Option<&str>,
+        salt: &[u8],
     ) -> PyResult<()> {
         let adapter = inputs::adapter(adapter)?;
         self.run(py, |engine| {
             TierEngine::check_request_id(request)?;
             let controls = controls.map(Controls::parse).transpose()?.unwrap_or_default();
-            engine.add_request(request, Arrival { controls, cache_salt, lora: lora_name, adapter });
+            engine.add_request(request, Arrival { controls, cache_salt: salt, lora: lora_name, adapter });
+            engine.salt_request(request, SaltTag::of(salt));
             Ok(())
         })
     }
@@ -263,6 +265,11 @@ impl PyTierEngine {
             }
             Ok(())
         })
+    }
+
+    /// What a request with the wish `forget` has forgotten, once its lookup has answered.
+    fn forgotten(&self, py: Python<'_>, request: &str) -> PyResult<Option<ForgetReport>> {
+        self.run(py, |engine| Ok(engine.forgotten(request).map(ForgetReport::from)))
     }
 
     /// Makes everything stored so far worthless, and what is stored from here on this process's

@@ -22,6 +22,9 @@ pub(super) fn hashes(list: &Bound<'_, PyList>) -> PyResult<Vec<BlockHash>> {
 /// What a request without an adapter gives.
 pub(super) const NO_ADAPTER: &[u8] = &[];
 
+/// What a request without a salt gives.
+pub(super) const NO_SALT: &[u8] = &[];
+
 /// An adapter's digest; nothing for none.
 pub(super) fn adapter(digest: &[u8]) -> PyResult<Option<AdapterId>> {
     match AdapterId::new(digest) {

@@ -123,6 +123,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<worker::PyCopyWorker>()?;
     module.add_class::<reports::PoolReport>()?;
     module.add_class::<reports::DiskReport>()?;
+    module.add_class::<reports::ForgetReport>()?;
     module.add_class::<reports::ResetReport>()?;
     module.add_class::<reports::StoredRun>()?;
     module.add_class::<reports::RemovedRun>()?;

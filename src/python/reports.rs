@@ -89,6 +89,37 @@ impl From<engine::ResetReport> for ResetReport {
     }
 }
 
+/// What a request has forgotten.
+#[pyclass(frozen, get_all, module = "kvcellar._native")]
+pub(super) struct ForgetReport {
+    /// Blocks that lookups found in the dram tier.
+    dram_blocks: u64,
+    /// Blocks that lookups found in the nvme tier.
+    nvme_blocks: u64,
+    /// Slots that were overwritten.
+    slots_erased: u64,
+    /// Extents that were overwritten.
+    extents_erased: u64,
+    /// Bytes of both.
+    bytes_erased: u64,
+    /// Extents that could not be overwritten.
+    failed: u64,
+}
+
+impl From<kvcellar_engine::tier::ForgetReport> for ForgetReport {
+    fn from(report: kvcellar_engine::tier::ForgetReport) -> Self {
+        let kvcellar_engine::tier::ForgetReport {
+            dram_blocks,
+            nvme_blocks,
+            slots_erased,
+            extents_erased,
+            bytes_erased,
+            failed,
+        } = report;
+        Self { dram_blocks, nvme_blocks, slots_erased, extents_erased, bytes_erased, failed }
+    }
+}
+
 impl From<opening::DiskReport> for DiskReport {
     fn from(report: opening::DiskReport) -> Self {
         let opening::DiskReport {

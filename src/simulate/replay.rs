@@ -127,7 +127,7 @@ pub fn replay(
     source.each(&mut |request| {
         hashes.clear();
         hashes.extend(request.blocks.iter().map(|id| hash(*id)));
-        let owner = choices.tenants.owner(request.tenant.as_deref(), None);
+        let owner = choices.tenants.owner(request.tenant.as_deref(), b"");
         let served = tiers.serve_for(owner, &hashes, request.prompt_tokens);
         account.add(&mut totals, request, served.dram, served.nvme);
         totals.stored += u64::from(served.stored);

@@ -66,11 +66,12 @@ impl TenantList {
         Ok(Self(found))
     }
 
-    /// Whose a request is. `name`: what it says itself; `cache_salt`: vLLM's. The name comes first.
-    pub fn owner(&self, name: Option<&str>, cache_salt: Option<&str>) -> BlockOwner {
+    /// Whose a request is. `name`: what it says itself; `cache_salt`: vLLM's, empty for none. The
+    /// name comes first.
+    pub fn owner(&self, name: Option<&str>, cache_salt: &[u8]) -> BlockOwner {
         let is_it = |tenant: &Tenant| match name {
             Some(name) => tenant.name == name,
-            None => cache_salt.is_some() && tenant.cache_salt.as_deref() == cache_salt,
+            None => tenant.cache_salt.as_ref().is_some_and(|salt| salt.as_bytes() == cache_salt),
         };
         self.0.iter().position(is_it).map_or(BlockOwner::NOBODY, |at| BlockOwner(at as u8 + 1))
     }
@@ -143,9 +144,9 @@ mod tests {
         let names: Vec<_> = tenants.names().map(|(owner, name)| (owner.0, name)).collect();
         assert_eq!(names, [(0, "other"), (1, "a"), (2, "b")]);
         assert_eq!(TenantList::default().names().count(), 0);
-        let owner = |name, salt| tenants.owner(name, salt).0;
-        assert_eq!((owner(Some("a"), None), owner(None, Some("s")), owner(Some("a"), Some("s"))), (1, 2, 1));
-        assert_eq!((owner(Some("c"), Some("s")), owner(None, Some("a")), owner(None, None)), (0, 0, 0));
+        let owner = |name, salt: &str| tenants.owner(name, salt.as_bytes()).0;
+        assert_eq!((owner(Some("a"), ""), owner(None, "s"), owner(Some("a"), "s")), (1, 2, 1));
+        assert_eq!((owner(Some("c"), "s"), owner(None, "a"), owner(None, "")), (0, 0, 0));
     }
 
     #[test]

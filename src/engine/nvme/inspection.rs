@@ -141,7 +141,7 @@ impl Inspected {
 }
 
 /// Segment files with their numbers and whole extents.
-fn files(path: &Path, extent_bytes: u64) -> Result<Vec<(u32, File, u64)>> {
+pub(super) fn files(path: &Path, extent_bytes: u64) -> Result<Vec<(u32, File, u64)>> {
     let open = |number| {
         let path = segments::path(path, number);
         let file = directory::open(&path, How::Direct)?;

@@ -8,6 +8,7 @@
 pub mod buffer;
 pub mod directory;
 pub mod disk;
+pub mod erasure;
 pub mod extent;
 pub mod inspection;
 pub mod ledger;

@@ -213,21 +213,28 @@ impl Segments {
             let remedy = format!("Name one below {}", self.extents_ready());
             return Err(Error::config("extent", format!("there is no extent {}", extent.0), remedy));
         };
-        let fail = |error| Error::io("erasing in", path(&self.dir, number), error, REMEDY);
-        match fallocate(&segment.file, FallocateFlags::FALLOC_FL_ZERO_RANGE, offset.cast_signed(), bytes.cast_signed())
-        {
-            Ok(()) => Ok(()),
-            Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => {
-                let mut at = offset;
-                while at < offset + bytes {
-                    let piece = ZEROS.len().min((offset + bytes - at) as usize);
-                    segment.file.write_all_at(&ZEROS[..piece], at).map_err(fail)?;
-                    at += piece as u64;
-                }
-                Ok(())
+        zero(&segment.file, &path(&self.dir, number), offset, bytes)
+    }
+}
+
+/// Overwrites a piece of a segment with zeros. Its room stays allocated.
+///
+/// # Errors
+/// [`Error::Io`].
+pub(super) fn zero(file: &File, path: &Path, offset: u64, bytes: u64) -> Result<()> {
+    let fail = |error| Error::io("erasing in", path, error, REMEDY);
+    match fallocate(file, FallocateFlags::FALLOC_FL_ZERO_RANGE, offset.cast_signed(), bytes.cast_signed()) {
+        Ok(()) => Ok(()),
+        Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => {
+            let mut at = offset;
+            while at < offset + bytes {
+                let piece = ZEROS.len().min((offset + bytes - at) as usize);
+                file.write_all_at(&ZEROS[..piece], at).map_err(fail)?;
+                at += piece as u64;
             }
-            Err(error) => Err(fail(error.into())),
+            Ok(())
         }
+        Err(error) => Err(fail(error.into())),
     }
 }
 

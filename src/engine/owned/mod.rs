@@ -5,6 +5,7 @@
 //! ([`listing`]). Does not know what is in them, nor which setting it works for: a
 //! [`private_dir::Role`] says that.
 
+pub mod erased;
 pub mod listing;
 pub mod lock;
 pub mod private_dir;

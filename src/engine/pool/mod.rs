@@ -16,6 +16,7 @@ pub mod budget;
 pub mod cgroup;
 pub mod claim;
 pub mod directory;
+pub mod erasure;
 pub mod file_system;
 pub mod futex;
 pub mod header;

@@ -74,7 +74,7 @@ impl RecordedRequest {
             tenant: request
                 .tenant
                 .as_ref()
-                .map(|name| format!("{:016x}", xxh3_64_with_seed(name.as_bytes(), tenant_key))),
+                .map(|name| format!("{:016x}", xxh3_64_with_seed(name, tenant_key))),
         }
     }
 }
@@ -256,7 +256,7 @@ mod tests {
         let path = folder.path().join("trace.jsonl");
         let recorder = Recorder::open(&path).expect("a record");
         let mut one = request(1, 4);
-        one.tenant = Some("acme".into());
+        one.tenant = Some((*b"acme").into());
         one.first_hit = crate::tier::requests::FirstHit { local: 16, dram: 32, nvme: 0 };
         recorder.record(&one, Finished { prompt: 50, total: 57 }, 16);
         recorder.record(&request(2, 3), Finished { prompt: 48, total: 48 }, 16);

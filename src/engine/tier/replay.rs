@@ -289,7 +289,7 @@ mod tests {
     fn tenants_keep_their_shares_in_both_tiers() {
         let json = r#"{"tenants": {"quiet": {"guaranteed": "25%"}, "scan": {"limit": "50%"}}}"#;
         let tenants = Config::parse(json).expect("tenants").tenants;
-        let (quiet, scan) = (tenants.owner(Some("quiet"), None), tenants.owner(Some("scan"), None));
+        let (quiet, scan) = (tenants.owner(Some("quiet"), b""), tenants.owner(Some("scan"), b""));
         for policy in PolicyName::ALL {
             let settings = ReplaySettings { policy, clean_percent: 50, ..settings(40, 100) };
             let mut replay = TierReplay::shared(settings, &tenants);

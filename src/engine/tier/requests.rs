@@ -19,7 +19,7 @@ pub struct RequestState {
     /// Whose it is.
     pub owner: BlockOwner,
     /// What its tenant is told from others by, for a record; `None`: nothing.
-    pub tenant: Option<Box<str>>,
+    pub tenant: Option<Box<[u8]>>,
     /// What the user asked of the cache.
     pub controls: Controls,
     /// Block hashes so far, at the granularity of `request.block_hashes`, with the adapter mixed
@@ -67,8 +67,8 @@ pub struct RequestState {
 pub struct Arrival<'a> {
     /// What its user asked of the cache.
     pub controls: Controls,
-    /// vLLM's `cache_salt`.
-    pub cache_salt: Option<&'a str>,
+    /// vLLM's `cache_salt`, empty for none.
+    pub cache_salt: &'a [u8],
     /// Name of its LoRA adapter, empty for none.
     pub lora: &'a str,
     /// What the adapter consists of.
@@ -195,7 +195,8 @@ impl Requests {
         let Arrival { controls, cache_salt, lora, adapter } = arrival;
         // 0 is nobody's: slots that no request has used carry it.
         self.last_serial = self.last_serial.wrapping_add(1).max(1);
-        let tenant = controls.tenant.clone().or_else(|| cache_salt.map(Into::into));
+        let named = controls.tenant.as_deref().map(str::as_bytes);
+        let tenant = named.or((!cache_salt.is_empty()).then_some(cache_salt)).map(Into::into);
         let user = User { serial: self.last_serial, owner };
         let mut request = RequestState { tenant, ..RequestState::new(user, controls, lora.into(), adapter) };
         // A session that was rewritten is still the one whose salt was forgotten.

@@ -10,7 +10,7 @@ impl Residency {
     pub fn adopt(&mut self, slot: SlotIndex, key: &BlockKey, generation: Generation, lineage: Lineage) {
         self.table.insert(slot, key);
         let parent = lineage.parent.and_then(|hash| self.table.find(&BlockKey { hash, ..*key }));
-        self.policy.assign(slot, &Block { parent, ..Block::unknown(key.fingerprint()) });
+        self.policy.adopt(slot, &Block { parent, ..Block::unknown(key.fingerprint()) });
         self.table.record_mut(slot).facts.generation = generation.0;
         self.remains.set(slot, lineage.salt);
         // The line is filled already.
