@@ -73,6 +73,7 @@ DROP_REASONS = (
     "disk_failed",
     "expired",
     "overwritten",
+    "forgotten",
 )
 # As COUNTERS, for each tenant; "other" stands for all requests of none.
 TENANT_COUNTERS: Mapping[str, tuple[str, Mapping[str, str]]] = {

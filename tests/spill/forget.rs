@@ -3,9 +3,12 @@
 
 use std::collections::{BTreeSet, HashSet};
 
+use kvcellar_block::error::Error;
 use kvcellar_block::{BlockKey, SaltTag, Tier};
 use kvcellar_engine::nvme::disk::Kind;
+use kvcellar_engine::owned::erased::Erased;
 use kvcellar_engine::tier::offload::{GroupOffer, Offer, Start};
+use kvcellar_engine::{nvme, pool};
 use kvcellar_testkit::faulty_disk::{Fault, Rule};
 use kvcellar_testkit::random::Random;
 
@@ -177,6 +180,40 @@ fn a_stop_amid_it_ends_it() {
     rig.stop();
     places.forget_pool();
     assert_eq!(traces(&places, &[0, 1]), 0);
+}
+
+#[test]
+fn files_that_no_engine_uses_forget_a_salt_too() {
+    for clean in [true, false] {
+        let places = Places::new();
+        let rig = filled(&places, MORE);
+        let forget = || {
+            let mut outcomes = Vec::new();
+            for entry in pool::registry::list(places.pool.path()).expect("listed") {
+                outcomes.push(pool::erasure::forget(&entry, ada()));
+            }
+            for entry in nvme::registry::list(places.disk.path()).expect("listed") {
+                outcomes.push(nvme::erasure::forget(&entry.path, ada(), &mut |_, _| ()));
+            }
+            outcomes
+        };
+        let busy = |outcome: &_| matches!(outcome, Err(Error::TryLater { .. }));
+        assert_eq!(forget().iter().filter(|outcome| busy(outcome)).count(), 2, "an engine uses both");
+        assert!(traces(&places, &[0, 1]) > 0, "and nothing has happened");
+        if clean {
+            rig.stop()
+        } else {
+            drop(rig)
+        }
+        let erased: Vec<Erased> = forget().into_iter().map(|outcome| outcome.expect("nobody's")).collect();
+        assert!(erased[0].blocks > 0 && (erased[1].blocks, erased[1].unknown) == (16, 0), "{erased:?}");
+        assert_eq!(traces(&places, &[0, 1]), 0);
+        let mut again = Rig::open(&places, SLOTS, SIZE, MORE);
+        salt(&mut again);
+        assert_eq!((again.fetch(0, BLOCKS), again.fetch(1, BLOCKS)), (Ok(0), Ok(0)));
+        assert_eq!((again.fetch(2, BLOCKS), again.fetch(3, BLOCKS)), (Ok(BLOCKS), Ok(BLOCKS)));
+        again.settle();
+    }
 }
 
 #[test]
