@@ -5,7 +5,7 @@ import re
 from docs_lib.pages import ROOT
 
 SRC = ROOT / "src"
-SIZES = {"u8": 1, "u16": 2, "u32": 4, "u64": 8, "AtomicU32": 4, "FutexWord": 4, "AtomicU64": 8}
+SIZES = {"u8": 1, "u16": 2, "u32": 4, "u64": 8, "SaltTag": 8, "AtomicU32": 4, "FutexWord": 4, "AtomicU64": 8}
 
 
 def _size(kind: str) -> tuple[int, int]:

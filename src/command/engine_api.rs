@@ -103,7 +103,7 @@ impl EngineApi {
 
     async fn send(&self, request: reqwest::RequestBuilder) -> std::result::Result<Vec<u8>, ApiFailure> {
         let away = |error: reqwest::Error| ApiFailure::Away(causes(&error));
-        let request = self.key.iter().fold(request, |request, key| request.bearer_auth(key));
+        let request = self.key.iter().fold(request, reqwest::RequestBuilder::bearer_auth);
         let mut answer = request.send().await.map_err(away)?;
         let mut body = Vec::new();
         while let Some(part) = answer.chunk().await.map_err(away)? {

@@ -122,7 +122,7 @@ fn text_of(path: &Path) -> Result<String> {
 /// Every line's request, or every line that is none.
 fn read(text: &str) -> std::result::Result<Vec<Prompt>, Vec<FailedLine>> {
     let lines = (1..).zip(text.lines()).filter(|(_, text)| !text.trim().is_empty());
-    let (prompts, wrong): (Vec<_>, Vec<_>) = lines.map(|(line, text)| parse(line, text)).partition(|it| it.is_ok());
+    let (prompts, wrong): (Vec<_>, Vec<_>) = lines.map(|(line, text)| parse(line, text)).partition(std::result::Result::is_ok);
     let wrong: Vec<FailedLine> = wrong.into_iter().filter_map(std::result::Result::err).collect();
     if wrong.is_empty() { Ok(prompts.into_iter().filter_map(std::result::Result::ok).collect()) } else { Err(wrong) }
 }

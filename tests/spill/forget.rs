@@ -201,9 +201,9 @@ fn files_that_no_engine_uses_forget_a_salt_too() {
         assert_eq!(forget().iter().filter(|outcome| busy(outcome)).count(), 2, "an engine uses both");
         assert!(traces(&places, &[0, 1]) > 0, "and nothing has happened");
         if clean {
-            rig.stop()
+            rig.stop();
         } else {
-            drop(rig)
+            drop(rig);
         }
         let erased: Vec<Erased> = forget().into_iter().map(|outcome| outcome.expect("nobody's")).collect();
         assert!(erased[0].blocks > 0 && (erased[1].blocks, erased[1].unknown) == (16, 0), "{erased:?}");

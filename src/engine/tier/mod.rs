@@ -8,7 +8,7 @@
 //! with the two `tiers`. Read the rest in a block's order: [`offload`] (a step completes blocks),
 //! [`residency`] and [`extents`] (where they are; their states: [`slot_state`], [`extent_state`]),
 //! `spill` (to disk), [`hit`] and [`load`] (a request comes back for them), `restore` (from disk),
-//! `retire` (a request ends), [`adoption`] (after a restart). [`disk_tier`] is the nvme tier,
+//! `retire` (a request ends), [`adoption`] (after a restart), `forget` (erasure, by `remains`). [`disk_tier`] is the nvme tier,
 //! `medium` its disk, [`mover`] its thread. [`machine`] tells before all that what cannot work.
 //! [`what_if`] says what other capacities would find, `savings` what loads were worth.
 
