@@ -32,7 +32,7 @@ const OUT_OF_REACH: &str = "not reached: vLLM's own KV cache on the GPU (POST /r
 #[derive(Debug, Clone, Args)]
 #[command(group(clap::ArgGroup::new("whose").required(true).args(["salt", "salt_file"])))]
 #[command(group(clap::ArgGroup::new("where").required(true).multiple(true).args(["url", "nvme_dir", "pool_dir"])))]
-pub struct Options {
+pub struct ForgetOptions {
     /// The requests' `cache_salt`. Other users of this machine see it in the list of processes:
     /// write `--salt-file` where that matters.
     #[arg(long)]
@@ -77,22 +77,22 @@ struct Forgotten {
 
 /// One engine, pool or store.
 #[derive(Debug, Serialize)]
-struct Row {
+struct ForgottenPlace {
     name: String,
     #[serde(flatten)]
-    outcome: Outcome,
+    outcome: ForgetOutcome,
 }
 
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "snake_case")]
-enum Outcome {
+enum ForgetOutcome {
     Engine(Forgotten),
     Pool(Erased),
     Store(Erased),
     Error(String),
 }
 
-impl Outcome {
+impl ForgetOutcome {
     fn is_complete(&self) -> bool {
         match self {
             Self::Engine(forgotten) => forgotten.failed == 0,
@@ -103,7 +103,7 @@ impl Outcome {
 }
 
 /// Forgets a salt. The exit code.
-pub fn run(options: &Options) -> i32 {
+pub fn run(options: &ForgetOptions) -> i32 {
     let rows = salt_of(options).and_then(|salt| {
         if options.url.is_empty() { files(options, SaltTag::of(salt.as_bytes())) } else { engines(options, &salt) }
     });
@@ -113,7 +113,7 @@ pub fn run(options: &Options) -> i32 {
     }
 }
 
-fn salt_of(options: &Options) -> Result<String> {
+fn salt_of(options: &ForgetOptions) -> Result<String> {
     let salt = match (&options.salt, &options.salt_file) {
         (Some(salt), _) => salt.clone(),
         (None, Some(path)) => {
@@ -134,7 +134,7 @@ fn salt_of(options: &Options) -> Result<String> {
     Ok(salt)
 }
 
-fn engines(options: &Options, salt: &str) -> Result<Vec<Row>> {
+fn engines(options: &ForgetOptions, salt: &str) -> Result<Vec<ForgottenPlace>> {
     let patience = Duration::from_secs(options.timeout_s.max(1));
     let key_file = options.api_key_file.as_deref();
     let apis = options.url.iter().map(|url| EngineApi::new(url, key_file, patience)).collect::<Result<Vec<_>>>()?;
@@ -143,11 +143,11 @@ fn engines(options: &Options, salt: &str) -> Result<Vec<Row>> {
         for api in &apis {
             for rank in ranks(api).await {
                 let outcome = match ask(api, options.model.as_deref(), salt, rank).await {
-                    Ok(forgotten) => Outcome::Engine(forgotten),
-                    Err(why) => Outcome::Error(why),
+                    Ok(forgotten) => ForgetOutcome::Engine(forgotten),
+                    Err(why) => ForgetOutcome::Error(why),
                 };
                 let name = rank.map_or_else(|| api.url().to_owned(), |rank| format!("{} rank {rank}", api.url()));
-                rows.push(Row { name, outcome });
+                rows.push(ForgottenPlace { name, outcome });
             }
         }
         rows
@@ -191,12 +191,12 @@ async fn ask(
     serde_json::from_value(told.clone()).map_err(|_| SILENT.to_owned())
 }
 
-fn files(options: &Options, salt: SaltTag) -> Result<Vec<Row>> {
+fn files(options: &ForgetOptions, salt: SaltTag) -> Result<Vec<ForgottenPlace>> {
     let mut rows = Vec::new();
     if let Some(dir) = &options.pool_dir {
         present("--pool-dir", dir)?;
         for entry in pool::registry::list(dir)? {
-            rows.push(row(&entry.name, Outcome::Pool, "pool rm", pool::erasure::forget(&entry, salt)));
+            rows.push(row(&entry.name, ForgetOutcome::Pool, "pool rm", pool::erasure::forget(&entry, salt)));
         }
     }
     if let Some(dir) = &options.nvme_dir {
@@ -205,7 +205,7 @@ fn files(options: &Options, salt: SaltTag) -> Result<Vec<Row>> {
             let mut bar = super::store::bar(&entry.name);
             rows.push(row(
                 &entry.name,
-                Outcome::Store,
+                ForgetOutcome::Store,
                 "store drop",
                 nvme::erasure::forget(&entry.path, salt, &mut bar),
             ));
@@ -215,21 +215,21 @@ fn files(options: &Options, salt: SaltTag) -> Result<Vec<Row>> {
 }
 
 /// `remove`: the command that removes what cannot be read.
-fn row(name: &str, kind: fn(Erased) -> Outcome, remove: &str, outcome: Result<Erased>) -> Row {
+fn row(name: &str, kind: fn(Erased) -> ForgetOutcome, remove: &str, outcome: Result<Erased>) -> ForgottenPlace {
     let outcome = match outcome {
         Ok(erased) => kind(erased),
         Err(Error::TryLater { holder, .. }) => {
-            Outcome::Error(format!("{holder}: ask that engine itself, with --url http://..., or stop it"))
+            ForgetOutcome::Error(format!("{holder}: ask that engine itself, with --url http://..., or stop it"))
         }
-        Err(error @ Error::DataLost { .. }) => {
-            Outcome::Error(format!("{error}. Nobody can tell whose its blocks are: remove it with `kvcellar {remove}`"))
-        }
-        Err(error) => Outcome::Error(error.to_string()),
+        Err(error @ Error::DataLost { .. }) => ForgetOutcome::Error(format!(
+            "{error}. Nobody can tell whose its blocks are: remove it with `kvcellar {remove}`"
+        )),
+        Err(error) => ForgetOutcome::Error(error.to_string()),
     };
-    Row { name: name.to_owned(), outcome }
+    ForgottenPlace { name: name.to_owned(), outcome }
 }
 
-fn print(rows: &[Row], json: bool) -> i32 {
+fn print(rows: &[ForgottenPlace], json: bool) -> i32 {
     let code = i32::from(!rows.iter().all(|row| row.outcome.is_complete()));
     if json {
         return super::store::print_json(&rows).max(code);
@@ -242,9 +242,9 @@ fn print(rows: &[Row], json: bool) -> i32 {
         "{:<40} {:>10} {:>10} {:>10} {:>10} {:>10}",
         "name", "in memory", "on disk", "unknown", "erased", "failed"
     );
-    for Row { name, outcome } in rows {
+    for ForgottenPlace { name, outcome } in rows {
         match outcome {
-            Outcome::Engine(told) => println!(
+            ForgetOutcome::Engine(told) => println!(
                 "{name:<40} {:>10} {:>10} {:>10} {:>10} {:>10}",
                 told.dram_blocks,
                 told.nvme_blocks,
@@ -252,7 +252,7 @@ fn print(rows: &[Row], json: bool) -> i32 {
                 show(told.bytes_erased),
                 told.failed
             ),
-            Outcome::Pool(erased) => println!(
+            ForgetOutcome::Pool(erased) => println!(
                 "{name:<40} {:>10} {:>10} {:>10} {:>10} {:>10}",
                 erased.blocks,
                 "-",
@@ -260,7 +260,7 @@ fn print(rows: &[Row], json: bool) -> i32 {
                 show(erased.bytes),
                 0
             ),
-            Outcome::Store(erased) => println!(
+            ForgetOutcome::Store(erased) => println!(
                 "{name:<40} {:>10} {:>10} {:>10} {:>10} {:>10}",
                 "-",
                 erased.blocks,
@@ -268,7 +268,7 @@ fn print(rows: &[Row], json: bool) -> i32 {
                 show(erased.bytes),
                 0
             ),
-            Outcome::Error(why) => eprintln!("kvcellar: {name}: {why}"),
+            ForgetOutcome::Error(why) => eprintln!("kvcellar: {name}: {why}"),
         }
     }
     println!("{OUT_OF_REACH}");
@@ -289,6 +289,6 @@ mod tests {
         for other in [Value::Null, json!({}), json!({"dram_blocks": 3}), json!("yes")] {
             assert!(serde_json::from_value::<Forgotten>(other).is_err());
         }
-        assert!(!Outcome::Engine(Forgotten { failed: 1, ..Forgotten::default() }).is_complete());
+        assert!(!ForgetOutcome::Engine(Forgotten { failed: 1, ..Forgotten::default() }).is_complete());
     }
 }

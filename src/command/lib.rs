@@ -41,13 +41,13 @@ enum Topic {
     /// Says whether this machine, and a directory meant as `nvme_dir`, suit KV Cellar. Exit code 1
     /// when something does not work.
     Doctor(doctor::DoctorOptions),
-    /// Forgets everything of requests with a `cache_salt`, in memory and on disk, and overwrites its
-    /// bytes: of a running engine, or of pools and stores that no engine uses. Exit code 1 when
+    /// Forgets everything of requests with a `cache_salt`, in memory and on disk, and overwrites
+    /// its bytes: of a running engine, or of pools and stores that no engine uses. Exit code 1 when
     /// something may be left.
-    Forget(forget::Options),
+    Forget(forget::ForgetOptions),
     /// Sends prompts from a file to an engine or a router, so that their KV is there before
     /// anybody asks. Exit code 1 when one failed.
-    Warm(warm::Options),
+    Warm(warm::WarmOptions),
     /// An index of a fleet's KV blocks.
     #[command(subcommand)]
     Index(IndexCommand),

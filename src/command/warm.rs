@@ -38,7 +38,7 @@ const LINE: &str =
 
 /// Prompts, and who computes them.
 #[derive(Debug, Clone, Args)]
-pub struct Options {
+pub struct WarmOptions {
     /// One prompt a line: a JSON string, `{"prompt": ...}`, `{"messages": [...]}` or a whole
     /// request; `-` is standard input. Empty lines are left out.
     pub file: PathBuf,
@@ -67,7 +67,7 @@ pub struct Options {
 
 /// A request that a line became.
 #[derive(Debug, Clone, PartialEq)]
-struct Prompt {
+struct WarmPrompt {
     line: usize,
     path: &'static str,
     body: Map<String, Value>,
@@ -92,7 +92,7 @@ struct Warmed {
 }
 
 /// Computes the prompts. The exit code.
-pub fn run(options: &Options) -> i32 {
+pub fn run(options: &WarmOptions) -> i32 {
     let warmed = text_of(&options.file).and_then(|text| {
         let prompts = match read(&text) {
             Ok(prompts) => prompts,
@@ -120,14 +120,15 @@ fn text_of(path: &Path) -> Result<String> {
 }
 
 /// Every line's request, or every line that is none.
-fn read(text: &str) -> std::result::Result<Vec<Prompt>, Vec<FailedLine>> {
+fn read(text: &str) -> std::result::Result<Vec<WarmPrompt>, Vec<FailedLine>> {
     let lines = (1..).zip(text.lines()).filter(|(_, text)| !text.trim().is_empty());
-    let (prompts, wrong): (Vec<_>, Vec<_>) = lines.map(|(line, text)| parse(line, text)).partition(std::result::Result::is_ok);
+    let (prompts, wrong): (Vec<_>, Vec<_>) =
+        lines.map(|(line, text)| parse(line, text)).partition(std::result::Result::is_ok);
     let wrong: Vec<FailedLine> = wrong.into_iter().filter_map(std::result::Result::err).collect();
     if wrong.is_empty() { Ok(prompts.into_iter().filter_map(std::result::Result::ok).collect()) } else { Err(wrong) }
 }
 
-fn parse(line: usize, text: &str) -> std::result::Result<Prompt, FailedLine> {
+fn parse(line: usize, text: &str) -> std::result::Result<WarmPrompt, FailedLine> {
     let wrong = |problem: String| FailedLine { line, problem };
     let value: Value = serde_json::from_str(text).map_err(|error| wrong(format!("no JSON ({error}); write {LINE}")))?;
     let mut body = match value {
@@ -155,11 +156,11 @@ fn parse(line: usize, text: &str) -> std::result::Result<Prompt, FailedLine> {
     }
     body.retain(|key, _| !ANSWER_KEYS.contains(&key.as_str()));
     body.insert("max_tokens".to_owned(), json!(1));
-    Ok(Prompt { line, path, body })
+    Ok(WarmPrompt { line, path, body })
 }
 
 /// Says which lines are none, before anything is sent.
-fn refuse(options: &Options, wrong: &[FailedLine]) -> i32 {
+fn refuse(options: &WarmOptions, wrong: &[FailedLine]) -> i32 {
     for FailedLine { line, problem } in wrong.iter().take(SHOWN_MAX) {
         eprintln!("kvcellar: {}, line {line}: {problem}", options.file.display());
     }
@@ -170,7 +171,7 @@ fn refuse(options: &Options, wrong: &[FailedLine]) -> i32 {
     1
 }
 
-async fn warm(options: &Options, api: Arc<EngineApi>, mut prompts: Vec<Prompt>) -> Result<Warmed> {
+async fn warm(options: &WarmOptions, api: Arc<EngineApi>, mut prompts: Vec<WarmPrompt>) -> Result<Warmed> {
     let mut warmed = Warmed { prompts: prompts.len(), ..Warmed::default() };
     if prompts.is_empty() {
         return Ok(warmed);
@@ -204,7 +205,7 @@ async fn warm(options: &Options, api: Arc<EngineApi>, mut prompts: Vec<Prompt>) 
 }
 
 /// Gives lines the model and the salt that they do not name.
-async fn complete(options: &Options, api: &EngineApi, prompts: &mut [Prompt]) -> Result<()> {
+async fn complete(options: &WarmOptions, api: &EngineApi, prompts: &mut [WarmPrompt]) -> Result<()> {
     let lacks = |body: &Map<String, Value>, key: &str| body.get(key).is_none_or(Value::is_null);
     let model = match &options.model {
         Some(model) => Some(model.clone()),

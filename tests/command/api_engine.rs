@@ -24,8 +24,8 @@ pub(crate) struct ApiEngine {
 }
 
 impl ApiEngine {
-    /// One that answers with `answer`, whose metrics are `metrics`. It refuses prompts with the word
-    /// `refuse`. `together`: so many requests are answered at once, and not before.
+    /// One that answers with `answer`, whose metrics are `metrics`. It refuses prompts with the
+    /// word `refuse`. `together`: so many requests are answered at once, and not before.
     pub(crate) async fn start(answer: Value, metrics: &'static str, together: usize) -> Self {
         let asked: Asked = Arc::default();
         let barrier = Arc::new(Barrier::new(together));

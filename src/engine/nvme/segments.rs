@@ -188,8 +188,8 @@ impl Segments {
         Ok(())
     }
 
-    /// Makes what was written to these segments durable, and what the filesystem knows of it: zeroed
-    /// ranges are told there alone.
+    /// Makes what was written to these segments durable, and what the filesystem knows of it:
+    /// zeroed ranges are told there alone.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -202,8 +202,8 @@ impl Segments {
         Ok(())
     }
 
-    /// Zeroes `bytes` from the begin of an extent on, a multiple of 4096, in its segment. Their room
-    /// stays allocated.
+    /// Zeroes `bytes` from the begin of an extent on, a multiple of 4096, in its segment. Their
+    /// room stays allocated.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Config`] for an extent that is not there.

@@ -231,8 +231,9 @@ impl Store {
         self.segments.erase(extent, self.layout.extent_bytes)
     }
 
-    /// Overwrites extents with zeros as [`Store::erase`] does, durably when it returns. Returns those
-    /// that could not be, with the first reason; of none it is known that they can still be read.
+    /// Overwrites extents with zeros as [`Store::erase`] does, durably when it returns. Returns
+    /// those that could not be, with the first reason; of none it is known that they can still be
+    /// read.
     pub fn erase_durably(&self, extents: &[ExtentIndex]) -> (Vec<ExtentIndex>, Option<Error>) {
         let (mut failed, mut why) = (Vec::new(), None);
         for run in runs(extents, self.layout) {

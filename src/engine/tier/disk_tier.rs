@@ -181,7 +181,8 @@ impl DiskTier {
         consequences
     }
 
-    /// Drops the blocks of a salt, and has their extents erased. Returns how many blocks there were.
+    /// Drops the blocks of a salt, and has their extents erased. Returns how many blocks there
+    /// were.
     pub(super) fn forget(&mut self, salt: SaltTag, events: &mut EventLog) -> u64 {
         let dropped = self.medium.extents.forget(salt, events);
         self.erase();

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::attached::{Attached, Progress};
 use super::disk_tier::{DiskParts, DiskSettings, DiskTier};
-use super::forget::{ForgetReport, Forgetting};
+use super::forgetting::{ForgetReport, Forgetting};
 use super::jobs::Report;
 use super::load::{self, Admission, Hit};
 use super::medium::Medium;

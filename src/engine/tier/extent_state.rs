@@ -1,9 +1,9 @@
 //! The states of an extent, and the one function that says what follows from what.
 //!
 //! An extent whose read or write failed is *retired*: no block gets it before the next start, which
-//! looks at the disk anew, or before it was erased. One that is dropped while it is read waits for the last reader, *doomed*
-//! to become free or *condemned* to be retired; a reader that fails condemns what another change
-//! had doomed.
+//! looks at the disk anew, or before it was erased. One that is dropped while it is read waits for
+//! the last reader, *doomed* to become free or *condemned* to be retired; a reader that fails
+//! condemns what another change had doomed.
 
 use super::transition::IllegalTransition;
 

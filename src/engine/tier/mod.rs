@@ -8,9 +8,10 @@
 //! with the two `tiers`. Read the rest in a block's order: [`offload`] (a step completes blocks),
 //! [`residency`] and [`extents`] (where they are; their states: [`slot_state`], [`extent_state`]),
 //! `spill` (to disk), [`hit`] and [`load`] (a request comes back for them), `restore` (from disk),
-//! `retire` (a request ends), [`adoption`] (after a restart), `forget` (erasure, by `remains`). [`disk_tier`] is the nvme tier,
-//! `medium` its disk, [`mover`] its thread. [`machine`] tells before all that what cannot work.
-//! [`what_if`] says what other capacities would find, `savings` what loads were worth.
+//! `retire` (a request ends), [`adoption`] (after a restart), `forget` (erasure, by `remains`).
+//! [`disk_tier`] is the nvme tier, `medium` its disk, [`mover`] its thread. [`machine`] tells
+//! before all that what cannot work. [`what_if`] says what other capacities would find, `savings`
+//! what loads were worth.
 
 pub mod adoption;
 mod announce;
@@ -25,6 +26,7 @@ pub mod engine;
 pub mod extent_state;
 pub mod extents;
 mod forget;
+mod forgetting;
 pub mod health;
 pub mod hit;
 pub mod jobs;
@@ -62,7 +64,7 @@ pub mod what_if;
 pub mod window;
 
 pub use engine::TierEngine;
-pub use forget::ForgetReport;
+pub use forgetting::ForgetReport;
 pub use observe::{StatsDelta, TenantDelta};
 pub use offload::Offer;
 pub use requests::Arrival;

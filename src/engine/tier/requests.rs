@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use hashbrown::HashMap;
 
-use super::forget::Forgetting;
+use super::forgetting::Forgetting;
 use super::reservation::User;
 use super::tiers::Changes;
 use crate::config::Controls;

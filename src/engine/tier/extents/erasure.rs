@@ -1,5 +1,5 @@
-//! Forgetting on disk: blocks of a salt are dropped, and no extent that may hold bytes of it is used
-//! again before it was erased.
+//! Forgetting on disk: blocks of a salt are dropped, and no extent that may hold bytes of it is
+//! used again before it was erased.
 
 use super::{ExtentChange, ExtentState, Extents};
 use crate::event_log::EventLog;
