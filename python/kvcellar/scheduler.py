@@ -336,6 +336,9 @@ class SchedulerSide:
         if may_have_begun and self._begins_with_doubt(request):
             self._let_go(known, UnusableRequest("vLLM may have computed its begin with other weights", usual=True))
             return 0, False
+        if known.forgets:
+            # Places are to be erased, and subscribers to be told, also when the client goes away.
+            self._active = True
         known.looked_up(num_computed_tokens, self._groups)
         hit = self._engine.lookup(known.name, request.num_tokens, num_computed_tokens, known.new_hashes())
         return hit, bool(hit)

@@ -265,6 +265,51 @@ fn blocks_that_are_read_at_that_moment_go_after_it() {
 }
 
 #[test]
+fn what_streams_through_the_window_lies_nowhere_after_it() {
+    const LONG: u32 = 40;
+    let needles = |chain: u32| (0..LONG).map(move |index| content(&hash(chain, index))[..64].to_vec());
+    for waits in [false, true] {
+        let places = Places::new();
+        let (mut rig, disk) = Rig::with_faults(&places, 18, 8, MORE);
+        (1..5).for_each(|chain| rig.salt(chain, bob()));
+        rig.salt(0, ada());
+        for first in (8..=LONG).step_by(8) {
+            rig.compute(0, first);
+        }
+        for chain in 1..4 {
+            rig.compute(chain, BLOCKS);
+        }
+        if waits {
+            disk.hold();
+        }
+        let hers = rig.ask(0, LONG);
+        let asked = rig.begin_fetch(&hers, LONG);
+        assert!(asked > 18, "{asked} blocks are more than there are slots");
+        if !waits {
+            assert!(!rig.wait_for_load(&hers));
+        }
+        let id = rig.begin_to_forget(ada());
+        if waits {
+            assert!(rig.has_forgotten(&id).is_none(), "reads are under way, and others wait for their slots");
+            disk.release();
+            assert!(rig.wait_for_load(&hers), "what it waits for is nobody's any more");
+        }
+        rig.lock().finish(&hers, LONG * BLOCK_TOKENS, LONG * BLOCK_TOKENS);
+        until(|| rig.has_forgotten(&id).is_some());
+        rig.lock().finish(&id, 5, 5);
+        rig.settle();
+        assert_eq!(places.count(&needles(0).collect::<Vec<_>>()).0, 0, "waits: {waits}");
+        // The window serves on, and what it held of others can be found as well.
+        rig.compute(4, 16);
+        (1..4).for_each(|chain| rig.compute(chain, BLOCKS));
+        assert_eq!(rig.fetch(4, 16), Ok(16));
+        rig.settle();
+        rig.forget(bob());
+        assert_eq!(places.count(&needles(4).collect::<Vec<_>>()).0, 0, "waits: {waits}");
+    }
+}
+
+#[test]
 fn blocks_that_are_written_at_that_moment_go_after_it() {
     let places = Places::new();
     let (mut rig, disk) = Rig::with_faults(&places, SLOTS, 6, MORE);

@@ -232,8 +232,7 @@ impl Store {
     }
 
     /// Overwrites extents with zeros as [`Store::erase`] does, durably when it returns. Returns
-    /// those that could not be, with the first reason; of none it is known that they can still be
-    /// read.
+    /// those that could not be, and may still be read by a later start, with the first reason.
     pub fn erase_durably(&self, extents: &[ExtentIndex]) -> (Vec<ExtentIndex>, Option<Error>) {
         let (mut failed, mut why) = (Vec::new(), None);
         for run in runs(extents, self.layout) {

@@ -203,7 +203,7 @@ impl DiskTier {
     }
 
     /// Starts the reads of the window whose slots are free now.
-    pub(super) fn advance_window(&mut self, dram: &Residency) {
+    pub(super) fn advance_window(&mut self, dram: &mut Residency) {
         self.restores.advance_window(&mut self.medium, dram);
     }
 

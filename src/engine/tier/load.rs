@@ -370,7 +370,7 @@ fn commit(tiers: &mut Tiers, plan: &LoadPlan, id: &str, (user, prompt_tokens): (
     }
     if let Some(disk) = &mut tiers.disk {
         disk.restores.submit(&mut disk.medium, reads);
-        disk.restores.advance_window(&mut disk.medium, &tiers.dram);
+        disk.restores.advance_window(&mut disk.medium, &mut tiers.dram);
     }
     committed
 }

@@ -122,8 +122,6 @@ impl Restores {
             (reserved.slot, reserved.generation, None)
         } else {
             let (index, slot, generation) = self.window.promise()?;
-            // Blocks of several salts follow each other there.
-            dram.remains.set(slot, SaltTag::UNKNOWN);
             (slot, generation, Some(index))
         };
         let part =
@@ -158,9 +156,13 @@ impl Restores {
     }
 
     /// Starts the reads of the window whose slots are free now.
-    pub(super) fn advance_window(&mut self, medium: &mut Medium, dram: &Residency) {
+    pub(super) fn advance_window(&mut self, medium: &mut Medium, dram: &mut Residency) {
         if self.window.waiting() > 0 {
             let ready = self.window.advance(dram.memory().as_ref());
+            for part in &ready {
+                // Blocks of several salts follow each other there, and may lie there in pieces.
+                dram.remains.set(part.slot, SaltTag::UNKNOWN);
+            }
             self.submit(medium, ready);
         }
     }
@@ -189,7 +191,12 @@ impl Restores {
         let (mut good, mut bad) = (Vec::new(), Vec::new());
         medium.rates.restored(parts.len() as u64 * medium.extent_bytes(), started.elapsed().as_secs_f64());
         for (part, outcome) in parts.into_iter().zip(outcomes) {
-            let stale = stale || medium.extents.remains.is_due(part.extent);
+            let forgotten = medium.extents.remains.is_due(part.extent);
+            let stale = stale || forgotten;
+            if forgotten && part.window {
+                // Its bytes came after its salt was forgotten.
+                dram.remains.condemn(part.slot);
+            }
             dram.counters.restored_bytes += medium.extent_bytes();
             match outcome {
                 Ok(_) => {
