@@ -350,7 +350,7 @@ fn blocks_that_are_copied_at_that_moment_go_after_it() {
     {
         let mut engine = rig.lock();
         let tokens = (0..BLOCKS * BLOCK_TOKENS).collect();
-        engine.add_request("later", kvcellar_engine::config::Controls::default(), "", None);
+        engine.add_request("later", kvcellar_engine::tier::Arrival::default());
         engine.salt_request("later", ada());
         engine.add_hashes("later", &(0..BLOCKS).map(|index| hash(9, index)).collect::<Vec<_>>());
         let group = GroupOffer { first: 0, blocks: (1..=BLOCKS).collect(), extra: Vec::new() };

@@ -71,10 +71,7 @@ impl RecordedRequest {
             local_tokens: request.first_hit.local,
             dram_tokens: request.first_hit.dram,
             nvme_tokens: request.first_hit.nvme,
-            tenant: request
-                .tenant
-                .as_ref()
-                .map(|name| format!("{:016x}", xxh3_64_with_seed(name, tenant_key))),
+            tenant: request.tenant.as_ref().map(|name| format!("{:016x}", xxh3_64_with_seed(name, tenant_key))),
         }
     }
 }

@@ -127,7 +127,7 @@ impl WhatIf {
         let Some(spec) = grouping.groups.get(self.group) else { return };
         let blocks = |tokens: u32| tokens / spec.block_tokens;
         let local = request.first_hit.local;
-        let limit = match request.controls {
+        let limit = match &request.controls {
             controls if !controls.load => local,
             controls => local.saturating_add(controls.max_load_tokens.unwrap_or(u32::MAX)),
         };
