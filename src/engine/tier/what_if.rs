@@ -230,6 +230,7 @@ mod tests {
     use crate::policy::{Admission, LoadPolicy};
     use crate::tier::replay::{ReplaySettings, TierReplay};
     use crate::tier::requests::FirstHit;
+    use crate::tier::reservation::User;
     use kvcellar_block::{BlockHash, GroupIndex, GroupKind};
 
     const TOKENS: u32 = 16;
@@ -334,7 +335,7 @@ mod tests {
     }
 
     fn request(controls: Controls, blocks: u64, local: u32) -> RequestState {
-        let mut request = RequestState::new(1, controls, "".into(), None);
+        let mut request = RequestState::new(User { serial: 1, ..User::default() }, controls, "".into(), None);
         request.add_hashes(&prompt(1, 1, 0, blocks));
         request.first_hit = FirstHit { local, dram: 0, nvme: 0 };
         request.counted = true;
@@ -357,21 +358,21 @@ mod tests {
 
     #[test]
     fn what_a_hit_could_give_is_looked_up() {
-        let usual = Controls::default();
-        assert_eq!(again(usual, 0, |_| ()), (8, 0), "a hit ends before the prompt, at a multiple of four blocks");
-        assert_eq!(again(usual, 4 * TOKENS, |_| ()), (4, 0), "vLLM had the first four blocks itself");
-        assert_eq!(again(Controls { store: false, ..usual }, 0, |_| ()), (8, 8), "the first one is not kept");
-        assert_eq!(again(usual, 0, |first| first.tainted = true), (8, 8));
-        assert_eq!(again(usual, 0, |first| first.counted = false), (8, 8), "the first one was never admitted");
+        let usual = Controls::default;
+        assert_eq!(again(usual(), 0, |_| ()), (8, 0), "a hit ends before the prompt, at a multiple of four blocks");
+        assert_eq!(again(usual(), 4 * TOKENS, |_| ()), (4, 0), "vLLM had the first four blocks itself");
+        assert_eq!(again(Controls { store: false, ..usual() }, 0, |_| ()), (8, 8), "the first one is not kept");
+        assert_eq!(again(usual(), 0, |first| first.tainted = true), (8, 8));
+        assert_eq!(again(usual(), 0, |first| first.counted = false), (8, 8), "the first one was never admitted");
         let grouping = grouping(&[(GroupKind::Full, TOKENS)]);
         let mut what_if = WhatIf::new(PolicyName::Lru, 64, &grouping);
         let finished = Finished { prompt: 9 * TOKENS, total: 12 * TOKENS };
-        what_if.on_finished(&grouping, &request(Controls { load: false, ..usual }, 12, 0), finished);
+        what_if.on_finished(&grouping, &request(Controls { load: false, ..usual() }, 12, 0), finished);
         assert_eq!(what_if.counts().blocks, 0, "it wants nothing of us");
-        what_if.on_finished(&grouping, &request(Controls { max_load_tokens: Some(70), ..usual }, 12, 0), finished);
+        what_if.on_finished(&grouping, &request(Controls { max_load_tokens: Some(70), ..usual() }, 12, 0), finished);
         assert_eq!(what_if.counts().blocks, 4);
         // The answer of the one is the prompt of the next.
-        what_if.on_finished(&grouping, &request(usual, 12, 0), Finished { prompt: 13 * TOKENS, total: 13 * TOKENS });
+        what_if.on_finished(&grouping, &request(usual(), 12, 0), Finished { prompt: 13 * TOKENS, total: 13 * TOKENS });
         assert_eq!((what_if.counts().blocks, what_if.counts().now_misses), (16, 0));
     }
 
