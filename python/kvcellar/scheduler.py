@@ -104,6 +104,8 @@ class SchedulerSide:
         self._counted = True
         self._step_tokens = 0
         self._step_began = 0.0
+        # Tokens and seconds of prefill that the engine has not been told of.
+        self._measured = (0, 0.0)
         self._offers: dict[tuple[int, int], RankOffer] = {}
         self._opening: threading.Thread | None = None
         self._opened = False
@@ -401,6 +403,7 @@ class SchedulerSide:
             # vLLM may idle until the next step.
             self._time_step(0)
         told = self._forgotten(known) if known.forgets else None
+        self._tell_prefill()
         offer = None
         if not known.was_rewritten():
             # Before its first step a request has only what vLLM found in its own cache: the rest
@@ -447,6 +450,7 @@ class SchedulerSide:
         self._counted = True
         if handed is None:
             handed = handed_out(output, self._groups)
+        self._tell_prefill()
         plan, quiet = self._engine.step(offers, handed, foreign, self._groups.written_early)
         ticket, self._ticket = self._ticket, None
         if ticket is not None:
@@ -491,15 +495,22 @@ class SchedulerSide:
             known.last_step = self._step
 
     def _time_step(self, tokens: int) -> None:
-        """Tell the engine how long the last step's prefill took: until this one, or until its last request ended.
+        """Measure how long the last step's prefill took: until this one, or until its last request ended.
 
         A gap after that is no prefill. One that nobody notices, while only requests that are left out run, makes
         prefill look slower than it is.
         """
         now = time.perf_counter()
         if self._step_tokens >= _PREFILL_TOKENS_MIN:
-            self._engine.prefilled(self._step_tokens, now - self._step_began)
+            measured, seconds = self._measured
+            self._measured = measured + self._step_tokens, seconds + now - self._step_began
         self._step_tokens, self._step_began = tokens, now
+
+    def _tell_prefill(self) -> None:
+        """Tell the engine what was measured, where it is asked something anyway."""
+        (tokens, seconds), self._measured = self._measured, (0, 0.0)
+        if tokens:
+            self._engine.prefilled(tokens, seconds)
 
     def _states(self, request: Request, scheduled: int, told: states.States) -> states.States:
         if self._manager is None:

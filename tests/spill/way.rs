@@ -187,6 +187,43 @@ fn load_policy_auto_computes_what_is_computed_faster() {
     assert_eq!((counters.load_decisions, counters.recompute_decisions), (1, 1));
 }
 
+#[test]
+fn what_each_tier_saved_is_its_tokens_over_the_rate_of_prefill() {
+    let places = Places::new();
+    let mut rig = Rig::open(&places, 34, "64MiB", r#", "write_through": true"#);
+    for chain in 0..CHAINS {
+        rig.compute(chain, 8);
+    }
+    let saved = |rig: &Rig| {
+        let counters = rig.counters();
+        let tokens = (counters.hit_tokens, counters.nvme_hit_tokens);
+        (tokens, (counters.saved_us, counters.nvme_saved_us))
+    };
+    assert_eq!(rig.fetch(CHAINS - 1, 8), Ok(8));
+    assert_eq!(rig.fetch(0, 8), Ok(8));
+    rig.settle();
+    let ((dram, nvme), nothing) = saved(&rig);
+    assert!(dram > 0 && nvme > 0, "one chain from memory, one from disk");
+    assert_eq!(nothing, (0, 0), "no step was measured yet");
+    rig.lock().prefilled(1000, 0.25);
+    assert_eq!(saved(&rig).1, (dram * 250, nvme * 250), "what was loaded before counts, too");
+    assert_eq!(rig.fetch(1, 8), Ok(8));
+    rig.settle();
+    let ((dram, nvme), seconds) = saved(&rig);
+    assert_eq!(seconds, (dram * 250, nvme * 250));
+    // A load that fails saves nothing.
+    flip_a_byte_of_every_extent_but(&places, &[]);
+    assert_eq!(rig.fetch(2, 8), Err(8));
+    rig.settle();
+    assert_eq!(saved(&rig).1, seconds);
+    // Of eight blocks of a prompt the last has to be computed. The store holds all of them.
+    let found = rig.counters().what_if;
+    let (looked_up, first_uses) = ((u64::from(CHAINS) + 4) * 7, u64::from(CHAINS) * 7);
+    assert_eq!(found.blocks, looked_up);
+    assert!(found.infinite_misses.abs_diff(first_uses) <= 2, "{found:?}");
+    assert!(found.now_misses.abs_diff(first_uses) <= first_uses / 5, "a part is sampled: {found:?}");
+}
+
 fn blocks_of(path: &std::path::Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     path.metadata().expect("a file").blocks() * 512
