@@ -120,6 +120,16 @@ fn what_comes_after_is_kept_as_ever_until_it_is_forgotten_too() {
         assert_eq!(gauges.free_slots + gauges.filled_slots, gauges.total_slots, "{gauges:?}");
         assert_eq!(gauges.nvme_retired, 0, "erased extents are used again");
     }
+    // Every slot is free once: others get all of them.
+    rig.forget(ada());
+    for chain in 10..18 {
+        rig.compute(chain, BLOCKS);
+    }
+    for chain in 10..18 {
+        assert_eq!(rig.fetch(chain, BLOCKS), Ok(BLOCKS));
+        rig.settle();
+    }
+    assert_eq!(rig.announced(Tier::Dram).len() as u64, rig.gauges().filled_slots);
 }
 
 #[test]
@@ -155,6 +165,38 @@ fn blocks_of_which_nobody_knows_whose_they_are_go_as_well() {
     let report = again.forget(ada());
     assert_eq!((report.dram_blocks, report.nvme_blocks), (8, 8));
     assert_eq!((traces(&places, &[0]), again.fetch(0, BLOCKS), again.fetch(2, BLOCKS)), (0, Ok(0), Ok(BLOCKS)));
+    again.settle();
+}
+
+#[test]
+fn bytes_that_blocks_left_behind_go_although_no_start_takes_them_over() {
+    // Expired blocks are dropped from memory, where their bytes stay.
+    let places = Places::new();
+    let mut rig = Rig::open(&places, SLOTS, SIZE, r#", "write_through": true, "retention": "1s""#);
+    salt(&mut rig);
+    rig.compute(0, BLOCKS);
+    until(|| rig.gauges().nvme_blocks == 0);
+    rig.settle();
+    rig.stop();
+    assert!(places_of(&places, &[0]).0 > 0, "they are in memory: this test proves something");
+    let mut again = Rig::open(&places, SLOTS, SIZE, MORE);
+    let report = again.forget(ada());
+    assert_eq!((report.dram_blocks, places_of(&places, &[0]).0), (0, 0));
+    again.settle();
+    // And what has expired while no engine ran is not taken over from disk.
+    let mut places = Places::new();
+    let mut rig = Rig::open(&places, SLOTS, SIZE, MORE);
+    salt(&mut rig);
+    rig.compute(0, BLOCKS);
+    rig.stop();
+    places.forget_pool();
+    // Times are whole seconds.
+    std::thread::sleep(std::time::Duration::from_millis(2_100));
+    let mut again = Rig::open(&places, SLOTS, SIZE, r#", "retention": "1s""#);
+    assert_eq!(again.gauges().nvme_blocks, 0);
+    assert!(traces(&places, &[0]) > 0, "they lie on disk: this test proves something");
+    let report = again.forget(ada());
+    assert_eq!((report.nvme_blocks, traces(&places, &[0])), (0, 0));
     again.settle();
 }
 

@@ -43,10 +43,7 @@ impl Tiers {
     pub(super) fn source(&self, key: &BlockKey) -> Option<Source> {
         match self.dram.find_any(key) {
             Some((slot, true)) => return Some(Source::Slot(slot)),
-            // What comes of a block that was forgotten meanwhile is nobody's.
-            Some((slot, false)) if self.dram.is_restoring(slot) && !self.dram.remains.is_due(slot) => {
-                return Some(Source::Restoring(slot));
-            }
+            Some((slot, false)) if self.dram.is_restoring(slot) => return Some(Source::Restoring(slot)),
             _ => {}
         }
         self.on_disk(key).map(Source::Extent)
