@@ -226,8 +226,8 @@ impl<I: Index> Tenants<I> {
         }
     }
 
-    /// The place to evict next so that `asker` gets room for `wanted` blocks, of those that `may` be
-    /// evicted. It stays in the order until it is removed or released.
+    /// The place to evict next so that `asker` gets room for `wanted` blocks, of those that `may`
+    /// be evicted. It stays in the order until it is removed or released.
     pub fn victim(&mut self, asker: BlockOwner, wanted: u32, may: &dyn Fn(I) -> bool) -> Option<I> {
         if !self.has_tenants() {
             return self.parts[0].order.victim(may);
