@@ -66,6 +66,20 @@ fn salt(rig: &mut Rig) {
     }
 }
 
+/// Others get all of them, and none twice.
+fn every_slot_is_free_once(rig: &mut Rig) {
+    for chain in 10..18 {
+        rig.compute(chain, BLOCKS);
+    }
+    for chain in 10..18 {
+        assert_eq!(rig.fetch(chain, BLOCKS), Ok(BLOCKS));
+        rig.settle();
+    }
+    let gauges = rig.gauges();
+    assert_eq!(rig.announced(Tier::Dram).len() as u64, gauges.filled_slots);
+    assert_eq!((gauges.free_slots, gauges.filled_slots), (0, gauges.total_slots), "{gauges:?}");
+}
+
 #[test]
 fn both_tiers_forget_a_salt_durably_and_keep_everything_else() {
     let mut places = Places::new();
@@ -120,16 +134,8 @@ fn what_comes_after_is_kept_as_ever_until_it_is_forgotten_too() {
         assert_eq!(gauges.free_slots + gauges.filled_slots, gauges.total_slots, "{gauges:?}");
         assert_eq!(gauges.nvme_retired, 0, "erased extents are used again");
     }
-    // Every slot is free once: others get all of them.
     rig.forget(ada());
-    for chain in 10..18 {
-        rig.compute(chain, BLOCKS);
-    }
-    for chain in 10..18 {
-        assert_eq!(rig.fetch(chain, BLOCKS), Ok(BLOCKS));
-        rig.settle();
-    }
-    assert_eq!(rig.announced(Tier::Dram).len() as u64, rig.gauges().filled_slots);
+    every_slot_is_free_once(&mut rig);
 }
 
 #[test]
@@ -408,7 +414,7 @@ fn blocks_that_are_copied_at_that_moment_go_after_it() {
     assert_eq!(traces(&places, &[0, 1, 9]), 0);
     rig.lock().finish(&hers, BLOCKS * BLOCK_TOKENS, BLOCKS * BLOCK_TOKENS);
     assert_eq!(rig.fetch(2, BLOCKS), Ok(BLOCKS));
-    rig.settle();
+    every_slot_is_free_once(&mut rig);
 }
 
 #[test]
