@@ -99,6 +99,18 @@ fn a_snapshot_is_read_as_it_was_written() {
 }
 
 #[test]
+fn a_snapshot_without_tags_is_read_and_nobody_knows_whose_its_blocks_are() {
+    let (mut bytes, _) = snapshot::encode(&SUBJECT, &entries(3));
+    bytes[8..12].copy_from_slice(&1_u32.to_le_bytes());
+    bytes[56..64].fill(0);
+    let sum = xxhash_rust::xxh3::xxh3_64(&bytes);
+    bytes[56..64].copy_from_slice(&sum.to_le_bytes());
+    let (subject, found, found_sum) = snapshot::decode(&bytes).expect("version 1");
+    let untagged = entries(3).into_iter().map(|entry| SnapshotEntry { salt: SaltTag::UNKNOWN, ..entry });
+    assert_eq!((subject, found, found_sum), (SUBJECT, untagged.collect(), sum));
+}
+
+#[test]
 fn every_flipped_bit_of_a_snapshot_is_noticed() {
     let (bytes, _) = snapshot::encode(&SUBJECT, &entries(5));
     for bit in 0..bytes.len() * 8 {
