@@ -44,8 +44,8 @@ impl Collector {
         self.lookup_seconds.add(seconds);
     }
 
-    /// What changed since the last call; `None` when nothing did. `tenants`: who there are, with the
-    /// blocks that each has.
+    /// What changed since the last call; `None` when nothing did. `tenants`: who there are, with
+    /// the blocks that each has.
     pub(super) fn collect<'a>(
         &mut self,
         counters: &Counters,
