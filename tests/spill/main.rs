@@ -14,4 +14,5 @@ mod forget;
 mod kills;
 mod restart;
 mod rig;
+mod tenants;
 mod way;

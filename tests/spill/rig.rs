@@ -172,6 +172,8 @@ pub(crate) struct Rig {
     requests: u32,
     /// Whose each chain is; nobody's without an entry.
     salts: HashMap<u32, SaltTag>,
+    /// The tenant of the requests from now on.
+    pub(crate) tenant: Option<&'static str>,
 }
 
 impl Rig {
@@ -261,7 +263,7 @@ impl Rig {
         );
         let ticket = lock(&engine).pool().expect("a pool").ticket();
         worker.attach(&ticket)?;
-        Ok(Self { engine, report, events: Vec::new(), mover, worker, cache, requests: 0, salts: HashMap::new() })
+        Ok(Self { engine, report, events: Vec::new(), mover, worker, cache, requests: 0, salts: HashMap::new(), tenant: None })
     }
 
     /// What its start told.
@@ -286,7 +288,8 @@ impl Rig {
         let id = format!("request-{}", self.requests);
         let hashes: Vec<BlockHash> = (0..blocks).map(|index| hash(chain, index)).collect();
         let mut engine = self.lock();
-        engine.add_request(&id, Arrival::default());
+        let controls = Controls { tenant: self.tenant.map(Into::into), ..Controls::default() };
+        engine.add_request(&id, Arrival { controls, ..Arrival::default() });
         engine.salt_request(&id, self.salts.get(&chain).copied().unwrap_or(SaltTag::NONE));
         engine.add_hashes(&id, &hashes);
         drop(engine);
