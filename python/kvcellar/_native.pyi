@@ -135,6 +135,7 @@ class ForgetReport:
     @property
     def failed(self) -> int: ...
 
+@final
 class ResetReport:
     @property
     def blocks_dropped_dram(self) -> int: ...
