@@ -263,7 +263,17 @@ impl Rig {
         );
         let ticket = lock(&engine).pool().expect("a pool").ticket();
         worker.attach(&ticket)?;
-        Ok(Self { engine, report, events: Vec::new(), mover, worker, cache, requests: 0, salts: HashMap::new(), tenant: None })
+        Ok(Self {
+            engine,
+            report,
+            events: Vec::new(),
+            mover,
+            worker,
+            cache,
+            requests: 0,
+            salts: HashMap::new(),
+            tenant: None,
+        })
     }
 
     /// What its start told.

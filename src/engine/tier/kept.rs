@@ -186,7 +186,9 @@ mod tests {
             tier.set_clean(slots[0], false);
             tier.touch(&slots[..2], User { serial: 1_001, owner: NOBODY });
             tier.cool(slots[1]);
-            (60..100).for_each(|byte| drop(store(&mut tier, byte).expect("others make room")));
+            for byte in 60..100 {
+                store(&mut tier, byte).expect("others make room");
+            }
             assert_eq!(is_there(&tier)[..2], [true, true], "{policy:?}");
             // What is dropped is kept no longer.
             tier.drop_block(slots[0], DropReason::Reset);

@@ -295,7 +295,9 @@ mod tests {
             let mut replay = TierReplay::shared(settings, &tenants);
             // What a request brings is written when others come.
             let blocks = |from: u8| hashes(from, from + 5);
-            (0..5).for_each(|at| drop(replay.serve_for(quiet, &blocks(at * 5), 80)));
+            for at in 0..5 {
+                replay.serve_for(quiet, &blocks(at * 5), 80);
+            }
             for at in 0..60 {
                 replay.serve_for(scan, &blocks(50 + at % 40 * 5), 80);
                 let (dram, nvme) = replay.blocks_of(scan);
