@@ -168,7 +168,11 @@ fn different_blocks(source: &WorkloadSource) -> Result<u64> {
         seen.extend(request.blocks.iter().copied());
         Ok(())
     })?;
-    Ok(seen.len() as u64)
+    if seen.is_empty() { Err(nothing(source)) } else { Ok(seen.len() as u64) }
+}
+
+fn nothing(source: &WorkloadSource) -> Error {
+    Error::config(&source.name(), "holds no request", "Name a trace with a line for each request")
 }
 
 #[expect(clippy::cast_sign_loss, reason = "a share of a count is not negative")]
@@ -211,6 +215,9 @@ fn one_size(options: &SimulateOptions, source: &WorkloadSource) -> Result<(Sizes
     let choices = options.choices_and_tenants()?;
     let row = |keeper: Keeper| {
         let totals = replay(source, &account, keeper, sizes, &choices)?;
+        if totals.requests == 0 {
+            return Err(nothing(source));
+        }
         Ok(Row { keeper, summary: totals.summary(account.block_bytes) })
     };
     let rows = options.keepers()?.into_iter().map(row).collect::<Result<Vec<Row>>>()?;
@@ -248,6 +255,9 @@ fn write(path: &Path, text: &str) -> Result<()> {
 /// # Errors
 /// [`Error::Config`] for a line of the trace or a wrong option, [`Error::Io`] for files.
 pub fn run(options: &SimulateOptions) -> Result<()> {
+    if options.report.as_ref().is_some_and(|path| path.extension().is_some_and(|it| it == "svg")) {
+        return Err(Error::config("--report", "is the picture's name", "Write a name that ends in .json"));
+    }
     if !options.sweep {
         let sources = options.sources();
         let Some(source) = sources.first() else { return Ok(()) };
@@ -385,6 +395,13 @@ mod tests {
             assert!(rows(text).is_err_and(|error| error.to_string().contains(named)), "{text}");
         }
         assert!(Line::try_parse_from(["simulate"]).is_err(), "nothing to replay");
+        let empty = tempfile::NamedTempFile::new().expect("a file");
+        for dram in ["10%", "1GiB"] {
+            let text = format!("{} --dram {dram} --policy lru", empty.path().display());
+            assert!(rows(&text).is_err_and(|error| error.to_string().contains("holds no request")), "{dram}");
+        }
+        let picture = options("--synthetic chat --load 1 --sweep --report curves.svg");
+        assert!(run(&picture).is_err_and(|error| error.to_string().contains("--report")));
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod fleet;
 mod forget;
 mod health;
 mod leaving;
+mod output;
 mod publishers;
 mod refusal;
 mod stores;
