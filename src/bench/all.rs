@@ -59,7 +59,7 @@ fn measure(options: &AllBench) -> Result<Vec<BenchPart>> {
     let (results, goals) = kinds::measure(&KindsBench { tokens, step, repetitions, json: true })?;
     parts.push(part("kinds", report(&results, &goals), goals));
     let (events, questions, repetitions) = if options.tiny { (4096, 2, 1) } else { (1 << 20, 400, 5) };
-    let (results, goals) = index::measure(&IndexBench { events, questions, repetitions, json: true });
+    let (results, goals) = index::measure(&IndexBench { events, questions, repetitions, json: true, beside: None });
     parts.push(part("index", report(&results, &goals), goals));
     let sizes = if options.tiny { vec![16 << 10] } else { vec![64 << 10, 1 << 20, 4 << 20] };
     let (bytes, repetitions) = if options.tiny { (2 << 20, 2) } else { (256 << 20, 10) };

@@ -6,7 +6,10 @@
 //! conversations of which a part is shared by many engines; batches as vLLM makes them, one event
 //! with the new blocks of a step, and evictions from time to time.
 
+mod beside;
+
 use std::hint::black_box;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -45,6 +48,9 @@ pub struct IndexBench {
     /// JSON on standard output.
     #[arg(long)]
     pub json: bool,
+    /// Measures another index instead of the naive one: a program as in benches/llmd_index.
+    #[arg(long, value_name = "PROGRAM")]
+    pub beside: Option<PathBuf>,
 }
 
 /// A prompt that many engines hold a part of.
@@ -255,22 +261,13 @@ fn questions(
     goals: &mut Vec<Goal>,
 ) {
     let Ok(index) = Index::new(BLOCK as u32, 8 << 30) else { return };
-    let mut arena = BatchArena::default();
     let mut naive = NaiveIndex::default();
     let ids: Vec<EngineId> =
         (0..shape.engines).filter_map(|it| index.write().engine(&format!("{it}"), MODEL).ok()).collect();
-    for (number, id) in ids.iter().enumerate() {
-        // Prefixes of different lengths, a part of them in the second tier.
-        let blocks = shape.blocks - number * shape.blocks / (2 * shape.engines);
-        for (at, payload) in payloads(u64::MAX, blocks, "GPU", false).iter().enumerate() {
-            let cpu = (at + number).is_multiple_of(4);
-            let moved = if cpu { payloads_as(payload, "CPU") } else { payload.clone() };
-            if let Ok(batch) = decode(&moved, &mut arena) {
-                index.write().apply(*id, &batch, &arena);
-                naive.apply(number as u32, &batch, &arena);
-            }
-        }
-    }
+    fill(shape, |engine, batch, arena| {
+        index.write().apply(ids[engine], batch, arena);
+        naive.apply(engine as u32, batch, arena);
+    });
     let tokens = tokens_of(u64::MAX, shape.blocks);
     let noise: Vec<Vec<u8>> = (0..64).flat_map(|whose| payloads(whose, 512, "GPU", true)).collect();
     let [mut p50, mut p99, mut naive_p50, mut alone] = [const { Vec::new() }; 4];
@@ -319,6 +316,29 @@ fn questions(
     }
 }
 
+/// Blocks of the prompt that an engine holds: prefixes of different lengths.
+fn prefix_blocks(shape: &PromptShape, engine: usize) -> usize {
+    shape.blocks - engine * shape.blocks / (2 * shape.engines)
+}
+
+/// Whether a run of blocks is in the second tier.
+fn lies_in_cpu(engine: usize, run: usize) -> bool {
+    (run + engine).is_multiple_of(4)
+}
+
+/// Tells what every engine holds of a prompt.
+fn fill(shape: &PromptShape, mut apply: impl FnMut(usize, &Batch<'_>, &BatchArena)) {
+    let mut arena = BatchArena::default();
+    for engine in 0..shape.engines {
+        for (run, payload) in payloads(u64::MAX, prefix_blocks(shape, engine), "GPU", false).iter().enumerate() {
+            let moved = if lies_in_cpu(engine, run) { payloads_as(payload, "CPU") } else { payload.clone() };
+            if let Ok(batch) = decode(&moved, &mut arena) {
+                apply(engine, &batch, &arena);
+            }
+        }
+    }
+}
+
 /// The same payload with another medium of the same length.
 fn payloads_as(payload: &[u8], medium: &str) -> Vec<u8> {
     let mut changed = payload.to_vec();
@@ -357,6 +377,15 @@ pub fn run(options: &IndexBench) -> Result<()> {
             "Write at least 1",
         ));
     }
+    if let Some(program) = &options.beside {
+        let (results, whole) = beside::measure(options, program, &ProgressBar::new(options.repetitions as u64))?;
+        if options.json {
+            println!("{whole:#}");
+        } else {
+            report::print(&results, &[], 3);
+        }
+        return Ok(());
+    }
     let (results, goals) = measure(options);
     if options.json {
         println!("{:#}", report::report(&results, &goals));
@@ -372,7 +401,7 @@ mod tests {
 
     #[test]
     fn a_tiny_run_works_and_both_indexes_agree() {
-        let options = IndexBench { events: 4096, questions: 2, repetitions: 1, json: true };
+        let options = IndexBench { events: 4096, questions: 2, repetitions: 1, json: true, beside: None };
         let (results, goals) = measure(&options);
         assert!(results.iter().all(|result| result.value > 0.0) && results.len() == 13 && goals.len() == 2);
         let (index, mut naive, mut arena) =

@@ -1,7 +1,6 @@
 //! Counters, gauges and samples of the tier engine, with units in their names.
 
 use crate::limits::{LATENCY_SAMPLES_MAX, TENANTS_MAX};
-use crate::policy::BlockOwner;
 
 /// Why a block was not kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -174,14 +173,14 @@ impl Counters {
         self.dropped_blocks[index] += blocks;
     }
 
-    /// What is counted of one tenant.
-    pub fn of(&self, owner: BlockOwner) -> &OwnerCounts {
-        &self.by_owner[usize::from(owner.0).min(TENANTS_MAX)]
+    /// What is counted of one tenant, by its number in the configuration; 0 is nobody.
+    pub fn of(&self, owner: u8) -> &OwnerCounts {
+        &self.by_owner[usize::from(owner).min(TENANTS_MAX)]
     }
 
     /// As [`Self::of`], to count.
-    pub fn of_mut(&mut self, owner: BlockOwner) -> &mut OwnerCounts {
-        &mut self.by_owner[usize::from(owner.0).min(TENANTS_MAX)]
+    pub fn of_mut(&mut self, owner: u8) -> &mut OwnerCounts {
+        &mut self.by_owner[usize::from(owner).min(TENANTS_MAX)]
     }
 
     /// Name and value of each plain counter.

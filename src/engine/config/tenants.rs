@@ -4,8 +4,30 @@ use serde_json::{Map, Value};
 
 use super::wrong;
 use crate::limits::TENANTS_MAX;
-use crate::policy::{BlockOwner, Quota};
 use kvcellar_block::error::{Error, Result};
+
+/// Whose a block is: a tenant, by its number in the configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, PartialOrd, Ord)]
+pub struct BlockOwner(pub u8);
+
+impl BlockOwner {
+    /// No tenant: a request that names none, or one that the configuration does not know.
+    pub const NOBODY: Self = Self(0);
+}
+
+/// What one tenant gets of a tier, in places.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Quota {
+    /// Others leave it so many.
+    pub guaranteed: u32,
+    /// It never has more.
+    pub limit: u32,
+}
+
+impl Quota {
+    /// Whatever others leave.
+    pub const NONE: Self = Self { guaranteed: 0, limit: u32::MAX };
+}
 
 /// Characters of a name: it becomes a label of metrics.
 const NAME_MAX: usize = 64;

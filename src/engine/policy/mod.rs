@@ -28,10 +28,11 @@ pub use load::LoadPolicy;
 pub use lrfu::Lrfu;
 pub use lru::Lru;
 pub use s3fifo::S3Fifo;
-pub use tenants::{BlockOwner, Quota, Tenants};
+pub use tenants::Tenants;
 pub use write_budget::WriteBudget;
 
 pub use crate::config::policy::PolicyName;
+pub use crate::config::tenants::{BlockOwner, Quota};
 
 /// Where a block enters the order of eviction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

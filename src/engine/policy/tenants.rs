@@ -15,35 +15,8 @@
 //! belong to nobody, until a tenant uses them. Without tenants there is one order, and nothing here
 //! costs anything but a call.
 
-use super::{Block, Departure, Eviction, Heat, Index, PolicyName, Touch, build};
+use super::{Block, BlockOwner, Departure, Eviction, Heat, Index, PolicyName, Quota, Touch, build};
 use crate::violated;
-
-/// Whose a block is: a tenant, by its number in the configuration.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, PartialOrd, Ord)]
-pub struct BlockOwner(pub u8);
-
-impl BlockOwner {
-    /// No tenant: a request that names none, or one that the configuration does not know.
-    pub const NOBODY: Self = Self(0);
-
-    fn number(self) -> usize {
-        usize::from(self.0)
-    }
-}
-
-/// What one tenant gets of a tier, in places.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Quota {
-    /// Others leave it so many.
-    pub guaranteed: u32,
-    /// It never has more.
-    pub limit: u32,
-}
-
-impl Quota {
-    /// Whatever others leave.
-    pub const NONE: Self = Self { guaranteed: 0, limit: u32::MAX };
-}
 
 /// Blocks of one tenant.
 struct TenantOrder<I> {
@@ -102,7 +75,7 @@ impl<I: Index> Tenants<I> {
     }
 
     fn part_of(&self, place: I) -> usize {
-        self.places.get(place.number() as usize).map_or(0, |facts| facts.owner.number())
+        self.places.get(place.number() as usize).map_or(0, |facts| usize::from(facts.owner.0))
     }
 
     fn part(&self, place: I) -> &TenantOrder<I> {
@@ -116,7 +89,7 @@ impl<I: Index> Tenants<I> {
 
     /// The part of an owner; one that no quota names is nobody.
     fn known(&self, owner: BlockOwner) -> usize {
-        if owner.number() < self.parts.len() { owner.number() } else { 0 }
+        if usize::from(owner.0) < self.parts.len() { usize::from(owner.0) } else { 0 }
     }
 
     /// Whose block a place holds.

@@ -417,7 +417,7 @@ fn count(counters: &mut Counters, requests: &mut Requests, id: &str, external: u
     counters.nvme_hit_tokens += u64::from(tokens);
     if let Some(request) = requests.get_mut(id) {
         request.disk_tokens = tokens;
-        counters.of_mut(request.owner).nvme_hit_tokens += u64::from(tokens);
+        counters.of_mut(request.owner.0).nvme_hit_tokens += u64::from(tokens);
     }
     count_lookup(counters, requests, id, external, (blocks, tokens));
     tokens
@@ -453,7 +453,7 @@ pub(super) fn count_lookup(
     counters.hit_blocks += blocks(reached - external, reached).saturating_sub(on_disk.0);
     counters.miss_tokens += u64::from(whole - reached);
     counters.miss_blocks += blocks(reached, whole);
-    let of_owner = counters.of_mut(owner);
+    let of_owner = counters.of_mut(owner.0);
     of_owner.hit_tokens += u64::from(external - on_disk.1);
     of_owner.miss_tokens += u64::from(whole - reached);
 }

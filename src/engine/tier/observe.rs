@@ -71,7 +71,7 @@ impl Collector {
             (reason.name(), now.0.dropped_blocks[index].saturating_sub(before.0.dropped_blocks[index]))
         });
         let of_tenant = |(owner, name, blocks): (BlockOwner, &str, _)| {
-            let (now, before) = (now.0.of(owner).plain(), before.0.of(owner).plain());
+            let (now, before) = (now.0.of(owner.0).plain(), before.0.of(owner.0).plain());
             let grown =
                 now.into_iter().zip(before).map(|((name, now), (_, before))| (name, now.saturating_sub(before)));
             TenantDelta { name: name.to_owned(), counters: grown.filter(|(_, amount)| *amount > 0).collect(), blocks }

@@ -288,7 +288,7 @@ impl Residency {
             self.counters.dropped(DropReason::Unspilled, 1);
         }
         self.counters.evicted_blocks += 1;
-        self.counters.of_mut(owner).evicted_blocks += 1;
+        self.counters.of_mut(owner.0).evicted_blocks += 1;
         // The next victim is about known now: fetch its record while this one is being filled.
         self.policy.coldest(&mut |next| {
             self.table.prefetch(next);
