@@ -438,7 +438,7 @@ class SchedulerSide:
         if self._numbers_steps:
             self._step += 1
             self._adapters.heard_until(self._step - self._vllm_config.max_concurrent_batches)
-        self._time_step(output.total_num_scheduled_tokens)
+        self._time_step(self._prefilled_in(output))
         handed: list[list[int]] | None = None
         foreign: list[int] = []
         if self._foreign is not None and self._manager is not None:
@@ -494,6 +494,14 @@ class SchedulerSide:
         for known in filter(None, map(self._requests.get, scheduled_tokens)):
             known.last_step = self._step
 
+    @staticmethod
+    def _prefilled_in(output: SchedulerOutput) -> int:
+        """Tokens of a step that is mostly prefill, else 0: many requests that decode say nothing of how fast it is."""
+        total = output.total_num_scheduled_tokens
+        if total < _PREFILL_TOKENS_MIN:
+            return 0
+        return total if max(output.num_scheduled_tokens.values(), default=0) >= _PREFILL_TOKENS_MIN else 0
+
     def _time_step(self, tokens: int) -> None:
         """Measure how long the last step's prefill took: until this one, or until its last request ended.
 
@@ -501,7 +509,7 @@ class SchedulerSide:
         prefill look slower than it is.
         """
         now = time.perf_counter()
-        if self._step_tokens >= _PREFILL_TOKENS_MIN:
+        if self._step_tokens:
             measured, seconds = self._measured
             self._measured = measured + self._step_tokens, seconds + now - self._step_began
         self._step_tokens, self._step_began = tokens, now

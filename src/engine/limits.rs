@@ -328,6 +328,9 @@ pub const WAITS_PER_VICTIM: u32 = 4096;
 /// dropped then.
 pub const COLD_END_MAX: usize = 1024;
 
+/// The same where there are tenants: their orders have to be merged for it.
+pub const COLD_END_OF_TENANTS_MAX: usize = 256;
+
 /// Requests that wait to be recorded (`record_trace`). At the bound further ones are left out and
 /// counted: no request waits for the disk.
 pub const RECORD_QUEUE: usize = 4096;
@@ -338,6 +341,9 @@ pub const RECORD_BYTES_MAX: u64 = 512 << 20;
 /// Engines that record their requests to one `record_trace`, each in a file of its own. Further
 /// ones are refused.
 pub const RECORDS_MAX: u32 = 1024;
+
+/// Pins whose time is over and that are let go at once.
+pub const PINS_ENDED_MAX: usize = 4096;
 
 /// Tenants of one engine. An order of eviction is kept for each.
 pub const TENANTS_MAX: usize = 16;

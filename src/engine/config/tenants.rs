@@ -29,6 +29,9 @@ impl Quota {
     pub const NONE: Self = Self { guaranteed: 0, limit: u32::MAX };
 }
 
+/// How those who are no tenant are named.
+const OTHERS: &str = "other";
+
 /// Characters of a name: it becomes a label of metrics.
 const NAME_MAX: usize = 64;
 
@@ -63,6 +66,9 @@ impl TenantList {
         let mut found = Vec::with_capacity(object.len());
         for (name, value) in object {
             let key = format!("{key}.{name}");
+            if name == OTHERS {
+                return Err(bad(&key, "stands for all requests of no tenant", "another name"));
+            }
             if name.is_empty() || name.len() > NAME_MAX || !name.chars().all(|it| it.is_ascii_graphic()) {
                 return Err(bad(&key, "is no name", &format!("1 to {NAME_MAX} printable ASCII characters")));
             }
@@ -101,7 +107,7 @@ impl TenantList {
     /// Names of those who may own blocks: nobody, as `other`, and the tenants. None without
     /// tenants.
     pub fn names(&self) -> impl Iterator<Item = (BlockOwner, &str)> {
-        let others = (!self.0.is_empty()).then_some((BlockOwner::NOBODY, "other"));
+        let others = (!self.0.is_empty()).then_some((BlockOwner::NOBODY, OTHERS));
         let tenants = self.0.iter().enumerate().map(|(at, tenant)| (BlockOwner(at as u8 + 1), tenant.name.as_str()));
         others.into_iter().chain(tenants)
     }
@@ -177,6 +183,7 @@ mod tests {
             ("[]", "tenants", "is not valid"),
             (r#"{"a": 1}"#, "tenants.a", "no object"),
             (r#"{"": {}}"#, "tenants.", "no name"),
+            (r#"{"other": {}}"#, "tenants.other", "no tenant"),
             (r#"{"a": {"share": "1%"}}"#, "tenants.a.share", "not a known key"),
             (r#"{"a": {"guaranteed": 20}}"#, "tenants.a.guaranteed", "20 is not valid"),
             (r#"{"a": {"guaranteed": "120%"}}"#, "tenants.a.guaranteed", "not valid"),

@@ -16,7 +16,7 @@
 //! costs anything but a call.
 
 use super::{Block, BlockOwner, Departure, Eviction, Heat, Index, PolicyName, Quota, Touch, build};
-use crate::violated;
+use crate::{limits, violated};
 
 /// Blocks of one tenant.
 struct TenantOrder<I> {
@@ -70,8 +70,16 @@ impl<I: Index> Tenants<I> {
         Self { parts: vec![TenantOrder { order, quota: Quota::NONE, blocks: 0 }], places: Box::default(), clock: 0 }
     }
 
-    fn has_tenants(&self) -> bool {
+    /// There are tenants.
+    pub fn has_tenants(&self) -> bool {
         self.parts.len() > 1
+    }
+
+    /// What each gets from now on.
+    pub fn set_quotas(&mut self, quotas: &[Quota]) {
+        for (part, quota) in self.parts[1..].iter_mut().zip(quotas) {
+            part.quota = *quota;
+        }
     }
 
     fn part_of(&self, place: I) -> usize {
@@ -232,7 +240,7 @@ impl<I: Index> Tenants<I> {
         }
         // Orders can only be walked from their beginning: ever longer pieces are, so that whoever
         // wants a few pays for a few.
-        let (mut shown, mut length) = (0, 64);
+        let (mut shown, mut length) = (0, limits::COLD_END_OF_TENANTS_MAX);
         loop {
             let (merged, is_all) = self.merged(length);
             for place in &merged[shown.min(merged.len())..] {

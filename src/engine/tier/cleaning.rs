@@ -89,10 +89,15 @@ pub(super) fn judge(
     if room { CleaningStep::Write(key) } else { CleaningStep::NeedsRoom(key) }
 }
 
-/// Drops the coldest block on disk to make room for one more of `owner`. `None`: all that may go
-/// are being read or written.
-pub(super) fn make_room(extents: &mut Extents, dram: &mut Residency, owner: BlockOwner) -> Option<BlockKey> {
-    let gone = extents.evict(owner, &mut dram.events)?;
+/// Drops the coldest block on disk to make room for `wanted` blocks of `owner`. `None`: all that
+/// may go are being read or written.
+pub(super) fn make_room(
+    extents: &mut Extents,
+    dram: &mut Residency,
+    owner: BlockOwner,
+    wanted: u32,
+) -> Option<BlockKey> {
+    let gone = extents.evict(owner, wanted, &mut dram.events)?;
     dram.counters.nvme_evicted_blocks += 1;
     if let Some(held) = dram.find(&gone) {
         dram.set_clean(held, false);

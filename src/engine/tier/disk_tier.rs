@@ -145,6 +145,9 @@ impl DiskTier {
             Report::Grown { ready, last } => {
                 self.medium.on_grown(ready);
                 self.cleaner.on_grown(last);
+                if last {
+                    self.medium.share_what_there_is();
+                }
             }
             Report::Erased(extents) => {
                 // What is forgotten meanwhile is erased once more, durably.

@@ -235,10 +235,20 @@ impl Extents {
         self.order.blocks(owner)
     }
 
-    /// Drops the coldest block to make one more extent free for a block of `asker`. Returns its
-    /// key. `None`: all that may go are being read or written.
-    pub fn evict(&mut self, asker: BlockOwner, events: &mut EventLog) -> Option<BlockKey> {
-        let victim = self.order.victim(asker, 1, &|_| true)?;
+    /// Tenants share the store.
+    pub fn has_tenants(&self) -> bool {
+        self.order.has_tenants()
+    }
+
+    /// What each tenant gets from now on.
+    pub fn set_quotas(&mut self, quotas: &[Quota]) {
+        self.order.set_quotas(quotas);
+    }
+
+    /// Drops the coldest block to make room for `wanted` blocks of `asker`. Returns its key.
+    /// `None`: all that may go are being read or written.
+    pub fn evict(&mut self, asker: BlockOwner, wanted: u32, events: &mut EventLog) -> Option<BlockKey> {
+        let victim = self.order.victim(asker, wanted, &|_| true)?;
         let evicted = self.key(victim);
         // What is in the order of eviction is not read.
         let drop = ExtentChange::Drop { retire: false, read: false };
@@ -434,7 +444,7 @@ mod tests {
         let (mut extents, mut events) = read_by(2);
         extents.discard(HERE, false, &mut events);
         extents.end_read(HERE, &mut events);
-        assert_eq!((extents.free(), extents.evict(BlockOwner::NOBODY, &mut events)), (0, None));
+        assert_eq!((extents.free(), extents.evict(BlockOwner::NOBODY, 1, &mut events)), (0, None));
         extents.end_read(HERE, &mut events);
         assert_eq!((extents.retired(), extents.free()), (0, 1));
         assert_eq!(extents.reserve(&key(2), BlockOwner::NOBODY, None, Stamp::default(), &mut events), Some(HERE));

@@ -216,4 +216,25 @@ mod tests {
         assert_eq!(tier.reserve(&key(9), by(9), Provenance::default()), Err(DropReason::NoSlot));
         assert!(tier.make_room(2, by(9)).is_empty());
     }
+
+    #[test]
+    fn a_tenant_whose_share_is_pinned_gets_what_its_limit_leaves_it() {
+        let memory = Arc::new(HeapSlots::new(8, 1));
+        let quotas = [crate::policy::Quota { guaranteed: 2, limit: 3 }];
+        let mut tier = Residency::new(memory, Tenants::new(PolicyName::Lru, 8, &quotas), EventLog::new(false));
+        let by = |serial| User { serial, owner: TENANT };
+        let mut slots = Vec::new();
+        for byte in 0..2 {
+            let reserved = tier.reserve(&key(byte), by(u32::from(byte) + 1), Provenance::default()).expect("room");
+            tier.publish_all(&[reserved.slot], [Lineage::default()]);
+            slots.push(reserved.slot);
+        }
+        assert_eq!(tier.keep(&slots, Instant::now() + Duration::from_secs(60)), 2);
+        for byte in 10..16 {
+            store(&mut tier, byte).expect("room");
+        }
+        assert_eq!(tier.make_room(2, by(9)).len(), 1, "one more, of others'");
+        assert_eq!(tier.reserve(&key(20), by(9), Provenance::default()).map(|reserved| reserved.evicted), Ok(None));
+        assert_eq!(tier.reserve(&key(21), by(9), Provenance::default()), Err(DropReason::NoSlot));
+    }
 }

@@ -223,7 +223,7 @@ impl TierReplay {
                 CleaningStep::Done => continue,
                 CleaningStep::Write(key) => key,
                 CleaningStep::NeedsRoom(key) => {
-                    if cleaning::make_room(disk, dram, owner).is_none() {
+                    if cleaning::make_room(disk, dram, owner, 1).is_none() {
                         break;
                     }
                     key

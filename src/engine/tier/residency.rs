@@ -27,7 +27,7 @@ use crate::event_log::EventLog;
 use crate::metrics::{Counters, DropReason};
 use crate::policy::{Block, BlockOwner, Departure, Heat, Tenants, Touch};
 use crate::pool::memory::SlotMemory;
-use crate::{invariant, violated};
+use crate::{invariant, limits, violated};
 use kvcellar_block::descriptor::Lineage;
 use kvcellar_block::{BlockHash, BlockKey, Generation, GroupIndex, SlotIndex, Tier};
 
@@ -289,12 +289,14 @@ impl Residency {
         }
         self.counters.evicted_blocks += 1;
         self.counters.of_mut(owner.0).evicted_blocks += 1;
-        // The next victim is about known now: fetch its record while this one is being filled.
-        self.policy.coldest(&mut |next| {
-            self.table.prefetch(next);
-            self.policy.prefetch(next);
-            false
-        });
+        if !self.policy.has_tenants() {
+            // The next victim is about known now: fetch its record while this one is being filled.
+            self.policy.coldest(&mut |next| {
+                self.table.prefetch(next);
+                self.policy.prefetch(next);
+                false
+            });
+        }
         Ok(evicted)
     }
 
@@ -306,6 +308,12 @@ impl Residency {
         let most = u32::try_from(count).unwrap_or(u32::MAX).min(self.policy.limit(by.owner));
         while self.room(by.owner) < most as usize
             && let Ok(gone) = self.evict(by, most)
+        {
+            evicted.push(gone);
+        }
+        // Where it has nothing more of its own to give up, it gets as many as its limit allows.
+        while self.free.len() < (most as usize).min(self.policy.room(by.owner) as usize)
+            && let Ok(gone) = self.evict(by, 1)
         {
             evicted.push(gone);
         }
@@ -408,9 +416,10 @@ impl Residency {
         count
     }
 
-    /// Blocks whose time is over may be evicted like any other.
+    /// Blocks whose time is over may be evicted like any other; a bounded number at once.
     pub fn let_go_of_kept(&mut self, now: Instant) {
-        while let Some(slot) = self.kept.next_over(now) {
+        for _ in 0..limits::PINS_ENDED_MAX {
+            let Some(slot) = self.kept.next_over(now) else { return };
             let record = self.table.record(slot);
             if record.is_visible() && record.pins == 0 {
                 self.policy.insert(slot, Heat::Hot);

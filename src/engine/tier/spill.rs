@@ -16,7 +16,7 @@ use super::residency::Residency;
 use super::trace::{self, OperationLog, names};
 use super::transfer::{self, SealOrder, Trouble, Write, WritePart};
 use crate::metrics::DropReason;
-use crate::violated;
+use crate::{limits, violated};
 use kvcellar_block::descriptor::{self, Lineage, Seal};
 use kvcellar_block::{BlockKey, SlotIndex};
 
@@ -79,6 +79,7 @@ impl Cleaner {
     /// writes are under way.
     pub(super) fn clean(&mut self, medium: &mut Medium, dram: &mut Residency, log: &mut OperationLog) {
         let mut chosen: Vec<(SlotIndex, BlockKey)> = Vec::new();
+        let mut of_owners = [0; limits::TENANTS_MAX + 1];
         let mut evicted: Vec<BlockKey> = Vec::new();
         let everything = self.flushing || medium.settings.write_through;
         let mut cleaning = Cleaning::new(dram, medium.settings.clean_percent, everything);
@@ -89,12 +90,9 @@ impl Cleaner {
             }
             let Some(dirty) = cleaning.next(dram) else { break };
             let owner = dram.owner(dirty.slot);
-            let of_owner = chosen.iter().filter(|(slot, _)| dram.owner(*slot) == owner).count();
-            let is_at_limit = medium.extents.room(owner) as usize <= of_owner;
-            if is_at_limit && of_owner > 0 {
-                // Those count when they have their extents: then it goes on.
-                break;
-            }
+            // Those that were chosen have no extents yet.
+            let wanted = of_owners[usize::from(owner.0)] + 1;
+            let is_at_limit = medium.extents.room(owner) < wanted;
             let room = medium.extents.free() > chosen.len() as u64 && !is_at_limit;
             let means = WriteMeans { room, scarce: medium.is_budget_short() };
             let key = match judge(&mut medium.extents, dram, medium.settings.admission, dirty, means) {
@@ -106,12 +104,20 @@ impl Cleaner {
                 }
                 CleaningStep::NeedsRoom(key) => {
                     // Where all extents are being read or written, the block waits for its turn.
-                    let Some(gone) = cleaning::make_room(&mut medium.extents, dram, owner) else { break };
+                    let Some(gone) = cleaning::make_room(&mut medium.extents, dram, owner, wanted) else {
+                        if medium.extents.has_tenants() && chosen.is_empty() && medium.extents.writing() == 0 {
+                            // All that is there is guaranteed to others: who waits behind it must not.
+                            dram.pass_over(dirty.slot);
+                            continue;
+                        }
+                        break;
+                    };
                     evicted.push(gone);
                     key
                 }
             };
             medium.spend();
+            of_owners[usize::from(owner.0)] = wanted;
             dram.begin_write(dirty.slot);
             chosen.push((dirty.slot, key));
         }

@@ -3,10 +3,10 @@
 use std::collections::VecDeque;
 
 use super::{Residency, SlotFacts};
-use crate::invariant;
 use crate::policy::Heat;
 use crate::tier::dirty::Dirty;
 use crate::tier::slot_state::SlotChange;
+use crate::{invariant, limits};
 use kvcellar_block::{BlockKey, SlotIndex};
 
 impl Residency {
@@ -50,8 +50,11 @@ impl Residency {
     /// longest unused, which [`Self::coldest_dirty`] finds.
     pub fn dirty_at_cold_end(&self, mut count: usize) -> VecDeque<Dirty> {
         let mut dirty = VecDeque::new();
-        if self.policy.is_by_last_use() || !self.dirty.is_tracking() {
+        if self.policy.is_by_last_use() || self.dirty.coldest().is_none() {
             return dirty;
+        }
+        if self.policy.has_tenants() {
+            count = count.min(limits::COLD_END_OF_TENANTS_MAX);
         }
         self.policy.coldest(&mut |slot| {
             if count > 0 && self.dirty.offers(slot) {
