@@ -66,7 +66,7 @@ def _size(source: str, constant: str) -> str:
 
 def _shown(source: str, key: str, expression: str) -> str:
     """A default as a user would write it."""
-    if expression == "None":
+    if expression == "None" or expression.endswith("::default()"):
         return WORKED_OUT[key]
     if expression.endswith("_DEFAULT"):
         return f"`{_size(source, expression)}`"
