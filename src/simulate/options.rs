@@ -85,6 +85,9 @@ pub struct SimulateOptions {
     /// Share of the slots, in percent, kept free or clean.
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u64).range(..=100))]
     pub clean_percent: u64,
+    /// Bytes that may be written to disk in a time, such as 2TB/day.
+    #[arg(long, value_name = "RATE", conflicts_with = "sweep")]
+    pub write_budget: Option<String>,
     /// Shares of tenants, as the configuration's key `tenants`; requests are told apart by the
     /// trace's field `tenant`.
     #[arg(long, value_name = "JSON", conflicts_with = "sweep")]
@@ -138,17 +141,24 @@ impl SimulateOptions {
                 LoadChoice::Never => LoadPolicy::Never,
             },
             clean_percent: self.clean_percent,
+            write_budget: None,
             tenants: TenantList::default(),
         }
     }
 
-    /// As [`Self::choices`], with the tenants that the user named.
-    fn choices_and_tenants(&self) -> Result<Choices> {
-        let Some(text) = &self.tenants else { return Ok(self.choices()) };
-        let no_json = |error| Error::config("--tenants", format!("no JSON ({error})"), "Write the key's value");
-        let tenants: Value = serde_json::from_str(text).map_err(no_json)?;
-        let config = Config::parse(&json!({ "tenants": tenants }).to_string())?;
-        Ok(Choices { tenants: config.tenants, ..self.choices() })
+    /// As [`Self::choices`], with what is written as in the configuration.
+    fn choices_and_shares(&self) -> Result<Choices> {
+        let mut keys = json!({});
+        if let Some(text) = &self.tenants {
+            let no_json = |error| Error::config("--tenants", format!("no JSON ({error})"), "Write the key's value");
+            keys["tenants"] = serde_json::from_str(text).map_err(no_json)?;
+        }
+        if let Some(rate) = &self.write_budget {
+            keys["nvme_dir"] = json!("/");
+            keys["nvme_write_budget"] = json!(rate);
+        }
+        let config = Config::parse(&keys.to_string())?;
+        Ok(Choices { write_budget: config.nvme.write_budget, tenants: config.tenants, ..self.choices() })
     }
 
     fn keepers(&self) -> Result<Vec<Keeper>> {
@@ -212,7 +222,7 @@ fn one_size(options: &SimulateOptions, source: &WorkloadSource) -> Result<(Sizes
         return Err(Error::config("--dram", "holds no block", "Write a larger size, or a smaller --block-size"));
     }
     let sizes = Sizes { dram_blocks, nvme_blocks };
-    let choices = options.choices_and_tenants()?;
+    let choices = options.choices_and_shares()?;
     let row = |keeper: Keeper| {
         let totals = replay(source, &account, keeper, sizes, &choices)?;
         if totals.requests == 0 {
@@ -391,6 +401,7 @@ mod tests {
             ("--synthetic chat --load 1 --nvme 101%", "--nvme"),
             ("--synthetic chat --load 1 --policy fifo", "--policy"),
             ("--synthetic chat --load 1 --block-size none", "block_size"),
+            ("--synthetic chat --load 1 --write-budget much", "nvme_write_budget"),
         ] {
             assert!(rows(text).is_err_and(|error| error.to_string().contains(named)), "{text}");
         }

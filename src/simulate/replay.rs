@@ -8,6 +8,7 @@ use super::trace::WorkloadSource;
 use kvcellar_block::BlockHash;
 use kvcellar_block::error::Result;
 use kvcellar_engine::config::TenantList;
+use kvcellar_engine::config::nvme::WriteRate;
 use kvcellar_engine::policy::{Admission, LoadPolicy, PolicyName};
 use kvcellar_engine::tier::replay::{ReplaySettings, TierReplay};
 
@@ -72,6 +73,8 @@ pub struct Choices {
     pub load_policy: LoadPolicy,
     /// Share of the slots, in percent, kept free or clean.
     pub clean_percent: u64,
+    /// Bytes that may be written to disk in a time; `None`: no bound.
+    pub write_budget: Option<WriteRate>,
     /// Who shares the tiers.
     pub tenants: TenantList,
 }
@@ -120,6 +123,7 @@ pub fn replay(
         load_policy: choices.load_policy,
         rates: account.device.rates(),
         clean_percent: choices.clean_percent,
+        write_budget: choices.write_budget,
     };
     let mut tiers = TierReplay::shared(settings, &choices.tenants);
     let mut totals = Totals::default();
@@ -128,6 +132,7 @@ pub fn replay(
         hashes.clear();
         hashes.extend(request.blocks.iter().map(|id| hash(*id)));
         let owner = choices.tenants.owner(request.tenant.as_deref(), b"");
+        tiers.set_time(request.at_ms as f64 / 1e3);
         let served = tiers.serve_for(owner, &hashes, request.prompt_tokens);
         account.add(&mut totals, request, served.dram, served.nvme);
         totals.stored += u64::from(served.stored);

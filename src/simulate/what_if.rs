@@ -114,6 +114,7 @@ mod tests {
             admission: Admission::All,
             load_policy: LoadPolicy::Always,
             clean_percent: 50,
+            write_budget: None,
             tenants: TenantList::default(),
         };
         let totals = replay(source, &account, keeper, sizes, &choices).expect("a workload");

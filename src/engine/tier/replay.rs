@@ -15,6 +15,7 @@ use super::residency::Residency;
 use crate::config::TenantList;
 use crate::event_log::EventLog;
 use crate::policy::load::Rates;
+use crate::policy::write_budget::{WriteBudget, WriteRate};
 use crate::policy::{Admission, BlockOwner, LoadPolicy, PolicyName, Tenants};
 use crate::pool::memory::HeapSlots;
 use kvcellar_block::descriptor::Lineage;
@@ -43,6 +44,8 @@ pub struct ReplaySettings {
     pub rates: Rates,
     /// Share of the slots, in percent, that are kept free or clean.
     pub clean_percent: u64,
+    /// Bytes that may be written to disk in a time; `None`: no bound.
+    pub write_budget: Option<WriteRate>,
 }
 
 /// What one request found and left, in blocks.
@@ -72,6 +75,8 @@ pub struct TierReplay {
     dram: Residency,
     disk: Option<Extents>,
     user: User,
+    budget: Option<WriteBudget>,
+    now_s: f64,
 }
 
 impl TierReplay {
@@ -83,6 +88,7 @@ impl TierReplay {
     /// Empty tiers that these tenants share.
     pub fn shared(settings: ReplaySettings, tenants: &TenantList) -> Self {
         let ReplaySettings { slots, extents, block_tokens, policy, .. } = settings;
+        let budget = settings.write_budget.and_then(|rate| WriteBudget::new(rate, settings.block_bytes, 0.0));
         let memory = Arc::new(HeapSlots::new(slots, 1));
         let mut dram =
             Residency::new(memory, Tenants::new(policy, slots, &tenants.quotas(slots)), EventLog::new(false));
@@ -94,7 +100,12 @@ impl TierReplay {
         });
         let group = GroupSpec { kind: GroupKind::Full, kind_name: String::new(), block_tokens, eagle: false };
         let grouping = Grouping { groups: vec![group], hash_tokens: block_tokens, hit_tokens: block_tokens };
-        Self { settings, grouping, dram, disk, user: User::default() }
+        Self { settings, grouping, dram, disk, user: User::default(), budget, now_s: 0.0 }
+    }
+
+    /// Seconds have passed since the beginning: what may be written depends on it, and nothing else.
+    pub fn set_time(&mut self, now_s: f64) {
+        self.now_s = now_s;
     }
 
     /// Serves a request of no tenant whose prompt has these blocks and so many tokens.
@@ -212,13 +223,18 @@ impl TierReplay {
 
     /// Writes what has to be written. Returns how many blocks that are.
     fn clean(&mut self) -> u32 {
-        let Self { settings, dram, disk: Some(disk), .. } = self else { return 0 };
+        let Self { settings, dram, disk: Some(disk), budget, now_s, .. } = self else { return 0 };
         let mut cleaning = Cleaning::new(dram, settings.clean_percent, false);
         let mut written = 0;
-        while let Some(dirty) = cleaning.next(dram) {
+        let (now_s, bytes) = (*now_s, settings.block_bytes);
+        let may_write = |budget: &Option<WriteBudget>| budget.as_ref().is_none_or(|it| it.bytes_left(now_s) >= bytes);
+        while may_write(budget)
+            && let Some(dirty) = cleaning.next(dram)
+        {
+            let scarce = budget.as_ref().is_some_and(|budget| budget.is_short(now_s));
             let owner = dram.owner(dirty.slot);
             let room = disk.free() > 0 && disk.room(owner) > 0;
-            let means = WriteMeans { room, scarce: false };
+            let means = WriteMeans { room, scarce };
             let key = match judge(disk, dram, settings.admission, dirty, means) {
                 CleaningStep::Done => continue,
                 CleaningStep::Write(key) => key,
@@ -229,6 +245,9 @@ impl TierReplay {
                     key
                 }
             };
+            if budget.as_mut().is_some_and(|budget| !budget.take(now_s, bytes)) {
+                break;
+            }
             dram.begin_write(dirty.slot);
             let parent = dram.parent_key(dirty.slot);
             let extent = disk.reserve(&key, owner, parent.as_ref(), Stamp::default(), &mut dram.events);
@@ -265,6 +284,7 @@ mod tests {
             load_policy: LoadPolicy::Always,
             rates: Rates::default(),
             clean_percent: 100,
+            write_budget: None,
         }
     }
 
@@ -283,6 +303,20 @@ mod tests {
         let mut replay = TierReplay::new(settings(4, 0));
         assert_eq!(replay.serve(&hashes(0, 10), 160).stored, 4);
         assert_eq!(replay.serve(&hashes(0, 10), 160), ReplayedHits { dram: 4, ..ReplayedHits::default() });
+    }
+
+    #[test]
+    fn no_more_is_written_than_the_budget_allows() {
+        let rate = WriteRate { bytes: 40 << 20, seconds: 10 };
+        let mut replay = TierReplay::new(ReplaySettings { write_budget: Some(rate), ..settings(8, 200) });
+        let mut written = Vec::new();
+        for at in 0..50_u8 {
+            replay.set_time(f64::from(at) / 2.0);
+            written.push(replay.serve(&hashes(at * 5, at * 5 + 5), 80).written);
+        }
+        let within = |from: usize| written[from..(from + 20).min(written.len())].iter().sum::<u32>();
+        assert!((0..written.len()).all(|from| within(from) <= 40), "{written:?}");
+        assert!(written.iter().sum::<u32>() > 50, "what is allowed is used: {written:?}");
     }
 
     #[test]

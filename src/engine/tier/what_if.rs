@@ -274,6 +274,7 @@ mod tests {
             load_policy: LoadPolicy::Always,
             rates: Rates::default(),
             clean_percent: 0,
+            write_budget: None,
         })
     }
 
