@@ -114,7 +114,8 @@ pub const fn checksum_offset(rank: usize) -> usize {
     FIXED_BYTES as usize + 16 * rank
 }
 
-/// Writes a descriptor into the start of a slot. Checksum pairs and seal are left alone.
+/// Writes a descriptor into the start of a slot. Checksum pairs and seal are left alone; of what an
+/// earlier one said, which may be another's, nothing is left behind it.
 ///
 /// Lora name and extra keys that do not fit are left out and the descriptor says so: the block is
 /// served as ever but a later start does not adopt it. Returns whether everything fitted.
@@ -129,6 +130,9 @@ pub fn write(page: &mut [u8], key: &BlockKey, generation: Generation, ranks: usi
     for bytes in [tokens, lora, extra] {
         page[at..at + bytes.len()].copy_from_slice(bytes);
         at += bytes.len();
+    }
+    if let Some(rest) = page.get_mut(at..) {
+        rest.fill(0);
     }
     let mut fixed = Fixed {
         magic: MAGIC,
@@ -335,6 +339,19 @@ mod tests {
             page[checksum_offset(0)..body_offset(2)].iter().all(|byte| *byte == 0xaa),
             "pairs and seal are left alone"
         );
+    }
+
+    #[test]
+    fn nothing_is_left_of_an_earlier_descriptor() {
+        let (key, mut lineage) = sample();
+        let mut page = vec![0; 4096];
+        lineage.extra = b"the salt of ada".repeat(9).into();
+        write(&mut page, &key, Generation(9), 2, &lineage);
+        for extra in [Vec::new(), vec![1; 5000]] {
+            let mut page = page.clone();
+            write(&mut page, &key, Generation(10), 2, &Lineage { extra: extra.into(), ..lineage.clone() });
+            assert!(!page.windows(11).any(|bytes| bytes == b"salt of ada"));
+        }
     }
 
     #[test]

@@ -418,6 +418,32 @@ fn blocks_that_are_copied_at_that_moment_go_after_it() {
 }
 
 #[test]
+fn a_block_that_comes_over_what_is_forgotten_meanwhile_stays() {
+    let places = Places::new();
+    let mut rig = filled(&places, "");
+    (4..8).for_each(|chain| rig.salt(chain, ada()));
+    (4..8).for_each(|chain| rig.compute(chain, BLOCKS));
+    rig.salt(9, bob());
+    // In vLLM's cache are somebody else's bytes, whichever.
+    rig.compute(3, BLOCKS);
+    let his = rig.ask(9, BLOCKS);
+    let tokens = (0..BLOCKS * BLOCK_TOKENS).collect();
+    let group = GroupOffer { first: 0, blocks: (1..=BLOCKS).collect(), extra: Vec::new() };
+    rig.lock().offer(&Offer { request: &his, tokens_from: 0, tokens, groups: vec![group] }, Start::AfterStep);
+    rig.lock().finish(&his, BLOCKS * BLOCK_TOKENS, BLOCKS * BLOCK_TOKENS);
+    assert_eq!(rig.gauges().filling_slots, u64::from(BLOCKS), "ordered into her slots, and not copied");
+    let id = rig.begin_to_forget(ada());
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    assert!(rig.has_forgotten(&id).is_none(), "her bytes are there until his have come");
+    rig.step();
+    until(|| rig.has_forgotten(&id).is_some());
+    rig.settle();
+    assert!(rig.lock().held().iter().any(|(_, key)| is_of(key, &[9])), "his came");
+    assert_eq!(traces(&places, &[0, 1, 4, 5, 6, 7]), 0);
+    every_slot_is_free_once(&mut rig);
+}
+
+#[test]
 fn a_disk_that_fails_keeps_nothing_from_being_forgotten() {
     let places = Places::new();
     let (mut rig, disk) = Rig::with_faults(&places, SLOTS, 7, MORE);

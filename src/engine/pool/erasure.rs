@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::header::{self, Purpose};
 use super::mapping::Mapping;
 use super::registry::Entry;
+use super::slot_table::SlotState;
 use super::{Pool, directory, io};
 use crate::owned::erased::Erased;
 use crate::owned::lock::FileLocks;
@@ -51,7 +52,9 @@ pub fn forget(entry: &Entry, salt: SaltTag) -> Result<Erased> {
         // SAFETY: the slot lies inside the mapping, which lives to the end of this function; both
         // locks are held, so that no other process reads or writes it.
         let image = unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), slot_bytes) };
-        let tag = descriptor::salt(&image[..page_bytes]);
+        // Of one that was being filled, the descriptor tells of the block that was to come.
+        let was_filling = line.remains().0 == Some(SlotState::Filling);
+        let tag = if was_filling { SaltTag::UNKNOWN } else { descriptor::salt(&image[..page_bytes]) };
         if tag.may_be_of(salt) {
             let held_a_block = image[..descriptor::FIXED_BYTES as usize].iter().any(|byte| *byte != 0);
             line.clear();

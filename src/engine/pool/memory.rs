@@ -20,6 +20,8 @@ pub trait SlotMemory: Send + Sync {
     /// Writes the descriptor of a slot that is about to be filled. `false`: it did not fit and the
     /// slot is never adopted.
     fn describe(&self, slot: SlotIndex, key: &BlockKey, generation: Generation, lineage: &Lineage) -> bool;
+    /// Overwrites with zeros what no block of this group fills of a slot that nobody uses.
+    fn erase_tail(&self, slot: SlotIndex, group: GroupIndex);
     /// Fetches what `describe` will write.
     fn prefetch(&self, slot: SlotIndex);
     /// The generation of all contents.
@@ -49,6 +51,10 @@ impl SlotMemory for Arc<Pool> {
     fn describe(&self, slot: SlotIndex, key: &BlockKey, generation: Generation, lineage: &Lineage) -> bool {
         let ranks = self.geometry().parts.len();
         self.with_descriptor_mut(slot, |page| descriptor::write(page, key, generation, ranks, lineage))
+    }
+
+    fn erase_tail(&self, slot: SlotIndex, group: GroupIndex) {
+        Pool::erase_tail(self, slot, group);
     }
 
     fn prefetch(&self, slot: SlotIndex) {
@@ -117,6 +123,8 @@ impl SlotMemory for HeapSlots {
     fn describe(&self, _slot: SlotIndex, _key: &BlockKey, _generation: Generation, _lineage: &Lineage) -> bool {
         true
     }
+
+    fn erase_tail(&self, _slot: SlotIndex, _group: GroupIndex) {}
 
     fn prefetch(&self, slot: SlotIndex) {
         kvcellar_block::prefetch(self.line(slot));

@@ -45,7 +45,7 @@ use crate::limits;
 use crate::owned::lock::FileLocks;
 use kvcellar_block::descriptor;
 use kvcellar_block::error::{Error, Result};
-use kvcellar_block::{SlotGeometry, SlotIndex};
+use kvcellar_block::{GroupIndex, SlotGeometry, SlotIndex};
 
 use claim::Claim;
 use header::Header;
@@ -290,12 +290,31 @@ impl Pool {
         }
         let (first, second) = (descriptor::checksum_offset(0), descriptor::checksum_offset(ranks));
         for range in [0..first, second..bytes] {
-            let start = self.map.at(self.slot_offset(slot) + range.start, range.len());
-            // SAFETY: the range lies inside the mapping, which lives as long as `self`; by the slot
-            // table's rules nobody writes an empty slot, and who still reads one (a late hasher)
-            // uses nothing of it.
-            unsafe { start.as_ptr().write_bytes(0, range.len()) };
+            self.zero(slot, range);
         }
+    }
+
+    /// Overwrites with zeros what no block of a group fills: another group's are larger, and one may
+    /// have lain there. Only the tier engine calls this, for a slot that is to be filled and that
+    /// nobody copies to or from.
+    pub fn erase_tail(&self, slot: SlotIndex, group: GroupIndex) {
+        let payloads = &self.geometry.payload_bytes;
+        let most = payloads.iter().copied().max().unwrap_or(0);
+        let own = payloads.get(usize::from(group.0)).copied().unwrap_or(0);
+        let [from, to] = [own, most].map(|end| (self.geometry.descriptor_bytes + end) as usize);
+        self.zero(slot, from..to);
+    }
+
+    /// Overwrites bytes of a slot, whose checksum pairs are not among them.
+    fn zero(&self, slot: SlotIndex, range: std::ops::Range<usize>) {
+        if range.is_empty() {
+            return;
+        }
+        let start = self.map.at(self.slot_offset(slot) + range.start, range.len());
+        // SAFETY: the range lies inside the mapping, which lives as long as `self`; by the slot
+        // table's rules nobody writes a slot that is empty or that no copy was ordered into, and
+        // who still reads one (a late hasher) uses nothing of it.
+        unsafe { start.as_ptr().write_bytes(0, range.len()) };
     }
 
     /// Removes the file's name. The memory goes when the last process unmaps it.

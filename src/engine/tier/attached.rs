@@ -26,6 +26,8 @@ pub(super) struct Attached {
     offloads: Offloads,
     loads: Loads,
     what_if: WhatIf,
+    /// Requests to forget so far.
+    pub(super) forgets: u64,
 }
 
 /// What changes while pending work goes on; see [`Attached::progress`].
@@ -43,7 +45,8 @@ impl Attached {
     /// Nothing is under way. `policy`: of the dram tier.
     pub(super) fn new(tiers: Tiers, policy: PolicyName, grouping: &Grouping) -> Self {
         let what_if = WhatIf::new(policy, tiers.dram.memory().slot_count(), grouping);
-        Self { tiers, offloads: Offloads::default(), loads: Loads::default(), what_if }
+        let (offloads, loads) = (Offloads::default(), Loads::default());
+        Self { tiers, offloads, loads, what_if, forgets: 0 }
     }
 
     /// Puts a disk below the dram tier. `None`: there is no pool that it could be read into.

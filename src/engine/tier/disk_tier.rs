@@ -186,8 +186,8 @@ impl DiskTier {
 
     /// Drops the blocks of a salt, and has their extents erased. Returns how many blocks there
     /// were.
-    pub(super) fn forget(&mut self, salt: SaltTag, events: &mut EventLog) -> u64 {
-        let dropped = self.medium.extents.forget(salt, events);
+    pub(super) fn forget(&mut self, salt: SaltTag, request: u64, events: &mut EventLog) -> u64 {
+        let dropped = self.medium.extents.forget(salt, request, events);
         self.erase();
         dropped
     }

@@ -237,7 +237,7 @@ impl TierEngine {
     pub fn forgotten(&self, id: &str) -> Option<ForgetReport> {
         match self.session.requests.get(id)?.forgetting? {
             Forgetting::Over(report) => Some(report),
-            Forgetting::Erasing(_) => None,
+            Forgetting::Erasing(..) => None,
         }
     }
 

@@ -286,6 +286,7 @@ impl Extents {
 
     /// The write has ended well.
     pub fn commit(&mut self, extent: ExtentIndex, lineage: Lineage, events: &mut EventLog) {
+        self.remains.arrive(extent);
         if !self.transition(extent, ExtentChange::Commit, events) {
             return;
         }
@@ -299,6 +300,9 @@ impl Extents {
 
     /// The write failed. A `retired` extent is not used again.
     pub fn fail(&mut self, extent: ExtentIndex, retire: bool, events: &mut EventLog) {
+        self.remains.miss(extent);
+        // What was to be forgotten lies there still, where the block would have overwritten it.
+        let retire = retire || self.remains.is_due(extent);
         self.transition(extent, ExtentChange::Fail { retire }, events);
     }
 
@@ -398,6 +402,7 @@ impl Extents {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kvcellar_block::SaltTag;
 
     const HERE: ExtentIndex = ExtentIndex(0);
 
@@ -448,6 +453,34 @@ mod tests {
         extents.end_read(HERE, &mut events);
         assert_eq!((extents.retired(), extents.free()), (0, 1));
         assert_eq!(extents.reserve(&key(2), BlockOwner::NOBODY, None, Stamp::default(), &mut events), Some(HERE));
+    }
+
+    #[test]
+    fn what_a_failed_write_left_there_is_forgotten_with_its_salt() {
+        let (ada, bob) = (SaltTag::of(b"ada"), SaltTag::of(b"bob"));
+        let (mut extents, mut events) = read_by(0);
+        extents.remains.set(HERE, ada);
+        // Told before the write has ended, and after it.
+        for request in 1..=2 {
+            if request == 2 {
+                extents.remains.take(1);
+                extents.end_erasure(HERE, true, &mut events);
+                extents.reserve(&key(1), BlockOwner::NOBODY, None, Stamp::default(), &mut events);
+                extents.remains.expect(HERE, ada);
+                extents.commit(HERE, Lineage::default(), &mut events);
+            }
+            extents.evict(BlockOwner::NOBODY, &mut events);
+            assert_eq!(extents.reserve(&key(2), BlockOwner::NOBODY, None, Stamp::default(), &mut events), Some(HERE));
+            assert!(extents.remains.expect(HERE, bob), "her bytes are there");
+            if request == 1 {
+                assert_eq!((extents.forget(ada, request, &mut events), extents.remains.left_of(request)), (0, 1));
+                extents.fail(HERE, false, &mut events);
+            } else {
+                extents.fail(HERE, false, &mut events);
+                assert_eq!(extents.forget(ada, request, &mut events), 0);
+            }
+            assert_eq!((extents.free(), extents.retired(), extents.remains.left_of(request)), (0, 1, 1));
+        }
     }
 
     #[test]

@@ -28,18 +28,20 @@ impl Attached {
         self.poll(session);
         session.requests.forget(salt);
         let before = self.erased();
+        self.forgets += 1;
+        let request = self.forgets;
         let Tiers { dram, disk, .. } = &mut self.tiers;
-        let dram_blocks = dram.forget(salt);
-        let nvme_blocks = disk.as_mut().map_or(0, |disk| disk.forget(salt, &mut dram.events));
+        let dram_blocks = dram.forget(salt, request);
+        let nvme_blocks = disk.as_mut().map_or(0, |disk| disk.forget(salt, request, &mut dram.events));
         dram.counters.dropped(DropReason::Forgotten, nvme_blocks);
         session.log.record(|| trace::line("forget", &[("dram", dram_blocks.into()), ("nvme", nvme_blocks.into())]));
-        Forgetting::Erasing(ForgetReport { dram_blocks, nvme_blocks, ..before })
+        Forgetting::Erasing(request, ForgetReport { dram_blocks, nvme_blocks, ..before })
     }
 
     /// Looks whether all that was to be forgotten is erased.
     pub(super) fn advance_forgetting(&self, forgetting: Forgetting) -> Forgetting {
         match forgetting {
-            Forgetting::Erasing(before) if self.to_erase() == 0 => {
+            Forgetting::Erasing(request, before) if self.to_erase_for(request) == 0 => {
                 let now = self.erased();
                 Forgetting::Over(ForgetReport {
                     slots_erased: now.slots_erased - before.slots_erased,
@@ -69,6 +71,12 @@ impl Attached {
     pub(super) fn to_erase(&self) -> u64 {
         let on_disk = self.tiers.disk.as_ref().map_or(0, |disk| disk.medium.extents.remains.left());
         self.tiers.dram.remains.left() + on_disk
+    }
+
+    /// Those of them that a request waits for.
+    fn to_erase_for(&self, request: u64) -> u64 {
+        let on_disk = self.tiers.disk.as_ref().map_or(0, |disk| disk.medium.extents.remains.left_of(request));
+        self.tiers.dram.remains.left_of(request) + on_disk
     }
 
     /// What both tiers have overwritten so far.

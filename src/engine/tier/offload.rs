@@ -226,7 +226,9 @@ impl Offloads {
                 extra: offer.groups[candidate.group].extra.get(candidate.index).cloned().unwrap_or_default(),
                 salt,
             };
-            dram.remains.set(SlotIndex(copy.slot), salt);
+            if dram.remains.expect(SlotIndex(copy.slot), salt) {
+                dram.memory().erase_tail(SlotIndex(copy.slot), candidate.key.group);
+            }
             let generation = Generation(copy.generation);
             let fits = dram.memory().describe(SlotIndex(copy.slot), &candidate.key, generation, &lineage);
             dram.counters.undescribed_blocks += u64::from(!fits);

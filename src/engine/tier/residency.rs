@@ -167,6 +167,7 @@ impl Residency {
 
     /// Makes the block of a slot visible, by this change.
     fn show_block(&mut self, slot: SlotIndex, change: SlotChange, lineage: Lineage) -> bool {
+        self.remains.arrive(slot);
         if !self.transition(slot, change) {
             return false;
         }
@@ -340,6 +341,10 @@ impl Residency {
 
     /// A block's bytes did not all arrive.
     pub fn lose(&mut self, slot: SlotIndex) {
+        if self.remains.miss(slot) {
+            // Its descriptor says whose the block would have been, and the bytes are another's.
+            self.remains.condemn_later(slot);
+        }
         self.transition(slot, SlotChange::Lose { held: self.table.record(slot).is_held() });
     }
 

@@ -5,6 +5,7 @@
 //! evict next, but never one of its own prefix. A block that gets none streams through the
 //! [`super::window`].
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hashbrown::HashMap;
@@ -118,7 +119,7 @@ impl Restores {
                 reserved.evicted
             );
             dram.pin(reserved.slot, user);
-            dram.remains.set(reserved.slot, medium.extents.remains.tag(extent));
+            dram.remains.expect(reserved.slot, medium.extents.remains.tag(extent));
             (reserved.slot, reserved.generation, None)
         } else {
             let (index, slot, generation) = self.window.promise()?;
@@ -158,6 +159,11 @@ impl Restores {
     /// Starts the reads of the window whose slots are free now.
     pub(super) fn advance_window(&mut self, medium: &mut Medium, dram: &mut Residency) {
         if self.window.waiting() > 0 {
+            if dram.remains.left() > 0 {
+                // Now or never: a busy window uses its slots again at once.
+                let memory = Arc::clone(dram.memory());
+                dram.erase_aside(self.window.unused(memory.as_ref()), usize::MAX);
+            }
             let ready = self.window.advance(dram.memory().as_ref());
             for part in &ready {
                 // Blocks of several salts follow each other there, and may lie there in pieces.
@@ -192,10 +198,11 @@ impl Restores {
         medium.rates.restored(parts.len() as u64 * medium.extent_bytes(), started.elapsed().as_secs_f64());
         for (part, outcome) in parts.into_iter().zip(outcomes) {
             let forgotten = medium.extents.remains.is_due(part.extent);
-            let stale = stale || forgotten;
+            // A slot of its own is due with the block's salt; one of the window with any.
+            let stale = stale || forgotten || (!part.window && dram.remains.is_due(part.slot));
             if forgotten && part.window {
                 // Its bytes came after its salt was forgotten.
-                dram.remains.condemn(part.slot);
+                dram.remains.condemn(part.slot, medium.extents.remains.wanted_by(part.extent));
             }
             dram.counters.restored_bytes += medium.extent_bytes();
             match outcome {

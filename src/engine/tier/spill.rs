@@ -157,7 +157,7 @@ impl Cleaner {
                 dram.end_write(slot, false);
                 continue;
             };
-            medium.extents.remains.set(extent, dram.remains.tag(slot));
+            medium.extents.remains.expect(extent, dram.remains.tag(slot));
             self.next_sequence += 1;
             placed.push(WritePart { slot, extent, key });
         }

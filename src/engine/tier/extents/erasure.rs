@@ -17,10 +17,9 @@ impl Extents {
 
     /// Drops the blocks of a salt, and takes every extent out of use that may hold bytes of it, one
     /// that is read or written at its last use's end. Returns how many blocks were there until now.
-    pub(in crate::tier) fn forget(&mut self, salt: SaltTag, events: &mut EventLog) -> u64 {
+    pub(in crate::tier) fn forget(&mut self, salt: SaltTag, request: u64, events: &mut EventLog) -> u64 {
         let mut dropped = 0;
-        for extent in self.remains.of(salt) {
-            self.remains.condemn(extent);
+        for extent in self.remains.condemn_all(salt, request) {
             match self.state(extent) {
                 ExtentState::Committed { .. } => {
                     self.discard(extent, true, events);
