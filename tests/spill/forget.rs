@@ -444,6 +444,18 @@ fn a_block_that_comes_over_what_is_forgotten_meanwhile_stays() {
 }
 
 #[test]
+fn an_engine_whose_disk_is_still_to_be_opened_confirms_nothing() {
+    let places = Places::new();
+    filled(&places, MORE).stop();
+    let (mut rig, id) = Rig::open_asked(&places, SLOTS, SIZE, MORE, ada());
+    assert!(traces(&places, &[0, 1]) > 0, "it has not begun");
+    until(|| rig.has_forgotten(&id).is_some());
+    assert_eq!(traces(&places, &[0, 1]), 0);
+    assert_eq!((rig.fetch(0, BLOCKS), rig.fetch(2, BLOCKS)), (Ok(0), Ok(BLOCKS)));
+    rig.settle();
+}
+
+#[test]
 fn a_disk_that_fails_keeps_nothing_from_being_forgotten() {
     let places = Places::new();
     let (mut rig, disk) = Rig::with_faults(&places, SLOTS, 7, MORE);

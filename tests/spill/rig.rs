@@ -196,6 +196,30 @@ impl Rig {
         Self::assemble(engine, mover, Some(report))
     }
 
+    /// An engine that is asked to forget a salt before its disk is there, with the request's name.
+    pub(crate) fn open_asked(
+        places: &Places,
+        slots: u64,
+        nvme_size: &str,
+        more: &str,
+        salt: SaltTag,
+    ) -> (Self, String) {
+        let (engine, config) =
+            engine_with_pool(places.pool.path(), places.disk.path(), slots, nvme_size, more).expect("an engine");
+        let id = "request-0".to_owned();
+        {
+            let mut engine = lock(&engine);
+            let controls = Controls { forget: true, ..Controls::default() };
+            engine.add_request(&id, Arrival { controls, ..Arrival::default() });
+            engine.salt_request(&id, salt);
+            assert_eq!((engine.lookup(&id, 5, 0), engine.forgotten(&id)), (Hit::AskAgain, None));
+        }
+        let identity = Identity { namespace: [9; 16], facts: "{}", stable: true };
+        let opened = opening::open_disk(&engine, &config, identity, 1, &mut |_, _| ()).expect("opened");
+        let (mover, report) = opened.expect("a disk is configured");
+        (Self::assemble(engine, mover, Some(report)).expect("a worker"), id)
+    }
+
     /// An engine whose disk is in memory and fails as it is told.
     pub(crate) fn with_faults(places: &Places, slots: u64, seed: u64, more: &str) -> (Self, Arc<FaultyDisk>) {
         let (engine, config) =

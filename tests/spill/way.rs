@@ -157,6 +157,8 @@ fn an_engine_for_which_no_disk_is_left_serves_from_memory() {
     for rig in [&mut first, &mut second] {
         rig.compute(1, 8);
         assert_eq!(rig.fetch(1, 8), Ok(8));
+        // And it waits for no disk to be opened.
+        rig.forget(kvcellar_block::SaltTag::of(b"ada"));
     }
 }
 

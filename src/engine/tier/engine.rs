@@ -54,6 +54,8 @@ pub struct TierEngine {
     /// Who shares the tiers.
     tenants: TenantList,
     on_reset: OnReset,
+    /// A disk is to be opened, and may hold anything.
+    awaits_disk: bool,
     /// A reset came: what is stored belongs to this process alone, in whatever pool or store.
     private: bool,
 }
@@ -94,6 +96,7 @@ impl TierEngine {
             on_reset: config.on_reset,
             policy: config.policy,
             tenants: config.tenants.clone(),
+            awaits_disk: config.nvme.dir.is_some(),
             private: false,
         })
     }
@@ -185,6 +188,7 @@ impl TierEngine {
             violated!("a disk is opened before there is a pool");
             return;
         };
+        self.awaits_disk = false;
         if let Some(opened) = attached.open_disk(parts, settings) {
             let fields = [
                 ("extents", Value::from(opened.extents)),
@@ -194,6 +198,11 @@ impl TierEngine {
             ];
             self.session.log.record(|| trace::line("open_disk", &fields));
         }
+    }
+
+    /// The disk that was asked for cannot be had.
+    pub(super) fn expect_no_disk(&mut self) {
+        self.awaits_disk = false;
     }
 
     /// The disk, if there is one.
@@ -245,6 +254,9 @@ impl TierEngine {
     fn forget_first(&mut self, id: &str, salt: SaltTag) -> Hit {
         // There may be tiers soon, whose blocks have to go, too.
         let State::Attached(attached) = &mut self.state else { return Hit::AskAgain };
+        if self.awaits_disk {
+            return Hit::AskAgain;
+        }
         let begun = self.session.requests.get(id).and_then(|request| request.forgetting);
         let forgetting = match begun {
             Some(forgetting) => attached.advance_forgetting(forgetting),

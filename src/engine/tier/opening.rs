@@ -108,7 +108,10 @@ pub fn open_disk(
     // Where the pool could not be had there is nothing that a disk could lie below.
     let Some(pool) = lock(engine).pool().cloned() else { return Ok(None) };
     match opened(engine, config, (dir, &pool), identity, engines, progress) {
-        Err(refused @ (Error::TryLater { .. } | Error::Io { .. })) => Ok(Some((None, DiskReport::none(dir, &refused)))),
+        Err(refused @ (Error::TryLater { .. } | Error::Io { .. })) => {
+            lock(engine).expect_no_disk();
+            Ok(Some((None, DiskReport::none(dir, &refused))))
+        }
         outcome => outcome.map(Some),
     }
 }
