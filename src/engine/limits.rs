@@ -118,6 +118,10 @@ pub const ANNOUNCE_BATCH: usize = 64;
 /// some milliseconds. Further slots wait for the next round.
 pub const ERASE_BYTES_PER_POLL: u64 = 32 << 20;
 
+/// Bytes on disk that the mover overwrites at once, durably, after their salt was forgotten. Between
+/// two such jobs it looks after reads and writes.
+pub const ERASE_BYTES_PER_JOB: u64 = 256 << 20;
+
 /// Extents looked at for their age in one round of the mover.
 pub const RETENTION_BATCH: u32 = 4096;
 

@@ -58,6 +58,8 @@ pub(super) struct DiskTier {
     pub(super) restores: Restores,
     announcer: Announcer,
     retention: Retention,
+    /// The mover erases extents of what is forgotten.
+    erasing: bool,
     staging_bytes: u64,
 }
 
@@ -100,6 +102,7 @@ impl DiskTier {
             restores: Restores::new(window),
             announcer: Announcer::new(reopened > 0),
             retention: Retention::default(),
+            erasing: false,
             staging_bytes: parts.staging_bytes,
         };
         (tier, opened)
@@ -162,6 +165,8 @@ impl DiskTier {
                     let erased = !failed.contains(&extent);
                     self.medium.extents.end_erasure(extent, erased, &mut dram.events);
                 }
+                self.erasing = false;
+                self.erase();
             }
             Report::StoreRemoved => {
                 // Nothing on it can be kept.
@@ -192,10 +197,16 @@ impl DiskTier {
         dropped
     }
 
-    /// Has extents erased that wait for it.
+    /// Has some more extents erased that wait for it, when the last ones are: the mover has reads and
+    /// writes to look after, too.
     fn erase(&mut self) {
-        let waiting = self.medium.extents.remains.take(usize::MAX);
+        if self.erasing {
+            return;
+        }
+        let most = (limits::ERASE_BYTES_PER_JOB / self.medium.extent_bytes()).max(1);
+        let waiting = self.medium.extents.remains.take(most as usize);
         if !waiting.is_empty() {
+            self.erasing = true;
             self.medium.order(Job::EraseDurably(waiting));
         }
     }
