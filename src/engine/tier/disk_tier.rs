@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crossbeam_channel::Sender;
+use hashbrown::HashSet;
 
 use super::announce::Announcer;
 use super::clock::now_s;
@@ -161,6 +162,7 @@ impl DiskTier {
                 }
             }
             Report::ErasedDurably { extents, failed } => {
+                let failed: HashSet<ExtentIndex> = failed.into_iter().collect();
                 for extent in extents {
                     let erased = !failed.contains(&extent);
                     self.medium.extents.end_erasure(extent, erased, &mut dram.events);
