@@ -28,6 +28,8 @@ pub(super) struct Attached {
     what_if: WhatIf,
     /// Requests to forget so far.
     pub(super) forgets: u64,
+    /// When slots were overwritten last.
+    pub(super) erased_at: Option<Instant>,
 }
 
 /// What changes while pending work goes on; see [`Attached::progress`].
@@ -46,7 +48,7 @@ impl Attached {
     pub(super) fn new(tiers: Tiers, policy: PolicyName, grouping: &Grouping) -> Self {
         let what_if = WhatIf::new(policy, tiers.dram.memory().slot_count(), grouping);
         let (offloads, loads) = (Offloads::default(), Loads::default());
-        Self { tiers, offloads, loads, what_if, forgets: 0 }
+        Self { tiers, offloads, loads, what_if, forgets: 0, erased_at: None }
     }
 
     /// Puts a disk below the dram tier. `None`: there is no pool that it could be read into.

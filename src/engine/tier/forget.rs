@@ -10,6 +10,7 @@
 //! Out of reach: vLLM's own KV cache, other machines, and copies that people made of the files.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::attached::Attached;
 use super::forgetting::{ForgetReport, Forgetting};
@@ -55,16 +56,18 @@ impl Attached {
         }
     }
 
-    /// Overwrites some more slots.
+    /// Overwrites some more slots, unless it has just done so: most calls come from vLLM's hooks.
     pub(super) fn erase_some(&mut self) {
         let Tiers { dram, disk, pool } = &mut self.tiers;
-        if dram.remains.left() == 0 {
+        let pause = Duration::from_millis(limits::ERASE_PAUSE_MS);
+        if dram.remains.left() == 0 || self.erased_at.is_some_and(|last| last.elapsed() < pause) {
             return;
         }
         let slot_bytes = pool.as_ref().map_or(1, |pool| pool.geometry().slot_bytes);
         let memory = Arc::clone(dram.memory());
         let aside = disk.iter().flat_map(|disk| disk.restores.unused(memory.as_ref()));
-        dram.erase(aside, (limits::ERASE_BYTES_PER_POLL / slot_bytes).max(1) as usize);
+        dram.erase(aside, (limits::ERASE_BYTES_PER_ROUND / slot_bytes).max(1) as usize);
+        self.erased_at = Some(Instant::now());
     }
 
     /// Places that are still to be erased.
