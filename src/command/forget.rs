@@ -24,6 +24,9 @@ use super::engine_api::{self, ApiFailure, EngineApi};
 const SILENT: &str = "it answered, and did not say that it forgot anything. Its KV Cellar is of an earlier version or \
                       out of service, or its `local_engines` still start: see its log, and try again";
 
+/// The most data-parallel engines behind one address.
+const RANKS_MAX: i64 = 4096;
+
 /// What no command reaches, for people.
 const OUT_OF_REACH: &str = "not reached: vLLM's own KV cache on the GPU (POST /reset_prefix_cache, or a restart), other \
                             engines and machines, copies of the files, logs and traces";
@@ -44,6 +47,10 @@ pub struct ForgetOptions {
     /// a router would ask only one of its engines.
     #[arg(long, conflicts_with_all = ["nvme_dir", "pool_dir"])]
     pub url: Vec<String>,
+    /// How many data-parallel engines each address has, where its `/metrics` cannot tell: the
+    /// command asks them all.
+    #[arg(long, requires = "url", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=RANKS_MAX))]
+    pub ranks: Option<u32>,
     /// The model to name in requests; the first that the engine serves without it.
     #[arg(long, requires = "url")]
     pub model: Option<String>,
@@ -141,7 +148,15 @@ fn engines(options: &ForgetOptions, salt: &str) -> Result<Vec<ForgottenPlace>> {
     engine_api::run(async {
         let mut rows = Vec::new();
         for api in &apis {
-            for rank in ranks(api).await {
+            let ranks = match options.ranks {
+                Some(count) => Ok(numbered((0..count).collect())),
+                None => ranks(api).await,
+            };
+            let ranks = ranks.unwrap_or_else(|why| {
+                rows.push(ForgottenPlace { name: api.url().to_owned(), outcome: ForgetOutcome::Error(why) });
+                Vec::new()
+            });
+            for rank in ranks {
                 let outcome = match ask(api, options.model.as_deref(), salt, rank).await {
                     Ok(forgotten) => ForgetOutcome::Engine(forgotten),
                     Err(why) => ForgetOutcome::Error(why),
@@ -155,15 +170,22 @@ fn engines(options: &ForgetOptions, salt: &str) -> Result<Vec<ForgottenPlace>> {
 }
 
 /// The data-parallel engines behind an address, each of which has tiers of its own; `None` for the
-/// one that there is.
-async fn ranks(api: &EngineApi) -> Vec<Option<u32>> {
-    // Without metrics (a router, a proxy) there is one address to ask.
-    let text = api.get("/metrics").await.unwrap_or_default();
+/// one that there is. Who asked one of several would call done what the others keep.
+async fn ranks(api: &EngineApi) -> std::result::Result<Vec<Option<u32>>, String> {
+    let text = api.get("/metrics").await.map_err(|failure| {
+        format!(
+            "/metrics, which says how many data-parallel engines there are: {failure}. Write --ranks, 1 for one engine"
+        )
+    })?;
     let of_ours = text.lines().filter_map(sample).filter(|(name, ..)| name.starts_with("vllm:kvcellar_"));
     let mut found: Vec<u32> = of_ours.filter_map(|(_, labels, _)| label(labels, "engine")?.parse().ok()).collect();
     found.sort_unstable();
     found.dedup();
-    if found.len() > 1 { found.into_iter().map(Some).collect() } else { vec![None] }
+    Ok(numbered(found))
+}
+
+fn numbered(ranks: Vec<u32>) -> Vec<Option<u32>> {
+    if ranks.len() > 1 { ranks.into_iter().map(Some).collect() } else { vec![None] }
 }
 
 async fn ask(

@@ -54,7 +54,17 @@ async fn what_is_not_confirmed_is_not_called_done() {
     let refused = run(&["forget", "--salt", "refuse", "--url", &silent.url], "").await;
     assert!(String::from_utf8_lossy(&refused.stderr).contains("400: this is too long"), "{refused:?}");
     let gone = run(&["forget", "--salt", "ada", "--url", "http://127.0.0.1:1"], "").await;
-    assert!(gone.status.code() == Some(1), "{gone:?}");
+    assert!(gone.status.code() == Some(1) && String::from_utf8_lossy(&gone.stderr).contains("--ranks"), "{gone:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_metrics_the_engines_have_to_be_counted() {
+    let engine = ApiEngine::start(told(0), ONE, 1).await;
+    let words = ["forget", "--salt", "ada", "--url", &engine.url, "--ranks", "3"];
+    let done = run(&words, "").await;
+    assert_eq!(done.status.code(), Some(0), "{done:?}");
+    let ranks: Vec<Option<String>> = engine.asked().into_iter().map(|(_, _, rank)| rank).collect();
+    assert_eq!(ranks, ["0", "1", "2"].map(|rank| Some(rank.to_owned())));
 }
 
 #[tokio::test(flavor = "multi_thread")]
