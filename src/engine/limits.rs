@@ -114,14 +114,15 @@ pub const FLUSH_MS: u64 = 1_500;
 /// Blocks of a reopened store whose descriptors are read for their announcement at once.
 pub const ANNOUNCE_BATCH: usize = 64;
 
-/// Bytes of slots that are overwritten at once, after their salt was forgotten: about a millisecond.
+/// Bytes of slots that are overwritten at once, after their salt was forgotten: about a
+/// millisecond.
 pub const ERASE_BYTES_PER_ROUND: u64 = 8 << 20;
 
 /// How long further slots wait after that, in ms: the engine's lock is for requests meanwhile.
 pub const ERASE_PAUSE_MS: u64 = 4;
 
-/// Bytes on disk that the mover overwrites at once, durably, after their salt was forgotten. Between
-/// two such jobs it looks after reads and writes.
+/// Bytes on disk that the mover overwrites at once, durably, after their salt was forgotten.
+/// Between two such jobs it looks after reads and writes.
 pub const ERASE_BYTES_PER_JOB: u64 = 256 << 20;
 
 /// Extents looked at for their age in one round of the mover.

@@ -294,9 +294,9 @@ impl Pool {
         }
     }
 
-    /// Overwrites with zeros what no block of a group fills: another group's are larger, and one may
-    /// have lain there. Only the tier engine calls this, for a slot that is to be filled and that
-    /// nobody copies to or from.
+    /// Overwrites with zeros what no block of a group fills: another group's are larger, and one
+    /// may have lain there. Only the tier engine calls this, for a slot that is to be filled and
+    /// that nobody copies to or from.
     pub fn erase_tail(&self, slot: SlotIndex, group: GroupIndex) {
         let payloads = &self.geometry.payload_bytes;
         let most = payloads.iter().copied().max().unwrap_or(0);

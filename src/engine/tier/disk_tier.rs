@@ -199,8 +199,8 @@ impl DiskTier {
         dropped
     }
 
-    /// Has some more extents erased that wait for it, when the last ones are: the mover has reads and
-    /// writes to look after, too.
+    /// Has some more extents erased that wait for it, when the last ones are: the mover has reads
+    /// and writes to look after, too.
     fn erase(&mut self) {
         if self.erasing {
             return;

@@ -20,8 +20,8 @@ pub struct ForgetReport {
 /// A request's wish to forget, that has begun.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Forgetting {
-    /// The blocks are dropped, and bytes are still to be overwritten. With the request's number, and
-    /// what both tiers had overwritten before.
+    /// The blocks are dropped, and bytes are still to be overwritten. With the request's number,
+    /// and what both tiers had overwritten before.
     Erasing(u64, ForgetReport),
     /// All is done.
     Over(ForgetReport),

@@ -3,8 +3,9 @@
 //!
 //! A place that is evicted or dropped keeps its bytes until the next block comes. So a salt is
 //! forgotten by the bytes and not by the blocks: every place has the tag of what was last put into
-//! it, and [`SaltTag::NONE`] when it is known to hold zeros. Until a block has come to a place whole,
-//! what lay there before counts as well; where it does not come, nobody knows what lies there.
+//! it, and [`SaltTag::NONE`] when it is known to hold zeros. Until a block has come to a place
+//! whole, what lay there before counts as well; where it does not come, nobody knows what lies
+//! there.
 //!
 //! Of the places to be erased, some are still used: copied from, read or written. Legal states of
 //! such a place: *due* (in use) -> *waiting* (nobody uses it, and no block gets it) -> *under way*
@@ -108,7 +109,8 @@ impl<I: Index> Remains<I> {
         }
     }
 
-    /// A block did not come, or not whole. Returns whether somebody else's bytes may lie there still.
+    /// A block did not come, or not whole. Returns whether somebody else's bytes may lie there
+    /// still.
     pub(super) fn miss(&mut self, place: I) -> bool {
         let foreign = self.before.remove(&place.number()).is_some();
         if foreign {
@@ -120,8 +122,8 @@ impl<I: Index> Remains<I> {
         foreign
     }
 
-    /// A request wants all places erased whose bytes may be of a salt. Returns those that have to be
-    /// as soon as nobody uses them, and are not being erased already.
+    /// A request wants all places erased whose bytes may be of a salt. Returns those that have to
+    /// be as soon as nobody uses them, and are not being erased already.
     pub(super) fn condemn_all(&mut self, salt: SaltTag, request: u64) -> Vec<I> {
         self.last = request;
         let ends = |step| matches!(step, ErasureStep::Waiting | ErasureStep::UnderWay);

@@ -7,7 +7,8 @@ use kvcellar_block::{SaltTag, SlotIndex};
 
 impl Residency {
     /// Drops the blocks of a salt, and has every slot erased that may hold bytes of it, one that is
-    /// used at its last use's end: the request of this number waits for them. Returns how many blocks lookups found until now.
+    /// used at its last use's end: the request of this number waits for them. Returns how many
+    /// blocks lookups found until now.
     pub(in crate::tier) fn forget(&mut self, salt: SaltTag, request: u64) -> u64 {
         let mut dropped = 0;
         for slot in self.remains.condemn_all(salt, request) {
