@@ -469,7 +469,7 @@ mod tests {
                 extents.remains.expect(HERE, ada);
                 extents.commit(HERE, Lineage::default(), &mut events);
             }
-            extents.evict(BlockOwner::NOBODY, &mut events);
+            extents.evict(BlockOwner::NOBODY, 1, &mut events);
             assert_eq!(extents.reserve(&key(2), BlockOwner::NOBODY, None, Stamp::default(), &mut events), Some(HERE));
             assert!(extents.remains.expect(HERE, bob), "her bytes are there");
             if request == 1 {

@@ -191,7 +191,8 @@ impl Medium {
         self.pool.header().ring();
     }
 
-    /// The store grows no more: tenants share what it has become, which may be less than was wanted.
+    /// The store grows no more: tenants share what it has become, which may be less than was
+    /// wanted.
     pub(super) fn share_what_there_is(&mut self) {
         let quotas = self.settings.tenants.quotas(self.extents.ready());
         self.extents.set_quotas(&quotas);

@@ -103,7 +103,7 @@ impl TierReplay {
         Self { settings, grouping, dram, disk, user: User::default(), budget, now_s: 0.0 }
     }
 
-    /// Seconds have passed since the beginning: what may be written depends on it, and nothing else.
+    /// So many seconds have passed since the beginning. What may be written depends on it.
     pub fn set_time(&mut self, now_s: f64) {
         self.now_s = now_s;
     }

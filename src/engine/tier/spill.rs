@@ -106,7 +106,8 @@ impl Cleaner {
                     // Where all extents are being read or written, the block waits for its turn.
                     let Some(gone) = cleaning::make_room(&mut medium.extents, dram, owner, wanted) else {
                         if medium.extents.has_tenants() && chosen.is_empty() && medium.extents.writing() == 0 {
-                            // All that is there is guaranteed to others: who waits behind it must not.
+                            // All that is there is guaranteed to others: those behind it must not
+                            // wait.
                             dram.pass_over(dirty.slot);
                             continue;
                         }
