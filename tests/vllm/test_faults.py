@@ -51,6 +51,7 @@ HOOKS = {
 NOT_CALLED = {
     "TierEngine": {
         "take_events": "events come with take_report, unless a disk loses blocks or the tiers retire",
+        "forgotten": "asked at the end of a request that forgets: what raises there, its hook catches like any other",
         "held": "for tests",
         "gauges": "for tests",
         "withdraw": "made after a fault only: see the test of the second fault",
