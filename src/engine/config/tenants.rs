@@ -142,6 +142,7 @@ fn tenant(key: &str, name: &str, facts: &Map<String, Value>) -> Result<Tenant> {
 }
 
 /// A share such as "20%".
+#[expect(clippy::cast_sign_loss, reason = "a share is not negative")]
 fn share(key: &str, value: &Value) -> Result<Millionths> {
     let number = value.as_str().and_then(|text| text.trim().strip_suffix('%')?.trim_end().parse::<f64>().ok());
     let percent = number.filter(|percent| (0.0..=100.0).contains(percent));

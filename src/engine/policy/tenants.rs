@@ -173,9 +173,10 @@ impl<I: Index> Tenants<I> {
     pub fn release(&mut self, place: I, departure: Departure) {
         let part = self.part_mut(place);
         part.order.release(place, departure);
-        match part.blocks.checked_sub(1) {
-            Some(left) => part.blocks = left,
-            None => violated!("a tenant's block goes that was never counted"),
+        if let Some(left) = part.blocks.checked_sub(1) {
+            part.blocks = left;
+        } else {
+            violated!("a tenant's block goes that was never counted");
         }
         if let Some(facts) = self.places.get_mut(place.number() as usize) {
             *facts = PlaceFacts::default();

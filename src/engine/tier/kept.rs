@@ -27,12 +27,12 @@ struct KeptSlot {
     owner: BlockOwner,
 }
 
-/// KeptSlot slots. They are not in the order of eviction.
+/// Slots that are kept. They are not in the order of eviction.
 #[derive(Debug, Default)]
 pub(super) struct KeptSlots {
     by_slot: HashMap<SlotIndex, KeptSlot>,
     by_end: BTreeSet<(Instant, SlotIndex)>,
-    /// KeptSlot slots of each owner.
+    /// Slots that are kept for each owner.
     counts: Vec<u64>,
     allowance: Allowance,
 }

@@ -4,7 +4,7 @@
 //! Blocks are sampled by their hashes, so that every use of a sampled block is seen (spatial
 //! sampling, as in SHARDS). The sample of each ended request goes through two miniatures: the
 //! engine's own eviction policy over as small a part of the places. What a miniature missed stands
-//! for as many blocks as there are different ones for each different sampled one: [`Distinct`]
+//! for as many blocks as there are different ones for each different sampled one: `distinct`
 //! counts both. So a sample that happens to hold too many blocks is set right. Blocks that are
 //! looked up are counted, not sampled; and a cache without end misses each different block once,
 //! which is counted over all of them.
