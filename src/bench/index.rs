@@ -48,7 +48,7 @@ pub struct IndexBench {
     /// JSON on standard output.
     #[arg(long)]
     pub json: bool,
-    /// Measures another index instead of the naive one: a program as in benches/llmd_index.
+    /// Measures another index instead of the naive one: a program as in `benches/llmd_index`.
     #[arg(long, value_name = "PROGRAM")]
     pub beside: Option<PathBuf>,
 }

@@ -171,7 +171,7 @@ mod tests {
             let mut tier = Residency::new(memory, Tenants::new(policy, 8, &[]), EventLog::new(false));
             tier.track_dirty();
             let slots: Vec<SlotIndex> = (0..4).map(|byte| store(&mut tier, byte).expect("room")).collect();
-            let (now, later) = (Instant::now(), Instant::now() + Duration::from_secs(60));
+            let (now, later) = (Instant::now(), Instant::now() + Duration::from_mins(1));
             assert_eq!((tier.keep(&slots, later), tier.kept()), (2, 2), "{policy:?}: a quarter");
             for byte in 10..60 {
                 store(&mut tier, byte).expect("others make room");
@@ -212,7 +212,7 @@ mod tests {
             tier.publish_all(&[reserved.slot], [Lineage::default()]);
             slots.push(reserved.slot);
         }
-        assert_eq!(tier.keep(&slots, Instant::now() + Duration::from_secs(60)), 4);
+        assert_eq!(tier.keep(&slots, Instant::now() + Duration::from_mins(1)), 4);
         assert_eq!(tier.reserve(&key(9), by(9), Provenance::default()), Err(DropReason::NoSlot));
         assert!(tier.make_room(2, by(9)).is_empty());
     }
@@ -229,7 +229,7 @@ mod tests {
             tier.publish_all(&[reserved.slot], [Lineage::default()]);
             slots.push(reserved.slot);
         }
-        assert_eq!(tier.keep(&slots, Instant::now() + Duration::from_secs(60)), 2);
+        assert_eq!(tier.keep(&slots, Instant::now() + Duration::from_mins(1)), 2);
         for byte in 10..16 {
             store(&mut tier, byte).expect("room");
         }
