@@ -164,8 +164,7 @@ impl PyTierEngine {
         self.run(py, |engine| {
             TierEngine::check_request_id(request)?;
             let controls = controls.map(Controls::parse).transpose()?.unwrap_or_default();
-            engine.add_request(request, Arrival { controls, cache_salt: salt, lora: lora_name, adapter });
-            engine.salt_request(request, SaltTag::of(salt));
+            engine.add_request(request, Arrival { controls, salt: SaltTag::of(salt), lora: lora_name, adapter });
             Ok(())
         })
     }

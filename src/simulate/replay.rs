@@ -5,8 +5,8 @@ use serde::{Serialize, Serializer};
 use super::account::{Account, Summary, Totals};
 use super::clairvoyant;
 use super::trace::WorkloadSource;
-use kvcellar_block::BlockHash;
 use kvcellar_block::error::Result;
+use kvcellar_block::{BlockHash, SaltTag};
 use kvcellar_engine::config::TenantList;
 use kvcellar_engine::config::nvme::WriteRate;
 use kvcellar_engine::policy::{Admission, LoadPolicy, PolicyName};
@@ -131,7 +131,7 @@ pub fn replay(
     source.each(&mut |request| {
         hashes.clear();
         hashes.extend(request.blocks.iter().map(|id| hash(*id)));
-        let owner = choices.tenants.owner(request.tenant.as_deref(), b"");
+        let owner = choices.tenants.owner(request.tenant.as_deref(), SaltTag::NONE);
         tiers.set_time(request.at_ms as f64 / 1e3);
         let served = tiers.serve_for(owner, &hashes, request.prompt_tokens);
         account.add(&mut totals, request, served.dram, served.nvme);

@@ -7,6 +7,7 @@ use kvcellar_block::error::Error;
 use kvcellar_block::{BlockKey, SaltTag, Tier};
 use kvcellar_engine::nvme::disk::Kind;
 use kvcellar_engine::owned::erased::Erased;
+use kvcellar_engine::tier::Arrival;
 use kvcellar_engine::tier::offload::{GroupOffer, Offer, Start};
 use kvcellar_engine::{nvme, pool};
 use kvcellar_testkit::faulty_disk::{Fault, Rule};
@@ -398,8 +399,7 @@ fn blocks_that_are_copied_at_that_moment_go_after_it() {
     {
         let mut engine = rig.lock();
         let tokens = (0..BLOCKS * BLOCK_TOKENS).collect();
-        engine.add_request("later", kvcellar_engine::tier::Arrival::default());
-        engine.salt_request("later", ada());
+        engine.add_request("later", Arrival { salt: ada(), ..Arrival::default() });
         engine.add_hashes("later", &(0..BLOCKS).map(|index| hash(9, index)).collect::<Vec<_>>());
         let group = GroupOffer { first: 0, blocks: (1..=BLOCKS).collect(), extra: Vec::new() };
         engine.offer(&Offer { request: "later", tokens_from: 0, tokens, groups: vec![group] }, Start::AfterStep);

@@ -210,8 +210,7 @@ impl Rig {
         {
             let mut engine = lock(&engine);
             let controls = Controls { forget: true, ..Controls::default() };
-            engine.add_request(&id, Arrival { controls, ..Arrival::default() });
-            engine.salt_request(&id, salt);
+            engine.add_request(&id, Arrival { controls, salt, ..Arrival::default() });
             assert_eq!((engine.lookup(&id, 5, 0), engine.forgotten(&id)), (Hit::AskAgain, None));
         }
         let identity = Identity { namespace: [9; 16], facts: "{}", stable: true };
@@ -322,9 +321,9 @@ impl Rig {
         let id = format!("request-{}", self.requests);
         let hashes: Vec<BlockHash> = (0..blocks).map(|index| hash(chain, index)).collect();
         let mut engine = self.lock();
+        let salt = self.salts.get(&chain).copied().unwrap_or(SaltTag::NONE);
         let controls = Controls { tenant: self.tenant.map(Into::into), ..Controls::default() };
-        engine.add_request(&id, Arrival { controls, ..Arrival::default() });
-        engine.salt_request(&id, self.salts.get(&chain).copied().unwrap_or(SaltTag::NONE));
+        engine.add_request(&id, Arrival { controls, salt, ..Arrival::default() });
         engine.add_hashes(&id, &hashes);
         drop(engine);
         id
@@ -417,8 +416,7 @@ impl Rig {
         let id = format!("request-{}", self.requests);
         let mut engine = self.lock();
         let controls = Controls { forget: true, ..Controls::default() };
-        engine.add_request(&id, Arrival { controls, ..Arrival::default() });
-        engine.salt_request(&id, salt);
+        engine.add_request(&id, Arrival { controls, salt, ..Arrival::default() });
         engine.lookup(&id, 5, 0);
         drop(engine);
         id

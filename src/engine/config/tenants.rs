@@ -4,6 +4,7 @@ use serde_json::{Map, Value};
 
 use super::wrong;
 use crate::limits::TENANTS_MAX;
+use kvcellar_block::SaltTag;
 use kvcellar_block::error::{Error, Result};
 
 /// Whose a block is: a tenant, by its number in the configuration.
@@ -45,8 +46,8 @@ const WHOLE: Millionths = 1_000_000;
 pub struct Tenant {
     /// As metrics and requests name it.
     pub name: String,
-    /// Requests with this `cache_salt` are its own, too.
-    cache_salt: Option<String>,
+    /// Requests with this `cache_salt` are its own, too; [`SaltTag::NONE`]: only those that name it.
+    salt: SaltTag,
     guaranteed: Millionths,
     limit: Millionths,
 }
@@ -87,19 +88,18 @@ impl TenantList {
                 "shares that are at most 100% together",
             ));
         }
-        let salts: Vec<_> = found.iter().filter_map(|tenant| tenant.cache_salt.as_ref()).collect();
+        let salts: Vec<_> = found.iter().map(|tenant| tenant.salt).filter(|salt| *salt != SaltTag::NONE).collect();
         if salts.iter().enumerate().any(|(at, salt)| salts[..at].contains(salt)) {
             return Err(bad(key, "two tenants have one cache_salt", "another cache_salt for each"));
         }
         Ok(Self(found))
     }
 
-    /// Whose a request is. `name`: what it says itself; `cache_salt`: vLLM's, empty for none. The
-    /// name comes first.
-    pub fn owner(&self, name: Option<&str>, cache_salt: &[u8]) -> BlockOwner {
+    /// Whose a request is. `name`: what it says itself, which comes first; `salt`: its `cache_salt`.
+    pub fn owner(&self, name: Option<&str>, salt: SaltTag) -> BlockOwner {
         let is_it = |tenant: &Tenant| match name {
             Some(name) => tenant.name == name,
-            None => tenant.cache_salt.as_ref().is_some_and(|salt| salt.as_bytes() == cache_salt),
+            None => salt != SaltTag::NONE && tenant.salt == salt,
         };
         self.0.iter().position(is_it).map_or(BlockOwner::NOBODY, |at| BlockOwner(at as u8 + 1))
     }
@@ -121,7 +121,7 @@ impl TenantList {
 }
 
 fn tenant(key: &str, name: &str, facts: &Map<String, Value>) -> Result<Tenant> {
-    let mut made = Tenant { name: name.to_owned(), cache_salt: None, guaranteed: 0, limit: WHOLE };
+    let mut made = Tenant { name: name.to_owned(), salt: SaltTag::NONE, guaranteed: 0, limit: WHOLE };
     for (fact, value) in facts {
         let key = format!("{key}.{fact}");
         match fact.as_str() {
@@ -129,8 +129,8 @@ fn tenant(key: &str, name: &str, facts: &Map<String, Value>) -> Result<Tenant> {
             "limit" => made.limit = share(&key, value)?,
             "cache_salt" => {
                 let salt = value.as_str().filter(|salt| !salt.is_empty());
-                made.cache_salt =
-                    Some(salt.ok_or_else(|| bad(&key, "is no text", "the tenant's cache_salt"))?.to_owned());
+                let salt = salt.ok_or_else(|| bad(&key, "is no text", "the tenant's cache_salt"))?;
+                made.salt = SaltTag::of(salt.as_bytes());
             }
             _ => return Err(bad(&key, "is not a known key", "guaranteed, limit or cache_salt")),
         }
@@ -173,7 +173,7 @@ mod tests {
         let names: Vec<_> = tenants.names().map(|(owner, name)| (owner.0, name)).collect();
         assert_eq!(names, [(0, "other"), (1, "a"), (2, "b")]);
         assert_eq!(TenantList::default().names().count(), 0);
-        let owner = |name, salt: &str| tenants.owner(name, salt.as_bytes()).0;
+        let owner = |name, salt: &str| tenants.owner(name, SaltTag::of(salt.as_bytes())).0;
         assert_eq!((owner(Some("a"), ""), owner(None, "s"), owner(Some("a"), "s")), (1, 2, 1));
         assert_eq!((owner(Some("c"), "s"), owner(None, "a"), owner(None, "")), (0, 0, 0));
     }

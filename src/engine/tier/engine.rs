@@ -233,13 +233,8 @@ impl TierEngine {
 
     /// A request arrived.
     pub fn add_request(&mut self, id: &str, arrival: Arrival<'_>) {
-        let owner = self.tenants.owner(arrival.controls.tenant.as_deref(), arrival.cache_salt);
+        let owner = self.tenants.owner(arrival.controls.tenant.as_deref(), arrival.salt);
         self.session.requests.add(id, owner, arrival);
-    }
-
-    /// A request has this salt.
-    pub fn salt_request(&mut self, id: &str, salt: SaltTag) {
-        self.session.requests.salt(id, salt);
     }
 
     /// What a request was told to forget, once all of it is erased.

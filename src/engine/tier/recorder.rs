@@ -25,8 +25,8 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::requests::{Finished, RequestState};
 use crate::limits;
-use kvcellar_block::BlockHash;
 use kvcellar_block::error::{Error, Result};
+use kvcellar_block::{BlockHash, SaltTag};
 
 /// One request as it is written.
 #[derive(Debug, Serialize)]
@@ -71,9 +71,15 @@ impl RecordedRequest {
             local_tokens: request.first_hit.local,
             dram_tokens: request.first_hit.dram,
             nvme_tokens: request.first_hit.nvme,
-            tenant: request.tenant.as_ref().map(|name| format!("{:016x}", xxh3_64_with_seed(name, tenant_key))),
+            tenant: tenant_of(request).map(|name| format!("{:016x}", xxh3_64_with_seed(name, tenant_key))),
         }
     }
+}
+
+/// What tells a request's tenant from others; `None`: nothing.
+fn tenant_of(request: &RequestState) -> Option<&[u8]> {
+    let salted = (request.salt != SaltTag::NONE).then(|| bytemuck::bytes_of(&request.salt));
+    request.controls.tenant.as_deref().map(str::as_bytes).or(salted)
 }
 
 /// Writes what is recorded.
@@ -253,7 +259,7 @@ mod tests {
         let path = folder.path().join("trace.jsonl");
         let recorder = Recorder::open(&path).expect("a record");
         let mut one = request(1, 4);
-        one.tenant = Some((*b"acme").into());
+        one.controls.tenant = Some("acme".into());
         one.first_hit = crate::tier::requests::FirstHit { local: 16, dram: 32, nvme: 0 };
         recorder.record(&one, Finished { prompt: 50, total: 57 }, 16);
         recorder.record(&request(2, 3), Finished { prompt: 48, total: 48 }, 16);

@@ -268,6 +268,7 @@ fn key(hash: BlockHash) -> BlockKey {
 mod tests {
     use super::*;
     use crate::config::Config;
+    use kvcellar_block::SaltTag;
 
     fn hashes(from: u8, to: u8) -> Vec<BlockHash> {
         (from..to).map(|byte| BlockHash::new(&[byte; 32]).expect("32 bytes")).collect()
@@ -323,7 +324,7 @@ mod tests {
     fn tenants_keep_their_shares_in_both_tiers() {
         let json = r#"{"tenants": {"quiet": {"guaranteed": "25%"}, "scan": {"limit": "50%"}}}"#;
         let tenants = Config::parse(json).expect("tenants").tenants;
-        let (quiet, scan) = (tenants.owner(Some("quiet"), b""), tenants.owner(Some("scan"), b""));
+        let (quiet, scan) = (tenants.owner(Some("quiet"), SaltTag::NONE), tenants.owner(Some("scan"), SaltTag::NONE));
         for policy in PolicyName::ALL {
             let settings = ReplaySettings { policy, clean_percent: 50, ..settings(40, 100) };
             let mut replay = TierReplay::shared(settings, &tenants);

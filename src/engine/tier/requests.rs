@@ -18,8 +18,6 @@ pub struct RequestState {
     pub serial: u32,
     /// Whose it is.
     pub owner: BlockOwner,
-    /// What its tenant is told from others by, for a record; `None`: nothing.
-    pub tenant: Option<Box<[u8]>>,
     /// What the user asked of the cache.
     pub controls: Controls,
     /// Block hashes so far, at the granularity of `request.block_hashes`, with the adapter mixed
@@ -63,16 +61,22 @@ pub struct RequestState {
 }
 
 /// What is known of a request when it arrives.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Arrival<'a> {
     /// What its user asked of the cache.
     pub controls: Controls,
-    /// vLLM's `cache_salt`, empty for none.
-    pub cache_salt: &'a [u8],
+    /// Of vLLM's `cache_salt`.
+    pub salt: SaltTag,
     /// Name of its LoRA adapter, empty for none.
     pub lora: &'a str,
     /// What the adapter consists of.
     pub adapter: Option<AdapterId>,
+}
+
+impl Default for Arrival<'_> {
+    fn default() -> Self {
+        Self { controls: Controls::default(), salt: SaltTag::NONE, lora: "", adapter: None }
+    }
 }
 
 /// Everything that a lookup's answer follows from.
@@ -114,7 +118,6 @@ impl RequestState {
         Self {
             serial,
             owner,
-            tenant: None,
             controls,
             hashes: Vec::new(),
             lora,
@@ -192,17 +195,13 @@ impl Requests {
 
     /// A request of `owner` arrived.
     pub fn add(&mut self, id: &str, owner: BlockOwner, arrival: Arrival<'_>) {
-        let Arrival { controls, cache_salt, lora, adapter } = arrival;
+        let Arrival { controls, salt, lora, adapter } = arrival;
         // 0 is nobody's: slots that no request has used carry it.
         self.last_serial = self.last_serial.wrapping_add(1).max(1);
-        let named = controls.tenant.as_deref().map(str::as_bytes);
-        let tenant = named.or((!cache_salt.is_empty()).then_some(cache_salt)).map(Into::into);
         let user = User { serial: self.last_serial, owner };
-        let mut request = RequestState { tenant, ..RequestState::new(user, controls, lora.into(), adapter) };
         // A session that was rewritten is still the one whose salt was forgotten.
-        if let Some(before) = self.by_id.get(id) {
-            (request.salt, request.forgotten) = (before.salt, before.forgotten);
-        }
+        let forgotten = self.by_id.get(id).is_some_and(|before| before.forgotten && before.salt == salt);
+        let request = RequestState { salt, forgotten, ..RequestState::new(user, controls, lora.into(), adapter) };
         self.by_id.insert(id.to_owned(), request);
     }
 
@@ -220,14 +219,6 @@ impl Requests {
     pub(super) fn forget_answers(&mut self) {
         for request in self.by_id.values_mut() {
             request.answered = None;
-        }
-    }
-
-    /// A request has this salt.
-    pub fn salt(&mut self, id: &str, salt: SaltTag) {
-        if let Some(request) = self.by_id.get_mut(id) {
-            request.forgotten &= request.salt == salt;
-            request.salt = salt;
         }
     }
 
