@@ -81,6 +81,15 @@ fn every_slot_is_free_once(rig: &mut Rig) {
     assert_eq!((gauges.free_slots, gauges.filled_slots), (0, gauges.total_slots), "{gauges:?}");
 }
 
+/// The next engine finds nothing of hers, and all of the others'.
+fn only_hers_are_gone(places: &Places) {
+    let mut again = Rig::open(places, SLOTS, SIZE, MORE);
+    salt(&mut again);
+    assert_eq!((again.fetch(0, BLOCKS), again.fetch(1, BLOCKS)), (Ok(0), Ok(0)));
+    assert_eq!((again.fetch(2, BLOCKS), again.fetch(3, BLOCKS)), (Ok(BLOCKS), Ok(BLOCKS)));
+    again.settle();
+}
+
 #[test]
 fn both_tiers_forget_a_salt_durably_and_keep_everything_else() {
     let mut places = Places::new();
@@ -113,11 +122,7 @@ fn both_tiers_forget_a_salt_durably_and_keep_everything_else() {
         if !keeps_memory {
             places.forget_pool();
         }
-        let mut again = Rig::open(&places, SLOTS, SIZE, MORE);
-        salt(&mut again);
-        assert_eq!((again.fetch(0, BLOCKS), again.fetch(1, BLOCKS)), (Ok(0), Ok(0)));
-        assert_eq!((again.fetch(2, BLOCKS), again.fetch(3, BLOCKS)), (Ok(BLOCKS), Ok(BLOCKS)));
-        again.settle();
+        only_hers_are_gone(&places);
     }
 }
 
@@ -257,11 +262,7 @@ fn files_that_no_engine_uses_forget_a_salt_too() {
         let erased: Vec<Erased> = forget().into_iter().map(|outcome| outcome.expect("nobody's")).collect();
         assert!(erased[0].blocks > 0 && (erased[1].blocks, erased[1].unknown) == (16, 0), "{erased:?}");
         assert_eq!(traces(&places, &[0, 1]), 0);
-        let mut again = Rig::open(&places, SLOTS, SIZE, MORE);
-        salt(&mut again);
-        assert_eq!((again.fetch(0, BLOCKS), again.fetch(1, BLOCKS)), (Ok(0), Ok(0)));
-        assert_eq!((again.fetch(2, BLOCKS), again.fetch(3, BLOCKS)), (Ok(BLOCKS), Ok(BLOCKS)));
-        again.settle();
+        only_hers_are_gone(&places);
     }
 }
 

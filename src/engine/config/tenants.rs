@@ -46,7 +46,8 @@ const WHOLE: Millionths = 1_000_000;
 pub struct Tenant {
     /// As metrics and requests name it.
     pub name: String,
-    /// Requests with this `cache_salt` are its own, too; [`SaltTag::NONE`]: only those that name it.
+    /// Requests with this `cache_salt` are its own, too; [`SaltTag::NONE`]: only those that name
+    /// it.
     salt: SaltTag,
     guaranteed: Millionths,
     limit: Millionths,
@@ -95,7 +96,8 @@ impl TenantList {
         Ok(Self(found))
     }
 
-    /// Whose a request is. `name`: what it says itself, which comes first; `salt`: its `cache_salt`.
+    /// Whose a request is. `name`: what it says itself, which comes first; `salt`: of its
+    /// `cache_salt`.
     pub fn owner(&self, name: Option<&str>, salt: SaltTag) -> BlockOwner {
         let is_it = |tenant: &Tenant| match name {
             Some(name) => tenant.name == name,

@@ -15,7 +15,7 @@ use super::directory::{self, How, REMEDY};
 use super::ownership::{self, LOCK_NAME};
 use super::segments;
 use super::superblock::{self, Superblock};
-use crate::owned::listing::Ownership;
+use crate::owned::listing::{Ownership, in_use};
 use crate::owned::lock::{self, FileLocks};
 use kvcellar_block::error::{Error, Result};
 
@@ -154,11 +154,7 @@ fn extents(dir: &Path, extent_bytes: u64) -> Result<u64> {
 /// private.
 pub fn own(path: &Path) -> Result<FileLocks> {
     fs::symlink_metadata(path).map_err(|error| Error::io("reading", path, error, "See `kvcellar store ls`"))?;
-    let busy = || match ownership::owner_pid(path) {
-        Some(pid) => format!("process {pid} uses it"),
-        None => "an engine uses it".to_owned(),
-    };
-    ownership::claim(path)?.ok_or_else(|| Error::TryLater { what: name(path), holder: busy() })
+    ownership::claim(path)?.ok_or_else(|| in_use(name(path), ownership::owner_pid(path)))
 }
 
 /// Removes a store that no engine uses.

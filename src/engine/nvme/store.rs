@@ -232,8 +232,8 @@ impl Store {
     }
 
     /// Overwrites extents with zeros as [`Store::erase`] does, durably when it returns. Returns
-    /// those that could not be, and may still be read by a later start, with the first reason.
-    pub fn erase_durably(&self, extents: &[ExtentIndex]) -> (Vec<ExtentIndex>, Option<Error>) {
+    /// those that could not be, and may still be read by a later start; the first reason is logged.
+    pub fn erase_durably(&self, extents: &[ExtentIndex]) -> Vec<ExtentIndex> {
         let (mut failed, mut why) = (Vec::new(), None);
         for run in runs(extents, self.layout) {
             let bytes = run.len() as u64 * self.layout.extent_bytes;
@@ -243,10 +243,13 @@ impl Store {
             }
         }
         let segments: BTreeSet<u32> = extents.iter().map(|extent| self.place(*extent).0).collect();
-        match self.segments.sync_whole(segments.into_iter()) {
-            Ok(()) => (failed, why),
-            Err(error) => (extents.to_vec(), Some(error)),
+        if let Err(error) = self.segments.sync_whole(segments.into_iter()) {
+            (failed, why) = (extents.to_vec(), Some(error));
         }
+        if let Some(error) = why {
+            log::error!("{} blocks that were to be forgotten could not be erased from disk: {error}", failed.len());
+        }
+        failed
     }
 
     /// Writes down what lies where, so that the next start needs no scan. Nothing may be written to

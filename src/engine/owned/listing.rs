@@ -5,6 +5,8 @@ use std::path::Path;
 
 use serde::{Serialize, Serializer};
 
+use kvcellar_block::error::Error;
+
 /// Who has a pool or a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ownership {
@@ -69,6 +71,12 @@ pub fn name_with_owner(path: &Path, owner_pid: Option<u32>) -> String {
         Some(pid) => format!("{name} (process {pid})"),
         None => name,
     }
+}
+
+/// The refusal of what an engine uses. `owner_pid`: its process, where that is known.
+pub fn in_use(what: String, owner_pid: Option<u32>) -> Error {
+    let holder = owner_pid.map_or("an engine uses it".to_owned(), |pid| format!("process {pid} uses it"));
+    Error::TryLater { what, holder }
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use super::registry::Entry;
 use super::slot_table::SlotState;
 use super::{Pool, directory, io};
 use crate::owned::erased::Erased;
+use crate::owned::listing::in_use;
 use crate::owned::lock::FileLocks;
 use kvcellar_block::error::{Error, Result};
 use kvcellar_block::{Generation, SaltTag, SlotIndex, descriptor};
@@ -23,10 +24,7 @@ use kvcellar_block::{Generation, SaltTag, SlotIndex, descriptor};
 pub fn forget(entry: &Entry, salt: SaltTag) -> Result<Erased> {
     let path = &entry.path;
     let file = directory::open_private(path)?;
-    let busy = || Error::TryLater {
-        what: entry.name.clone(),
-        holder: entry.owner_pid.map_or("an engine uses it".to_owned(), |pid| format!("process {pid} uses it")),
-    };
+    let busy = || in_use(entry.name.clone(), entry.owner_pid);
     let again = file.try_clone().map_err(|error| io(path, error))?;
     let locks = FileLocks::own(again, path).ok_or_else(busy)?;
     if !locks.drain_mappers(Duration::ZERO) {

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::header::{self, Purpose};
 use super::{claim, directory};
-use crate::owned::listing::Ownership;
+use crate::owned::listing::{Ownership, in_use};
 use crate::owned::lock::{self, FileLocks};
 use kvcellar_block::error::{Error, Result};
 
@@ -105,9 +105,6 @@ fn describe(path: PathBuf) -> Result<(SystemTime, Entry)> {
 /// [`Error::TryLater`] when an engine owns it, [`Error::Io`].
 pub fn remove(entry: &Entry) -> Result<()> {
     let file = directory::open_private(&entry.path)?;
-    let Some(locks) = FileLocks::own(file, &entry.path) else {
-        let holder = entry.owner_pid.map_or("an engine uses it".to_owned(), |pid| format!("process {pid} uses it"));
-        return Err(Error::TryLater { what: entry.name.clone(), holder });
-    };
+    let locks = FileLocks::own(file, &entry.path).ok_or_else(|| in_use(entry.name.clone(), entry.owner_pid))?;
     locks.unlink(&entry.path)
 }

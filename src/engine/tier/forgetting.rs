@@ -1,7 +1,9 @@
 //! How far a request is that wants its salt to be forgotten, and what came of it.
 
-/// What was forgotten.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+use serde::{Deserialize, Serialize};
+
+/// What was forgotten, also as an engine's answer tells it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ForgetReport {
     /// Blocks that lookups found in the dram tier.
     pub dram_blocks: u64,

@@ -158,7 +158,11 @@ mod tests {
 
     /// Stores a block for another request each time.
     fn store(tier: &mut Residency, byte: u8) -> Result<SlotIndex, DropReason> {
-        let by = User { serial: u32::from(byte) + 1, owner: NOBODY };
+        store_for(tier, NOBODY, byte)
+    }
+
+    fn store_for(tier: &mut Residency, owner: BlockOwner, byte: u8) -> Result<SlotIndex, DropReason> {
+        let by = User { serial: u32::from(byte) + 1, owner };
         let slot = tier.reserve(&key(byte), by, Provenance::default())?.slot;
         tier.publish_all(&[slot], [Lineage::default()]);
         Ok(slot)
@@ -206,12 +210,7 @@ mod tests {
         let quotas = [crate::policy::Quota { guaranteed: 4, limit: 4 }];
         let mut tier = Residency::new(memory, Tenants::new(PolicyName::Lru, 4, &quotas), EventLog::new(false));
         let by = |serial| User { serial, owner: TENANT };
-        let mut slots = Vec::new();
-        for byte in 0..4 {
-            let reserved = tier.reserve(&key(byte), by(u32::from(byte) + 1), Provenance::default()).expect("room");
-            tier.publish_all(&[reserved.slot], [Lineage::default()]);
-            slots.push(reserved.slot);
-        }
+        let slots: Vec<SlotIndex> = (0..4).map(|byte| store_for(&mut tier, TENANT, byte).expect("room")).collect();
         assert_eq!(tier.keep(&slots, Instant::now() + Duration::from_mins(1)), 4);
         assert_eq!(tier.reserve(&key(9), by(9), Provenance::default()), Err(DropReason::NoSlot));
         assert!(tier.make_room(2, by(9)).is_empty());
@@ -223,12 +222,7 @@ mod tests {
         let quotas = [crate::policy::Quota { guaranteed: 2, limit: 3 }];
         let mut tier = Residency::new(memory, Tenants::new(PolicyName::Lru, 8, &quotas), EventLog::new(false));
         let by = |serial| User { serial, owner: TENANT };
-        let mut slots = Vec::new();
-        for byte in 0..2 {
-            let reserved = tier.reserve(&key(byte), by(u32::from(byte) + 1), Provenance::default()).expect("room");
-            tier.publish_all(&[reserved.slot], [Lineage::default()]);
-            slots.push(reserved.slot);
-        }
+        let slots: Vec<SlotIndex> = (0..2).map(|byte| store_for(&mut tier, TENANT, byte).expect("room")).collect();
         assert_eq!(tier.keep(&slots, Instant::now() + Duration::from_mins(1)), 2);
         for byte in 10..16 {
             store(&mut tier, byte).expect("room");

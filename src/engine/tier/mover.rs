@@ -443,10 +443,7 @@ impl Desk {
     }
 
     fn erase_durably(&self, extents: Vec<ExtentIndex>) -> Report {
-        let (failed, why) = lock(&self.store).erase_durably(&extents);
-        if let Some(error) = why {
-            log::error!("{} blocks that were to be forgotten could not be erased from disk: {error}", failed.len());
-        }
+        let failed = lock(&self.store).erase_durably(&extents);
         Report::ErasedDurably { extents, failed }
     }
 

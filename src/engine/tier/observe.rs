@@ -57,32 +57,33 @@ impl Collector {
             return None;
         }
         let before = std::mem::replace(&mut self.collected, now);
-        let grown = now
-            .0
-            .plain()
-            .into_iter()
-            .zip(before.0.plain())
-            .map(|((name, now), (_, before))| (name, now.saturating_sub(before)));
-        let micros = now.0.microseconds().into_iter().zip(before.0.microseconds());
-        let seconds = micros.map(|((name, now), (_, before))| (name, now.saturating_sub(before) as f64 / 1e6));
+        let seconds = grown(now.0.microseconds(), before.0.microseconds());
         let changed =
             now.1.all().into_iter().zip(before.1.all()).filter(|(now, before)| now != before).map(|(now, _)| now);
         let dropped = DropReason::ALL.iter().enumerate().map(|(index, reason)| {
             (reason.name(), now.0.dropped_blocks[index].saturating_sub(before.0.dropped_blocks[index]))
         });
-        let of_tenant = |(owner, name, blocks): (BlockOwner, &str, _)| {
-            let (now, before) = (now.0.of(owner.0).plain(), before.0.of(owner.0).plain());
-            let grown =
-                now.into_iter().zip(before).map(|((name, now), (_, before))| (name, now.saturating_sub(before)));
-            TenantDelta { name: name.to_owned(), counters: grown.filter(|(_, amount)| *amount > 0).collect(), blocks }
+        let of_tenant = |(owner, name, blocks): (BlockOwner, &str, _)| TenantDelta {
+            name: name.to_owned(),
+            counters: grown(now.0.of(owner.0).plain(), before.0.of(owner.0).plain()).collect(),
+            blocks,
         };
         Some(StatsDelta {
             tenants: tenants.map(of_tenant).collect(),
-            counters: grown.filter(|(_, amount)| *amount > 0).collect(),
-            seconds: seconds.filter(|(_, amount)| *amount > 0.0).collect(),
+            counters: grown(now.0.plain(), before.0.plain()).collect(),
+            seconds: seconds.map(|(name, micros)| (name, micros as f64 / 1e6)).collect(),
             dropped: dropped.filter(|(_, amount)| *amount > 0).collect(),
             gauges: changed.collect(),
             lookup_seconds: self.lookup_seconds.take(),
         })
     }
+}
+
+/// By how much each number has grown, of those that have: name and amount.
+fn grown<const N: usize>(
+    now: [(&'static str, u64); N],
+    before: [(&'static str, u64); N],
+) -> impl Iterator<Item = (&'static str, u64)> {
+    let amounts = now.into_iter().zip(before).map(|((name, now), (_, before))| (name, now.saturating_sub(before)));
+    amounts.filter(|(_, amount)| *amount > 0)
 }

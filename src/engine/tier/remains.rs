@@ -208,16 +208,17 @@ impl<I: Index> Remains<I> {
 
     /// Up to so many places whose turn it is, in ascending order: they are under way now.
     pub(super) fn take(&mut self, count: usize) -> Vec<I> {
-        let taken: Vec<I> = std::iter::from_fn(|| self.waiting.pop_first()).take(count).map(I::from_number).collect();
-        for place in &taken {
-            self.steps[place.number() as usize] = ErasureStep::UnderWay;
-        }
-        taken
+        let taken = std::iter::from_fn(|| self.waiting.pop_first()).take(count).map(I::from_number).collect();
+        self.begin(taken)
     }
 
     /// As [`Self::take`], those of these places that wait.
     pub(super) fn take_these(&mut self, places: &[I]) -> Vec<I> {
-        let taken: Vec<I> = places.iter().copied().filter(|place| self.waiting.remove(&place.number())).collect();
+        let taken = places.iter().copied().filter(|place| self.waiting.remove(&place.number())).collect();
+        self.begin(taken)
+    }
+
+    fn begin(&mut self, taken: Vec<I>) -> Vec<I> {
         for place in &taken {
             self.steps[place.number() as usize] = ErasureStep::UnderWay;
         }
