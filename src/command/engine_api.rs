@@ -9,6 +9,8 @@ use std::time::Duration;
 use kvcellar_block::error::{Error, Result};
 use serde_json::Value;
 
+use super::answer::{self, UnreadBody, causes};
+
 /// Bytes of an answer.
 const ANSWER_BYTES_MAX: usize = 16 << 20;
 /// How long a connection may take.
@@ -35,11 +37,6 @@ impl Display for ApiFailure {
             Self::Unreadable(problem) => write!(out, "its answer cannot be read: {problem}"),
         }
     }
-}
-
-/// The innermost reason says what is wrong.
-fn causes(error: &dyn std::error::Error) -> String {
-    error.source().map_or_else(|| error.to_string(), causes)
 }
 
 /// One server.
@@ -104,15 +101,12 @@ impl EngineApi {
     async fn send(&self, request: reqwest::RequestBuilder) -> std::result::Result<Vec<u8>, ApiFailure> {
         let away = |error: reqwest::Error| ApiFailure::Away(causes(&error));
         let request = self.key.iter().fold(request, reqwest::RequestBuilder::bearer_auth);
-        let mut answer = request.send().await.map_err(away)?;
-        let mut body = Vec::new();
-        while let Some(part) = answer.chunk().await.map_err(away)? {
-            if body.len() + part.len() > ANSWER_BYTES_MAX {
-                return Err(ApiFailure::Unreadable(format!("it has more than {ANSWER_BYTES_MAX} bytes")));
-            }
-            body.extend_from_slice(&part);
-        }
+        let answer = request.send().await.map_err(away)?;
         let status = answer.status();
+        let body = answer::body(answer, ANSWER_BYTES_MAX).await.map_err(|unread| match unread {
+            UnreadBody::TooLong => ApiFailure::Unreadable(format!("it has more than {ANSWER_BYTES_MAX} bytes")),
+            UnreadBody::Broken(error) => away(error),
+        })?;
         if status.is_success() { Ok(body) } else { Err(ApiFailure::Refused(status.as_u16(), words(&body))) }
     }
 }

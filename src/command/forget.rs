@@ -3,8 +3,7 @@
 //! A running engine is asked through its own API, by a request with the salt: nobody can forget
 //! what is not theirs. Files that no engine uses are worked on directly.
 
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
@@ -13,12 +12,14 @@ use kvcellar_block::error::{Error, Result};
 use kvcellar_block::size::show;
 use kvcellar_engine::owned::erased::Erased;
 use kvcellar_engine::pool::directory::present;
+use kvcellar_engine::tier::ForgetReport;
 use kvcellar_engine::{nvme, pool};
 use kvcellar_route::scrape::{label, sample};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::engine_api::{self, ApiFailure, EngineApi};
+use super::{input, store};
 
 /// What is asked of an engine that does not tell what it forgot.
 const SILENT: &str = "it answered, and did not say that it forgot anything. Its KV Cellar is of an earlier version or \
@@ -71,17 +72,6 @@ pub struct ForgetOptions {
     pub json: bool,
 }
 
-/// What an engine says that it forgot.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct Forgotten {
-    dram_blocks: u64,
-    nvme_blocks: u64,
-    slots_erased: u64,
-    extents_erased: u64,
-    bytes_erased: u64,
-    failed: u64,
-}
-
 /// One engine, pool or store.
 #[derive(Debug, Serialize)]
 struct ForgottenPlace {
@@ -93,7 +83,7 @@ struct ForgottenPlace {
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum ForgetOutcome {
-    Engine(Forgotten),
+    Engine(ForgetReport),
     Pool(Erased),
     Store(Erased),
     Error(String),
@@ -124,13 +114,7 @@ fn salt_of(options: &ForgetOptions) -> Result<String> {
     let salt = match (&options.salt, &options.salt_file) {
         (Some(salt), _) => salt.clone(),
         (None, Some(path)) => {
-            let mut text = String::new();
-            let read = if path.as_path() == Path::new("-") {
-                std::io::stdin().read_to_string(&mut text).map(|_| text)
-            } else {
-                std::fs::read_to_string(path)
-            };
-            let text = read.map_err(|error| Error::io("reading", path, error, "Name a file with the salt"))?;
+            let text = input::text(path, "Name a file with the salt")?;
             text.strip_suffix('\n').map_or(&*text, |line| line.strip_suffix('\r').unwrap_or(line)).to_owned()
         }
         (None, None) => String::new(),
@@ -193,7 +177,7 @@ async fn ask(
     model: Option<&str>,
     salt: &str,
     rank: Option<u32>,
-) -> std::result::Result<Forgotten, String> {
+) -> std::result::Result<ForgetReport, String> {
     let said = |failure: ApiFailure| failure.to_string();
     let model = match model {
         Some(model) => model.to_owned(),
@@ -224,7 +208,7 @@ fn files(options: &ForgetOptions, salt: SaltTag) -> Result<Vec<ForgottenPlace>> 
     if let Some(dir) = &options.nvme_dir {
         present("--nvme-dir", dir)?;
         for entry in nvme::registry::list(dir)? {
-            let mut bar = super::store::bar(&entry.name);
+            let mut bar = store::bar(&entry.name);
             rows.push(row(
                 &entry.name,
                 ForgetOutcome::Store,
@@ -254,44 +238,32 @@ fn row(name: &str, kind: fn(Erased) -> ForgetOutcome, remove: &str, outcome: Res
 fn print(rows: &[ForgottenPlace], json: bool) -> i32 {
     let code = i32::from(!rows.iter().all(|row| row.outcome.is_complete()));
     if json {
-        return super::store::print_json(&rows).max(code);
+        return store::print_json(&rows).max(code);
     }
     if rows.is_empty() {
         println!("nothing lies there");
         return 0;
     }
-    println!(
-        "{:<40} {:>10} {:>10} {:>10} {:>10} {:>10}",
-        "name", "in memory", "on disk", "unknown", "erased", "failed"
-    );
+    let line = |cells: [&str; 6]| {
+        let [name, dram, nvme, unknown, bytes, failed] = cells;
+        println!("{name:<40} {dram:>10} {nvme:>10} {unknown:>10} {bytes:>10} {failed:>10}");
+    };
+    line(["name", "in memory", "on disk", "unknown", "erased", "failed"]);
     for ForgottenPlace { name, outcome } in rows {
-        match outcome {
-            ForgetOutcome::Engine(told) => println!(
-                "{name:<40} {:>10} {:>10} {:>10} {:>10} {:>10}",
-                told.dram_blocks,
-                told.nvme_blocks,
-                "-",
-                show(told.bytes_erased),
-                told.failed
-            ),
-            ForgetOutcome::Pool(erased) => println!(
-                "{name:<40} {:>10} {:>10} {:>10} {:>10} {:>10}",
-                erased.blocks,
-                "-",
-                erased.unknown,
-                show(erased.bytes),
-                0
-            ),
-            ForgetOutcome::Store(erased) => println!(
-                "{name:<40} {:>10} {:>10} {:>10} {:>10} {:>10}",
-                "-",
-                erased.blocks,
-                erased.unknown,
-                show(erased.bytes),
-                0
-            ),
-            ForgetOutcome::Error(why) => eprintln!("kvcellar: {name}: {why}"),
-        }
+        let none = || "-".to_owned();
+        let count = |number: u64| number.to_string();
+        let (dram, nvme, unknown, bytes, failed) = match outcome {
+            ForgetOutcome::Engine(told) => {
+                (count(told.dram_blocks), count(told.nvme_blocks), none(), told.bytes_erased, told.failed)
+            }
+            ForgetOutcome::Pool(erased) => (count(erased.blocks), none(), count(erased.unknown), erased.bytes, 0),
+            ForgetOutcome::Store(erased) => (none(), count(erased.blocks), count(erased.unknown), erased.bytes, 0),
+            ForgetOutcome::Error(why) => {
+                eprintln!("kvcellar: {name}: {why}");
+                continue;
+            }
+        };
+        line([name, &dram, &nvme, &unknown, &show(bytes), &count(failed)]);
     }
     println!("{OUT_OF_REACH}");
     if code != 0 {
@@ -307,10 +279,10 @@ mod tests {
     #[test]
     fn an_answer_that_does_not_say_so_is_no_confirmation() {
         let told = json!({"dram_blocks": 3, "nvme_blocks": 2, "slots_erased": 4, "extents_erased": 2, "bytes_erased": 9, "failed": 0});
-        assert_eq!(serde_json::from_value::<Forgotten>(told).expect("whole").dram_blocks, 3);
+        assert_eq!(serde_json::from_value::<ForgetReport>(told).expect("whole").dram_blocks, 3);
         for other in [Value::Null, json!({}), json!({"dram_blocks": 3}), json!("yes")] {
-            assert!(serde_json::from_value::<Forgotten>(other).is_err());
+            assert!(serde_json::from_value::<ForgetReport>(other).is_err());
         }
-        assert!(!ForgetOutcome::Engine(Forgotten { failed: 1, ..Forgotten::default() }).is_complete());
+        assert!(!ForgetOutcome::Engine(ForgetReport { failed: 1, ..ForgetReport::default() }).is_complete());
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::answer::{self, UnreadBody};
 use super::clients::ClientOptions;
 use super::descriptors;
 use kvcellar_block::error::{Error, Result};
@@ -152,13 +153,9 @@ async fn catch_up(other: &str, token: Option<&str>, bytes_max: usize) -> Result<
         request = request.bearer_auth(token);
     }
     let answer = request.send().await.and_then(reqwest::Response::error_for_status);
-    let mut answer = answer.map_err(|error| later(error.to_string()))?;
-    let mut snapshot = Vec::new();
-    while let Some(part) = answer.chunk().await.map_err(|error| later(error.to_string()))? {
-        if snapshot.len() + part.len() > bytes_max {
-            return Err(later(format!("its snapshot is larger than {bytes_max} bytes")));
-        }
-        snapshot.extend_from_slice(&part);
-    }
-    Ok(snapshot)
+    let answer = answer.map_err(|error| later(error.to_string()))?;
+    answer::body(answer, bytes_max).await.map_err(|unread| match unread {
+        UnreadBody::TooLong => later(format!("its snapshot is larger than {bytes_max} bytes")),
+        UnreadBody::Broken(error) => later(error.to_string()),
+    })
 }

@@ -1,5 +1,6 @@
 //! The `kvcellar` command: options, and what is printed. The work is the other crates'.
 
+mod answer;
 pub mod clients;
 pub mod descriptors;
 pub mod doctor;
@@ -8,6 +9,7 @@ pub mod events;
 pub mod forget;
 pub mod health;
 pub mod index;
+mod input;
 pub mod logging;
 pub mod pool;
 pub mod route;

@@ -3,19 +3,18 @@
 //! Each line becomes a request of the engine's own API that asks for one token. All lines are read
 //! before the first is sent: a mistake in the last one costs nothing.
 
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
 use kvcellar_block::error::{Error, Result};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use tokio::task::JoinSet;
 
 use super::engine_api::{self, EngineApi};
+use super::{input, store};
 
 /// Failures that are shown one by one; JSON has them all.
 const SHOWN_MAX: usize = 20;
@@ -93,7 +92,7 @@ struct Warmed {
 
 /// Computes the prompts. The exit code.
 pub fn run(options: &WarmOptions) -> i32 {
-    let warmed = text_of(&options.file).and_then(|text| {
+    let warmed = input::text(&options.file, "Name a file with one prompt a line").and_then(|text| {
         let prompts = match read(&text) {
             Ok(prompts) => prompts,
             Err(wrong) => return Ok(Err(wrong)),
@@ -107,16 +106,6 @@ pub fn run(options: &WarmOptions) -> i32 {
         Ok(Err(wrong)) => refuse(options, &wrong),
         Err(error) => super::refused(&error),
     }
-}
-
-fn text_of(path: &Path) -> Result<String> {
-    let mut text = String::new();
-    let read = if path == Path::new("-") {
-        std::io::stdin().read_to_string(&mut text).map(|_| text)
-    } else {
-        std::fs::read_to_string(path)
-    };
-    read.map_err(|error| Error::io("reading", path, error, "Name a file with one prompt a line"))
 }
 
 /// Every line's request, or every line that is none.
@@ -159,14 +148,19 @@ fn parse(line: usize, text: &str) -> std::result::Result<WarmPrompt, FailedLine>
     Ok(WarmPrompt { line, path, body })
 }
 
-/// Says which lines are none, before anything is sent.
-fn refuse(options: &WarmOptions, wrong: &[FailedLine]) -> i32 {
+/// Says what is wrong with the first of some lines, and how many more there are.
+fn say(file: &str, wrong: &[FailedLine]) {
     for FailedLine { line, problem } in wrong.iter().take(SHOWN_MAX) {
-        eprintln!("kvcellar: {}, line {line}: {problem}", options.file.display());
+        eprintln!("kvcellar: {file}line {line}: {problem}");
     }
     if wrong.len() > SHOWN_MAX {
         eprintln!("kvcellar: and {} lines more", wrong.len() - SHOWN_MAX);
     }
+}
+
+/// Says which lines are none, before anything is sent.
+fn refuse(options: &WarmOptions, wrong: &[FailedLine]) -> i32 {
+    say(&format!("{}, ", options.file.display()), wrong);
     eprintln!("kvcellar: nothing was sent");
     1
 }
@@ -178,7 +172,8 @@ async fn warm(options: &WarmOptions, api: Arc<EngineApi>, mut prompts: Vec<WarmP
     }
     complete(options, &api, &mut prompts).await?;
     let began = std::time::Instant::now();
-    let bar = bar(prompts.len());
+    let mut bar = store::bar("prompts");
+    let mut answered = 0;
     let (mut rest, mut under_way) = (prompts.into_iter(), JoinSet::new());
     loop {
         while under_way.len() < usize::from(options.concurrency)
@@ -196,9 +191,9 @@ async fn warm(options: &WarmOptions, api: Arc<EngineApi>, mut prompts: Vec<WarmP
             Some(Err(error)) => warmed.failed.push(FailedLine { line: 0, problem: error.to_string() }),
             None => break,
         }
-        bar.inc(1);
+        answered += 1;
+        bar(answered, warmed.prompts as u64);
     }
-    bar.finish_and_clear();
     warmed.failed.sort_by_key(|failed| failed.line);
     warmed.seconds = began.elapsed().as_secs_f64();
     Ok(warmed)
@@ -242,26 +237,12 @@ impl Warmed {
     }
 }
 
-/// A bar on standard error; nothing where that is no terminal.
-fn bar(prompts: usize) -> ProgressBar {
-    let bar = ProgressBar::new(prompts as u64);
-    match ProgressStyle::with_template("prompts {wide_bar} {pos}/{len} {eta}") {
-        Ok(style) => bar.with_style(style),
-        Err(_) => bar,
-    }
-}
-
 fn print(warmed: &Warmed, json: bool) -> i32 {
     let code = i32::from(!warmed.failed.is_empty());
     if json {
-        return super::store::print_json(warmed).max(code);
+        return store::print_json(warmed).max(code);
     }
-    for FailedLine { line, problem } in warmed.failed.iter().take(SHOWN_MAX) {
-        eprintln!("kvcellar: line {line}: {problem}");
-    }
-    if warmed.failed.len() > SHOWN_MAX {
-        eprintln!("kvcellar: and {} lines more", warmed.failed.len() - SHOWN_MAX);
-    }
+    say("", &warmed.failed);
     println!("{:>8} {:>12} {:>14} {:>8} {:>9}", "prompts", "tokens", "cached already", "failed", "seconds");
     println!(
         "{:>8} {:>12} {:>14} {:>8} {:>9.1}",

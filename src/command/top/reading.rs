@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 use kvcellar_block::error::{Error, Result};
 use kvcellar_route::scrape::{count, label, sample};
 
+use super::super::answer::{self, UnreadBody, causes};
 use super::fleet::{ClientState, EngineState, FleetState, HitTokens, QueueState, SeenDecision, TierBlocks};
 
 /// How long an answer may take.
@@ -127,21 +128,15 @@ impl Sources {
         if let Some(token) = token {
             request = request.bearer_auth(token);
         }
-        let mut answer = request.send().await.map_err(|error| away(address, causes(&error)))?;
-        let mut body = Vec::new();
-        while let Some(part) = answer.chunk().await.map_err(|error| away(address, causes(&error)))? {
-            if body.len() + part.len() > ANSWER_BYTES_MAX {
-                return Err(away(address, format!("{path} answers more than {ANSWER_BYTES_MAX} bytes")));
-            }
-            body.extend_from_slice(&part);
-        }
-        Ok((answer.status(), body))
+        let broken = |error: reqwest::Error| away(address, causes(&error));
+        let answer = request.send().await.map_err(broken)?;
+        let status = answer.status();
+        let body = answer::body(answer, ANSWER_BYTES_MAX).await.map_err(|unread| match unread {
+            UnreadBody::TooLong => away(address, format!("{path} answers more than {ANSWER_BYTES_MAX} bytes")),
+            UnreadBody::Broken(error) => broken(error),
+        })?;
+        Ok((status, body))
     }
-}
-
-/// The innermost reason says what is wrong.
-fn causes(error: &dyn std::error::Error) -> String {
-    error.source().map_or_else(|| error.to_string(), causes)
 }
 
 fn parsed<T: DeserializeOwned>(address: &str, path: &str, status: StatusCode, body: &[u8]) -> Result<T> {
