@@ -16,7 +16,7 @@ use super::trace::WorkloadSource;
 use super::{picture, table, what_if};
 use kvcellar_bench::report::{Goal, print_goals, report};
 use kvcellar_block::error::{Error, Result};
-use kvcellar_engine::config::{Config, TenantList, size};
+use kvcellar_engine::config::{Config, size};
 use kvcellar_engine::policy::{Admission, LoadPolicy, PolicyName};
 
 /// Which blocks are written to disk.
@@ -129,25 +129,8 @@ impl SimulateOptions {
         Ok(Account { device: self.device, block_tokens, block_bytes })
     }
 
-    fn choices(&self) -> Choices {
-        Choices {
-            admission: match self.admission {
-                AdmissionChoice::All => Admission::All,
-                AdmissionChoice::Reused => Admission::Reused,
-            },
-            load_policy: match self.load_policy {
-                LoadChoice::Always => LoadPolicy::Always,
-                LoadChoice::Auto => LoadPolicy::Auto,
-                LoadChoice::Never => LoadPolicy::Never,
-            },
-            clean_percent: self.clean_percent,
-            write_budget: None,
-            tenants: TenantList::default(),
-        }
-    }
-
-    /// As [`Self::choices`], with what is written as in the configuration.
-    fn choices_and_shares(&self) -> Result<Choices> {
+    fn choices(&self) -> Result<Choices> {
+        // These are written as in the configuration.
         let mut keys = json!({});
         if let Some(text) = &self.tenants {
             let no_json = |error| Error::config("--tenants", format!("no JSON ({error})"), "Write the key's value");
@@ -158,7 +141,20 @@ impl SimulateOptions {
             keys["nvme_write_budget"] = json!(rate);
         }
         let config = Config::parse(&keys.to_string())?;
-        Ok(Choices { write_budget: config.nvme.write_budget, tenants: config.tenants, ..self.choices() })
+        Ok(Choices {
+            admission: match self.admission {
+                AdmissionChoice::All => Admission::All,
+                AdmissionChoice::Reused => Admission::Reused,
+            },
+            load_policy: match self.load_policy {
+                LoadChoice::Always => LoadPolicy::Always,
+                LoadChoice::Auto => LoadPolicy::Auto,
+                LoadChoice::Never => LoadPolicy::Never,
+            },
+            clean_percent: self.clean_percent,
+            write_budget: config.nvme.write_budget,
+            tenants: config.tenants,
+        })
     }
 
     fn keepers(&self) -> Result<Vec<Keeper>> {
@@ -222,7 +218,7 @@ fn one_size(options: &SimulateOptions, source: &WorkloadSource) -> Result<(Sizes
         return Err(Error::config("--dram", "holds no block", "Write a larger size, or a smaller --block-size"));
     }
     let sizes = Sizes { dram_blocks, nvme_blocks };
-    let choices = options.choices_and_shares()?;
+    let choices = options.choices()?;
     let row = |keeper: Keeper| {
         let totals = replay(source, &account, keeper, sizes, &choices)?;
         if totals.requests == 0 {
@@ -243,7 +239,7 @@ fn all_sizes(options: &SimulateOptions) -> Result<(Vec<Curves>, Vec<Goal>)> {
         // Both tiers for what was asked for by name; made-up workloads are there to compare
         // policies.
         let two_tiers = !options.workloads || matches!(source, WorkloadSource::File { .. });
-        all.push(sweep::sweep(&source, &account, &options.choices(), different, two_tiers, &mut progress)?);
+        all.push(sweep::sweep(&source, &account, &options.choices()?, different, two_tiers, &mut progress)?);
     }
     let goals = sweep::goals(&all);
     Ok((all, goals))
