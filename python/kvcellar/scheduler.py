@@ -33,6 +33,7 @@ from kvcellar.groups import Groups
 from kvcellar.metadata import RankOffer, StepMetadata, WorkerReport
 from kvcellar.offers import GroupOffer, Offer
 from kvcellar.others import ForeignBlocks
+from kvcellar.prefill import PrefillTimer
 from kvcellar.requests import (
     CONTROLS_KEY,
     NEVER,
@@ -52,8 +53,6 @@ logger = init_logger(f"vllm.{__name__}")
 
 _block_id = attrgetter("block_id")
 _NOTHING = StepMetadata(b"")
-# Steps below that are decode, and say nothing about prefill.
-_PREFILL_TOKENS_MIN = 128
 # How long an idle vLLM is kept stepping for the pool to be opened, and after retiring for the
 # workers to let go.
 _START_PATIENCE_S = 300.0
@@ -102,10 +101,7 @@ class SchedulerSide:
         # not ask it.
         self._active = True
         self._counted = True
-        self._step_tokens = 0
-        self._step_began = 0.0
-        # Tokens and seconds of prefill that the engine has not been told of.
-        self._measured = (0, 0.0)
+        self._prefill = PrefillTimer()
         self._offers: dict[tuple[int, int], RankOffer] = {}
         self._opening: threading.Thread | None = None
         self._opened = False
@@ -400,8 +396,7 @@ class SchedulerSide:
         self._note_end(known)
         self._active = self._counted = True
         if not self._requests:
-            # vLLM may idle until the next step.
-            self._time_step(0)
+            self._prefill.idle()
         told = self._forgotten(known) if known.forgets else None
         self._tell_prefill()
         offer = None
@@ -438,7 +433,7 @@ class SchedulerSide:
         if self._numbers_steps:
             self._step += 1
             self._adapters.heard_until(self._step - self._vllm_config.max_concurrent_batches)
-        self._time_step(self._prefilled_in(output))
+        self._prefill.step(output)
         handed: list[list[int]] | None = None
         foreign: list[int] = []
         if self._foreign is not None and self._manager is not None:
@@ -494,29 +489,9 @@ class SchedulerSide:
         for known in filter(None, map(self._requests.get, scheduled_tokens)):
             known.last_step = self._step
 
-    @staticmethod
-    def _prefilled_in(output: SchedulerOutput) -> int:
-        """Tokens of a step that is mostly prefill, else 0: many requests that decode say nothing of how fast it is."""
-        total = output.total_num_scheduled_tokens
-        if total < _PREFILL_TOKENS_MIN:
-            return 0
-        return total if max(output.num_scheduled_tokens.values(), default=0) >= _PREFILL_TOKENS_MIN else 0
-
-    def _time_step(self, tokens: int) -> None:
-        """Measure how long the last step's prefill took: until this one, or until its last request ended.
-
-        A gap after that is no prefill. One that nobody notices, while only requests that are left out run, makes
-        prefill look slower than it is.
-        """
-        now = time.perf_counter()
-        if self._step_tokens:
-            measured, seconds = self._measured
-            self._measured = measured + self._step_tokens, seconds + now - self._step_began
-        self._step_tokens, self._step_began = tokens, now
-
     def _tell_prefill(self) -> None:
         """Tell the engine what was measured, where it is asked something anyway."""
-        (tokens, seconds), self._measured = self._measured, (0, 0.0)
+        tokens, seconds = self._prefill.take()
         if tokens:
             self._engine.prefilled(tokens, seconds)
 

@@ -16,8 +16,9 @@ from kvcellar._native import CopyReport, EngineStats
 
 logger = init_logger(f"vllm.{__name__}")
 
-# name -> (description, fixed labels). Names get `vllm:kvcellar_` in front and `_total` behind. A family has one entry
-# for each value of its label, whose name begins with the value; the first may do without.
+# name -> (description, fixed labels). Names get `vllm:kvcellar_` in front and `_total` behind. A
+# family has one entry for each value of its label, whose name begins with the value; the first may
+# do without.
 COUNTERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "hit_blocks": ("Blocks loaded for requests.", {"tier": "dram"}),
     "hit_tokens": ("Tokens loaded for requests.", {"tier": "dram"}),
@@ -75,12 +76,13 @@ DROP_REASONS = (
     "overwritten",
     "forgotten",
 )
-# As COUNTERS, for each tenant; "other" stands for all requests of none.
+# As COUNTERS, for each tenant, with `tenant_` before the family; "other" stands for all requests of
+# none.
 TENANT_COUNTERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
-    "tenant_hit_tokens": ("Tokens loaded for a tenant's requests.", {"tier": "dram"}),
-    "tenant_nvme_hit_tokens": ("Tokens loaded for a tenant's requests.", {"tier": "nvme"}),
-    "tenant_miss_tokens": ("Tokens of a tenant's requests found neither in vLLM's own cache nor here.", {}),
-    "tenant_evicted_blocks": ("A tenant's blocks evicted from the dram tier.", {}),
+    "hit_tokens": ("Tokens loaded for a tenant's requests.", {"tier": "dram"}),
+    "nvme_hit_tokens": ("Tokens loaded for a tenant's requests.", {"tier": "nvme"}),
+    "miss_tokens": ("Tokens of a tenant's requests found neither in vLLM's own cache nor here.", {}),
+    "evicted_blocks": ("A tenant's blocks evicted from the dram tier.", {}),
 }
 SLOT_STATES = ("total", "free", "filling", "filled", "clean")
 GAUGES: Mapping[str, str] = {
@@ -105,6 +107,13 @@ GAUGES: Mapping[str, str] = {
     "nvme_write_budget_left_bytes": "Bytes that nvme_write_budget allows to be written at this moment; 0 without one.",
 }
 LOOKUP_BUCKETS = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 1e-1)
+
+
+def family_of(name: str, labels: Mapping[str, str]) -> str:
+    """One family for all values of a label: they are no part of its name."""
+    for value in labels.values():
+        name = name.removeprefix(f"{value}_")
+    return name
 
 
 class KVCellarStats(KVConnectorStats):
@@ -212,10 +221,7 @@ class KVCellarPromMetrics(KVConnectorPromMetrics):
         self._counters: dict[tuple[int, str], Any] = {}
         families: dict[str, Any] = {}
         for name, (text, labels) in COUNTERS.items():
-            # One family for all values of a label: they are no part of its name.
-            family = name
-            for value in labels.values():
-                family = family.removeprefix(f"{value}_")
+            family = family_of(name, labels)
             counter = families.get(family)
             if counter is None:
                 counter = families[family] = self._counter_cls(
@@ -260,7 +266,7 @@ class KVCellarPromMetrics(KVConnectorPromMetrics):
         self._tenant_counters: dict[str, Any] = {}
         families: dict[str, Any] = {}
         for name, (text, labels) in TENANT_COUNTERS.items():
-            family = name.replace("_nvme_", "_")
+            family = f"tenant_{family_of(name, labels)}"
             if family not in families:
                 families[family] = self._counter_cls(
                     name=f"vllm:kvcellar_{family}", documentation=text, labelnames=[*labelnames, "tenant", *labels]
@@ -290,8 +296,8 @@ class KVCellarPromMetrics(KVConnectorPromMetrics):
         values = self._values[engine_idx]
         for tenant, (counters, blocks) in transfer_stats_data.get("tenants", {}).items():
             for name, amount in counters.items():
-                labels = TENANT_COUNTERS[f"tenant_{name}"][1].values()
-                self._tenant_counters[f"tenant_{name}"].labels(*values, tenant, *labels).inc(amount)
+                labels = TENANT_COUNTERS[name][1].values()
+                self._tenant_counters[name].labels(*values, tenant, *labels).inc(amount)
             for tier, count in blocks.items():
                 self._tenant_blocks.labels(*values, tenant, tier).set(count)
         for seconds in transfer_stats_data.get("lookup_seconds", []):

@@ -51,18 +51,23 @@ def _constants(path: Path) -> dict[str, Any]:
     return found
 
 
+def _family(name: str, labels: dict[str, str]) -> str:
+    """As `family_of` in stats.py, which cannot be imported without vLLM."""
+    for value in labels.values():
+        name = name.removeprefix(f"{value}_")
+    return name
+
+
 def engine() -> list[Metric]:
     """Metrics of an engine, on vLLM's own `/metrics`."""
     said = _constants(STATS)
     source = STATS.read_text()
     families: dict[str, Metric] = {}
     for name, (text, labels) in said["COUNTERS"].items():
-        family = name
-        for value in labels.values():
-            family = family.removeprefix(f"{value}_")
+        family = _family(name, labels)
         families.setdefault(family, Metric(f"vllm:kvcellar_{family}", "counter", tuple(labels), text))
     for name, (text, labels) in said["TENANT_COUNTERS"].items():
-        family = name.replace("_nvme_", "_")
+        family = f"tenant_{_family(name, labels)}"
         families.setdefault(family, Metric(f"vllm:kvcellar_{family}", "counter", ("tenant", *labels), text))
     dropped, text = said["DROPPED"]
     families[dropped] = Metric(f"vllm:kvcellar_{dropped}", "counter", ("reason",), text)
