@@ -1,5 +1,6 @@
-// Measures llm-d's index of blocks in memory with the events and questions of `kvcellar bench index`, which starts this
-// program and reads its answer. One round in one process; what is read from the file is not a part of any time.
+// Measures llm-d's index of blocks in memory with the events and questions of `kvcellar bench index`,
+// which starts this program and reads its answer. One round in one process; what is read from the
+// file is not a part of any time.
 package main
 
 import (

@@ -127,7 +127,8 @@ class Server:
             time.sleep(0.2)
         for line in self.log.read_text(errors="replace").splitlines():
             if "is served without its tiers" in line:
-                # Two that share a directory, for example. A test would see an engine that keeps nothing.
+                # Two that share a directory, for example. A test would see an engine that keeps
+                # nothing.
                 raise RuntimeError(line)
         PACE.see(time.monotonic() - begun, START_GOOD_S)
         # What it answers with is waited for as the start has just taught.
